@@ -1,0 +1,44 @@
+# Every target works in a fresh clone. PYTHON chooses the interpreter that makes .venv, JOBS the test processes.
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+SHELL := /bin/bash
+
+PYTHON ?= $(shell python3.11 -c '' >/dev/null 2>&1 && echo python3.11 || echo python3)
+JOBS ?= 2
+VENV := .venv
+VENV_PYTHON := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+
+.PHONY: help venv pretrain test lint format clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
+
+venv: $(STAMP) ## make .venv with all that the default run and the tests need
+
+# The stamp is written last: an install that was interrupted is taken up again by the next call.
+$(STAMP): setup.cfg constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "error: constraints.txt needs Python 3.11 or newer; name one with 'make venv PYTHON=/path/to/python3.11'" >&2; exit 2; }
+	@$(VENV_PYTHON) -m pip --version >/dev/null 2>&1 || { rm -rf $(VENV) && $(PYTHON) -m venv $(VENV); }
+	$(VENV_PYTHON) -m pip install --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+pretrain: venv ## pre-train the embedded default of bundles/pretrain
+	$(VENV_PYTHON) -m monai.bundle run --config_file bundles/pretrain/configs/train.json
+
+test: lint ## lint, type checks and tests
+	OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -n $(JOBS)
+
+lint: venv ## ruff and mypy
+	$(VENV_PYTHON) -m ruff check .
+	$(VENV_PYTHON) -m ruff format --check .
+	$(VENV_PYTHON) -m mypy
+
+format: venv ## rewrite the sources in the project's format
+	$(VENV_PYTHON) -m ruff check --fix .
+	$(VENV_PYTHON) -m ruff format .
+
+clean: ## remove caches and builds; .venv, data and trained models stay
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	find unimedi_components tests bundles -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The datalist format, its checks, nested fractions and splits by patient."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import pytest
+from monai.data import load_decathlon_datalist
+
+from unimedi_components.data.datalist import DatalistBuilder, load_datalist, select, write_json
+from unimedi_components.data.splits import nested_fraction, split_patients
+from unimedi_components.errors import DataError
+
+
+def item(name, patient, dim=2):
+    return {"id": name, "patient": patient, "image": f"{name}.jpg", "dim": dim, "report": "clear lungs"}
+
+
+@pytest.fixture
+def datalist():
+    return {
+        "training": [item("a", "p1"), item("b", "p1", 3)],
+        "validation": [item("c", "p2")],
+        "test": [item("d", "p3", 3)],
+        "meta": {"root": "/data/set"},
+    }
+
+
+def test_builder_counts_sorts_and_hashes(tmp_path):
+    table = tmp_path / "t.csv"
+    table.write_bytes(b"x\n1\n")
+    builder = DatalistBuilder("demo", tmp_path)
+    builder.add_source(table)
+    for name in ("b", "a"):
+        builder.add("training", item(name, "p1"))
+    builder.add("test", item("c", "p2"))
+    builder.drop_many("lateral", (f"x{i}" for i in range(25)))
+    builder.drop("unreadable image", "y", "y.jpg: truncated")
+    built = builder.build()
+    meta = built["meta"]
+    assert [entry["id"] for entry in built["training"]] == ["a", "b"]
+    assert meta["kept"] == {"training": 2, "validation": 0, "test": 1}
+    assert meta["dropped"] == {"lateral": 25, "unreadable image": 1}
+    assert meta["dropped_items"]["lateral"] == [f"x{i}" for i in range(20)]
+    assert builder.dropped["unreadable image"] == [{"id": "y", "detail": "y.jpg: truncated"}]
+    assert meta["sources"] == {"t.csv": hashlib.sha256(b"x\n1\n").hexdigest()}
+    assert builder.n_kept == 3
+
+
+def test_strict_raises_for_faults_only(tmp_path):
+    builder = DatalistBuilder("demo", tmp_path, strict=True)
+    builder.drop("not a frontal view", "a")
+    with pytest.raises(DataError, match=r"unreadable image: b\.jpg: truncated\. .*without --strict"):
+        builder.drop("unreadable image", "b", "b.jpg: truncated")
+
+
+def test_write_is_atomic_and_monai_reads_it(tmp_path, datalist):
+    path = write_json(datalist, tmp_path / "deep" / "list.json")
+    assert [entry.name for entry in path.parent.iterdir()] == ["list.json"]
+    with pytest.raises(TypeError):
+        write_json({"training": [object()]}, path)
+    assert json.loads(path.read_text()) == datalist
+    assert [entry.name for entry in path.parent.iterdir()] == ["list.json"]
+    read = load_decathlon_datalist(str(path), data_list_key="validation", base_dir="/data/set")
+    assert read[0]["image"] == "/data/set/c.jpg"
+    assert read[0]["report"] == "clear lungs"
+
+
+def test_select_by_split_and_dim(datalist):
+    assert [entry["id"] for entry in select(datalist, "training")] == ["a", "b"]
+    assert [entry["id"] for entry in select(datalist, "training", dims=3)] == ["b"]
+    assert [entry["id"] for entry in select(datalist, "training", dims=(2,))] == ["a"]
+    assert [entry["id"] for entry in select(datalist, "test", dims=[2, 3])] == ["d"]
+    with pytest.raises(DataError, match="'train' is unknown"):
+        select(datalist, "train")
+
+
+def test_missing_splits_become_empty(tmp_path, datalist):
+    path = write_json({"training": datalist["training"]}, tmp_path / "l.json")
+    read = load_datalist(path)
+    assert (read["validation"], read["test"]) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda d: d["validation"].append(item("e", "p1")),
+            r"patient 'p1' is in two splits, training and validation",
+        ),
+        (lambda d: d["test"].append(item("a", "p9")), r"test\[1\]: the id 'a' is used twice"),
+        (lambda d: d["test"][0].update(dim=4), r"test\[0\] \(id d\) has dim 4; it must be 2 or 3"),
+        (lambda d: d["training"][1].pop("image"), r"training\[1\] has no 'image'"),
+        (lambda d: d["training"].clear(), "training split is empty"),
+        (lambda d: d.pop("training"), 'key "training" is missing'),
+    ],
+)
+def test_invalid_datalists_name_the_fault(tmp_path, datalist, change, message):
+    change(datalist)
+    path = write_json(datalist, tmp_path / "l.json")
+    with pytest.raises(DataError, match=message) as caught:
+        load_datalist(path)
+    assert str(path) in str(caught.value)
+
+
+def test_missing_file_bad_json_and_wrong_root(tmp_path, datalist):
+    with pytest.raises(DataError, match="no such datalist"):
+        load_datalist(tmp_path / "none.json")
+    (tmp_path / "bad.json").write_text('{"training": [')
+    with pytest.raises(DataError, match="not valid JSON"):
+        load_datalist(tmp_path / "bad.json")
+    path = write_json(datalist, tmp_path / "l.json")
+    with pytest.raises(DataError, match=r"training image a\.jpg is not below .*prepared from /data/set"):
+        load_datalist(path, root=tmp_path)
+    with pytest.raises(DataError, match="no such folder"):
+        load_datalist(path, root=tmp_path / "gone")
+    with pytest.raises(DataError, match="has no 'label'"):
+        load_datalist(path, required=("id", "label"))
+
+
+def test_fractions_are_nested_by_patient_and_kind():
+    items = [item(f"x{i}-{j}", f"x{i}") for i in range(200) for j in range(2)]
+    items += [item(f"c{i}", f"c{i}", 3) for i in range(30)]
+    kept = {}
+    for fraction in (0.01, 0.1, 0.5, 1.0):
+        kept[fraction] = {entry["id"] for entry in nested_fraction(items, fraction, seed=1)}
+    assert kept[0.01] <= kept[0.1] <= kept[0.5] <= kept[1.0] == {entry["id"] for entry in items}
+    # ceil(0.01 * 200) = 2 patients with two X-rays each, ceil(0.01 * 30) = 1 CT patient
+    assert [len(kept[f]) for f in (0.01, 0.1, 0.5)] == [2 * 2 + 1, 20 * 2 + 3, 100 * 2 + 15]
+    assert all(f"{name[:-1]}1" in kept[0.1] for name in kept[0.1] if name.endswith("-0"))
+    again = nested_fraction(items[::-1], 0.1, seed=1)
+    assert {entry["id"] for entry in again} == kept[0.1]
+    assert {entry["id"] for entry in nested_fraction(items, 0.1, seed=2)} != kept[0.1]
+    # 0.07 * 100 is 7.000000000000001 in floating point
+    assert len(nested_fraction([item(f"q{i}", f"q{i}") for i in range(100)], 0.07)) == 7
+    for wrong in (0, 1.5, -0.1):
+        with pytest.raises(DataError, match=r"not in \(0, 1\]"):
+            nested_fraction(items, wrong)
+
+
+def test_split_counts_groups_and_order():
+    strata = {f"x{i}": "2" for i in range(92)} | {f"c{i}": "3" for i in range(10)}
+    split = split_patients(strata, 0.1, 0.1, seed=42)
+    counts = {
+        (strata[p], s): sum(strata[q] == strata[p] and t == s for q, t in split.items()) for p, s in split.items()
+    }
+    assert counts == {
+        ("2", "training"): 74,
+        ("2", "validation"): 9,
+        ("2", "test"): 9,
+        ("3", "training"): 8,
+        ("3", "validation"): 1,
+        ("3", "test"): 1,
+    }
+    assert split_patients(dict(reversed(strata.items())), 0.1, 0.1, seed=42) == split
+    order = sorted((p for p in strata if p[0] == "c"), key=lambda p: hashlib.sha256(f"42:{p}".encode()).digest())
+    assert (split[order[0]], split[order[1]]) == ("validation", "test")
+    assert set(split_patients({"a": "2", "b": "2"}, 0.1, 0.1, seed=0).values()) == {"training"}
+    with pytest.raises(DataError, match="leave no training data"):
+        split_patients(strata, 0.5, 0.5, seed=0)

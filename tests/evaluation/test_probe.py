@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The linear probe on features with a known signal, and its handling of findings that cannot be probed."""
+
+import numpy as np
+import pytest
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from sklearn.model_selection import StratifiedGroupKFold
+
+from unimedi_components.evaluation.probe import linear_probe
+
+
+@pytest.fixture
+def labels():
+    return (np.random.default_rng(0).random((200, 3)) < 0.3).astype(int)
+
+
+def test_separable_and_random_features(labels):
+    rng = np.random.default_rng(1)
+    features = rng.normal(size=(200, 20))
+    assert linear_probe(features, labels, "abc").macro == pytest.approx(0.5, abs=0.07)
+    features[:, :2] += 8 * labels[:, :2]
+    result = linear_probe(features * [1e-3, *[100.0] * 19], labels, "abc")  # scales are taken out
+    assert result.per_finding["a"] > 0.99
+    assert result.per_finding["b"] > 0.99
+    assert result.macro == pytest.approx(np.mean(list(result.per_finding.values())))
+
+
+def test_equals_a_loop_over_folds(labels):
+    features = np.random.default_rng(2).normal(size=(200, 5)) + 0.5 * labels[:, :1]
+    expected = []
+    y = labels[:, 0]
+    for train, test in StratifiedGroupKFold(5, shuffle=True, random_state=7).split(features, y, np.arange(200)):
+        mean, std = features[train].mean(0), features[train].std(0)
+        model = LogisticRegression(C=0.1, tol=1e-8, max_iter=9999).fit((features[train] - mean) / std, y[train])
+        values = ((features[test] - mean) / std) @ model.coef_[0]
+        expected.append(roc_auc_score(y[test], values))
+    assert linear_probe(features, labels[:, :1], "a", seed=7).macro == pytest.approx(np.mean(expected), abs=2e-3)
+
+
+def test_same_input_same_output(labels):
+    features = np.random.default_rng(3).normal(size=(200, 5))
+    assert linear_probe(features, labels, "abc") == linear_probe(features, labels, "abc")
+
+
+def test_patients_stay_together():
+    """Features that name the patient, labels at random by patient: mixing patients would excel."""
+    rng = np.random.default_rng(4)
+    patients = np.repeat(np.arange(60), 4)
+    signature = rng.normal(size=(60, 120))[patients]
+    y = (rng.random(60) < 0.5).astype(int)[patients, None]
+    assert linear_probe(signature, y, "a").macro > 0.95
+    assert linear_probe(signature, y, "a", groups=[f"p{p}" for p in patients]).macro < 0.65
+
+
+def test_rare_constant_and_unknown_findings_are_listed(labels):
+    features = np.random.default_rng(5).normal(size=(200, 4))
+    y = np.concatenate([labels, labels[:, :1]], axis=1)
+    y[:, 1] = 0
+    y[:, 2] = np.arange(200) < 3
+    y[:, 3] = np.where(np.arange(200) < 100, y[:, 3], -1)
+    result = linear_probe(features, y, ["kept", "never", "rare", "half known"])
+    assert set(result.per_finding) == {"kept", "half known"}
+    assert result.skipped == {
+        "never": "0 patients with it, 5 folds need 5",
+        "rare": "3 patients with it, 5 folds need 5",
+    }
+    half = linear_probe(features[:100], labels[:100, :1], "a").macro
+    assert result.per_finding["half known"] == pytest.approx(half)
+    nothing = linear_probe(features, np.zeros((200, 1)), ["never"])
+    assert nothing.macro is None
+
+
+def test_bad_input_is_named(labels):
+    with pytest.raises(ValueError, match="do not fit 2 findings"):
+        linear_probe(np.zeros((200, 4)), labels, "ab")
+    with pytest.raises(ValueError, match="not finite"):
+        linear_probe(np.full((200, 4), np.nan), labels, "abc")

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: what it passes on, and one line per fault."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import unimedi_components
+from unimedi_components.__main__ import main
+from unimedi_components.errors import DataError
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """Stand-ins for the functions behind the commands; what they were called with."""
+    record: list[tuple[Any, ...]] = []
+
+    def write_phantom(layout: str, out: str, patients: int, seed: int, workers: int | None) -> None:
+        record.append(("phantom", layout, out, patients, seed, workers))
+
+    def prepare(dataset: str, root: str, out: str, fraction: float, seed: int, strict: bool = False) -> None:
+        if root == "missing":
+            raise DataError("missing: no such folder; name the data set's root")
+        record.append(("prepare", dataset, root, out, fraction, seed, strict))
+
+    def evaluate(checkpoint: str, patients: int, seed: int, json: str, device: str = "cpu") -> None:
+        record.append(("evaluate", checkpoint, patients, seed, json, device))
+
+    for name, function in {
+        "data.phantom": write_phantom,
+        "data.prepare": prepare,
+        "evaluation.evaluate": evaluate,
+    }.items():
+        module = types.ModuleType(f"unimedi_components.{name}")
+        setattr(module, function.__name__, function)
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    return record
+
+
+def failure(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """What a failing command prints; its exit code must be 2."""
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_commands_pass_their_arguments_on(calls: list[tuple[Any, ...]]) -> None:
+    main(["phantom", "bimcv", "out", "--patients", "3", "--seed=7", "--workers", "2"])
+    main(["phantom", "all", "2024"])
+    main(["prepare", "table", "own.csv", "list.json", "--fraction", "0.1", "--strict"])
+    main(["prepare", "table", "['a.csv','b.csv']", "list.json"])
+    main(["evaluate", "model.pt", "--patients", "4", "--json", "m.json", "--device", "cuda"])
+    main(["evaluate", "model.pt", "--json=m.json"])
+    assert calls == [
+        ("phantom", "bimcv", "out", 3, 7, 2),
+        ("phantom", "all", "2024", 200, 0, None),
+        ("prepare", "table", "own.csv", "list.json", 0.1, 42, True),
+        ("prepare", "table", ["a.csv", "b.csv"], "list.json", None, 42, False),
+        ("evaluate", "model.pt", 4, 1, "m.json", "cuda"),
+        ("evaluate", "model.pt", 200, 1, "m.json", "cpu"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["phantm"], "unknown command 'phantm'; did you mean 'phantom'?"),
+        (["train"], "unknown command 'train'; there are: phantom, prepare, evaluate, check"),
+        (
+            ["phantom", "all", "o", "--patient", "3"],
+            "unknown option '--patient' of 'phantom'; did you mean '--patients'?",
+        ),
+        (
+            ["phantom", "all", "o", "--zoom=3"],
+            "unknown option '--zoom' of 'phantom'; it takes --layout, --out, --patients, --seed, --workers",
+        ),
+        (["phantom", "all", "o", "0"], "--patients must be a whole number of at least 1, got 0"),
+        (["phantom", "all", "o", "few"], "--patients must be a whole number of at least 1, got 'few'"),
+        (
+            ["phantom", "all", "o", "--seed", "-1"],
+            "--seed must be a whole number of at least 0, got -1",
+        ),
+        (["prepare", "table", "r", "o", "--fraction", "10"], "--fraction must be in (0, 1], got 10"),
+        (
+            ["prepare", "table", "r", "o", "--strickt"],
+            "unknown option '--strickt' of 'prepare'; did you mean '--strict'?",
+        ),
+        (["prepare", "table", "missing", "o"], "missing: no such folder; name the data set's root"),
+        (["check", "none.json"], "config file 'none.json' does not exist"),
+    ],
+)
+def test_faults_are_one_line(
+    words: list[str], message: str, calls: list[tuple[Any, ...]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert failure(words, capsys) == f"error: {message}\n"
+    assert calls == []
+
+
+def test_missing_argument_is_a_usage_error(calls: list[tuple[Any, ...]], capsys: pytest.CaptureFixture[str]) -> None:
+    message = failure(["phantom", "all"], capsys)
+    assert "The function received no value for the required argument: out" in message
+    assert calls == []
+
+
+def test_debug_keeps_the_exception(calls: list[tuple[Any, ...]]) -> None:
+    with pytest.raises(DataError):
+        main(["prepare", "table", "missing", "o", "--debug"])
+
+
+def test_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = tmp_path / "train.json"
+    base.write_text(json.dumps({"epochs": 1, "run": "$print(@epochs)"}))
+    main(["check", str(base), "--epochs", "2"])
+    assert capsys.readouterr().out == f"ok: 2 keys in {base}\n"
+    assert failure(["check", str(base), "--epoch", "2"], capsys) == (
+        "error: unknown override '--epoch': nothing defines it; did you mean 'epochs'?\n"
+    )
+
+
+def test_version_and_light_import() -> None:
+    code = "import sys, unimedi_components.__main__ as m; m.main(['--version']); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [unimedi_components.__version__, "False"]
+
+
+def test_names_are_loaded_when_used() -> None:
+    assert unimedi_components.errors.DataError is DataError
+    assert {"bundle_root", "check_run", "engines"} <= set(dir(unimedi_components))
+    for name in unimedi_components.__all__:
+        assert getattr(unimedi_components, name) is not None
+    with pytest.raises(AttributeError, match="module 'unimedi_components' has no attribute 'nothing'"):
+        _ = unimedi_components.nothing

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: ``python -m unimedi_components COMMAND`` (or ``unimedi COMMAND``)."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import fire
+
+from unimedi_components import __version__
+from unimedi_components.errors import CheckpointError, ConfigError, DataError
+
+__all__ = ["main"]
+
+
+def phantom(layout: str, out: str, patients: int = 200, seed: int = 0, workers: int | None = None) -> None:
+    """Write a synthetic data set to disk in a real data set's own layout.
+
+    The truth (labels, lesion slices, masks, boxes) goes into truth.json at OUT's root. Same seed, same bytes.
+
+    Args:
+        layout: the data set whose layout is written, such as mimic_cxr or bimcv.
+        out: the folder to write to.
+        patients: number of patients.
+        seed: seed of all that is random.
+        workers: processes that make the patients; by default as many as there are cores.
+    """
+    from unimedi_components.data.phantom import write_phantom
+
+    _whole_number("patients", patients, 1)
+    _whole_number("seed", seed, 0)
+    if workers is not None:
+        _whole_number("workers", workers, 1)
+    write_phantom(str(layout), str(out), patients=patients, seed=seed, workers=workers)
+
+
+def prepare(
+    dataset: str, root: str | list[str], out: str, fraction: float = 1.0, seed: int = 42, **options: Any
+) -> None:
+    """Turn a data set on disk, real or phantom, into a datalist; prints what was kept and dropped, by reason.
+
+    Args:
+        dataset: mimic_cxr, bimcv, or table for a CSV of your own (columns image, report, and if you have them
+            patient, split, label).
+        root: the data set's folder, or the CSV, or several as "['a.csv','b.csv']".
+        out: the datalist to write, a JSON file.
+        fraction: share of the training patients to keep, in (0, 1].
+        seed: seed of splits and fractions.
+        options: --strict, and the converter's own options.
+    """
+    from unimedi_components.data.prepare import prepare as prepare_datalist
+
+    if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction <= 1:
+        raise ConfigError(f"--fraction must be in (0, 1], got {fraction!r}")
+    _whole_number("seed", seed, 0)
+    _check_options("prepare", prepare_datalist, options)
+    # fire reads a folder called 2024 as a number
+    source = [str(file) for file in root] if isinstance(root, (list, tuple)) else str(root)
+    share = None if fraction == 1 else float(fraction)
+    prepare_datalist(str(dataset), source, str(out), fraction=share, seed=seed, **options)
+
+
+def evaluate(checkpoint: str, json: str, patients: int = 200, seed: int = 1, **options: Any) -> None:
+    """Measure a checkpoint on held-out phantoms: linear probes, slice precision, report retrieval.
+
+    Args:
+        checkpoint: weights that a pre-training run left, such as bundles/pretrain/models/model.pt.
+        json: the file that the measures are written to.
+        patients: number of held-out patients per dimension.
+        seed: seed of the phantoms.
+        options: further options of the measurement.
+    """
+    from unimedi_components.evaluation.evaluate import evaluate as evaluate_checkpoint
+
+    _whole_number("patients", patients, 1)
+    _whole_number("seed", seed, 0)
+    _check_options("evaluate", evaluate_checkpoint, options)
+    evaluate_checkpoint(str(checkpoint), patients=patients, seed=seed, json=str(json), **options)
+
+
+def check(*config: str, **overrides: Any) -> None:
+    """Check a bundle's config without running it: unknown keys, overrides, arguments and references.
+
+    Args:
+        config: the config file, and the files that overlay it in their order.
+        overrides: what `monai.bundle run` would be given, such as --train#trainer#max_epochs 2.
+    """
+    from unimedi_components.config_check import check_config
+
+    merged = check_config([str(file) for file in config], overrides)
+    print(f"ok: {len(merged)} keys in {', '.join(str(file) for file in config)}")
+
+
+_COMMANDS: dict[str, Callable[..., None]] = {
+    "phantom": phantom,
+    "prepare": prepare,
+    "evaluate": evaluate,
+    "check": check,
+}
+
+
+def _whole_number(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"--{name} must be a whole number of at least {least}, got {value!r}")
+
+
+def _check_options(command: str, function: Callable[..., Any], options: Sequence[str] | dict[str, Any]) -> None:
+    """Raise for an option that ``function`` does not take: fire would say so only after the work is done."""
+    parameters = inspect.signature(function).parameters
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        return
+    for option in options:
+        if option not in parameters:
+            near = difflib.get_close_matches(option, parameters, n=1)
+            hint = f"did you mean '--{near[0]}'?" if near else f"it takes --{', --'.join(parameters)}"
+            raise ConfigError(f"unknown option '--{option}' of '{command}'; {hint}")
+
+
+def _run(words: list[str]) -> None:
+    command = words[0] if words else ""
+    if command in _COMMANDS:
+        flags = [word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--")]
+        _check_options(command, _COMMANDS[command], [flag for flag in flags if flag not in ("", "help")])
+    elif command and not command.startswith("-"):
+        near = difflib.get_close_matches(command, _COMMANDS, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"there are: {', '.join(_COMMANDS)}"
+        raise ConfigError(f"unknown command '{command}'; {hint}")
+    fire.Fire(_COMMANDS, command=words, name="unimedi")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line.
+
+    A fault of the user's data, weights, config or files ends the program with one line, ``error: ...``, and
+    exit code 2; ``--debug`` shows the traceback instead.
+
+    Args:
+        argv: the words after the program's name; ``sys.argv[1:]`` by default.
+
+    Raises:
+        SystemExit: with code 2 for a fault of the user's, 130 if interrupted.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["--version"]:
+        print(__version__)
+        return
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    try:
+        _run(words)
+    except (CheckpointError, ConfigError, DataError, OSError) as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a bundle's config asks of the command line: where the bundle is, and whether all is spelled right."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fire.parser import DefaultParseValue
+
+from unimedi_components.errors import ConfigError
+
+__all__ = ["RunCall", "bundle_root", "check_run", "data_dir", "parse_run_call"]
+
+# the arguments of `monai.bundle run`, in its order, and of the workflow that it makes: not config keys
+_RUN_OPTIONS = (
+    "run_id",
+    "init_id",
+    "final_id",
+    "meta_file",
+    "config_file",
+    "logging_file",
+    "tracking",
+    "args_file",
+    "workflow_name",
+    "workflow_type",
+    "properties_path",
+)
+# what `--tracking mlflow` takes from the overrides (monai.bundle.scripts.run)
+_TRACKING_OPTIONS = ("output_dir", "tracking_uri", "experiment_name", "run_name", "save_execute_config")
+_RUN_SCRIPT = ("monai", "bundle", "__main__.py")
+
+
+@dataclass
+class RunCall:
+    """A ``python -m monai.bundle run`` command line: config files, overrides and MONAI's own options."""
+
+    config_files: list[str] = field(default_factory=list)
+    overrides: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def bundle_root(name: str, config_file: str | Sequence[str] | None = None) -> str:
+    """Find the folder of the bundle ``name``, from whatever folder its config is run.
+
+    MONAI reads a ``bundle_root`` of ``"."`` against the current folder, so a config that is run from the
+    repository's root finds nothing. Use ``"bundle_root": "$unimedi_components.bundle_root('pretrain')"``
+    instead; ``--bundle_root PATH`` still overrides it. Looked at, in this order: ``config_file``, the files
+    of ``--config_file`` on the command line, the current folder, ``bundles/<name>`` below it, and the
+    repository that the package lies in.
+
+    A folder counts when it holds ``configs/`` and either is called ``name`` or has a config whose own
+    ``bundle_root`` asks for ``name``, so that a renamed copy of a bundle keeps its outputs to itself.
+
+    Args:
+        name: the bundle's name, such as ``"pretrain"``.
+        config_file: one or more config files of the bundle, for use without a command line.
+
+    Returns:
+        The absolute path of the bundle's folder.
+
+    Raises:
+        ConfigError: if none of the places holds the bundle.
+    """
+    files = [config_file] if isinstance(config_file, str) else list(config_file or [])
+    files += parse_run_call(sys.argv).config_files
+    places = [Path(os.path.abspath(file)).parent.parent for file in files]
+    places += [
+        Path.cwd(),
+        Path.cwd() / "bundles" / name,
+        Path(__file__).resolve().parents[1] / "bundles" / name,
+    ]
+    for place in places:
+        if _is_bundle(place, name):
+            return str(place)
+    looked = ", ".join(str(place) for place in dict.fromkeys(places))
+    raise ConfigError(f"bundle '{name}' not found (looked at {looked}): pass --bundle_root PATH")
+
+
+def data_dir(bundle_folder: str) -> str:
+    """Folder that holds the data sets, one below another: `UNIMEDI_DATA`, or `data` in the repository or the bundle.
+
+    Args:
+        bundle_folder: the bundle's root; a bundle in a folder called `bundles` uses `data` beside that folder, so that
+            all bundles of a checkout share their data, any other bundle `data` of its own.
+    """
+    chosen = os.environ.get("UNIMEDI_DATA")
+    if chosen:
+        return os.path.abspath(os.path.expanduser(chosen))
+    folder = Path(bundle_folder).resolve()
+    return str((folder.parents[1] if folder.parent.name == "bundles" else folder) / "data")
+
+
+def _is_bundle(folder: Path, name: str) -> bool:
+    configs = folder / "configs"
+    if folder.name == name:
+        return configs.is_dir()
+    call = f"bundle_root('{name}')"
+    for file in sorted(configs.glob("*.json")):
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(content, dict) and call in str(content.get("bundle_root", "")):
+            return True
+    return False
+
+
+def parse_run_call(argv: Sequence[str]) -> RunCall:
+    """Read a command line of ``monai.bundle run`` as fire reads it.
+
+    Args:
+        argv: the words of the command line, the program first, as in ``sys.argv``.
+
+    Returns:
+        The call. ``--key value``, ``--key=value``, a bare ``--flag`` (True), a positional run id, lists such
+        as ``--config_file "['a.json','b.json']"`` and the defaults of an ``--args_file`` are all understood.
+    """
+    words = list(argv[1:])
+    words = words[: words.index("--")] if "--" in words else words
+    positional: list[str] = []
+    values: dict[str, Any] = {}
+    while words:
+        word = words.pop(0)
+        if not _is_flag(word):
+            positional.append(word)
+            continue
+        key, given, value = word.lstrip("-").partition("=")
+        if given:
+            values[_key(key)] = DefaultParseValue(value)
+        elif words and not _is_flag(words[0]):
+            values[_key(key)] = DefaultParseValue(words.pop(0))
+        else:
+            values[_key(key)] = True
+    # the first positional word is the command, those after it are the options in order
+    values.update(zip(_RUN_OPTIONS, positional[1:], strict=False))
+    if str(values.get("args_file", "")).lower().endswith((".json", ".yaml", ".yml")):
+        from monai.bundle import ConfigParser
+
+        values = {**ConfigParser.load_config_file(values["args_file"]), **values}
+    options = {key: values.pop(key) for key in _RUN_OPTIONS if key in values}
+    if options.get("tracking") is not None:
+        options.update({key: values.pop(key) for key in _TRACKING_OPTIONS if key in values})
+    files = options.get("config_file") or []
+    return RunCall([files] if isinstance(files, str) else [str(file) for file in files], values, options)
+
+
+def _is_flag(word: str) -> bool:
+    return word.startswith("--") or (word[:1] == "-" and word[1:2].isalpha())
+
+
+def _key(word: str) -> str:
+    return word.replace("-", "_")
+
+
+def check_run(config_file: str | Sequence[str] | None = None, argv: Sequence[str] | None = None) -> None:
+    """Check the config files and the overrides of this run; the first line of a config's ``initialize``.
+
+    MONAI ignores an override or a config key that nothing defines. This makes it an error, before any data
+    is touched: ``"initialize": ["$unimedi_components.check_run()", ...]``. See ``check_config`` for what is
+    checked.
+
+    Without arguments it reads the command line of ``python -m monai.bundle run`` and ends the program with
+    the one line ``error: ...`` and exit code 2, since MONAI would bury an exception under its own. In any
+    other program, such as MONAI Label's server, there is no such command line and nothing is checked; call
+    ``check_config`` there.
+
+    Args:
+        config_file: the config file or files, instead of the command line's.
+        argv: a command line, instead of ``sys.argv``.
+
+    Raises:
+        ConfigError: if something is wrong and ``config_file`` or ``argv`` was given.
+        SystemExit: if something is wrong with the command line of the running program.
+    """
+    from unimedi_components.config_check import check_config
+
+    explicit = config_file is not None or argv is not None
+    if not explicit and Path(sys.argv[0]).parts[-3:] != _RUN_SCRIPT:
+        return
+    try:
+        call = parse_run_call(argv if argv is not None else ([] if explicit else sys.argv))
+        files = config_file if config_file is not None else call.config_files
+        ids = [call.options[key] for key in ("run_id", "init_id", "final_id") if key in call.options]
+        check_config(files, call.overrides, run_ids=ids)
+    except ConfigError as error:
+        if explicit:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error

@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Find the config keys, overrides, references and arguments that nothing defines; MONAI ignores most."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from functools import cache
+from pathlib import Path
+from pydoc import ErrorDuringImport, locate
+from typing import Any
+
+from monai.bundle import ConfigParser
+from monai.bundle.config_item import ComponentLocator, ConfigComponent
+from monai.bundle.properties import InferProperties, TrainProperties
+from monai.bundle.reference_resolver import ReferenceResolver
+from monai.bundle.utils import merge_kv
+from monai.utils import BundlePropertyConfig
+
+from unimedi_components.errors import ConfigError
+
+__all__ = ["check_config"]
+
+_SEP = ReferenceResolver.sep
+_COMPONENT_KEYS = frozenset(ConfigComponent.non_arg_keys)
+_PROPERTY_IDS = frozenset(str(p[BundlePropertyConfig.ID]) for p in (TrainProperties | InferProperties).values())
+# read by `monai.bundle run`, its experiment tracking or MONAI Label, though no reference says so
+_READ_BY_MONAI = frozenset(
+    (
+        *("imports", "initialize", "run", "finalize", "_meta_", "output_dir", "network"),
+        *("displayable_configs", "detector", "detector_ops", "pre_transforms", "post_transforms"),
+    )
+)
+_MISSING = object()
+
+Config = Mapping[str, Any] | str | Path
+
+
+def check_config(
+    config: Config | Sequence[Config],
+    overrides: Mapping[str, Any] | None = None,
+    run_ids: Iterable[str] = (),
+) -> dict[str, Any]:
+    """Check a bundle's config, with its overlays and overrides, without running any of it.
+
+    Each of these is an error that names the nearest known name:
+
+    - a key of the first config that nothing uses: no reference, no MONAI property, no run id;
+    - a key of an overlay, or an override, that the configs before it do not define, unless a reference uses
+      it or it is an argument of the component that it lies in;
+    - an argument that the ``_target_`` does not take, and a ``_target_`` that does not exist;
+    - a reference ``@id`` to nothing;
+    - an override ``true``, ``false`` or ``null``, which MONAI takes as a word, and ``None``, which it drops.
+
+    Args:
+        config: a config file or dict, or several in the order of ``--config_file``, the first one overlaid by
+            the others.
+        overrides: ids and values, as on the command line of ``monai.bundle run``.
+        run_ids: keys besides ``initialize``, ``run`` and ``finalize`` that are run.
+
+    Returns:
+        The merged config as MONAI sees it, references and expressions unresolved.
+
+    Raises:
+        ConfigError: at the first fault, with the key, the file and the nearest known name.
+    """
+    sources = [config] if isinstance(config, (str, Path, Mapping)) else list(config)
+    if not sources:
+        raise ConfigError("no config file: name one with --config_file bundles/NAME/configs/train.json")
+    layers = [_load(source) for source in sources]
+    overrides = dict(overrides or {})
+    referenced = {target for _, content in [*layers, ("", overrides)] for _, _, target in _references(content)}
+    used: set[str] = {*referenced, *_PROPERTY_IDS, *_READ_BY_MONAI, *run_ids}
+
+    parser = ConfigParser(config={})
+    for number, (name, content) in enumerate(layers):
+        for key, value in content.items():
+            id_ = ReferenceResolver.normalize_id(key.removeprefix("+"))
+            if number or _SEP in id_:
+                _check_defined(id_, parser, used, f"config key '{_shown(id_)}' in {name}")
+            _check_used(id_, value, used, name, content)
+            merge_kv(parser, key, deepcopy(value))
+    for key, value in overrides.items():
+        _check_override(key, value, parser, referenced)
+        parser[key] = deepcopy(value)
+    for id_ in run_ids:
+        if id_ not in parser:
+            raise ConfigError(f"unknown run id '{id_}': the config has no such key{_hint(id_, parser.get())}")
+
+    merged: dict[str, Any] = deepcopy(parser.get())
+    _check_references(parser, "%")
+    try:
+        parser.resolve_macro_and_relative_ids()
+    except FileNotFoundError as error:
+        raise ConfigError(f"a macro names a file that does not exist: '%{error.filename}'") from error
+    _check_components("", parser.get())
+    _check_references(parser, "@")
+    return merged
+
+
+def _load(source: Config) -> tuple[str, dict[str, Any]]:
+    if isinstance(source, Mapping):
+        return "the config", dict(source)
+    name = Path(source).name
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # MONAI only warns of a key that is there twice
+            content = ConfigParser.load_config_file(source)
+    except FileNotFoundError as error:
+        raise ConfigError(f"config file '{source}' does not exist") from error
+    except (ValueError, UserWarning) as error:
+        raise ConfigError(f"cannot read config file '{source}': {error}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"config file '{source}' holds a {type(content).__name__}, not a dictionary")
+    return name, content
+
+
+def _references(config: Any, id_: str = "") -> Iterator[tuple[str, str, str]]:
+    """Yield (where, "@" or "%", what) of every reference ``@id`` and every macro ``%id``."""
+    for key, value in _items(config):
+        key_id = ReferenceResolver.normalize_id(str(key).removeprefix("+"))
+        yield from _references(value, f"{id_}{_SEP}{key_id}" if id_ else key_id)
+    if isinstance(config, str):
+        text = ConfigParser.resolve_relative_ids(id_, config)
+        if text.startswith("%"):
+            path, target = ConfigParser.split_path_id(text[1:])
+            if not path:
+                yield id_, "%", target
+        else:
+            yield from ((id_, "@", target) for target in ReferenceResolver.match_refs_pattern(text))
+
+
+def _items(config: Any) -> Iterable[tuple[Any, Any]]:
+    if isinstance(config, dict):
+        return config.items()
+    return enumerate(config) if isinstance(config, list) else ()
+
+
+def _check_used(id_: str, value: Any, used: set[str], name: str, content: Mapping[str, Any]) -> None:
+    """Raise if no reference leads to ``id_``, or to a part of a plain dict that is used in parts."""
+    parts = id_.split(_SEP)
+    if parts[0] == "_meta_" or any(_SEP.join(parts[:n]) in used for n in range(1, len(parts) + 1)):
+        return
+    if not _is_used(id_, used):
+        hint = _hint(id_, [known for known in [*_ids(content), *sorted(used)] if known != id_])
+        raise ConfigError(f"unknown config key '{_shown(id_)}' in {name}: nothing uses it{hint}")
+    if isinstance(value, dict) and "_target_" not in value:
+        for key, part in value.items():
+            _check_used(f"{id_}{_SEP}{key}", part, used, name, content)
+
+
+def _is_used(id_: str, used: set[str]) -> bool:
+    return any(target == id_ or target.startswith(id_ + _SEP) for target in used)
+
+
+def _check_defined(id_: str, parser: ConfigParser, used: set[str], what: str) -> Any:
+    """Return the value or default at ``id_``; raise if neither the config nor a signature has it."""
+    if id_ in parser:
+        return parser[id_]
+    scope, _, last = id_.rpartition(_SEP)
+    parent = parser.get(scope)
+    if isinstance(parent, dict) and "_target_" in parent:
+        parameters = _parameters(parent["_target_"], scope)
+        if parameters is None or last in _COMPONENT_KEYS:
+            return _MISSING
+        if last in parameters:
+            return parameters[last].default
+    # a new entry of a section, such as `train#sampler`, is sound when another line refers to it
+    elif isinstance(parent, dict) and _is_used(id_, used):
+        return _MISSING
+    raise ConfigError(f"unknown {what}: nothing defines it{_hint(id_, _ids(parser.get(), signatures=True))}")
+
+
+def _check_override(key: str, value: Any, parser: ConfigParser, referenced: set[str]) -> None:
+    if key.startswith("+"):
+        raise ConfigError(
+            f"override '--{key}': '+' merges in config files only; write the whole value with --{key[1:]}"
+        )
+    id_ = ReferenceResolver.normalize_id(key)
+    default = _check_defined(id_, parser, referenced, f"override '--{_shown(id_)}'")
+    if value is None:
+        raise ConfigError(f"override '--{_shown(id_)} None': MONAI drops it; write --{_shown(id_)} '$None'")
+    word = value.lower() if isinstance(value, str) else ""
+    is_text = isinstance(default, str) and default[:1] not in ("$", "@", "%")
+    if word == "null" or (word in ("true", "false") and not is_text):
+        option = f"--{_shown(id_)}"
+        meant = "'$None'" if word == "null" else word.capitalize()
+        raise ConfigError(f"override '{option} {value}' is the word \"{value}\"; write {option} {meant}")
+
+
+def _check_components(id_: str, config: Any) -> None:
+    """Raise if a component below ``id_`` has an argument that its target does not take."""
+    if isinstance(config, dict) and "_target_" in config and config.get("_disabled_") is not True:
+        parameters = _parameters(config["_target_"], id_)
+        known = [*_COMPONENT_KEYS, *(parameters or ())]
+        for key in config:
+            if key in known or (parameters is None and not (key.startswith("_") and key.endswith("_"))):
+                continue
+            where = f"'{config['_target_']}' at '{_shown(id_)}'"
+            raise ConfigError(f"unknown argument '{key}' of {where}{_hint(key, known)}")
+    for key, value in _items(config):
+        _check_components(f"{id_}{_SEP}{key}" if id_ else str(key), value)
+
+
+def _check_references(parser: ConfigParser, mark: str) -> None:
+    config = parser.get()
+    for where, kind, target in _references(config):
+        if kind == mark and target and target not in parser and not target.startswith("_meta_"):
+            hint = _hint(target, _ids(config), mark)
+            raise ConfigError(f"'{_shown(where)}' refers to '{mark}{_shown(target)}', which nothing defines{hint}")
+
+
+def _parameters(target: Any, id_: str) -> Mapping[str, inspect.Parameter] | None:
+    """The arguments of a ``_target_`` by name; None if it takes any, or cannot tell."""
+    if not isinstance(target, str) or target[:1] in ("$", "@", "%"):
+        return None
+    component = _locate(target)
+    if component is None:
+        scope, _, last = target.rpartition(".")
+        module = _locate(scope) if scope else None
+        hint = _hint(last, [name for name in dir(module) if name[0] != "_"]) if module is not None else ""
+        raise ConfigError(f"cannot find '_target_' '{target}' at '{_shown(id_)}'{hint}")
+    try:
+        parameters = inspect.signature(component).parameters
+    except (TypeError, ValueError):
+        return None
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        return None
+    return parameters
+
+
+@cache
+def _locate(target: str) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # MONAI's own warning, of a name that it has twice, comes when it is used
+        full_name = ConfigComponent({"_target_": target}, locator=ComponentLocator()).resolve_module_name()
+    try:
+        return locate(full_name)
+    except ErrorDuringImport as error:
+        raise ConfigError(f"importing '_target_' '{target}' failed: {error.value}") from error
+
+
+def _ids(config: Any, prefix: str = "", signatures: bool = False) -> list[str]:
+    """All ids of a config, outer ones first; with ``signatures``, also what its components take."""
+    ids: list[str] = []
+    for key, value in _items(config):
+        id_ = f"{prefix}{_SEP}{key}" if prefix else ReferenceResolver.normalize_id(str(key).removeprefix("+"))
+        ids += [id_, *_ids(value, id_, signatures)]
+    if signatures and isinstance(config, dict) and "_target_" in config:
+        ids += [f"{prefix}{_SEP}{name}" for name in _parameters(config["_target_"], prefix) or () if name not in config]
+    return ids
+
+
+def _hint(id_: str, candidates: Iterable[str], mark: str = "") -> str:
+    """Name the nearest: one with the same last word, else one beside it, else any; or all those beside it."""
+    names = list(dict.fromkeys(candidates))
+    scope, _, last = id_.rpartition(_SEP)
+    same_word = [] if last.isdigit() else [name for name in names if name.rpartition(_SEP)[2] == last]
+    words = [name.rpartition(_SEP)[2] for name in names if name.rpartition(_SEP)[0] == scope]
+    near = difflib.get_close_matches(id_, same_word, n=1, cutoff=0)
+    if not near and not last.isdigit():
+        near = [f"{scope}{_SEP * bool(scope)}{word}" for word in difflib.get_close_matches(last, words, n=1)]
+        near = near or difflib.get_close_matches(id_, names, n=1, cutoff=0.85)
+    if near:
+        return f"; did you mean '{mark}{_shown(near[0])}'?"
+    return f"; '{_shown(scope)}' has: {', '.join(words)}" if scope and words else ""
+
+
+def _shown(id_: str) -> str:
+    return id_.replace(_SEP, "#")

@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""BIMCV-COVID19+ CT studies, with or without BIMCV-R's English reports, to a datalist (S4.1.1).
+
+Layout read: ``[covid19_posi/]sub-S*/ses-E*/mod-rx/*_ct.nii.gz`` with DICOM tags in a ``.json`` of the same
+stem, reports in ``BIMCV-R.csv`` or in ``derivatives/labels/labels_covid19_posi.tsv`` (iteration 1) or
+``labels_covid_posi.tsv`` (iterations 1 to 3). A report belongs to a session by ``ReportID`` and
+``PatientID``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from unimedi_components.data.ct_checks import CTLimits, Fault, check_ct, read_ct_header
+from unimedi_components.data.datalist import DatalistBuilder
+from unimedi_components.data.sources import (
+    existing_root,
+    find_source,
+    nearest_hint,
+    progress_map,
+    read_source,
+)
+from unimedi_components.data.splits import split_patients
+from unimedi_components.data.text import clean_report, report_language
+from unimedi_components.errors import DataError
+
+__all__ = ["collect", "convert"]
+
+LABEL_TABLES = ("derivatives/labels/labels_covid19_posi.tsv", "derivatives/labels/labels_covid_posi.tsv")
+TEXT_COLUMNS = ("English", "Report_en", "report_en", "Report", "report", "text", "Text")
+PATH_COLUMNS = (
+    "path",
+    "Path",
+    "file",
+    "filename",
+    "file_name",
+    "image",
+    "image_path",
+    "ImagePath",
+    "nii_path",
+)
+NOT_ENGLISH = "report not English"
+_FILE_IDS = re.compile(r"(sub-S\d+)\D.*?(ses-E\d+)")
+
+_Session = tuple[str, str]
+
+
+def convert(root: str | Path, **options: Any) -> dict[str, Any]:
+    """Return the datalist of :func:`collect`."""
+    return collect(root, **options).build()
+
+
+def collect(
+    root: str | Path,
+    *,
+    strict: bool = False,
+    seed: int = 42,
+    validation_fraction: float = 0.05,
+    test_fraction: float = 0.05,
+    min_sentences: int = 3,
+    min_tokens: int = 3,
+    keep_punct: bool = False,
+    min_slices: int = 20,
+    min_megabytes: float = 1.0,
+    report_csv: str | Path | None = None,
+    text_column: str | None = None,
+    num_workers: int = 2,
+) -> DatalistBuilder:
+    """Read BIMCV-COVID19+ (and BIMCV-R).
+
+    Of the CT series of a session one is kept: scouts and series with a fault are left out, the one with the
+    most slices wins (the shortest name among equals, so that repeated acquisitions come last).
+
+    Args:
+        root: ``covid19_posi`` or the folder that holds it; item paths are relative to it.
+        strict: raise at the first broken or missing file.
+        seed: seed of the split by patient.
+        validation_fraction: share of the patients for validation.
+        test_fraction: share of the patients for test.
+        min_sentences: fewest sentences after cleaning (the paper's three).
+        min_tokens: fewest word tokens after cleaning.
+        keep_punct: see :func:`~unimedi_components.data.text.clean_report`.
+        min_slices: fewest slices of a series.
+        min_megabytes: fewest megabytes of voxels of a series.
+        report_csv: table of English reports, if it is not ``BIMCV-R.csv`` below ``root``.
+        text_column: column of the report text, if its name is unusual.
+        num_workers: threads that check volumes.
+
+    Returns:
+        The builder. Drop reasons: ``session without CT``, ``no report``, ``report of another patient``,
+        ``report not English``, ``fewer than N sentences``, ``fewer than N tokens``, ``scout``, ``other series
+        of the session``, and those of :func:`~unimedi_components.data.ct_checks.check_ct`.
+
+    Raises:
+        DataError: no sessions or no reports are found, a column is missing, or a fault under ``strict``.
+    """
+    base = existing_root(root, "BIMCV-COVID19+")
+    builder = DatalistBuilder("bimcv", root, strict)
+    sessions = _sessions(base)
+    table = _report_table(base, report_csv)
+    reports = _Reports(table, text_column)
+    builder.add_source(table)
+    limits = CTLimits(min_slices=min_slices, min_megabytes=min_megabytes)
+    wanted: list[tuple[_Session, list[Path]]] = []
+    texts: dict[_Session, str] = {}
+    for session, files in sessions:
+        reason, text = reports.of(session) if files else ("session without CT", "")
+        report = clean_report(text, keep_punct)
+        if not reason and report.num_tokens < min_tokens:
+            reason = f"fewer than {min_tokens} tokens"
+        elif not reason and report.num_sentences < min_sentences:
+            reason = f"fewer than {min_sentences} sentences"
+        if reason:
+            builder.drop(reason, "_".join(session), text if reason == "report of another patient" else "")
+        else:
+            texts[session] = report.text
+            wanted.append((session, files))
+    chosen = progress_map(lambda entry: _choose_series(entry[1], limits), wanted, "CT volumes", num_workers)
+    items = []
+    for (session, _), (path, dropped) in zip(wanted, chosen, strict=True):
+        for fault, other in dropped:
+            builder.drop(fault.reason, _stem(other), fault.detail)
+        if path is not None:
+            image = path.relative_to(base).as_posix()
+            item = {
+                "id": _stem(path),
+                "patient": session[0],
+                "image": image,
+                "dim": 3,
+                "report": texts[session],
+            }
+            items.append(item)
+    split_of = split_patients({item["patient"]: "3" for item in items}, validation_fraction, test_fraction, seed)
+    for item in items:
+        builder.add(split_of[item["patient"]], item)
+    _warn_not_english(builder)
+    return builder
+
+
+def _sessions(root: Path) -> list[tuple[_Session, list[Path]]]:
+    """Return every session, ``((patient, session), CT files)``, in name order."""
+    top = root / "covid19_posi" if (root / "covid19_posi").is_dir() else root
+    found = []
+    for folder in sorted(top.glob("sub-*/ses-*")):
+        if folder.is_dir():
+            files = [path for ending in ("nii.gz", "nii") for path in folder.glob(f"mod-*/*_ct.{ending}")]
+            found.append(((folder.parent.name, folder.name), sorted(files)))
+    if not found:
+        raise DataError(
+            f"{root}: no sessions. Looked for {top.name}/sub-S*/ses-E*/mod-rx/*_ct.nii.gz. "
+            "Unpack the data set's tgz files there, or correct ROOT."
+        )
+    return found
+
+
+def _stem(path: Path) -> str:
+    return path.name.removesuffix(".gz").removesuffix(".nii")
+
+
+class _Reports:
+    """The first report of every session, and the sessions paired with another patient's report."""
+
+    def __init__(self, path: Path, text_column: str | None) -> None:
+        self.text: dict[_Session, str] = {}
+        self.wrong: dict[str, str] = {}
+        frame = read_source(path, ("PatientID", "ReportID"), "\t" if ".tsv" in path.name else ",")
+        column = text_column or next((name for name in TEXT_COLUMNS if name in frame.columns), "Report")
+        if column not in frame.columns:
+            hint = nearest_hint(column, frame.columns)
+            raise DataError(
+                f"{path}: no column {column!r} ({hint}the file has {', '.join(map(repr, frame.columns))}). "
+                "Name the report's column with text_column."
+            )
+        path_column = next((name for name in PATH_COLUMNS if name in frame.columns), None)
+        for row in frame.to_dict("records"):
+            session = (_prefixed(row["PatientID"], "sub-"), _prefixed(row["ReportID"], "ses-"))
+            ids = _FILE_IDS.search(row[path_column]) if path_column else None
+            if ids and ids.groups() != session:
+                paired = f"{path}: {row[path_column]} is paired with the report of {' '.join(session)}"
+                self.wrong.setdefault(ids.group(2), paired)
+            elif session not in self.text:
+                self.text[session] = row[column]
+                self.wrong.setdefault(session[1], f"{path}: the report of {session[1]} names patient {session[0]}")
+        languages = Counter(report_language(text) for text in self.text.values())
+        # Reports too short to tell follow the table: most of a Spanish table is recognisably Spanish.
+        self.refused = {"es", None} if languages["es"] > languages["en"] else {"es"}
+
+    def of(self, session: _Session) -> tuple[str, str]:
+        """Return ``("", text)`` or ``(reason, detail)``."""
+        text = self.text.get(session, "")
+        if not text.strip():
+            other = "" if session in self.text else self.wrong.get(session[1], "")
+            return ("report of another patient", other) if other else ("no report", "")
+        return (NOT_ENGLISH, "") if report_language(text) in self.refused else ("", text)
+
+
+def _prefixed(name: str, prefix: str) -> str:
+    name = name.strip()
+    return name if name.startswith(prefix) else prefix + name
+
+
+def _report_table(root: Path, report_csv: str | Path | None) -> Path:
+    if report_csv is not None:
+        return Path(report_csv).expanduser()
+    patterns = [prefix + name for name in ("BIMCV-R.csv", *LABEL_TABLES) for prefix in ("", "covid19_posi/")]
+    found = find_source(root, patterns, "report table", required=False)
+    # ROOT may be covid19_posi itself, with the tables beside it.
+    if found is None and root.resolve().name == "covid19_posi":
+        found = find_source(root.resolve().parent, patterns, "report table", required=False)
+    if found is None:
+        raise DataError(
+            f"{root}: no report table. Looked for {', '.join(patterns)}. "
+            "Fetch BIMCV-R.csv (English), or give report_csv."
+        )
+    return found
+
+
+def _is_scout(path: Path) -> bool:
+    """Read ImageType (0008,0008) from the json of the same stem; a series without tags is no scout."""
+    try:
+        with open(path.with_name(_stem(path) + ".json"), encoding="utf-8") as stream:
+            tag = json.load(stream).get("00080008", {})
+    except (OSError, ValueError, AttributeError):
+        return False
+    values = tag.get("Value", []) if isinstance(tag, dict) else []
+    return any(str(value).upper() in ("LOCALIZER", "SCOUT") for value in values)
+
+
+def _choose_series(files: list[Path], limits: CTLimits) -> tuple[Path | None, list[tuple[Fault, Path]]]:
+    """Return the series to keep, and each other series with the reason why it is left out."""
+    dropped: list[tuple[Fault, Path]] = []
+    sound: list[tuple[int, Path]] = []
+    for path in files:
+        if _is_scout(path):
+            dropped.append((Fault("scout", ""), path))
+        elif (fault := check_ct(path, limits, values=False)) is not None:
+            dropped.append((fault, path))
+        else:
+            sound.append((read_ct_header(path).num_slices, path))
+    kept: Path | None = None
+    for _, path in sorted(sound, key=lambda entry: (-entry[0], len(entry[1].name), entry[1].name)):
+        if kept is not None:
+            dropped.append((Fault("other series of the session", ""), path))
+        elif (fault := check_ct(path, limits)) is not None:
+            dropped.append((fault, path))
+        else:
+            kept = path
+    return kept, dropped
+
+
+def _warn_not_english(builder: DatalistBuilder) -> None:
+    count = len(builder.dropped.get(NOT_ENGLISH, []))
+    if count:
+        remedy = (
+            f"{count} reports are not English and were dropped (BIMCV-COVID19+ is Spanish). "
+            "Put BIMCV-R.csv, or a table of translated reports, into ROOT or name it with report_csv."
+        )
+        builder.remedies.append(remedy)
+        warnings.warn(f"{builder.root}: {remedy}", stacklevel=3)

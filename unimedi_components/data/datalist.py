@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The datalist: one JSON file that says which image goes with which report, in MONAI's own format.
+
+``{"training": [...], "validation": [...], "test": [...], "meta": {...}}`` with items ``{"id", "patient",
+"image" (POSIX path relative to the data set's root), "dim" (2 | 3), "report", optional "label": [int, ...],
+"mask": path}``. Splits never share a patient. ``monai.data.load_decathlon_datalist`` reads the same file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from unimedi_components.data.sources import sha256_of
+from unimedi_components.errors import DataError
+
+__all__ = [
+    "FAULT_REASONS",
+    "SPLITS",
+    "DatalistBuilder",
+    "load_datalist",
+    "select",
+    "validate_datalist",
+    "write_json",
+]
+
+SPLITS = ("training", "validation", "test")
+REQUIRED_KEYS = ("id", "patient", "image", "dim")
+LISTED_DROPS = 20
+
+#: Reasons that mean a broken or missing file, not a filter of the recipe; ``strict`` raises at the first.
+FAULT_REASONS = frozenset(
+    {
+        "unreadable image",
+        "missing image",
+        "missing report",
+        "unreadable report",
+        "not a 3D volume",
+        "affine not finite",
+        "zero affine",
+        "singular affine",
+        "spacing out of range",
+        "affine and spacing disagree",
+        "non-finite voxels",
+        "not Hounsfield units",
+    }
+)
+
+
+class DatalistBuilder:
+    """Collects items and drops while a converter reads a data set.
+
+    Args:
+        dataset: name of the data set.
+        root: folder that image paths are relative to.
+        strict: raise at the first drop whose reason is one of :data:`FAULT_REASONS`.
+    """
+
+    def __init__(self, dataset: str, root: str | Path, strict: bool = False) -> None:
+        self.dataset = dataset
+        self.root = Path(root)
+        self.strict = strict
+        self.items: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
+        self.dropped: dict[str, list[dict[str, str]]] = {}
+        self.sources: dict[str, str] = {}
+        self.remedies: list[str] = []
+        self.meta: dict[str, Any] = {}
+
+    def add_source(self, path: Path) -> None:
+        """Record the SHA-256 of a table that the items come from."""
+        try:
+            name = path.resolve().relative_to(self.root.resolve()).as_posix()
+        except ValueError:
+            name = str(path)
+        self.sources[name] = sha256_of(path)
+
+    def add(self, split: str, item: dict[str, Any]) -> None:
+        """Keep an item."""
+        self.items[split].append(item)
+
+    def drop(self, reason: str, item_id: str, detail: str = "") -> None:
+        """Count an item that is left out.
+
+        Raises:
+            DataError: the reason is a fault and the builder is strict.
+        """
+        if self.strict and reason in FAULT_REASONS:
+            raise DataError(
+                f"{reason}: {(detail or item_id).rstrip('.')}. "
+                "Repair or remove it, or prepare without --strict to skip and list such items."
+            )
+        self.dropped.setdefault(reason, []).append({"id": item_id, **({"detail": detail} if detail else {})})
+
+    def drop_many(self, reason: str, item_ids: Iterable[str]) -> None:
+        """Count many items that are left out for one reason without a detail each."""
+        for item_id in item_ids:
+            self.drop(reason, item_id)
+
+    @property
+    def n_kept(self) -> int:
+        """Number of items kept over all splits."""
+        return sum(map(len, self.items.values()))
+
+    def build(self) -> dict[str, Any]:
+        """Return the datalist with its ``meta`` block; items are sorted by id within a split.
+
+        Raises:
+            DataError: ids repeat or a patient is in two splits.
+        """
+        splits = {split: sorted(items, key=lambda item: item["id"]) for split, items in self.items.items()}
+        listed = {reason: [drop["id"] for drop in drops[:LISTED_DROPS]] for reason, drops in self.dropped.items()}
+        datalist: dict[str, Any] = {
+            **splits,
+            "meta": {
+                "dataset": self.dataset,
+                "root": str(self.root),
+                "created_with": f"unimedi_components {_version()}",
+                "sources": self.sources,
+                "kept": {split: len(items) for split, items in splits.items()},
+                "dropped": {reason: len(drops) for reason, drops in self.dropped.items()},
+                "dropped_items": listed,
+                **self.meta,
+            },
+        }
+        validate_datalist(datalist, f"{self.dataset} at {self.root}", require_training=False)
+        return datalist
+
+
+def _version() -> str:
+    try:
+        return metadata.version("unimedi_components")
+    except metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+def write_json(content: Any, path: str | Path) -> Path:
+    """Write JSON under a temporary name and rename it, so that no reader ever sees half a file."""
+    path = Path(path).expanduser()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as stream:
+            json.dump(content, stream, indent=1, ensure_ascii=False)
+            stream.write("\n")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def validate_datalist(
+    datalist: Any, name: str, required: Sequence[str] = REQUIRED_KEYS, require_training: bool = True
+) -> None:
+    """Check what every user of a datalist relies on.
+
+    Args:
+        datalist: the parsed file.
+        name: file name for the message.
+        required: keys that every item must have.
+        require_training: whether an empty training split is an error.
+
+    Raises:
+        DataError: not a datalist, a key is missing, an id repeats, ``dim`` is neither 2 nor 3, a patient is
+            in two splits, or training is empty.
+    """
+    remedy = "Make it again with 'python -m unimedi_components prepare'."
+    if not isinstance(datalist, dict) or "training" not in datalist:
+        raise DataError(f'{name}: not a datalist, the key "training" is missing. {remedy}')
+    seen: set[str] = set()
+    split_of: dict[str, str] = {}
+    for split in SPLITS:
+        items = datalist.get(split, [])
+        if not isinstance(items, list):
+            raise DataError(f"{name}: {split!r} is not a list of items. {remedy}")
+        for index, item in enumerate(items):
+            place = f"{name}: {split}[{index}]"
+            missing = [key for key in required if not isinstance(item, dict) or key not in item]
+            if missing:
+                raise DataError(f"{place} has no {', '.join(map(repr, missing))}. {remedy}")
+            if item["dim"] not in (2, 3):
+                raise DataError(f"{place} (id {item['id']}) has dim {item['dim']!r}; it must be 2 or 3.")
+            if item["id"] in seen:
+                raise DataError(f"{place}: the id {item['id']!r} is used twice. Give every item its own id.")
+            seen.add(item["id"])
+            other = split_of.setdefault(item["patient"], split)
+            if other != split:
+                raise DataError(
+                    f"{name}: patient {item['patient']!r} is in two splits, {other} and {split}. "
+                    "Put all items of a patient into one split, or prepare the data again."
+                )
+    if require_training and not datalist["training"]:
+        raise DataError(f"{name}: the training split is empty. Prepare the data again and read why items were dropped.")
+
+
+def load_datalist(
+    path: str | Path, root: str | Path | None = None, required: Sequence[str] = REQUIRED_KEYS
+) -> dict[str, Any]:
+    """Read and check a datalist.
+
+    Args:
+        path: the JSON file.
+        root: when given, the folder that image paths are relative to; it and the first image of each split
+            must exist.
+        required: keys that every item must have; add ``"report"`` for image-report training.
+
+    Returns:
+        The datalist with all three splits present.
+
+    Raises:
+        DataError: the file is missing, not JSON, or fails :func:`validate_datalist`, or images are not below
+            ``root``.
+    """
+    path = Path(path).expanduser()
+    try:
+        with open(path, encoding="utf-8") as stream:
+            datalist = json.load(stream)
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise DataError(
+            f"{path}: no such datalist. Make it with 'python -m unimedi_components prepare DATASET ROOT {path}'."
+        ) from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not valid JSON ({error}). Prepare the data again.") from error
+    validate_datalist(datalist, str(path), required)
+    for split in SPLITS:
+        datalist.setdefault(split, [])
+    if root is not None:
+        _check_root(datalist, path, Path(root).expanduser())
+    return datalist
+
+
+def _check_root(datalist: dict[str, Any], path: Path, root: Path) -> None:
+    if not root.is_dir():
+        raise DataError(f"{root}: no such folder. Give the folder that the images of {path} are relative to.")
+    for split in SPLITS:
+        for item in datalist[split][:1]:
+            if not (root / item["image"]).exists():
+                prepared = datalist.get("meta", {}).get("root", "unknown")
+                raise DataError(
+                    f"{path}: {split} image {item['image']} is not below {root}. "
+                    f"Give the data set's root (prepared from {prepared})."
+                )
+
+
+def select(datalist: dict[str, Any], split: str, dims: Iterable[int] | int | None = None) -> list[dict[str, Any]]:
+    """Return the items of a split.
+
+    Args:
+        datalist: a datalist.
+        split: ``"training"``, ``"validation"`` or ``"test"``.
+        dims: 2, 3 or several of them; None keeps both.
+
+    Raises:
+        DataError: the split's name is unknown.
+    """
+    if split not in SPLITS:
+        raise DataError(f"split {split!r} is unknown. Use one of {', '.join(SPLITS)}.")
+    wanted = {2, 3} if dims is None else {dims} if isinstance(dims, int) else set(dims)
+    return [item for item in datalist.get(split, []) if item["dim"] in wanted]

@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A datalist as images with reports: cached on disk, repeatable, and tolerant of unreadable files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from monai.data import MetaTensor, PersistentDataset
+from torch import Tensor
+
+from unimedi_components.data.transforms import ByDimension
+from unimedi_components.errors import DataError
+
+__all__ = ["PretrainDataset", "Skipped"]
+
+logger = logging.getLogger(__name__)
+
+# where no item of a dimension could be read, at most this many following items are tried in their place
+_MAX_REFILL = 8
+_SKIPPED_FILE = "skipped.jsonl"
+
+
+class Skipped(NamedTuple):
+    """An item that could not be read: its id, its file and why."""
+
+    id: str
+    file: str
+    reason: str
+
+
+class PretrainDataset(PersistentDataset):
+    """Items of a datalist as images with reports; deterministic transforms run once and are kept on disk.
+
+    Random transforms are seeded by (`seed`, epoch, index): neither the number of workers nor what was drawn
+    before matters. Cached images are keyed by the file's path, size and time and by the parameters of the
+    transforms that made them, so that changing any of these never meets a stale image.
+
+    Args:
+        data: items {"id", "image": path relative to `root`, "dim": 2 or 3, "report"}.
+        transform: chains that turn a file name under "image" into a (1, ...) float image.
+        root: folder of the data set.
+        cache_dir: folder for cached images, made when missing; None computes each image every time.
+        seed: of the random transforms.
+        strict: an unreadable file ends the run; otherwise it is left out of its batch, counted and listed.
+        require_report: items without report text are an error (pre-training) or get an empty text.
+        memory_mb: mebibytes of cached images to keep in memory too, in each process that loads; what was kept
+            is not looked up on disk again, so changes to its file go unseen until the next run.
+
+    Raises:
+        DataError: `root` is missing, or an item lacks a field.
+    """
+
+    transform: ByDimension
+
+    def __init__(
+        self,
+        data: Sequence[dict[str, Any]],
+        transform: ByDimension,
+        root: str | os.PathLike[str],
+        cache_dir: str | os.PathLike[str] | None = None,
+        seed: int = 0,
+        strict: bool = False,
+        require_report: bool = True,
+        memory_mb: float = 0,
+    ) -> None:
+        if not Path(root).is_dir():
+            raise DataError(f"data set root {root} is not a folder; set `dataset_dir` to where the data set lies")
+        super().__init__(data=list(data), transform=transform, cache_dir=None if cache_dir is None else str(cache_dir))
+        self.root, self.seed, self.strict = Path(root), seed, strict
+        self.require_report, self.refill = require_report, True
+        _check_items(self.data, require_report)
+        # shared memory, so that workers which outlive an epoch see the next one
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+        self._run = uuid.uuid4().hex
+        self._skipped: dict[str, Skipped] = {}
+        self._memory: dict[str, Tensor] = {}
+        self._memory_left = int(memory_mb * 2**20)
+
+    def set_data(self, data: Sequence[dict[str, Any]]) -> None:
+        """Replace the items. The cache stays: its keys tell which images are still valid."""
+        _check_items(data, self.require_report)
+        self.data = list(data)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose random transforms the next items get; workers follow at once."""
+        self._epoch.fill_(epoch)
+
+    @property
+    def dims(self) -> list[int]:
+        """2 or 3 for every item."""
+        return [item["dim"] for item in self.data]
+
+    @property
+    def skipped(self) -> list[Skipped]:
+        """The unreadable items that this run met, each once; those of other processes need a `cache_dir`."""
+        found = dict(self._skipped)
+        listing = None if self.cache_dir is None else self.cache_dir / _SKIPPED_FILE
+        for line in listing.read_text().splitlines() if listing and listing.is_file() else []:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                # half a line, left by a run that was killed
+                continue
+            if record.pop("run") == self._run:
+                found.setdefault(record["id"], Skipped(**record))
+        return sorted(found.values())
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any] | Skipped]:
+        """Fetch a batch.
+
+        Where no item of a dimension can be read, the next readable one of that dimension stands in, so that a
+        training step never lacks a dimension; `refill = False` (evaluation) turns this off.
+        """
+        items = [self._transform(index) for index in indices]
+        fetched = list(zip(indices, items, strict=True))
+        for dim in (2, 3) if self.refill else ():
+            own = [(index, item) for index, item in fetched if self.data[index]["dim"] == dim]
+            if own and all(isinstance(item, Skipped) for _, item in own):
+                items += self._stand_in(dim, own[0][0], set(indices))
+        return items
+
+    def _stand_in(self, dim: int, start: int, taken: set[int]) -> list[dict[str, Any] | Skipped]:
+        tried: list[dict[str, Any] | Skipped] = []
+        for index in (*range(start + 1, len(self)), *range(start)):
+            if self.data[index]["dim"] != dim or index in taken:
+                continue
+            tried.append(self._transform(index))
+            if not isinstance(tried[-1], Skipped) or len(tried) == _MAX_REFILL:
+                break
+        return tried
+
+    def _transform(self, index: int) -> dict[str, Any] | Skipped:
+        item = self.data[index]
+        path = self.root / item["image"]
+        try:
+            prepared = self._cachecheck({"id": item["id"], "dim": item["dim"], "image": str(path)})
+            key = [self.seed, int(self._epoch), index]
+            self.transform.seed_random(item["dim"], int(np.random.SeedSequence(key).generate_state(1)[0]))
+            image = _plain(self._post_transform({**prepared, "dim": item["dim"]})["image"])
+        except MemoryError:
+            raise
+        except Exception as error:
+            return self._skip(item["id"], path, error)
+        return {**item, "report": item.get("report") or "", "image": image}
+
+    def _skip(self, item_id: str, path: Path, error: BaseException) -> Skipped:
+        cause = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        # the file is named beside the reason: once is enough
+        text = str(cause).strip().removeprefix(f"{path}: ").replace(str(path), path.name).splitlines() or [""]
+        record = Skipped(item_id, str(path), f"{type(cause).__name__}: {text[0][:300]}")
+        if self.strict:
+            raise DataError(
+                f"{path}: cannot be read ({record.reason}); repair or remove it, or set `strict` to false"
+            ) from error
+        if item_id not in self._skipped:
+            self._skipped[item_id] = record
+            logger.warning("skipped %s (%s): %s", record.file, record.id, record.reason)
+            if self.cache_dir is not None:
+                with open(self.cache_dir / _SKIPPED_FILE, "a") as file:
+                    file.write(json.dumps({**record._asdict(), "run": self._run}) + "\n")
+        return record
+
+    def _cachecheck(self, item_transformed: dict[str, Any]) -> dict[str, Any]:
+        path = item_transformed["image"]
+        if path in self._memory:
+            # transforms may work in place
+            return {"image": self._memory[path].clone()}
+        image = self._from_disk(item_transformed)
+        if image.nbytes <= self._memory_left:
+            self._memory_left -= image.nbytes
+            self._memory[path] = image.clone()
+        return {"image": image}
+
+    def _from_disk(self, item: dict[str, Any]) -> Tensor:
+        if self.cache_dir is None:
+            return self._compute(item)
+        path, dim = Path(item["image"]), item["dim"]
+        key = json.dumps([os.path.abspath(path), _stamp(path), dim, self.transform.fingerprints[dim]])
+        file = self.cache_dir / f"{hashlib.sha256(key.encode()).hexdigest()}.pt"
+        try:
+            return torch.load(file, weights_only=True)["image"]
+        except FileNotFoundError:
+            pass
+        except Exception as error:
+            # a damaged file shows in many ways: bad zip, short read, foreign pickle
+            logger.warning("cached image %s is damaged (%s) and is made again", file, type(error).__name__)
+        image = self._compute(item)
+        _save_atomic({"image": image}, file)
+        return image
+
+    def _compute(self, item: dict[str, Any]) -> Tensor:
+        image = _plain(self._pre_transform(item)["image"])
+        if not torch.isfinite(image).all():
+            raise DataError(f"{item['image']}: holds values that are not finite numbers")
+        return image
+
+
+def _check_items(data: Sequence[Mapping[str, Any]], require_report: bool) -> None:
+    needed = ("id", "image", "dim", "report") if require_report else ("id", "image", "dim")
+    for i, item in enumerate(data):
+        missing = [field for field in needed if not item.get(field)]
+        if missing or item["dim"] not in (2, 3):
+            fault = f"lacks {', '.join(missing)}" if missing else f'has "dim" {item["dim"]!r}, not 2 or 3'
+            raise DataError(f"item {i} ({item.get('id')!r}) of the datalist {fault}; make the datalist again")
+
+
+def _plain(image: Any) -> Tensor:
+    image = image.as_tensor() if isinstance(image, MetaTensor) else torch.as_tensor(image)
+    # a crop is a view: cloning lets go of the rest and makes what workers send small
+    return image.to(torch.float32).clone(memory_format=torch.contiguous_format)
+
+
+def _stamp(path: Path) -> list[Any]:
+    """Size and time of a file, or of all files of a DICOM folder."""
+    files = sorted(entry for entry in path.iterdir() if entry.is_file()) if path.is_dir() else [path]
+    stats = [(file.name, file.stat()) for file in files]
+    return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
+
+
+def _save_atomic(content: dict[str, Tensor], file: Path) -> None:
+    # in the same folder: a rename is atomic only within one file system
+    temporary = file.with_name(f".{file.stem}-{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        torch.save(content, temporary)
+        os.replace(temporary, file)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        logger.warning("could not cache to %s (%s); the image is computed again next time", file, error)

@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MIMIC-CXR-JPG 2.x to a datalist (S4.1.1: frontal views, reports of at least three sentences).
+
+Layout read: ``mimic-cxr-2.*-{metadata,split}.csv[.gz]``, optional ``-chexpert.csv[.gz]``, images
+``files/p10/p10000032/s50414267/DICOM_ID.jpg`` and, from MIMIC-CXR, report texts
+``files/p10/p10000032/s50414267.txt`` (also under ``mimic-cxr-reports/``).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from unimedi_components.data.datalist import DatalistBuilder
+from unimedi_components.data.sources import existing_root, find_source, progress_map, read_source
+from unimedi_components.data.text import clean_report, split_sections
+from unimedi_components.data.xray_checks import xray_fault
+from unimedi_components.errors import DataError
+
+__all__ = ["LABEL_MISSING", "collect", "convert"]
+
+SPLIT_NAMES = {"train": "training", "validate": "validation", "test": "test"}
+FRONTAL_VIEWS = ("PA", "AP")
+#: Label of a finding that the report does not mention; the others are the file's own 1, 0 and -1 (uncertain).
+LABEL_MISSING = -2
+REPORT_FOLDERS = ("files", "mimic-cxr-reports/files", "mimic-cxr-reports", "reports/files", "reports")
+
+_Report = tuple[str, str]
+
+
+def convert(root: str | Path, **options: Any) -> dict[str, Any]:
+    """Return the datalist of :func:`collect`."""
+    return collect(root, **options).build()
+
+
+def collect(
+    root: str | Path,
+    *,
+    strict: bool = False,
+    min_sentences: int = 3,
+    min_tokens: int = 3,
+    keep_punct: bool = False,
+    fallback_sections: bool = False,
+    check_images: str = "quick",
+    labels: bool = True,
+    reports_root: str | Path | None = None,
+    sectioned_csv: str | Path | None = None,
+    num_workers: int = 8,
+) -> DatalistBuilder:
+    """Read MIMIC-CXR-JPG.
+
+    Args:
+        root: folder with the csv files and ``files/``.
+        strict: raise at the first broken or missing file.
+        min_sentences: fewest sentences after cleaning (the paper's three).
+        min_tokens: fewest word tokens after cleaning (MGCA's three).
+        keep_punct: see :func:`~unimedi_components.data.text.clean_report`.
+        fallback_sections: where a report has neither impression nor findings take its last paragraph or,
+            without one, its comparison; otherwise such studies are dropped.
+        check_images: ``"quick"`` (first and last bytes), ``"full"`` (decode) or ``"none"``.
+        labels: add the 14 CheXpert labels if ``-chexpert.csv`` is there: 1, 0, -1 uncertain, -2 not
+            mentioned.
+        reports_root: folder with ``p10/p10000032/s50414267.txt`` (or with ``files/`` over it) if it is
+            elsewhere.
+        sectioned_csv: MIT-LCP's ``mimic_cxr_sectioned.csv``, used instead of the report files.
+        num_workers: threads that read files.
+
+    Returns:
+        The builder. Drop reasons: ``not a frontal view``, ``no view position``, ``duplicate id``, ``no
+        official split``, ``missing report``, ``unreadable report``, ``no findings or impression``, ``fewer
+        than N sentences``, ``fewer than N tokens``, ``missing image``, ``unreadable image``.
+
+    Raises:
+        DataError: a table is missing or lacks a column, or a fault under ``strict``.
+    """
+    base = existing_root(root, "MIMIC-CXR-JPG")
+    builder = DatalistBuilder("mimic_cxr", root, strict)
+    frame = _frontal_images(builder, base)
+    studies = frame[["subject_id", "study_id"]].drop_duplicates()
+    raw = (
+        _sections_from_csv(builder, Path(sectioned_csv))
+        if sectioned_csv
+        else _sections_from_files(base, studies, reports_root, num_workers)
+    )
+
+    def clean(study: str) -> _Report:
+        found = raw.get(study)
+        if not isinstance(found, dict):
+            return found or ("missing report", "")
+        text = (found["impression"] + " " + found["findings"]).strip()
+        if not text and fallback_sections:
+            text = found["last_paragraph"] or found["comparison"]
+        if not text:
+            return "no findings or impression", ""
+        report = clean_report(text, keep_punct)
+        if report.num_tokens < min_tokens:
+            return f"fewer than {min_tokens} tokens", ""
+        if report.num_sentences < min_sentences:
+            return f"fewer than {min_sentences} sentences", ""
+        return "", report.text
+
+    reports = {study: clean(study) for study in studies["study_id"]}
+    _add_items(builder, base, frame, reports, lambda path: xray_fault(path, check_images), labels, num_workers)
+    return builder
+
+
+def _frontal_images(builder: DatalistBuilder, root: Path) -> pd.DataFrame:
+    """Return one row per frontal image with its official split: dicom_id, subject_id, study_id, split."""
+    metadata = _required(root, "metadata")
+    splits = _required(root, "split")
+    frame = read_source(metadata, ("dicom_id", "subject_id", "study_id", "ViewPosition"))
+    official = read_source(splits, ("dicom_id", "split"))
+    for path in (metadata, splits):
+        builder.add_source(path)
+    view = frame["ViewPosition"].str.strip().str.upper()
+    repeated = frame["dicom_id"].duplicated()
+    split = frame["dicom_id"].map(official.drop_duplicates("dicom_id").set_index("dicom_id")["split"])
+    frame["split"] = split.str.strip().str.lower().map(SPLIT_NAMES)
+    frontal = view.isin(FRONTAL_VIEWS)
+    unknown = view.isin(("", "NAN", "NA"))
+    builder.drop_many("duplicate id", frame.loc[repeated, "dicom_id"])
+    builder.drop_many("no view position", frame.loc[~repeated & unknown, "dicom_id"])
+    builder.drop_many("not a frontal view", frame.loc[~repeated & ~frontal & ~unknown, "dicom_id"])
+    frontal &= ~repeated
+    builder.drop_many("no official split", frame.loc[frontal & frame["split"].isna(), "dicom_id"])
+    frame = frame.loc[frontal & frame["split"].notna(), ["dicom_id", "subject_id", "study_id", "split"]]
+    subject = "p" + frame["subject_id"].str.strip().str.removeprefix("p")
+    frame["subject_id"], frame["study_id"] = (
+        subject,
+        "s" + frame["study_id"].str.strip().str.removeprefix("s"),
+    )
+    return frame.reset_index(drop=True)
+
+
+def _required(root: Path, kind: str) -> Path:
+    path = find_source(root, [f"mimic-cxr-2.*-{kind}.csv"], f"{kind} table of MIMIC-CXR-JPG")
+    assert path is not None  # find_source raises when a required table is missing
+    return path
+
+
+def _sections_from_csv(builder: DatalistBuilder, path: Path) -> dict[str, dict[str, str] | _Report]:
+    names = ("impression", "findings", "last_paragraph", "comparison")
+    frame = read_source(path, ("study", *names))
+    builder.add_source(path)
+    study = "s" + frame["study"].str.removesuffix(".txt").str.removeprefix("s")
+    return dict(zip(study, frame[list(names)].to_dict("records"), strict=True))
+
+
+def _sections_from_files(
+    root: Path, studies: pd.DataFrame, reports_root: str | Path | None, num_workers: int
+) -> dict[str, dict[str, str] | _Report]:
+    names = [f"{subject[:3]}/{subject}/{study}.txt" for subject, study in studies.itertuples(index=False)]
+    folder = _report_folder(root, names, reports_root)
+
+    def read(name: str) -> dict[str, str] | _Report:
+        path = folder / name
+        try:
+            text = path.read_text(encoding="utf-8", errors="replace")
+        except FileNotFoundError:
+            return "missing report", f"{path}: no such file"
+        except OSError as error:
+            return "unreadable report", f"{path}: {error}"
+        return split_sections(text)
+
+    return dict(zip(studies["study_id"], progress_map(read, names, "reports", num_workers), strict=True))
+
+
+def _report_folder(root: Path, names: list[str], reports_root: str | Path | None) -> Path:
+    """Return the folder that holds the first report found among evenly spread studies."""
+    if reports_root is not None:
+        given = existing_root(reports_root, "MIMIC-CXR report")
+        candidates = [given, given / "files", given / "mimic-cxr-reports" / "files"]
+    else:
+        candidates = [root / folder for folder in REPORT_FOLDERS]
+    probes = names[:: max(1, len(names) // 100)]
+    for folder in candidates:
+        if any((folder / name).is_file() for name in probes):
+            return folder
+    if probes:
+        raise DataError(
+            f"{root}: no report texts. Looked for {probes[0]} below {', '.join(map(str, candidates))}. "
+            "Unpack mimic-cxr-reports.zip of MIMIC-CXR there, or give reports_root or sectioned_csv."
+        )
+    return candidates[0]
+
+
+def _add_items(
+    builder: DatalistBuilder,
+    root: Path,
+    frame: pd.DataFrame,
+    reports: dict[str, _Report],
+    fault_of: Callable[[Path], tuple[str, str] | None],
+    labels: bool,
+    num_workers: int,
+) -> None:
+    """Drop rows by report and image, add the rest."""
+    reasons = frame["study_id"].map({study: found[0] for study, found in reports.items()})
+    details = {study: found[1] for study, found in reports.items() if found[0]}
+    for row in frame[reasons != ""].itertuples(index=False):
+        builder.drop(reports[row.study_id][0], row.dicom_id, details[row.study_id])
+    frame = frame[reasons == ""].reset_index(drop=True)
+    folder = "files/" + frame["subject_id"].str[:3] + "/" + frame["subject_id"] + "/" + frame["study_id"]
+    images = (folder + "/" + frame["dicom_id"] + ".jpg").tolist()
+    faults = progress_map(lambda image: fault_of(root / image), images, "images", num_workers)
+    label_of = _chexpert_labels(builder, root) if labels else {}
+    for row, image, fault in zip(frame.itertuples(index=False), images, faults, strict=True):
+        if fault is not None:
+            builder.drop(fault[0], row.dicom_id, fault[1])
+            continue
+        item = {"id": row.dicom_id, "patient": row.subject_id, "image": image, "dim": 2}
+        item["report"] = reports[row.study_id][1]
+        if row.study_id in label_of:
+            item["label"] = label_of[row.study_id]
+        builder.add(row.split, item)
+
+
+def _chexpert_labels(builder: DatalistBuilder, root: Path) -> dict[str, list[int]]:
+    """Return study -> 14 labels in the file's column order; names and meaning go into the meta block."""
+    path = find_source(root, ["mimic-cxr-2.*-chexpert.csv"], "label table", required=False)
+    if path is None:
+        return {}
+    frame = read_source(path, ("subject_id", "study_id"))
+    builder.add_source(path)
+    names = [column for column in frame.columns if column not in ("subject_id", "study_id")]
+    values = frame[names].apply(pd.to_numeric, errors="coerce").fillna(LABEL_MISSING).astype(int)
+    if not values.isin((1, 0, -1, LABEL_MISSING)).all(axis=None):
+        warnings.warn(f"{path}: labels other than 1, 0, -1 and empty; they are kept as they are.", stacklevel=2)
+    builder.meta["label_names"] = names
+    builder.meta["label_values"] = {
+        "1": "positive",
+        "0": "negative",
+        "-1": "uncertain",
+        str(LABEL_MISSING): "missing",
+    }
+    study = "s" + frame["study_id"].str.strip().str.removeprefix("s")
+    return dict(zip(study, values.to_numpy().tolist(), strict=True))

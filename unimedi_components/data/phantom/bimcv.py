@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Phantom CT volumes in the layout of BIMCV-COVID19+ with English reports."""
+
+from __future__ import annotations
+
+import csv
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+
+from .anatomy import Patient
+from .geometry import Grid
+from .lesions import Lesion
+from .reports import Report, write_report
+from .studies import CTStudy, labels_of, lesion_record, make_ct, make_patient
+from .writer import Layout, PatientRecord, register
+
+__all__ = ["BIMCV", "REPORT_COLUMNS", "save_nifti"]
+
+REPORT_COLUMNS = (
+    "PatientID",
+    "ReportID",
+    "Report",
+    "Labels",
+    "Localizations",
+    "LabelsLocalizationsBySentence",
+    "labelCUIS",
+    "LocalizationsCUIS",
+)
+_SCOUT_SHARE = 0.05
+_LPS_SHARE = 0.4
+_SCOUT_SLICES = 6
+
+
+def save_nifti(path: Path, hu: np.ndarray, grid: Grid, lps: bool) -> None:
+    """Write HU (nz, ny, nx) as .nii.gz; the file's array order is (x, y, z), z from inferior to superior.
+
+    Args:
+        path: file to write; gzip level 1 without a time stamp, so that the same volume gives the same bytes.
+        hu: int16 volume, y to the back and x to the left.
+        grid: its geometry in mm.
+        lps: True stores the rows as they are (x to the left, y to the back, negative steps in the affine);
+            False stores them flipped (RAS+).
+    """
+    step = np.array((grid.spacing[2], grid.spacing[1], grid.spacing[0]))
+    first = np.array((-grid.origin[2], -grid.origin[1], grid.origin[0]))
+    sign = np.array((-1.0, -1.0, 1.0))
+    data = hu.transpose(2, 1, 0)
+    if not lps:
+        data = data[::-1, ::-1]
+        first[:2] -= step[:2] * (np.array(data.shape[:2]) - 1)
+        sign = np.ones(3)
+    affine = np.diag([*(sign * step), 1.0])
+    affine[:3, 3] = first
+    image = nib.Nifti1Image(np.asfortranarray(data), affine)
+    image.header.set_xyzt_units("mm")
+    packer = zlib.compressobj(1, zlib.DEFLATED, 31, 9, zlib.Z_RLE)
+    path.write_bytes(packer.compress(image.to_bytes()) + packer.flush())
+
+
+def _write_patient(root: Path, index: int, seed: np.random.SeedSequence) -> PatientRecord:
+    patient, streams = make_patient(seed)
+    text = streams[3]
+    subject, session = f"sub-S{index + 1:05d}", f"ses-E{2 * index + 1 + int(text.integers(0, 2)):05d}"
+    folder = root / "covid19_posi" / subject / session / "mod-rx"
+    folder.mkdir(parents=True)
+    study = make_ct(patient, streams)
+    stem = f"{subject}_{session}_run-1_bp-chest_ct"
+    lps = bool(text.random() < _LPS_SHARE)
+    date = f"2020{int(text.integers(3, 12)):02d}{int(text.integers(1, 29)):02d}"
+    _save_series(folder, stem, study.hu, study.grid, lps, patient, date)
+    if text.random() < _SCOUT_SHARE:
+        few = np.linspace(8, study.hu.shape[0] - 9, _SCOUT_SLICES).astype(int)
+        z, y, x = study.grid.spacing
+        gap = z * float(few[1] - few[0])
+        grid = Grid(
+            (_SCOUT_SLICES, *study.hu.shape[1:]),
+            (gap, y, x),
+            (float(study.grid.z[few[0]]), *study.grid.origin[1:]),
+        )
+        _save_series(folder, stem.replace("run-1", "run-2"), study.hu[few], grid, lps, patient, date)
+    report = write_report(patient, "ct", text)
+    _write_tsv(
+        root / "covid19_posi" / subject / f"{subject}_sessions.tsv",
+        ("session_id", "study_date", "medical_evaluation"),
+        [{"session_id": session, "study_date": date, "medical_evaluation": ""}],
+    )
+    path = (folder / f"{stem}.nii.gz").relative_to(root).as_posix()
+    return {
+        "studies": {stem: _truth(patient, study, path, lps)},
+        "participant": _participant(patient, subject),
+        "report": _report_row(patient, report, subject, session),
+    }
+
+
+def _save_series(folder: Path, stem: str, hu: np.ndarray, grid: Grid, lps: bool, patient: Patient, date: str) -> None:
+    save_nifti(folder / f"{stem}.nii.gz", hu, grid, lps)
+    tags: dict[str, dict[str, Any]] = {
+        "00080020": {"vr": "DA", "Value": [date]},
+        "00080060": {"vr": "CS", "Value": ["CT"]},
+        "00100040": {"vr": "CS", "Value": [patient.sex]},
+        "00101010": {"vr": "AS", "Value": [f"{patient.age:03d}Y"]},
+        "00180015": {"vr": "CS", "Value": ["CHEST"]},
+        "00180050": {"vr": "DS", "Value": [round(grid.spacing[0], 3)]},
+        "00185100": {"vr": "CS", "Value": ["HFS"]},
+        "00280010": {"vr": "US", "Value": [hu.shape[1]]},
+        "00280011": {"vr": "US", "Value": [hu.shape[2]]},
+        "00280030": {"vr": "DS", "Value": [round(grid.spacing[1], 4), round(grid.spacing[2], 4)]},
+        "00281052": {"vr": "DS", "Value": [0.0]},
+        "00281053": {"vr": "DS", "Value": [1.0]},
+    }
+    (folder / f"{stem}.json").write_text(json.dumps(tags) + "\n", encoding="utf-8")
+
+
+def _file_boxes(lesion: Lesion, shape: tuple[int, ...], lps: bool) -> list[list[list[int]]]:
+    """Boxes [[z0, z1], [y0, y1], [x0, x1]] in indices of the file's third, second and first axis."""
+    if lps:
+        return lesion.boxes
+    _, ny, nx = shape
+    return [[z, [ny - 1 - y1, ny - 1 - y0], [nx - 1 - x1, nx - 1 - x0]] for z, (y0, y1), (x0, x1) in lesion.boxes]
+
+
+def _truth(patient: Patient, study: CTStudy, path: str, lps: bool) -> dict[str, Any]:
+    found = [lesion_record(v, _file_boxes(v, study.hu.shape, lps), slices=True) for v in study.lesions]
+    return {
+        "image": path,
+        "labels": labels_of(patient.findings),
+        "findings": found,
+        "lesion_slices": sorted({i for lesion in study.lesions for i in lesion.slices}),
+        "n_slices": study.hu.shape[0],
+    }
+
+
+def _participant(patient: Patient, subject: str) -> dict[str, Any]:
+    return {
+        "participant": subject,
+        "modality_dicom": "['CT']",
+        "body_parts": "[['chest']]",
+        "age": f"[{patient.age}]",
+        "gender": patient.sex,
+    }
+
+
+def _report_row(patient: Patient, report: Report, subject: str, session: str) -> dict[str, Any]:
+    text = f"Findings: {' '.join(report.findings)} Impression: {' '.join(report.impression)}"
+    labels = [f.name.replace("_", " ") for f in patient.findings] or ["normal"]
+    places = [f"loc {f.side}" for f in patient.findings if f.side]
+    cells = (subject, session, text, str(labels), str(places), str([[v] for v in labels]), "[]", "[]")
+    return dict(zip(REPORT_COLUMNS, cells, strict=True))
+
+
+def _write_tables(root: Path, records: list[PatientRecord], seed: np.random.SeedSequence) -> None:
+    base = root / "covid19_posi"
+    columns = ("participant", "modality_dicom", "body_parts", "age", "gender")
+    _write_tsv(base / "participants.tsv", columns, [record["participant"] for record in records])
+    labels = base / "derivatives" / "labels"
+    labels.mkdir(parents=True)
+    _write_tsv(labels / "labels_covid19_posi.tsv", REPORT_COLUMNS, [record["report"] for record in records])
+
+
+def _write_tsv(path: Path, columns: tuple[str, ...], rows: list[dict[str, Any]]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, delimiter="\t", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+BIMCV = register(Layout("bimcv", 2, _write_patient, _write_tables))

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Radiology reports of phantom patients, written from the findings."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .anatomy import Patient
+from .findings import FINDINGS, Finding
+from .phrases import (
+    CLEAR,
+    IMPRESSION,
+    INDICATIONS,
+    NEGATIVE,
+    NORMAL,
+    POSITIVE,
+    SCOLIOSIS,
+    SEVERITY,
+    STYLE,
+    WHERE,
+    ZONE_WORDS,
+)
+
+__all__ = ["Report", "write_report"]
+
+
+@dataclass(frozen=True)
+class Report:
+    """A report of 3 to 10 sentences.
+
+    Args:
+        indication: why the image was taken.
+        findings: sentences of the findings section.
+        impression: sentences of the impression section.
+    """
+
+    indication: str
+    findings: tuple[str, ...]
+    impression: tuple[str, ...]
+
+
+def write_report(patient: Patient, modality: str, rng: np.random.Generator) -> Report:
+    """Write the report of a patient's study.
+
+    Every finding is named in both sections; an absent one appears in negations only; nothing contradicts the
+    findings.
+
+    Args:
+        patient: whose findings to report.
+        modality: ``xray`` or ``ct``; decides style and places.
+        rng: chooses among the wordings.
+    """
+    words = {f.name: _words(f, modality, rng) for f in patient.findings}
+    positive = [_fill(_pick(rng, POSITIVE[name]), slots) for name, slots in words.items()]
+    rng.shuffle(positive)
+    normal = NORMAL[modality]
+    present = set(words)
+    body = list(positive)
+    if not present:
+        body.append(_pick(rng, CLEAR[modality]))
+    body += _negations(present, modality, rng)
+    if "cardiomegaly" not in present and rng.random() < 0.85:
+        body.append(_pick(rng, normal["heart"]))
+    optional = [_pick(rng, normal[key]) for key in ("bones", "other") if rng.random() < 0.5]
+    if abs(patient.scoliosis[0]) > 9.0:
+        optional.insert(0, _pick(rng, SCOLIOSIS))
+    # A mediastinum that is pushed aside is not called normal.
+    if not patient.shift and rng.random() < 0.5:
+        optional.insert(0, _pick(rng, normal["mediastinum"]))
+    room = 8 - len(body) - max(1, (len(present) + 1) // 2)
+    body += optional[: max(room, 0)]
+    impression = _impression(words, modality, rng)
+    if len(body) + len(impression) < 3:
+        body.append(_pick(rng, normal["bones"]))
+    sex = "woman" if patient.sex == "F" else "man"
+    indication = f"{patient.age} year old {sex} {_pick(rng, INDICATIONS)}"
+    return Report(indication, tuple(body), tuple(impression))
+
+
+def _pick(rng: np.random.Generator, options: Sequence[str]) -> str:
+    return options[int(rng.integers(len(options)))]
+
+
+def _words(f: Finding, modality: str, rng: np.random.Generator) -> dict[str, str]:
+    """The slots that templates may use for one finding."""
+    slots = {"sev": _pick(rng, SEVERITY[f.name][f.severity]), "side": f.side or ""}
+    if f.zone and f.side:
+        zone = _pick(rng, ZONE_WORDS[modality][f.zone])
+        slots["where"] = _pick(rng, WHERE[modality][f.side]).format(zone=zone)
+    if f.size:
+        slots["size"] = f"{f.size / 10:.1f} cm" if rng.random() < 0.5 else f"{f.size:.0f} mm"
+    return slots
+
+
+def _fill(template: str, slots: dict[str, str]) -> str:
+    """Fill a template; a capitalised slot starts with a capital."""
+    capital = {key.capitalize(): value.capitalize() for key, value in slots.items()}
+    text = template.format(**slots, **capital)
+    return re.sub(r"\b([Aa]) (?=[aeio])", r"\1n ", text)
+
+
+def _negations(present: set[str], modality: str, rng: np.random.Generator) -> list[str]:
+    """One or two sentences that deny some of the absent findings; pleura and consolidation first."""
+    absent = [name for name in NEGATIVE if name not in present]
+    chance = {"effusion": 0.9, "pneumothorax": 0.9, "consolidation": 0.7}
+    named = [name for name in absent if rng.random() < chance.get(name, 0.35)]
+    rng.shuffle(named)
+    groups = [named[:2], named[2:5]] if rng.random() < 0.5 else [named[:3]]
+    sentences = []
+    for group in groups:
+        if group:
+            items = [_pick(rng, NEGATIVE[name]) for name in group]
+            joined = items[0] if len(items) == 1 else ", ".join(items[:-1]) + f" or {items[-1]}"
+            sentences.append(_pick(rng, STYLE[modality]).format(list=joined))
+    return sentences
+
+
+def _impression(words: dict[str, dict[str, str]], modality: str, rng: np.random.Generator) -> list[str]:
+    normal = NORMAL[modality]
+    if not words:
+        return [_pick(rng, normal["impression"])]
+    parts = [_fill(_pick(rng, IMPRESSION[name]), words[name]) for name in FINDINGS if name in words]
+    sentences = []
+    while parts:
+        first = parts.pop(0)
+        if parts and "," not in first + parts[0] and rng.random() < 0.6:
+            second = parts.pop(0)
+            first = f"{first} and {second[0].lower()}{second[1:]}"
+        sentences.append(f"{first}.")
+    if len(words) < 3 and rng.random() < 0.25:
+        sentences.append(_pick(rng, normal["follow"]))
+    return sentences

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``prepare``: a data set in its own layout to a datalist, with an account of what was kept and dropped."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from unimedi_components.data import bimcv, mimic_cxr, table
+from unimedi_components.data.datalist import (
+    LISTED_DROPS,
+    SPLITS,
+    DatalistBuilder,
+    load_datalist,
+    validate_datalist,
+    write_json,
+)
+from unimedi_components.data.sources import nearest_hint
+from unimedi_components.data.splits import nested_fraction
+from unimedi_components.errors import ConfigError, DataError
+
+__all__ = ["CONVERTERS", "merge_datalists", "prepare"]
+
+#: Data set name -> its ``collect(root, *, strict, ...)``; a new data set is one more line.
+CONVERTERS: dict[str, Callable[..., DatalistBuilder]] = {
+    "mimic_cxr": mimic_cxr.collect,
+    "bimcv": bimcv.collect,
+    "table": table.collect,
+}
+EXAMPLES = 3
+
+
+def prepare(
+    dataset: str,
+    root: Any,
+    out: str | Path,
+    fraction: float | None = None,
+    seed: int = 42,
+    strict: bool = False,
+    **options: Any,
+) -> None:
+    """Write the datalist of a data set and print what was kept and dropped.
+
+    Args:
+        dataset: ``mimic_cxr``, ``bimcv`` or ``table``.
+        root: the data set's folder; for ``table`` the csv file or files.
+        out: the datalist to write; ``OUT.drops.json`` beside it lists every dropped item, if there are any.
+        fraction: keep this share of the training patients, nested over fractions for one seed; other splits
+            stay.
+        seed: seed of the fraction and of splits that the data set does not define.
+        strict: make the first broken or missing file an error.
+        **options: the converter's own options, for example ``min_sentences``.
+
+    Raises:
+        ConfigError: the data set or an option is unknown; the nearest known name is given.
+        DataError: a fault of the data set as a whole, nothing was kept, or a fault of one file under
+            ``strict``.
+    """
+    collect = _converter(dataset)
+    known = {name for name in inspect.signature(collect).parameters if name != "root"}
+    for name in options:
+        if name not in known:
+            offered = ", ".join(sorted(known | {"fraction"}))
+            hint = nearest_hint(name, known | {"fraction"})
+            raise ConfigError(f"prepare {dataset}: unknown option {name!r}. {hint}Options: {offered}.")
+    if "seed" in known:
+        options["seed"] = seed
+    builder = collect(root, strict=strict, **options)
+    datalist = builder.build()
+    meta = datalist["meta"]
+    if fraction is not None:
+        datalist["training"] = nested_fraction(datalist["training"], fraction, seed)
+        meta["kept"]["training"] = len(datalist["training"])
+        meta["fraction"] = fraction
+    meta["seed"] = seed
+    summary = _summary(builder, meta["kept"])
+    if not meta["kept"]["training"]:
+        looked = "" if builder.dropped else " The tables list no items."
+        raise DataError(
+            f"{builder.root}: no training item is left of the {dataset} data.{looked}\n{summary}\n"
+            "Correct ROOT or the reason with the largest count."
+        )
+    path = write_json(datalist, out)
+    drops = path.with_name(path.name.removesuffix(".json") + ".drops.json")
+    drops.unlink(missing_ok=True)
+    if builder.dropped:
+        write_json(builder.dropped, drops)
+        summary += f"\nevery dropped item: {drops}"
+    print(f"{summary}\ndatalist: {path}")
+
+
+def _converter(dataset: str) -> Callable[..., DatalistBuilder]:
+    if dataset not in CONVERTERS:
+        hint = nearest_hint(str(dataset), CONVERTERS)
+        raise ConfigError(f"unknown data set {dataset!r}. {hint}Data sets: {', '.join(CONVERTERS)}.")
+    return CONVERTERS[dataset]
+
+
+def _summary(builder: DatalistBuilder, kept: Mapping[str, int]) -> str:
+    """Return the table of kept items by split and dropped items by reason, with first examples."""
+    dims = [f"{sum(item['dim'] == dim for own in builder.items.values() for item in own)} {dim}D" for dim in (2, 3)]
+    lines = [f"{builder.dataset} at {builder.root} ({', '.join(dims)})"]
+    lines += [f"  kept     {kept[split]:>8}  {split}" for split in SPLITS]
+    for reason, drops in sorted(builder.dropped.items(), key=lambda entry: -len(entry[1])):
+        shown = ", ".join(drop["id"] for drop in drops[:EXAMPLES]) + (", ..." if len(drops) > EXAMPLES else "")
+        lines.append(f"  dropped  {len(drops):>8}  {reason}: {shown}")
+        if "detail" in drops[0]:
+            lines.append(f"{'':20} e.g. {drops[0]['detail']}")
+    if not builder.dropped:
+        lines.append(f"  dropped  {0:>8}")
+    return "\n".join(lines + builder.remedies)
+
+
+def merge_datalists(datalists: Mapping[str, str | Path], out: str | Path, root: str | Path) -> dict[str, Any]:
+    """Join several datalists into one, for example X-rays and CT volumes for pre-training.
+
+    Images are found below ``root/NAME`` or else below the root that each datalist records, and get paths
+    relative to ``root``. Patients become ``NAME-PATIENT``, ids become ``NAME-ID`` where they collide.
+
+    Args:
+        datalists: name -> datalist file.
+        out: the datalist to write.
+        root: folder above all images.
+
+    Returns:
+        The joined datalist.
+
+    Raises:
+        DataError: a datalist is invalid, or its images are neither below ``root/NAME`` nor below its recorded
+            root, or not below ``root``.
+    """
+    parts = {name: load_datalist(path) for name, path in datalists.items()}
+    prefixes = {name: _prefix(name, Path(datalists[name]), part, Path(root)) for name, part in parts.items()}
+    seen: dict[str, int] = {}
+    for part in parts.values():
+        for split in SPLITS:
+            for item in part[split]:
+                seen[item["id"]] = seen.get(item["id"], 0) + 1
+    joined: dict[str, Any] = {split: [] for split in SPLITS}
+    for name, part in parts.items():
+        for split in SPLITS:
+            for item in part[split]:
+                moved = {**item, "patient": f"{name}-{item['patient']}"}
+                moved["id"] = f"{name}-{item['id']}" if seen[item["id"]] > 1 else item["id"]
+                for key in ("image", "mask"):
+                    if key in item:
+                        moved[key] = os.path.normpath(os.path.join(prefixes[name], item[key])).replace(os.sep, "/")
+                joined[split].append(moved)
+    joined["meta"] = _joined_meta(parts, joined, root)
+    validate_datalist(joined, str(out))
+    write_json(joined, out)
+    return joined
+
+
+def _prefix(name: str, path: Path, part: dict[str, Any], root: Path) -> str:
+    """Return the folder of a datalist's images relative to ``root``."""
+    first = next(item["image"] for split in SPLITS for item in part[split])
+    recorded = Path(part.get("meta", {}).get("root", ""))
+    for folder in (root / name, recorded):
+        if (folder / first).exists():
+            relative = os.path.relpath(folder.resolve(), root.resolve())
+            if relative.split(os.sep)[0] == os.pardir:
+                raise DataError(f"{path}: images below {folder} are not below root {root}. Give a folder above both.")
+            return relative
+    raise DataError(
+        f"{path}: image {first} is neither below {root / name} nor below {recorded}. "
+        f"Move the data there, or prepare {name} again."
+    )
+
+
+def _joined_meta(parts: dict[str, Any], joined: dict[str, Any], root: str | Path) -> dict[str, Any]:
+    metas = {name: part.get("meta", {}) for name, part in parts.items()}
+    dropped: dict[str, int] = {}
+    listed: dict[str, list[str]] = {}
+    for meta in metas.values():
+        for reason, count in meta.get("dropped", {}).items():
+            dropped[reason] = dropped.get(reason, 0) + count
+            listed[reason] = (listed.get(reason, []) + meta.get("dropped_items", {}).get(reason, []))[:LISTED_DROPS]
+    return {
+        "dataset": "+".join(parts),
+        "root": str(root),
+        "created_with": next((meta["created_with"] for meta in metas.values() if "created_with" in meta), ""),
+        "sources": {
+            f"{name}/{key}": value for name, meta in metas.items() for key, value in meta.get("sources", {}).items()
+        },
+        "kept": {split: len(joined[split]) for split in SPLITS},
+        "dropped": dropped,
+        "dropped_items": listed,
+        "label_names": {name: meta["label_names"] for name, meta in metas.items() if "label_names" in meta},
+    }

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a pre-training run reads: one datalist over an X-ray and a CT data set, and a tokenizer for their reports."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from unimedi_components.data.phantom import write_phantom
+from unimedi_components.data.prepare import merge_datalists, prepare
+from unimedi_components.data.vocabulary import build_wordpiece
+from unimedi_components.distributed import first_rank_first
+
+__all__ = ["pretraining_datalist", "report_tokenizer"]
+
+SOURCES = ("mimic_cxr", "bimcv")
+
+
+def pretraining_datalist(
+    dataset_dir: str | Path,
+    phantoms: Mapping[str, int] | None = None,
+    phantom_seed: int = 0,
+    sources: Sequence[str] = SOURCES,
+    **options: Any,
+) -> str:
+    """Datalist over `<dataset_dir>/<source>` for each source, made at the first run and reused after.
+
+    Args:
+        dataset_dir: folder with one folder per source in the data set's own layout; image paths are relative to it.
+        phantoms: number of phantom patients to write for each source first, where they are not there yet; None or
+            empty expects real data.
+        phantom_seed: seed of the phantoms.
+        sources: layouts to join.
+        options: passed to the converters, for example `min_sentences`.
+
+    Returns:
+        path of `<dataset_dir>/pretrain.json`.
+
+    Raises:
+        DataError: a source is missing, or nothing in it can be used.
+    """
+    root = Path(dataset_dir)
+
+    def make() -> str:
+        parts: dict[str, str] = {}
+        for source in sources:
+            part, fresh = root / f"{source}.json", False
+            if phantoms:
+                fresh = write_phantom(source, root / source, patients=phantoms[source], seed=phantom_seed).fresh
+            if fresh or not part.is_file():
+                prepare(source, root / source, part, **options)
+            parts[source] = str(part)
+        merge_datalists(parts, root / "pretrain.json", root)
+        return str(root / "pretrain.json")
+
+    return first_rank_first(make)
+
+
+def report_tokenizer(items: Sequence[Mapping[str, Any]], folder: str | Path, vocab_size: int = 2000) -> Any:
+    """A WordPiece tokenizer built from the reports of the training items, in `folder` (see `build_wordpiece`)."""
+    from unimedi_components.networks.report_encoder import load_tokenizer
+
+    reports = [item["report"] for item in items]
+    return load_tokenizer(first_rank_first(lambda: build_wordpiece(reports, folder, vocab_size)))

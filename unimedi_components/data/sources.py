@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading the tables and folders that data sets ship: csv and tsv, plain or gzipped."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from tqdm import tqdm
+
+from unimedi_components.errors import DataError
+
+__all__ = ["existing_root", "find_source", "nearest_hint", "progress_map", "read_source", "sha256_of"]
+
+
+def nearest_hint(name: str, known: Iterable[str]) -> str:
+    """Say which known name an unknown one resembles most.
+
+    Args:
+        name: the name that nothing defines.
+        known: the names that exist.
+
+    Returns:
+        ``"did you mean 'report'? "`` or, when nothing is similar, an empty string.
+
+    Example:
+        >>> nearest_hint("reports", ["image", "report"])
+        "did you mean 'report'? "
+    """
+
+    def likeness(candidate: str) -> float:
+        # "mimc" is meant for the first part of "mimic_cxr", which as a whole is further away than "bimcv".
+        parts = (candidate, *candidate.split("_"))
+        return max(difflib.SequenceMatcher(None, name.lower(), part.lower()).ratio() for part in parts)
+
+    best = max(known, key=likeness, default="")
+    return f"did you mean {best!r}? " if best and likeness(best) >= 0.6 else ""
+
+
+def existing_root(root: str | Path, dataset: str) -> Path:
+    """Return ``root`` as a path.
+
+    Raises:
+        DataError: the folder does not exist or is a file.
+    """
+    path = Path(root).expanduser()
+    if not path.exists():
+        raise DataError(f"{path}: no such folder. Give the folder that holds the {dataset} data as ROOT.")
+    if not path.is_dir():
+        raise DataError(f"{path}: is a file. Give the folder that holds the {dataset} data as ROOT.")
+    return path
+
+
+def find_source(root: Path, patterns: Sequence[str], what: str, *, required: bool = True) -> Path | None:
+    """Find a table below ``root`` by the first glob pattern that matches, plain or gzipped.
+
+    Args:
+        root: folder to look in.
+        patterns: glob patterns relative to ``root`` without the ``.gz`` ending, in order of preference.
+        what: name of the table for the message.
+        required: raise instead of returning None.
+
+    Raises:
+        DataError: nothing matches and the table is required.
+    """
+    for pattern in patterns:
+        for ending in ("", ".gz"):
+            found = sorted(root.glob(pattern + ending))
+            if found:
+                return found[0]
+    if not required:
+        return None
+    looked = ", ".join(f"{pattern}[.gz]" for pattern in patterns)
+    raise DataError(f"{root}: no {what}. Looked for {looked}. Download it from the data set, or correct ROOT.")
+
+
+def read_source(path: Path, required: Sequence[str] = (), sep: str = ",", remedy: str = "") -> pd.DataFrame:
+    """Read a csv or tsv, gzipped or not, every cell as the text that stands in the file.
+
+    Byte-order marks, CRLF line ends and blanks around column names are accepted; an empty cell is ``""``.
+
+    Args:
+        path: the table.
+        required: columns that must be there (matched without regard to case and renamed to this spelling).
+        sep: column separator.
+        remedy: sentence that ends the message about a missing column.
+
+    Raises:
+        DataError: the file is missing, empty, not a table, or lacks a required column (the nearest one is
+            named).
+    """
+    try:
+        frame = pd.read_csv(
+            path, sep=sep, dtype=str, keep_default_na=False, encoding="utf-8-sig", skip_blank_lines=True
+        )
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: no such file. Correct the path.") from error
+    except pd.errors.EmptyDataError as error:
+        raise DataError(f"{path}: the file is empty. It needs a header line and at least one row.") from error
+    except (OSError, EOFError, UnicodeDecodeError, pd.errors.ParserError) as error:
+        raise DataError(f"{path}: cannot be read as a table ({error}). Download or export it again.") from error
+    frame.columns = [str(column).strip() for column in frame.columns]
+    for name in required:
+        if name in frame.columns:
+            continue
+        same = [column for column in frame.columns if column.lower() == name.lower()]
+        if not same:
+            hint = nearest_hint(name, frame.columns)
+            raise DataError(
+                f"{path}: no column {name!r} ({hint}the file has {', '.join(map(repr, frame.columns))}). "
+                + (remedy or "Check that this is the data set's own file.")
+            )
+        frame = frame.rename(columns={same[0]: name})
+    if frame.empty:
+        raise DataError(f"{path}: the table holds no rows. It needs at least one row below the header line.")
+    return frame
+
+
+def sha256_of(path: Path) -> str:
+    """Return the hexadecimal SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def progress_map(function: Callable[[Any], Any], items: Sequence[Any], desc: str, num_workers: int = 8) -> list[Any]:
+    """Apply ``function`` to every item under a progress bar, in threads, keeping the order.
+
+    Threads hide the latency of many small reads on network disks; the result does not depend on their number.
+    """
+    if num_workers <= 1 or len(items) < 2:
+        return [function(item) for item in tqdm(items, desc=desc, unit="file", leave=False)]
+    with ThreadPoolExecutor(num_workers) as pool:
+        return list(tqdm(pool.map(function, items), total=len(items), desc=desc, unit="file", leave=False))

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Seeded splits and nested fractions by patient.
+
+Patients are put into an order by a hash of seed and name. So an order does not depend on the rows' order, on
+the machine or on a random generator's version, and a smaller fraction is always contained in a larger one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from unimedi_components.errors import DataError
+
+__all__ = ["nested_fraction", "patient_order", "split_patients", "strata_by_dim"]
+
+
+def patient_order(patients: Iterable[str], seed: int) -> list[str]:
+    """Return the distinct patients in the seeded order that splits and fractions share."""
+    return sorted(set(patients), key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
+
+
+def strata_by_dim(items: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """Map each patient to the kinds of image they have: ``"2"``, ``"3"`` or ``"23"``."""
+    dims: dict[str, set[int]] = defaultdict(set)
+    for item in items:
+        dims[item["patient"]].add(int(item["dim"]))
+    return {patient: "".join(map(str, sorted(kinds))) for patient, kinds in dims.items()}
+
+
+def split_patients(
+    strata: Mapping[str, str], validation_fraction: float, test_fraction: float, seed: int
+) -> dict[str, str]:
+    """Assign every patient to training, validation or test.
+
+    Args:
+        strata: patient -> group; each group is split by itself, so that X-rays and CTs reach every split.
+        validation_fraction: share of the patients for validation, in [0, 1).
+        test_fraction: share of the patients for test, in [0, 1).
+        seed: seed of the order.
+
+    Returns:
+        patient -> split. A group of three or more has at least one patient in each split
+        whose share is not 0.
+
+    Raises:
+        DataError: the shares are negative or leave nothing for training.
+    """
+    if min(validation_fraction, test_fraction) < 0 or validation_fraction + test_fraction >= 1:
+        raise DataError(
+            f"validation_fraction {validation_fraction} and test_fraction {test_fraction} "
+            "leave no training data. Both must be at least 0 and together below 1."
+        )
+    assigned = {}
+    for group in sorted(set(strata.values())):
+        order = patient_order((name for name, own in strata.items() if own == group), seed)
+        counts = [int(share * len(order) + 0.5) for share in (validation_fraction, test_fraction)]
+        if len(order) >= 3:
+            counts = [
+                max(n, int(share > 0)) for n, share in zip(counts, (validation_fraction, test_fraction), strict=True)
+            ]
+        n_validation, n_test = counts
+        for rank, patient in enumerate(order):
+            in_test = n_validation <= rank < n_validation + n_test
+            assigned[patient] = "validation" if rank < n_validation else "test" if in_test else "training"
+    return assigned
+
+
+def nested_fraction(items: Sequence[dict[str, Any]], fraction: float, seed: int = 42) -> list[dict[str, Any]]:
+    """Keep the items of a fraction of the patients.
+
+    Args:
+        items: datalist items.
+        fraction: share of the patients in (0, 1], taken among X-ray and among CT patients alike, rounded up.
+        seed: seed of the order. With one seed the items of 0.01 are contained in those of 0.1, and these in
+            1.0.
+
+    Returns:
+        The kept items in their order.
+
+    Raises:
+        DataError: the fraction is not in (0, 1].
+    """
+    if not 0 < fraction <= 1:
+        raise DataError(f"fraction {fraction} is not in (0, 1]. Use for example 0.01, 0.1 or 1.0.")
+    strata = strata_by_dim(items)
+    kept: set[str] = set()
+    for group in set(strata.values()):
+        order = patient_order((name for name, own in strata.items() if own == group), seed)
+        # The small margin keeps 0.07 * 100 = 7.000000000000001 from rounding up to 8.
+        kept.update(order[: -int(-(fraction * len(order) - 1e-9) // 1)])
+    return [item for item in items if item["patient"] in kept]

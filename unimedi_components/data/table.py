@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A team's own csv files to a datalist.
+
+Columns ``image`` and ``report``, optional ``patient``, ``split``, ``label``, ``id``. An image is a 2D file
+(jpg, png, dcm, ...) or a CT volume (nii, nii.gz, mhd, nrrd, or the folder of a DICOM series); its path is
+absolute or relative to the csv's folder. Several csv files make one datalist, for example X-rays in one and
+CTs in the other.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from unimedi_components.data.ct_checks import CTLimits, check_ct
+from unimedi_components.data.datalist import DatalistBuilder
+from unimedi_components.data.sources import nearest_hint, progress_map, read_source
+from unimedi_components.data.splits import split_patients, strata_by_dim
+from unimedi_components.data.text import clean_report, report_language
+from unimedi_components.data.xray_checks import xray_fault
+from unimedi_components.errors import ConfigError, DataError
+
+__all__ = ["collect", "convert", "image_dim"]
+
+VOLUME_ENDINGS = (".nii", ".nii.gz", ".mhd", ".mha", ".nrrd")
+SPLIT_NAMES = {
+    **dict.fromkeys(("training", "train", "tr"), "training"),
+    **dict.fromkeys(("validation", "validate", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "ts"), "test"),
+}
+REMEDY = "Rename it, or name yours with image_column / report_column."
+
+
+@dataclass
+class _Row:
+    """One row: where it stands, the image's place, and what the other cells say."""
+
+    place: str
+    image: Path
+    report: str
+    patient: str
+    split: str
+    label: str
+    row_id: str
+
+
+def convert(root: Any, **options: Any) -> dict[str, Any]:
+    """Return the datalist of :func:`collect`."""
+    return collect(root, **options).build()
+
+
+def image_dim(path: Path) -> int:
+    """Return 3 for a volume file or a folder (a DICOM series), otherwise 2."""
+    return 3 if path.name.lower().endswith(VOLUME_ENDINGS) or path.is_dir() else 2
+
+
+def collect(
+    root: str | Path | Sequence[str | Path],
+    *,
+    strict: bool = False,
+    seed: int = 42,
+    validation_fraction: float = 0.1,
+    test_fraction: float = 0.1,
+    min_sentences: int = 1,
+    min_tokens: int = 3,
+    keep_punct: bool = False,
+    language: str = "en",
+    check_images: str = "quick",
+    min_slices: int = 20,
+    min_megabytes: float = 0.0,
+    hounsfield: bool = True,
+    image_column: str = "image",
+    report_column: str = "report",
+    num_workers: int = 2,
+) -> DatalistBuilder:
+    """Read one or several tables.
+
+    Args:
+        root: a csv file, several separated by commas, or a sequence of them.
+        strict: raise at the first broken or missing file.
+        seed: seed of the split by patient.
+        validation_fraction: share of the patients for validation, where there is no ``split`` column; X-ray
+            and CT patients are split apart, so that both reach every split.
+        test_fraction: share of the patients for test, likewise.
+        min_sentences: fewest sentences after cleaning; 1, since captions are short (the paper's data sets use
+            3).
+        min_tokens: fewest word tokens after cleaning.
+        keep_punct: see :func:`~unimedi_components.data.text.clean_report`.
+        language: ``"en"`` drops reports that are recognisably Spanish, ``"any"`` keeps all.
+        check_images: ``"quick"`` (first and last bytes), ``"full"`` (decode) or ``"none"``, for 2D images.
+        min_slices: fewest voxels along every axis of a volume.
+        min_megabytes: fewest megabytes of voxels; 0, since crops are welcome.
+        hounsfield: whether volumes must be in Hounsfield units; False also admits other modalities.
+        image_column: name of the image column.
+        report_column: name of the report column.
+        num_workers: threads that check files.
+
+    Returns:
+        The builder; its root is the folder common to the csv files and their images. ``label`` is ``[int]``
+        when all labels are whole numbers, otherwise the 0/1 vector over the names that ``|`` separates,
+        listed in ``meta.label_names``; a label that is the path of a file becomes ``mask``. Drop reasons:
+        ``empty report``, ``report not English``, ``fewer than N sentences``, ``fewer than N tokens``, ``no
+        image``, ``duplicate image``, ``no split``, and those of :func:`check_ct` and :func:`xray_fault`.
+
+    Raises:
+        DataError: a table is missing, empty or lacks a column, a split's name is unknown, a patient is in two
+            splits, or a fault under ``strict``.
+        ConfigError: ``language`` or ``check_images`` is unknown.
+    """
+    if language not in ("en", "any"):
+        raise ConfigError(f"language={language!r} is unknown. Use 'en' or 'any'.")
+    tables = _table_paths(root)
+    rows = [row for table in tables for row in _read_rows(table, image_column, report_column)]
+    base = _common_folder(tables, rows)
+    builder = DatalistBuilder("table", base, strict)
+    for table in tables:
+        builder.add_source(table)
+    limits = CTLimits(min_slices=min_slices, min_megabytes=min_megabytes, hounsfield=hounsfield)
+
+    def fault_of(path: Path) -> tuple[str, str] | None:
+        if image_dim(path) == 2:
+            return xray_fault(path, check_images)
+        fault = check_ct(path, limits)
+        return None if fault is None else (fault.reason, fault.detail)
+
+    rows = _drop_repeated(builder, rows)
+    faults = progress_map(fault_of, [row.image for row in rows], "images", num_workers)
+    kept: list[tuple[_Row, dict[str, Any]]] = []
+    for row, fault in zip(rows, faults, strict=True):
+        report = clean_report(row.report, keep_punct)
+        reason, detail = fault if fault is not None else ("", row.place)
+        if reason:
+            detail = f"{detail} ({row.place})"
+        elif not row.report.strip():
+            reason = "empty report"
+        elif language == "en" and report_language(row.report) == "es":
+            reason = "report not English"
+        elif report.num_tokens < min_tokens:
+            reason = f"fewer than {min_tokens} tokens"
+        elif report.num_sentences < min_sentences:
+            reason = f"fewer than {min_sentences} sentences"
+        if reason:
+            builder.drop(reason, row.row_id, detail)
+            continue
+        item = {"id": row.row_id, "patient": row.patient, "image": _relative(row.image, base)}
+        kept.append((row, {**item, "dim": image_dim(row.image), "report": report.text}))
+    _add_labels(builder, kept, base)
+    _add_to_splits(builder, kept, validation_fraction, test_fraction, seed)
+    if "report not English" in builder.dropped:
+        builder.remedies.append("Translate the reports that are not English, or keep all with language='any'.")
+    return builder
+
+
+def _table_paths(root: str | Path | Sequence[str | Path]) -> list[Path]:
+    given = [root] if isinstance(root, Path) else root.split(",") if isinstance(root, str) else list(root)
+    paths = [Path(str(name).strip()).expanduser() for name in given if str(name).strip()]
+    for path in paths:
+        if path.is_dir():
+            raise DataError(f"{path}: is a folder. Give the csv file, or several separated by commas.")
+    if not paths:
+        raise DataError("no table was given. Give the csv file, or several separated by commas.")
+    return [Path(os.path.abspath(path)) for path in paths]
+
+
+def _read_rows(table: Path, image_column: str, report_column: str) -> list[_Row]:
+    sep = "\t" if ".tsv" in table.suffixes else ","
+    frame = read_source(table, (image_column, report_column), sep, REMEDY)
+    # Only these spellings count, so that a column like "Patient Age" is never taken for the patient.
+    known = {column.lower(): column for column in frame.columns}
+
+    def cell(record: dict[str, str], name: str) -> str:
+        return record[known[name]].strip() if name in known else ""
+
+    if "patient" not in known:
+        hint = nearest_hint("patient", frame.columns)
+        print(f"{table}: no column 'patient' ({hint}every image counts as a patient of its own)")
+    rows = []
+    for number, record in enumerate(frame.to_dict("records"), start=2):
+        name = record[image_column].strip()
+        image = Path(os.path.normpath(table.parent / name)) if name else Path()
+        patient = cell(record, "patient") or f"{table.stem}:{name}"
+        place = f"{table}, row {number}"
+        labels = cell(record, "label")
+        rows.append(
+            _Row(
+                place,
+                image,
+                record[report_column],
+                patient,
+                cell(record, "split"),
+                labels,
+                cell(record, "id"),
+            )
+        )
+    return rows
+
+
+def _common_folder(tables: list[Path], rows: list[_Row]) -> Path:
+    """Return the folder that is common to the tables and all images."""
+    folders = {str(path.parent) for path in tables} | {str(row.image.parent) for row in rows if row.image.name}
+    return Path(os.path.commonpath(sorted(folders)))
+
+
+def _relative(path: Path, base: Path) -> str:
+    return path.relative_to(base).as_posix()
+
+
+def _drop_repeated(builder: DatalistBuilder, rows: list[_Row]) -> list[_Row]:
+    """Drop rows without an image and repeated images; give each other row an id of its own."""
+    kept: list[_Row] = []
+    images: set[Path] = set()
+    ids: set[str] = set()
+    for row in rows:
+        if not row.image.name:
+            builder.drop("no image", row.place)
+        elif row.image in images:
+            builder.drop("duplicate image", _relative(row.image, builder.root), row.place)
+        else:
+            images.add(row.image)
+            full = _relative(row.image, builder.root)
+            stem = full.removesuffix(".gz")
+            stem = stem.removesuffix(Path(stem).suffix)
+            row.row_id = next(name for name in (row.row_id, stem, full) if name and name not in ids)
+            ids.add(row.row_id)
+            kept.append(row)
+    return kept
+
+
+def _add_labels(builder: DatalistBuilder, kept: list[tuple[_Row, dict[str, Any]]], base: Path) -> None:
+    """Turn label cells into class numbers, 0/1 vectors or mask paths."""
+    named: list[tuple[str, dict[str, Any]]] = []
+    for row, item in kept:
+        table_folder = Path(row.place.rpartition(", row ")[0]).parent
+        if row.label and (table_folder / row.label).is_file():
+            item["mask"] = os.path.relpath(os.path.abspath(table_folder / row.label), base).replace(os.sep, "/")
+        elif row.label:
+            named.append((row.label, item))
+    if not named:
+        return
+    if all(label.lstrip("-").isdigit() for label, _ in named):
+        for label, item in named:
+            item["label"] = [int(label)]
+        return
+    classes = [{part.strip() for part in label.split("|")} - {""} for label, _ in named]
+    names = sorted(set().union(*classes))
+    for own, (_, item) in zip(classes, named, strict=True):
+        item["label"] = [int(name in own) for name in names]
+    builder.meta["label_names"] = names
+
+
+def _add_to_splits(
+    builder: DatalistBuilder,
+    kept: list[tuple[_Row, dict[str, Any]]],
+    validation_fraction: float,
+    test_fraction: float,
+    seed: int,
+) -> None:
+    """Use the ``split`` cells, or split by patient where no row has one."""
+    if not any(row.split for row, _ in kept):
+        strata = strata_by_dim(item for _, item in kept)
+        split_of = split_patients(strata, validation_fraction, test_fraction, seed)
+        for _, item in kept:
+            builder.add(split_of[item["patient"]], item)
+        return
+    placed: dict[str, tuple[str, str]] = {}
+    for row, item in kept:
+        if not row.split:
+            builder.drop("no split", row.row_id, row.place)
+            continue
+        split = SPLIT_NAMES.get(row.split.lower())
+        if split is None:
+            hint = nearest_hint(row.split, SPLIT_NAMES)
+            raise DataError(f"{row.place}: split {row.split!r} is unknown. {hint}Use training, validation or test.")
+        other, place = placed.setdefault(row.patient, (split, row.place))
+        if other != split:
+            raise DataError(
+                f"{row.place}: patient {row.patient!r} is in two splits, {other} ({place}) and {split}. "
+                "Put all rows of a patient into one split, or leave the split column out to have it made."
+            )
+        builder.add(split, item)

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Radiology reports: sections, sentences, cleaning and a language check."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from typing import NamedTuple
+
+__all__ = ["CleanReport", "clean_report", "looks_english", "report_language", "split_sections"]
+
+# A header starts a line after one blank and ends with a colon (the layout of MIMIC-CXR 2.0.0 report files).
+_HEADER = re.compile(r"\n ([A-Z ()/,-]+):\s")
+_PARAGRAPH = re.compile(r"\n[ \t]*\n")
+_VIEW_TITLE = re.compile(r"\b(chest|radiographs?|views?|frontal|lateral|portable|ap|pa)\b")
+_ENUMERATION = re.compile(r"[0-9]+\.")
+# Keeps the points inside numbers ("3.5 cm"), drops the enumeration "2. ", and ends sentences at . ! ?
+_PUNCT_ENUMERATION = re.compile(r"(?:(?<=\s)|^)[0-9]+\.(?=\s)")
+_PUNCT_SENTENCE = re.compile(r"[.!?](?=\s|$)")
+_TOKEN = re.compile(r"\w+")
+
+_ENGLISH = frozenset(
+    _TOKEN.findall(
+        "the of and is are with there was were in on for to this that has have which right left both "
+        "lung lungs chest effusion opacity opacities consolidation heart within without seen pulmonary "
+        "findings impression nodule not"
+    )
+)
+_SPANISH = frozenset(
+    _TOKEN.findall(
+        "el la los las de del que en se y con sin por para una un lo al su como o e pulmon pulmonar "
+        "pulmonares torax derrame derecho derecha izquierdo izquierda ambos ambas hallazgos opacidades "
+        "consolidacion neumonia infiltrado infiltrados deslustrado vidrio lesiones estudio observan "
+        "observa aprecia afectacion indice cardiotoracico"
+    )
+)
+
+
+class CleanReport(NamedTuple):
+    """A cleaned report: its text, and how many sentences and word tokens it holds."""
+
+    text: str
+    num_sentences: int
+    num_tokens: int
+
+
+def _section_kind(header: str) -> str:
+    """Map a header to findings, impression, comparison, a view title, or itself."""
+    name = " ".join(header.lower().split())
+    for kind, words in (
+        ("findings", ("finding",)),
+        ("impression", ("impression", "conclusion")),
+        ("comparison", ("comparison",)),
+    ):
+        if any(word in name for word in words):
+            return kind
+    return "view title" if _VIEW_TITLE.search(name) else name
+
+
+def split_sections(text: str) -> dict[str, str]:
+    """Cut a MIMIC-CXR report into the four sections that matter.
+
+    Matches the behaviour documented for MIT-LCP's ``create_section_files.py``: a header is ``\\n ([A-Z
+    ()/,-]+):\\s``; of sections with the same name the last counts; ``FINDINGS AND IMPRESSION`` is findings, a
+    header that only names the views (``PA AND LATERAL CHEST:``) stands for findings when no findings header
+    does; a report with neither findings nor impression gives ``last_paragraph``, what follows the first blank
+    line of its last section.
+
+    Args:
+        text: the whole report.
+
+    Returns:
+        ``impression``, ``findings``, ``last_paragraph`` and ``comparison``; ``""`` where absent.
+
+    Example:
+        >>> split_sections(" FINAL REPORT\\n FINDINGS: Clear lungs.\\n \\n IMPRESSION: Normal.")["findings"]
+        'Clear lungs.'
+    """
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    found = {"impression": "", "findings": "", "last_paragraph": "", "comparison": ""}
+    view_section, last = "", text
+    match = _HEADER.search(text)
+    while match:
+        # Searching from the next line on keeps a header that starts the section's own first line inside it.
+        newline = text.find("\n", match.end())
+        following = _HEADER.search(text, newline) if newline >= 0 else None
+        last = text[match.end() : following.start() if following else len(text)]
+        kind = _section_kind(match.group(1))
+        if kind in found and last.strip():
+            found[kind] = last.strip()
+        elif kind == "view title" and last.strip():
+            view_section = last.strip()
+        match = following
+    found["findings"] = found["findings"] or view_section
+    if not found["findings"] and not found["impression"]:
+        parts = _PARAGRAPH.split(last.rstrip(), maxsplit=1)
+        found["last_paragraph"] = parts[1].strip() if len(parts) == 2 else ""
+    return found
+
+
+def clean_report(text: str, keep_punct: bool = False) -> CleanReport:
+    """Clean a report as MGCA does.
+
+    Line ends become blanks, the text is cut at ``[0-9]+\\.`` and at ``.``, each piece is lower-cased and
+    reduced to its ``\\w+`` tokens, pieces of at most one token are dropped, and the rest is joined by blanks
+    (MGCA ``pretrain_dataset.py``; like it, this cuts ``3.5`` in two).
+
+    Args:
+        text: report or sections.
+        keep_punct: keep the punctuation within sentences and decimal points, and end each sentence with a
+            period, as BERT's own training text has it.
+
+    Returns:
+        The cleaned text with its number of sentences and of word tokens.
+
+    Example:
+        >>> clean_report("1. No effusion. 2. Heart\\nis normal.")
+        CleanReport(text='no effusion heart is normal', num_sentences=2, num_tokens=5)
+    """
+    text = " ".join(text.replace("\ufffd", " ").split())
+    sentences, num_tokens = [], 0
+    if keep_punct:
+        pieces = [piece for part in _PUNCT_ENUMERATION.split(text) for piece in _PUNCT_SENTENCE.split(part)]
+    else:
+        pieces = [piece for part in _ENUMERATION.split(text) for piece in part.split(".")]
+    for piece in pieces:
+        tokens = _TOKEN.findall(piece.lower())
+        if len(tokens) <= 1:
+            continue
+        num_tokens += len(tokens)
+        sentences.append(piece.strip().lower() + "." if keep_punct else " ".join(tokens))
+    return CleanReport(" ".join(sentences), len(sentences), num_tokens)
+
+
+def report_language(text: str) -> str | None:
+    """Guess whether a report is English or Spanish from its common words.
+
+    Args:
+        text: the report, any length.
+
+    Returns:
+        ``"en"``, ``"es"``, or None when the words do not tell (short texts, other languages).
+    """
+    folded = unicodedata.normalize("NFKD", text.lower())
+    tokens = _TOKEN.findall("".join(char for char in folded if not unicodedata.combining(char)))
+    english = sum(token in _ENGLISH for token in tokens)
+    spanish = sum(token in _SPANISH for token in tokens)
+    if spanish >= 2 and spanish > 2 * english:
+        return "es"
+    return "en" if english >= 2 and english > spanish else None
+
+
+def looks_english(text: str) -> bool:
+    """Return False only when a text is recognisably Spanish; what cannot be told is accepted."""
+    return report_language(text) != "es"

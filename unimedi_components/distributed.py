@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Collectives that carry gradients, for losses and statistics over all ranks.
+
+Without an initialised process group each function returns its input, at no cost. Gradients follow one
+convention: the objective is the mean over ranks of the ranks' losses, which is what `DistributedDataParallel`
+optimises by averaging gradients, so a loss that is equal on every rank yields the one-process gradient of the
+joint batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__ = [
+    "all_reduce_sum",
+    "all_reduce_sum_with_grad",
+    "first_rank_first",
+    "gather_with_grad",
+    "is_distributed",
+    "rank",
+    "world_size",
+]
+
+T = TypeVar("T")
+
+
+def is_distributed() -> bool:
+    """Whether a process group with more than one rank is initialised."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def world_size() -> int:
+    """Number of ranks, 1 without a process group."""
+    return dist.get_world_size() if is_distributed() else 1
+
+
+def rank() -> int:
+    """Index of this process, 0 without a process group."""
+    return dist.get_rank() if is_distributed() else 0
+
+
+def first_rank_first(make: Callable[[], T]) -> T:
+    """Call `make` on rank 0, then on the others, which find ready what it wrote; returns its result on each."""
+    if not is_distributed():
+        return make()
+    result: list[Any] = [make()] if rank() == 0 else []
+    dist.barrier()
+    return result[0] if result else make()
+
+
+def all_reduce_sum(x: Tensor) -> Tensor:
+    """Sum of `x` over all ranks, without gradient; `x` itself is left as it is.
+
+    Args:
+        x: any shape, equal on all ranks.
+    """
+    x = x.detach()
+    if not is_distributed():
+        return x
+    total = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total)
+    return total
+
+
+class _AllReduceSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return all_reduce_sum(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return all_reduce_sum(grad)
+
+
+def all_reduce_sum_with_grad(x: Tensor) -> Tensor:
+    """Sum of `x` over all ranks; its backward sums the ranks' gradients.
+
+    `x` must require a gradient on all ranks or on none, because the backward is a collective too.
+
+    Args:
+        x: any shape, equal on all ranks.
+    """
+    return _AllReduceSum.apply(x) if is_distributed() else x
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sizes: list[int]) -> Tensor:
+        ctx.sizes = sizes
+        longest = max(sizes)
+        padded = x.new_zeros((longest, *x.shape[1:]))
+        padded[: x.shape[0]] = x
+        gathered = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(gathered, padded)
+        return torch.cat([part[:size] for part, size in zip(gathered, sizes, strict=True)])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        start = sum(ctx.sizes[: rank()])
+        return all_reduce_sum(grad)[start : start + ctx.sizes[rank()]], None
+
+
+def gather_with_grad(x: Tensor, equal_sizes: bool = False) -> Tensor:
+    """Rows of all ranks in rank order; the gradient of each row is summed over the ranks that used it.
+
+    `x` must require a gradient on all ranks or on none, because the backward is a collective too.
+
+    Args:
+        x: (N, ...); N may differ between ranks and may be 0, the other dimensions may not.
+        equal_sizes: N is known to be the same on all ranks, which saves the exchange of sizes.
+
+    Returns:
+        (sum of N over ranks, ...).
+    """
+    if not is_distributed():
+        return x
+    if equal_sizes:
+        sizes = [x.shape[0]] * world_size()
+    else:
+        counts = [torch.zeros(1, dtype=torch.int64, device=x.device) for _ in range(world_size())]
+        dist.all_gather(counts, torch.tensor([x.shape[0]], dtype=torch.int64, device=x.device))
+        sizes = [int(size) for size in torch.cat(counts).tolist()]
+    return _Gather.apply(x, sizes)

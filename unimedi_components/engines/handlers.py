@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ignite handlers beyond MONAI's: EMA teacher, epoch seeds, gradient care, history, progress."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+from ignite.handlers import ProgressBar
+from monai.engines import IterationEvents
+from torch import Tensor, nn
+
+from unimedi_components.distributed import rank
+
+__all__ = ["EpochSeed", "GradientCare", "History", "TeacherUpdate", "TrainingProgress", "prepare_mixed_batch"]
+
+
+def prepare_mixed_batch(
+    batchdata: Mapping[str, Any],
+    device: torch.device | str | None = None,
+    non_blocking: bool = False,
+    **kwargs: Any,
+) -> tuple[dict[str, Any], None]:
+    """MONAI's `prepare_batch` for a mixed batch: its tensors on the device; the loss needs no target."""
+    moved = {
+        name: value.to(device, non_blocking=non_blocking, **kwargs) if isinstance(value, Tensor) else value
+        for name, value in batchdata.items()
+    }
+    return moved, None
+
+
+def unwrap(network: nn.Module) -> Any:
+    """The network behind `DistributedDataParallel`, or the network itself."""
+    return network.module if isinstance(network, nn.parallel.DistributedDataParallel) else network
+
+
+class EpochSeed:
+    """Make each epoch a function of (seed, epoch, rank) alone, so that a resumed run repeats it bit for bit.
+
+    Seeds torch, moves the loader's sampler and data set, and the loss's temperature schedule, to the epoch.
+
+    Args:
+        seed: the run's seed.
+        loader: training loader; its `batch_sampler` and `dataset` are moved with `set_epoch` where they have it.
+        loss: training loss with `set_epoch`, or None.
+    """
+
+    def __init__(self, seed: int, loader: Any, loss: Any = None) -> None:
+        self.seed = seed
+        self.targets = [
+            loader,
+            getattr(loader, "batch_sampler", None),
+            getattr(loader, "dataset", None),
+            loss,
+        ]
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.EPOCH_STARTED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        epoch = engine.state.epoch - 1
+        torch.manual_seed((self.seed * 1_000_003 + epoch) * 1_009 + rank())
+        for target in self.targets:
+            if hasattr(target, "set_epoch"):
+                target.set_epoch(epoch)
+
+
+class TeacherUpdate:
+    """Move the EMA teacher after every optimizer step, with a momentum that rises on a cosine (DINO, iBOT, A-CLIP).
+
+    Args:
+        network: `UniMedI`, or its distributed wrapper.
+        momentum: at the first step.
+        momentum_end: at the last step.
+        total_steps: optimizer steps of the whole run.
+        accumulation_steps: batches per optimizer step, as the trainer's.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        momentum: float,
+        total_steps: int,
+        momentum_end: float = 1.0,
+        accumulation_steps: int = 1,
+    ) -> None:
+        self.network = unwrap(network)
+        self.momentum, self.momentum_end, self.total_steps = momentum, momentum_end, total_steps
+        self.accumulation_steps = accumulation_steps
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+
+    def momentum_at(self, step: int) -> float:
+        """Momentum of optimizer step `step`, counted from 0."""
+        progress = min(step / max(1, self.total_steps), 1.0)
+        return self.momentum_end - (self.momentum_end - self.momentum) * (1 + math.cos(math.pi * progress)) / 2
+
+    def __call__(self, engine: Engine) -> None:
+        batches = engine.state.epoch_length or 1
+        epoch, within = divmod(engine.state.iteration - 1, batches)
+        # The trainer steps at every full group of batches and at the end of an epoch.
+        if (within + 1) % self.accumulation_steps and within + 1 != batches:
+            return
+        step = epoch * math.ceil(batches / self.accumulation_steps) + within // self.accumulation_steps
+        self.network.update_teacher(self.momentum_at(step))
+
+
+class GradientCare:
+    """Check the loss, clip the gradient, hold the DINO head's prototypes still at first (DINO's `freeze_last_layer`).
+
+    Args:
+        network: `UniMedI`, or its distributed wrapper.
+        max_norm: largest gradient norm over all parameters; None does not clip.
+        freeze_last_layer_epochs: epochs in which the prototypes get no gradient.
+    """
+
+    def __init__(self, network: nn.Module, max_norm: float | None = 3.0, freeze_last_layer_epochs: int = 1) -> None:
+        self.network = unwrap(network)
+        self.max_norm = max_norm
+        self.freeze_last_layer_epochs = freeze_last_layer_epochs
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self.check_loss)
+        engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self)
+
+    def check_loss(self, engine: Engine) -> None:
+        """Stop at the first loss that is not finite.
+
+        Raises:
+            FloatingPointError: naming the loss's parts and the studies of the batch.
+        """
+        if bool(torch.isfinite(engine.state.output["loss"])):
+            return
+        parts = getattr(engine.loss_function, "last", {})  # type: ignore[attr-defined]
+        values = ", ".join(f"{name}={float(value):.4g}" for name, value in parts.items())
+        ids = ", ".join(map(str, engine.state.batch.get("id", [])))
+        raise FloatingPointError(
+            f"the loss is not finite at iteration {engine.state.iteration} ({values}); studies: {ids}. "
+            "Lower the learning rate, or check these studies"
+        )
+
+    def __call__(self, engine: Engine) -> None:
+        head = self.network.dino_head
+        if head is not None and engine.state.epoch <= self.freeze_last_layer_epochs:
+            for parameter in head.last_layer.parameters():
+                parameter.grad = None
+        if self.max_norm is not None:
+            scaler = getattr(engine, "scaler", None)
+            if scaler is not None and scaler.is_enabled():
+                scaler.unscale_(engine.optimizer)  # type: ignore[attr-defined]
+            torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.max_norm)
+
+
+class History:
+    """Loss, its parts and the learning rate of every iteration, and the validation metrics of every epoch.
+
+    Kept in the training checkpoint, so that a resumed run's curves begin at its first epoch.
+
+    Args:
+        optimizer: gives the learning rate.
+        evaluator: validation engine whose scalar metrics are added after each epoch, or None.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, evaluator: Engine | None = None) -> None:
+        self.optimizer = optimizer
+        self.evaluator = evaluator
+        self.rows: list[dict[str, float]] = []
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+        if self.evaluator is not None:
+            self.evaluator.add_event_handler(Events.COMPLETED, self.validated)
+
+    def __call__(self, engine: Engine) -> None:
+        self.rows.append(
+            {
+                "iteration": engine.state.iteration,
+                "epoch": engine.state.epoch,
+                "lr": self.optimizer.param_groups[0]["lr"],
+                **losses(engine),
+            }
+        )
+
+    def validated(self, evaluator: Engine) -> None:
+        """Add the evaluator's scalar metrics to the newest row."""
+        if self.rows:
+            scalars = {k: float(v) for k, v in evaluator.state.metrics.items() if isinstance(v, float | int)}
+            self.rows[-1].update(scalars)
+
+    def state_dict(self) -> dict[str, list[dict[str, float]]]:
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state: Mapping[str, list[dict[str, float]]]) -> None:
+        self.rows = list(state["rows"])
+
+
+def losses(engine: Engine) -> dict[str, float]:
+    """The newest loss of a trainer and its unweighted parts, as floats: for logs, TensorBoard and the history."""
+    parts = getattr(engine.loss_function, "last", {})  # type: ignore[attr-defined]
+    return {
+        "loss": float(engine.state.output["loss"]),
+        **{name: float(value) for name, value in parts.items()},
+    }
+
+
+class TrainingProgress:
+    """One tqdm bar over all iterations of the run, with the newest losses; on rank 0 alone."""
+
+    def attach(self, engine: Engine) -> None:
+        if rank() != 0:
+            return
+        bar = ProgressBar(persist=True, desc="pre-training", bar_format=None)
+        bar.attach(
+            engine,
+            output_transform=lambda _: {name: f"{value:.3f}" for name, value in losses(engine).items()},
+            event_name=Events.ITERATION_COMPLETED,
+            closing_event_name=Events.COMPLETED,
+        )

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parameter groups of the optimizer and the learning-rate schedule."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from monai.optimizers import WarmupCosineSchedule
+from torch import nn
+
+__all__ = ["build_optimizer", "warmup_cosine"]
+
+NO_DECAY = (
+    "cls_token",
+    "mask_token",
+    "pos_embed",
+    "pos_embed_3d",
+    "segment_embed",
+    "depth_embed",
+    "log_temperature",
+)
+
+
+def build_optimizer(network: nn.Module, lr: float, weight_decay: float, **kwargs: Any) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices alone: not on biases, norms, tokens, position tables and temperature.
+
+    Args:
+        network: its trainable parameters are optimised; the teacher has none.
+        lr: peak learning rate.
+        weight_decay: of the decayed group.
+        kwargs: further arguments of `torch.optim.AdamW`, such as `betas` or `fused`.
+    """
+    decay: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            flat = parameter.ndim < 2 or name.rsplit(".", 1)[-1] in NO_DECAY
+            (rest if flat else decay).append(parameter)
+    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=lr, **kwargs)
+
+
+def warmup_cosine(
+    optimizer: torch.optim.Optimizer,
+    steps_per_epoch: int,
+    epochs: float,
+    warmup_epochs: float,
+    start_lr: float = 1e-8,
+    end_lr: float = 1e-8,
+) -> WarmupCosineSchedule:
+    """Linear warm-up from `start_lr`, then a cosine to `end_lr`, per optimizer step (section 4.1.2; MGCA's schedule).
+
+    Args:
+        optimizer: its learning rate is the peak.
+        steps_per_epoch: optimizer steps in an epoch.
+        epochs: length of the whole schedule.
+        warmup_epochs: length of the warm-up.
+        start_lr: learning rate of the first step.
+        end_lr: floor of the cosine.
+
+    Raises:
+        ValueError: a warm-up as long as the run or longer.
+    """
+    if warmup_epochs >= epochs:
+        raise ValueError(f"warmup_epochs {warmup_epochs} leaves nothing of {epochs} epochs; lower it or train longer")
+    peak = optimizer.param_groups[0]["lr"]
+    return WarmupCosineSchedule(
+        optimizer,
+        warmup_steps=round(warmup_epochs * steps_per_epoch),
+        t_total=round(epochs * steps_per_epoch),
+        end_lr=end_lr,
+        warmup_multiplier=start_lr / peak,
+    )

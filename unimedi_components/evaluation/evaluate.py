@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `evaluate`: a checkpoint on held-out phantoms, beside the same network untrained."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unimedi_components.data import bimcv, mimic_cxr
+from unimedi_components.data.datalist import SPLITS, write_json
+from unimedi_components.data.phantom import write_phantom
+from unimedi_components.errors import CheckpointError, ConfigError, DataError
+from unimedi_components.evaluation.features import Features, extract_features, labels_of, load_truth
+from unimedi_components.evaluation.metrics import all_metrics
+from unimedi_components.evaluation.probe import linear_probe
+from unimedi_components.networks.pretrained import Pretrained, load_pretrained, untrained
+
+__all__ = ["HEADLINE", "evaluate", "heldout_items"]
+
+Converter = Callable[..., dict[str, Any]]
+_LAYOUTS: dict[int, tuple[str, Converter]] = {
+    2: ("mimic_cxr", mimic_cxr.convert),
+    3: ("bimcv", bimcv.convert),
+}
+
+#: The keys that every evaluation has; a value is null where there was nothing to measure it on.
+HEADLINE = (
+    "probe_auroc_2d",
+    "probe_auroc_2d_untrained",
+    "probe_auroc_3d",
+    "probe_auroc_3d_untrained",
+    "slice_precision",
+    "slice_precision_chance",
+    "report_recall_at_5",
+    "report_recall_at_5_chance",
+)
+_ALSO_UNTRAINED = ("slice_precision", "slice_recall", "report_recall_at_5")
+
+
+def evaluate(
+    checkpoint: str | Path,
+    patients: int = 200,
+    seed: int = 1000,
+    json: str | Path | None = None,
+    device: str = "auto",
+    keep: str | Path | None = None,
+    workers: int | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Measure a checkpoint on phantoms that it was not trained on.
+
+    X-rays and CT volumes are written in the layouts of MIMIC-CXR-JPG and BIMCV and read back by the
+    converters that read the real sets; all splits are used together. Linear probes are cross-validated over
+    them, on the CLS features with the selected slices beside the volume.
+
+    Args:
+        checkpoint: `models/model.pt` or another weight file of a training run's folder.
+        patients: usable studies per dimension.
+        seed: of the phantoms; not the one that the checkpoint was trained on.
+        json: file to write, whole or not at all.
+        device: "cpu", "cuda", or "auto" for a GPU where there is one.
+        keep: folder for the phantoms, reused if it holds them; by default a temporary one.
+        workers: processes that write phantoms; None for one per CPU.
+        progress: show progress bars.
+
+    Returns:
+        what is written: `HEADLINE`, the same values by finding, at other K, for each dimension and untrained.
+
+    Raises:
+        CheckpointError: the checkpoint does not load, or diverged in training.
+        ConfigError: the network was trained on phantoms of this seed, or too few patients for
+            cross-validation.
+        DataError: `keep` holds something else.
+    """
+    if patients < 2:
+        raise ConfigError(f"patients is {patients}; at least 2 are needed, and 200 for steady numbers")
+    target = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    trained = load_pretrained(checkpoint, target)
+    _check_seed(trained, seed)
+    random = untrained(trained)
+    with tempfile.TemporaryDirectory(prefix="unimedi-evaluate-") as scratch:
+        folder = Path(keep) if keep is not None else Path(scratch)
+        sets = {dim: heldout_items(dim, folder, patients, seed, workers, progress) for dim in _LAYOUTS}
+        findings = sets[2][2]["findings"]
+        studies = {**sets[2][2]["studies"], **sets[3][2]["studies"]}
+        options: dict[str, Any] = {"cache_dir": Path(scratch) / "cache", "progress": progress}
+        found = {}
+        for name, network in (("trained", trained), ("untrained", random)):
+            parts = [extract_features(network, items, root, **options) for items, root, _ in sets.values()]
+            found[name] = {dim: part for features in parts for dim, part in features.items()}
+    if not all(part.cls.isfinite().all() for part in found["trained"].values()):
+        raise CheckpointError(f"{checkpoint}: gives features that are not finite; its training diverged, train again")
+    result = {
+        **dict.fromkeys(HEADLINE),
+        **_probes(found["trained"], studies, findings, ""),
+        **_probes(found["untrained"], studies, findings, "_untrained"),
+        **all_metrics(trained, found["trained"], studies),
+    }
+    baseline = all_metrics(random, found["untrained"], studies)
+    result.update({f"{key}_untrained": baseline.get(key) for key in _ALSO_UNTRAINED})
+    result.update({"checkpoint": str(checkpoint), "patients": patients, "seed": seed})
+    result["training_phantom_seed"] = trained.card.get("phantom_seed")
+    if json is not None:
+        write_json(result, json)
+    print(_summary(result))
+    return result
+
+
+def _check_seed(pretrained: Pretrained, seed: int) -> None:
+    used = pretrained.card.get("phantom_seed")
+    if seed in (used if isinstance(used, list | tuple) else [used]):
+        raise ConfigError(
+            f"{pretrained.path}: was trained on the phantoms of seed {seed}, so they are not held out; "
+            f"choose another --seed, for example {seed + 1000}"
+        )
+
+
+def heldout_items(
+    dim: int, folder: Path, patients: int, seed: int, workers: int | None = None, progress: bool = True
+) -> tuple[list[dict[str, Any]], Path, Mapping[str, Any]]:
+    """Write phantoms of one dimension, convert them, take the first `patients` usable studies of all splits.
+
+    Args:
+        dim: 2 for X-rays in MIMIC-CXR-JPG's layout, 3 for CT in BIMCV's.
+        folder: the phantoms go into a folder of the layout's name in it.
+        patients, seed, workers, progress: as in `evaluate`.
+
+    Returns:
+        the items, the root of their image paths, and the truth.
+
+    Raises:
+        DataError: the folder holds something else, or too few studies are usable.
+    """
+    layout, convert = _LAYOUTS[dim]
+    root = folder / layout
+    # Some patients have no usable study, as in the real sets.
+    write_phantom(layout, root, patients=math.ceil(patients * 1.05) + 2, seed=seed, workers=workers, progress=progress)
+    datalist, truth = convert(root), load_truth(root)
+    assert truth is not None
+    by_id = {item["id"]: item for split in SPLITS for item in datalist[split]}
+    items = [by_id[name] for name in truth["studies"] if name in by_id][:patients]
+    if len(items) < patients:
+        raise DataError(f"{root}: {len(items)} of {patients} studies are usable ({datalist['meta']['dropped']})")
+    return items, root, truth
+
+
+def _probes(
+    features: Mapping[int, Features], studies: Mapping[str, Any], findings: list[str], suffix: str
+) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for dim, part in features.items():
+        patients = [item["patient"] for item in part.items]
+        probe = linear_probe(part.cls.numpy(), labels_of(part.items, studies), findings, patients)
+        result[f"probe_auroc_{dim}d{suffix}"] = probe.macro
+        result[f"probe_auroc_{dim}d{suffix}_per_finding"] = probe.per_finding
+        if probe.skipped:
+            result[f"probe_auroc_{dim}d{suffix}_skipped"] = probe.skipped
+    return result
+
+
+def _summary(result: Mapping[str, Any]) -> str:
+    def shown(key: str) -> str:
+        return "n/a" if result.get(key) is None else f"{result[key]:.3f}"
+
+    rows = [
+        (f"linear probe AUROC {dim}D", f"probe_auroc_{dim}d", f"probe_auroc_{dim}d_untrained", "untrained")
+        for dim in (2, 3)
+    ]
+    rows += [
+        ("slice precision", "slice_precision", "slice_precision_chance", "chance"),
+        ("report recall at 5", "report_recall_at_5", "report_recall_at_5_chance", "chance"),
+    ]
+    lines = [f"{name:<24}{shown(key):>7}   {other} {shown(base)}" for name, key, base, other in rows]
+    head = f"{result['patients']} held-out phantoms per dimension, seed {result['seed']}"
+    return "\n".join([head, *lines])

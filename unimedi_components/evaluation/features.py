@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A trained network over the items of a datalist: features, embeddings, selected slices, attention."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from unimedi_components.data.dataset import PretrainDataset
+from unimedi_components.data.loading import eval_loader
+from unimedi_components.data.transforms import ByDimension, ct_transforms, xray_transforms
+from unimedi_components.errors import DataError
+from unimedi_components.networks.pretrained import Pretrained
+
+__all__ = ["Features", "extract_features", "labels_of", "load_truth", "make_dataset"]
+
+Truth = Mapping[str, Mapping[str, Any]]
+
+_TRUTH = "truth.json"
+
+
+@dataclass(frozen=True)
+class Features:
+    """What a network makes of N images of one dimension and their reports; rows follow `items`.
+
+    Args:
+        items: the datalist items that could be read.
+        cls: CLS features before the projection, (N, D).
+        image_embed, text_embed: projected embeddings, (N, E), not normalised.
+        attention: Eq. 1's **v** of the image's own tokens, (N, P).
+        selected: selected slices of each volume, (N, k); None for X-rays.
+        scores: Eq. 2 score of each slab, (N, S); None for X-rays.
+    """
+
+    items: list[dict[str, Any]]
+    cls: Tensor
+    image_embed: Tensor
+    text_embed: Tensor
+    attention: Tensor
+    selected: Tensor | None = None
+    scores: Tensor | None = None
+
+    @property
+    def reports(self) -> list[str]:
+        """Report texts, empty where an item has none."""
+        return [item.get("report") or "" for item in self.items]
+
+
+def make_dataset(
+    pretrained: Pretrained,
+    items: Sequence[dict[str, Any]],
+    root: str | Path,
+    cache_dir: str | Path | None = None,
+) -> PretrainDataset:
+    """The items as the network was trained to see them, by its card, without random transforms.
+
+    Args:
+        pretrained: its card holds "preprocessing": arguments of `xray_transforms` and `ct_transforms`.
+        items: datalist items.
+        root: folder of the data set.
+        cache_dir: folder to keep prepared images in.
+    """
+    preprocessing = pretrained.card["preprocessing"]
+    two_d = {**preprocessing["xray"], "random_crop": False}
+    transform = ByDimension(xray_transforms(**two_d), ct_transforms(**preprocessing["ct"]))
+    return PretrainDataset(items, transform, root, cache_dir, require_report=False)
+
+
+def extract_features(
+    pretrained: Pretrained,
+    items: Sequence[dict[str, Any]],
+    root: str | Path,
+    *,
+    batch_2d: int = 32,
+    batch_3d: int = 16,
+    use_slices: bool = True,
+    num_workers: int = 0,
+    cache_dir: str | Path | None = None,
+    progress: bool = True,
+) -> dict[int, Features]:
+    """Run a network over datalist items.
+
+    Args:
+        pretrained: the network, in evaluation mode; runs on the device that it is on.
+        items: datalist items of one or both dimensions.
+        root: folder of the data set.
+        batch_2d: X-rays per batch.
+        batch_3d: volumes per batch.
+        use_slices: feed the selected slices beside the volume, as in pre-training.
+        num_workers: loading processes.
+        cache_dir: folder to keep prepared images in, for a second network over the same items.
+        progress: show a progress bar.
+
+    Returns:
+        `Features` by dimension, 2 and 3; a dimension without a readable item is left out.
+    """
+    if not items:
+        return {}
+    dataset = make_dataset(pretrained, items, root, cache_dir)
+    length = pretrained.card["preprocessing"].get("max_length", 112)
+    loader = eval_loader(dataset, pretrained.tokenizer, batch_2d, batch_3d, length, length, num_workers=num_workers)
+    by_id = {item["id"]: item for item in items}
+    rows: dict[int, list[dict[str, Any]]] = {}
+    with tqdm(total=len(items), desc="embedding", unit="study", disable=not progress) as bar:
+        for batch in loader:
+            for dim in (2, 3):
+                if f"image{dim}d" in batch:
+                    part = _run_batch(pretrained, batch, dim, use_slices)
+                    rows.setdefault(dim, []).append({"items": [by_id[name] for name in batch["id"]], **part})
+            bar.update(len(batch["id"]))
+    return {dim: _join(parts) for dim, parts in rows.items()}
+
+
+@torch.no_grad()
+def _run_batch(pretrained: Pretrained, batch: Mapping[str, Any], dim: int, use_slices: bool) -> dict[str, Any]:
+    network = pretrained.network
+    device = next(network.parameters()).device
+    image = network.encode_image(batch[f"image{dim}d"].to(device), use_slices)
+    modality = torch.full((len(image.cls),), dim - 2, device=device)
+    text = network.encode_text(batch["input_ids"].to(device), batch["attention_mask"].to(device), modality)
+    found = {
+        "cls": image.cls,
+        "image_embed": image.embed,
+        "text_embed": text,
+        "attention": image.attention,
+        "selected": image.selected,
+        "scores": image.scores,
+    }
+    return {name: None if value is None else value.cpu() for name, value in found.items()}
+
+
+def _join(parts: list[dict[str, Any]]) -> Features:
+    items = [item for part in parts for item in part["items"]]
+    names = [name for name in parts[0] if name != "items"]
+    joined: dict[str, Any] = {n: None if parts[0][n] is None else torch.cat([part[n] for part in parts]) for n in names}
+    return Features(items=items, **joined)
+
+
+def load_truth(root: str | Path) -> dict[str, Any] | None:
+    """The truth of the phantom set at `root`, or of those in its folders; None for real data.
+
+    Args:
+        root: a folder with truth.json, or one with a folder per data set, as pre-training's datalist has it.
+
+    Returns:
+        "findings", the names of the labels, and "studies", by item id: "labels", "findings", and for volumes
+        "lesion_slices" (inferior to superior) and "n_slices". Studies of a folder NAME also go by NAME-ID, as
+        `merge_datalists` calls ids that collide.
+
+    Raises:
+        DataError: a file is damaged.
+    """
+    if (Path(root) / _TRUTH).is_file():
+        return _read_truth(Path(root) / _TRUTH)
+    parts = {path.parent.name: _read_truth(path) for path in sorted(Path(root).glob(f"*/{_TRUTH}"))}
+    if not parts:
+        return None
+    studies: dict[str, Any] = {}
+    for name, part in parts.items():
+        studies.update(part["studies"])
+        studies.update({f"{name}-{key}": study for key, study in part["studies"].items()})
+    return {"findings": next(iter(parts.values()))["findings"], "studies": studies}
+
+
+def _read_truth(path: Path) -> dict[str, Any]:
+    try:
+        truth = json.loads(path.read_text(encoding="utf-8"))
+        return {"findings": truth["findings"], "studies": truth["studies"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: no truth file of phantoms ({error!r}); write them again") from error
+
+
+def labels_of(items: Sequence[Mapping[str, Any]], studies: Truth) -> npt.NDArray[np.int64]:
+    """True labels of datalist items, (N, F).
+
+    Args:
+        items: datalist items.
+        studies: truth by item id.
+
+    Raises:
+        DataError: an item is not in the truth file.
+    """
+    missing = [item["id"] for item in items if item["id"] not in studies]
+    if missing:
+        raise DataError(f"truth.json does not know {missing[0]} ({len(missing)} such); write the phantoms again")
+    return np.asarray([studies[item["id"]]["labels"] for item in items], dtype=np.int64)

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The two tokenizers T_2D and T_3D, and position tables that fit any grid.
+
+Letters: B batch, P patches, D width; h, w (and d) the token grid.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+__all__ = ["PatchEmbed", "resample_pos_embed_2d", "resample_pos_embed_3d", "to_tuple"]
+
+
+def to_tuple(value: int | Sequence[int], length: int, name: str) -> tuple[int, ...]:
+    """An int repeated, or a sequence of the right length, as a tuple of positive ints.
+
+    Raises:
+        ValueError: wrong length or a value below 1.
+    """
+    values = (int(value),) * length if isinstance(value, int) else tuple(int(v) for v in value)
+    if len(values) != length or min(values) < 1:
+        raise ValueError(f"{name} must be a positive int or {length} of them, not {value!r}")
+    return values
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches to tokens, for 2D images or 3D volumes; timm's name `proj` for the kernel.
+
+    The kernel is stored as a convolution's, so that weights are exchanged by name, and applied as one matrix product.
+
+    Args:
+        patch_size: (ph, pw) or (pd, ph, pw).
+        in_chans: image channels.
+        embed_dim: token width D.
+    """
+
+    def __init__(self, patch_size: Sequence[int], in_chans: int, embed_dim: int) -> None:
+        super().__init__()
+        self.patch_size = tuple(patch_size)
+        conv: Any = {2: nn.Conv2d, 3: nn.Conv3d}[len(self.patch_size)]
+        self.proj = conv(in_chans, embed_dim, kernel_size=self.patch_size, stride=self.patch_size)
+        fan_in = in_chans * math.prod(self.patch_size)
+        nn.init.trunc_normal_(self.proj.weight, std=fan_in**-0.5)
+        nn.init.zeros_(self.proj.bias)
+
+    def grid(self, size: Sequence[int]) -> tuple[int, ...]:
+        """Token grid of an image of this spatial size.
+
+        Raises:
+            ValueError: the patch does not divide the size.
+        """
+        if len(size) != len(self.patch_size):
+            raise ValueError(
+                f"expected {len(self.patch_size)} spatial axes for patch {self.patch_size}, got {tuple(size)}"
+            )
+        if any(s % p for s, p in zip(size, self.patch_size, strict=True)):
+            shape, patch = "x".join(map(str, size)), "x".join(map(str, self.patch_size))
+            fits = "x".join(str(max(1, round(s / p)) * p) for s, p in zip(size, self.patch_size, strict=True))
+            raise ValueError(
+                f"an image of {shape} cannot be cut into patches of {patch}: each side must be a multiple of it; "
+                f"resize or pad it (nearest: {fits}) or change patch_size"
+            )
+        return tuple(s // p for s, p in zip(size, self.patch_size, strict=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Image (B, C, H, W) or volume (B, C, D, H, W) to tokens (B, P, D), depth-major."""
+        grid, patch = self.grid(x.shape[2:]), self.patch_size
+        axes = len(grid)
+        split = [s for pair in zip(grid, patch, strict=True) for s in pair]
+        x = x.view(x.shape[0], x.shape[1], *split)  # (B, C, g1, p1, g2, p2, ...)
+        order = [0, *range(2, 2 + 2 * axes, 2), 1, *range(3, 3 + 2 * axes, 2)]
+        x = x.permute(order).reshape(x.shape[0], math.prod(grid), -1)  # (B, P, C * patch)
+        return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)
+
+
+def resample_pos_embed_2d(table: Tensor, old: Sequence[int], new: Sequence[int]) -> Tensor:
+    """A 2D position table on another grid: bicubic with antialiasing, as timm's `resample_abs_pos_embed`.
+
+    Args:
+        table: (1, h * w, D) without the CLS entry.
+        old: grid (h, w) of the table.
+        new: grid wanted.
+
+    Returns:
+        (1, h' * w', D); the table itself where the grids agree.
+    """
+    if tuple(old) == tuple(new):
+        return table
+    maps = table.float().reshape(1, *old, -1).permute(0, 3, 1, 2)
+    maps = F.interpolate(maps, size=tuple(new), mode="bicubic", antialias=True)
+    return maps.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)
+
+
+def resample_pos_embed_3d(table: Tensor, old: Sequence[int], new: Sequence[int]) -> Tensor:
+    """A 3D position table (1, d * h * w, D) on another grid, trilinear; the table itself where the grids agree."""
+    if tuple(old) == tuple(new):
+        return table
+    maps = table.float().reshape(1, *old, -1).permute(0, 4, 1, 2, 3)
+    maps = F.interpolate(maps, size=tuple(new), mode="trilinear", align_corners=False)
+    return maps.permute(0, 2, 3, 4, 1).flatten(1, 3).to(table.dtype)
+
+
+def interpolate_depth(table: Tensor, position: Tensor) -> Tensor:
+    """Rows of a depth table at fractional depths, linear between neighbours.
+
+    Args:
+        table: (1, S, D).
+        position: depth as a fraction of the volume, 0 inferior to 1 superior, (B, k).
+
+    Returns:
+        (B, k, D). The centre of slab s of S lies at (s + 0.5) / S and gives row s exactly.
+    """
+    rows = table.shape[1]
+    place = (position * rows - 0.5).clamp(0, rows - 1)
+    low = place.floor().long()
+    high = (low + 1).clamp(max=rows - 1)
+    weight = (place - low).unsqueeze(-1).to(table.dtype)
+    return torch.lerp(table[0, low], table[0, high], weight)

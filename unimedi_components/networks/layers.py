@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Transformer blocks with timm's parameter names, fused attention, and Eq. 1 read out beside it.
+
+Letters: B batch, N tokens (1 CLS + P patches), H heads, C channels per head, D = H * C.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from unimedi_components.selection import cls_attention
+
+__all__ = ["Attention", "Block", "Mlp"]
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention through `scaled_dot_product_attention`.
+
+    Parameter names and behaviour match timm's `Attention` (`qkv`, `proj`). The attention matrix is never formed; the
+    CLS row that Eq. 1 needs is computed from the CLS query alone, at the cost of one multiply-and-reduce.
+
+    Args:
+        dim: token width D.
+        num_heads: heads H; must divide `dim`.
+        qkv_bias: give the joint projection a bias.
+
+    Raises:
+        ValueError: `dim` is not a multiple of `num_heads`.
+    """
+
+    def __init__(self, dim: int, num_heads: int, *, qkv_bias: bool = True) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"embed_dim {dim} is not a multiple of num_heads {num_heads}")
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(
+        self, x: Tensor, *, return_attention: bool = False, include_cls_key: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend over all tokens.
+
+        Args:
+            x: tokens with CLS first, (B, N, D).
+            return_attention: also return this layer's term of Eq. 1.
+            include_cls_key: see `cls_attention`.
+
+        Returns:
+            tokens (B, N, D), and the head-averaged CLS attention (B, P) in float32 or None.
+        """
+        batch, tokens, dim = x.shape
+        qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, dim // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, N, C)
+        out = F.scaled_dot_product_attention(q, k, v)
+        attention = cls_attention(q[:, :, 0], k, include_cls_key=include_cls_key) if return_attention else None
+        return self.proj(out.transpose(1, 2).reshape(batch, tokens, dim)), attention
+
+
+class Mlp(nn.Module):
+    """Two linear layers with GELU; parameter names match timm's `Mlp` (`fc1`, `fc2`)."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block; parameter names match timm's `Block`.
+
+    Args:
+        dim: token width D.
+        num_heads: attention heads H.
+        mlp_ratio: hidden width of the MLP over `dim`.
+        qkv_bias: bias of the joint query-key-value projection.
+        norm_eps: epsilon of both layer norms.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        norm_eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
+        self.attn = Attention(dim, num_heads, qkv_bias=qkv_bias)
+        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+
+    def forward(
+        self, x: Tensor, *, return_attention: bool = False, include_cls_key: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Tokens (B, N, D) to tokens (B, N, D) and this layer's term of Eq. 1, (B, P) or None."""
+        mixed, attention = self.attn(self.norm1(x), return_attention=return_attention, include_cls_key=include_cls_key)
+        x = x + mixed
+        return x + self.mlp(self.norm2(x)), attention
+
+
+def init_vit_weights(module: nn.Module) -> None:
+    """Initialise as timm's ViT does: linear weights truncated normal with std 0.02, biases zero."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.LayerNorm):
+        torch.nn.init.ones_(module.weight)
+        torch.nn.init.zeros_(module.bias)

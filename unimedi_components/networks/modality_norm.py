@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batch normalisation with statistics per modality, synchronised over ranks.
+
+This is ours, not the paper's: X-rays' and volumes' features differ by far more than studies do, so with joint
+statistics the contrastive loss first learns the modality, and training both from scratch stays on a plateau.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from unimedi_components.distributed import gather_with_grad
+
+__all__ = ["ModalityBatchNorm1d"]
+
+
+class ModalityBatchNorm1d(nn.Module):
+    """`nn.BatchNorm1d` that normalises the rows of each modality by their own mean and variance.
+
+    In training the statistics are those of all ranks' rows, whatever each rank holds of a modality, and their
+    gradient crosses ranks as in `nn.SyncBatchNorm`, on CPU too. A modality with fewer than two rows over all
+    ranks has no variance: its running statistics are used for these rows and left as they are. The affine is
+    shared.
+
+    Args:
+        num_features: width C.
+        num_modalities: number of statistics M; 1 is plain synchronised batch normalisation.
+        affine: learn a scale and a shift.
+        eps: added to the variance.
+        momentum: weight of the batch in the running statistics.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+
+    def __init__(
+        self,
+        num_features: int,
+        num_modalities: int = 2,
+        affine: bool = True,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self.num_features, self.num_modalities, self.eps, self.momentum = (
+            num_features,
+            num_modalities,
+            eps,
+            momentum,
+        )
+        self.weight = nn.Parameter(torch.ones(num_features)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(num_features)) if affine else None
+        self.register_buffer("running_mean", torch.zeros(num_modalities, num_features))
+        self.register_buffer("running_var", torch.ones(num_modalities, num_features))
+        self.register_buffer("num_batches_tracked", torch.zeros(num_modalities, dtype=torch.int64))
+
+    def extra_repr(self) -> str:
+        """The arguments, for `print(module)`."""
+        return f"{self.num_features}, num_modalities={self.num_modalities}, affine={self.weight is not None}"
+
+    def forward(self, x: Tensor, modality: Tensor | None = None) -> Tensor:
+        """Normalise each row by the statistics of its modality.
+
+        Args:
+            x: (B, C); B may differ between ranks and may be 0.
+            modality: index of each row's modality, (B,); not needed with one modality.
+
+        Returns:
+            (B, C), in the type of `x`.
+
+        Raises:
+            ValueError: `modality` is missing or has not one entry per row.
+        """
+        if self.num_modalities == 1:
+            modality = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
+        if modality is None or modality.shape != x.shape[:1]:
+            raise ValueError(f"normalisation per modality needs the modality of each of the {x.shape[0]} rows")
+        with torch.autocast(x.device.type, enabled=False):
+            rows = x.to(torch.promote_types(x.dtype, self.running_mean.dtype))
+            if self.training:
+                mean, var = self._training_statistics(rows, modality)
+            else:
+                mean, var = self.running_mean, self.running_var
+            out = (rows - mean[modality]) * torch.rsqrt(var + self.eps)[modality]
+            if self.weight is not None and self.bias is not None:
+                out = out * self.weight + self.bias
+        return out.to(x.dtype)
+
+    def _training_statistics(self, x: Tensor, modality: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and biased variance per modality over all ranks, (M, C) each; updates the running ones."""
+        member = (modality[:, None] == torch.arange(self.num_modalities, device=x.device)).to(x.dtype)
+        count = member.sum(0)[:, None]
+        mean = member.T @ x / count.clamp(min=1)
+        spread = member.T @ (x - mean[modality]).square()
+        # Each rank's centered moments, combined as by Chan et al.: exact where E[x^2] - E[x]^2 would cancel.
+        parts = gather_with_grad(torch.cat([mean, spread, count], dim=1)[None], equal_sizes=True)
+        means, spreads, counts = parts.split([self.num_features, self.num_features, 1], dim=2)
+        count = counts.sum(0)
+        mean = (counts * means).sum(0) / count.clamp(min=1)
+        spread = (spreads + counts * (means - mean).square()).sum(0)
+        enough = count >= 2
+        self._update_running(mean, spread / (count - 1).clamp(min=1), enough)
+        var = spread / count.clamp(min=1)
+        return torch.where(enough, mean, self.running_mean), torch.where(enough, var, self.running_var)
+
+    @torch.no_grad()
+    def _update_running(self, mean: Tensor, unbiased_var: Tensor, enough: Tensor) -> None:
+        for running, batch in ((self.running_mean, mean), (self.running_var, unbiased_var)):
+            step = (batch - running) * self.momentum
+            running += torch.where(enough, step, torch.zeros_like(step)).to(running.dtype)
+        self.num_batches_tracked += enough.flatten()

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Named results of the networks, so that nothing is left behind as state on a module."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+__all__ = ["EncoderOutput", "ImageFeatures", "UniMediOutput"]
+
+
+@dataclass(frozen=True)
+class EncoderOutput:
+    """What `UnifiedViT` returns. B batch, P patch tokens kept, D width.
+
+    Args:
+        cls: CLS token after the final norm, (B, D).
+        patches: patch tokens after the final norm, 3D tokens before the 2D tokens of each slice, (B, P, D).
+        attention: Eq. 1's **v**, CLS-to-patch attention averaged over layers and heads, (B, P), if asked for.
+        hidden_states: outputs of the blocks asked for, each (B, 1 + P, D), CLS first.
+    """
+
+    cls: Tensor
+    patches: Tensor
+    attention: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """What `UniMedI.encode_image` returns for B images of one kind.
+
+    Args:
+        cls: CLS features before the projection, (B, D).
+        embed: projected features, (B, E), not normalised.
+        selected: slices chosen for each volume, (B, k); None for X-rays.
+        scores: Eq. 2 score of each slab, (B, S); None for X-rays.
+        attention: Eq. 1's **v** of the image's own tokens, (B, P).
+    """
+
+    cls: Tensor
+    embed: Tensor
+    selected: Tensor | None = None
+    scores: Tensor | None = None
+    attention: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class UniMediOutput:
+    """What `UniMedI` returns for one mixed batch; the losses take this object.
+
+    Rows are ordered: the B2 X-rays first, then the B3 volumes; B = B2 + B3.
+
+    Args:
+        image_embed: projected image CLS, (B, E), not normalised.
+        text_embed: projected report CLS, (B, E), not normalised.
+        logit_scale: exponentiated learnable temperature's inverse, scalar.
+        modality: 0 for 2D rows and 1 for 3D rows, (B,).
+        student_cls, teacher_cls: unit-norm DINO bottleneck features of the CLS tokens, (B, b); None without
+            self-distillation.
+        student_patches, teacher_patches: the same for the patch tokens in the loss, flattened over batch, (N, b).
+        patch_weight: weight of each patch row, (N,); None for equal weights.
+        student_prototypes, teacher_prototypes: unit-norm last-layer weights of the DINO heads, (K, b).
+        selected: indices of the slices chosen for each volume, (B3, k), or None.
+        slice_scores: Eq. 2 scores of each slab, (B3, S), or None.
+    """
+
+    image_embed: Tensor
+    text_embed: Tensor
+    logit_scale: Tensor
+    modality: Tensor
+    student_cls: Tensor | None = None
+    teacher_cls: Tensor | None = None
+    student_patches: Tensor | None = None
+    teacher_patches: Tensor | None = None
+    patch_weight: Tensor | None = None
+    student_prototypes: Tensor | None = None
+    teacher_prototypes: Tensor | None = None
+    selected: Tensor | None = None
+    slice_scores: Tensor | None = None

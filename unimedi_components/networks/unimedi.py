@@ -1,0 +1,282 @@
+# SPDX-License-Identifier: Apache-2.0
+"""UniMedI: student, EMA teacher and report encoder over one mixed batch of X-rays and volumes (section 3).
+
+Letters: B2 X-rays, B3 volumes, B = B2 + B3, P patch tokens, k slices, D width, b DINO bottleneck.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unimedi_components import selection
+from unimedi_components.networks.heads import DINOHead, ProjectionHead
+from unimedi_components.networks.masking import masked_pass
+from unimedi_components.networks.output import EncoderOutput, ImageFeatures, UniMediOutput
+from unimedi_components.networks.report_encoder import ReportEncoder
+from unimedi_components.networks.unified_vit import UnifiedViT
+
+__all__ = ["UniMedI"]
+
+MODALITIES = ("image2d", "image3d")
+
+
+@dataclass(frozen=True)
+class _View:
+    """One modality's share of a step: the student's CLS, and what distillation compares."""
+
+    cls: Tensor
+    student: EncoderOutput | None = None
+    teacher: EncoderOutput | None = None
+    patch_weight: Tensor | None = None
+    selected: Tensor | None = None
+    scores: Tensor | None = None
+
+
+class UniMedI(nn.Module):
+    """Image-report pre-training network: L_vl's two towers and the self-distillation pair.
+
+    A volume goes three ways: the selector scores its slabs (Eq. 1 and 2, no gradient), the k best slices join it as
+    2D images, and teacher and student encode volume and slices together, the student masked where the teacher attends
+    least. An X-ray skips the selection. The ablation of Table 7 is `self_distillation=False, selector="random"` (VL),
+    `selector="random"` (VL + SD) and the defaults (VL + SD + Attn); `pseudo_pairs=False` trains both dimensions
+    jointly without slices (Fig. 2b); 2D only and 3D only are a matter of the batches.
+
+    Args:
+        encoder: the student E_v.
+        report_encoder: E_l.
+        image_projection: projection head of the image CLS.
+        text_projection: projection head of the report CLS.
+        dino_head: head shared by CLS and patch tokens; None only without self-distillation.
+        num_slices: k of section 3.2.
+        selector: "teacher", "student" or "random".
+        expand: see `selection.select_slices`.
+        pseudo_pairs: feed the selected slices beside the volume.
+        self_distillation: compute what L_icl and L_pcl need.
+        mask_ratio: share of tokens masked for the student, per segment.
+        mask_mode: "mask_token" replaces masked tokens, "drop" leaves them out (about half the cost at ratio 0.5).
+        mask_block: see `selection.keep_tokens`.
+        patch_loss_on: "all", "masked" or "visible" patch tokens; "drop" sees the visible ones only.
+        vl_on_full: take L_vl from a second, unmasked student pass (about twice the cost) instead of the masked one.
+        init_temperature: start of the learnable temperature of L_vl.
+        learn_temperature: False keeps it fixed (MGCA).
+
+    Raises:
+        ValueError: an unknown option, or options that cannot work together.
+    """
+
+    def __init__(
+        self,
+        encoder: UnifiedViT,
+        report_encoder: ReportEncoder,
+        image_projection: ProjectionHead,
+        text_projection: ProjectionHead,
+        dino_head: DINOHead | None = None,
+        *,
+        num_slices: int = 4,
+        selector: str = "teacher",
+        expand: str = "centre",
+        pseudo_pairs: bool = True,
+        self_distillation: bool = True,
+        mask_ratio: float = 0.5,
+        mask_mode: str = "mask_token",
+        mask_block: int = 1,
+        patch_loss_on: str | None = None,
+        vl_on_full: bool = False,
+        init_temperature: float = 0.07,
+        learn_temperature: bool = True,
+    ) -> None:
+        super().__init__()
+        patch_loss_on = patch_loss_on or ("visible" if mask_mode == "drop" else "all")
+        _one_of("selector", selector, ("teacher", "student", "random"))
+        _one_of("mask_mode", mask_mode, ("mask_token", "drop"))
+        _one_of("patch_loss_on", patch_loss_on, ("all", "masked", "visible"))
+        if mask_mode == "drop" and patch_loss_on != "visible":
+            raise ValueError(
+                f"mask_mode 'drop' leaves only visible tokens; patch_loss_on={patch_loss_on!r} needs 'mask_token'"
+            )
+        head = dino_head if self_distillation else None
+        if self_distillation and head is None:
+            raise ValueError("self_distillation needs a dino_head")
+        _check_num_slices(num_slices, expand, encoder)
+        self.encoder = encoder
+        self.report_encoder = report_encoder
+        self.image_projection = image_projection
+        self.text_projection = text_projection
+        self.num_slices, self.selector, self.expand, self.pseudo_pairs = (
+            num_slices,
+            selector,
+            expand,
+            pseudo_pairs,
+        )
+        self.self_distillation = self_distillation
+        self.mask_ratio, self.mask_mode, self.mask_block = mask_ratio, mask_mode, mask_block
+        self.patch_loss_on, self.vl_on_full = patch_loss_on, vl_on_full
+        self.log_temperature = nn.Parameter(
+            torch.tensor(math.log(1.0 / init_temperature)), requires_grad=learn_temperature
+        )
+        self.dino_head = head
+        needs_teacher = self_distillation or (pseudo_pairs and selector == "teacher")
+        self.teacher = copy.deepcopy(encoder).requires_grad_(False) if needs_teacher else None
+        self.teacher_head = None if head is None else copy.deepcopy(head).requires_grad_(False)
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """1 / temperature, at most 100 as in CLIP."""
+        return self.log_temperature.clamp(max=math.log(100.0)).exp()
+
+    @torch.no_grad()
+    def update_teacher(self, momentum: float) -> None:
+        """Move the teacher towards the student: t <- momentum * t + (1 - momentum) * s."""
+        pairs = [(self.teacher, self.encoder), (self.teacher_head, self.dino_head)]
+        for teacher, student in pairs:
+            if teacher is not None and student is not None:
+                targets: list[Tensor] = list(teacher.parameters())
+                sources: list[Tensor] = list(student.parameters())
+                torch._foreach_lerp_(targets, sources, 1.0 - momentum)
+
+    def forward(self, batch: Mapping[str, Any]) -> UniMediOutput:
+        """One mixed batch to everything that the losses need; in evaluation mode unmasked and without distillation.
+
+        Args:
+            batch: "image2d" (B2, C, H, W) and/or "image3d" (B3, C, D, H, W), "input_ids" and "attention_mask" (B, T)
+                with the X-rays' reports before the volumes'.
+
+        Returns:
+            `UniMediOutput` with rows in the order of the reports.
+
+        Raises:
+            ValueError: no image at all, or a number of reports that is not the number of images.
+        """
+        views = {name: self._view(batch[name]) for name in MODALITIES if batch.get(name) is not None}
+        if not views:
+            raise ValueError("a batch needs 'image2d' or 'image3d'")
+        cls = torch.cat([view.cls for view in views.values()])
+        if len(cls) != len(batch["input_ids"]):
+            raise ValueError(f"the batch has {len(cls)} images but {len(batch['input_ids'])} reports")
+        modality = torch.cat(
+            [torch.full((len(view.cls),), MODALITIES.index(name), device=cls.device) for name, view in views.items()]
+        )
+        text = self.report_encoder(batch["input_ids"], batch["attention_mask"])
+        image_embed = self.image_projection(cls, modality) + self._unused(views)
+        volume = views.get("image3d")
+        return UniMediOutput(
+            image_embed=image_embed,
+            text_embed=self.text_projection(text, modality),
+            logit_scale=self.logit_scale,
+            modality=modality,
+            selected=volume.selected if volume else None,
+            slice_scores=volume.scores if volume else None,
+            **self._distillation(list(views.values())),
+        )
+
+    def encode_image(self, image: Tensor, use_slices: bool = True) -> ImageFeatures:
+        """Features of whole, unmasked images, with the student as the selector.
+
+        Args:
+            image: X-rays (B, C, H, W) or volumes (B, C, D, H, W).
+            use_slices: let a volume's selected slices join it, as in pre-training; False encodes the volume alone.
+        """
+        volume = image.ndim == 5
+        grid = self.encoder.token_grids(image)[0]
+        selected = scores = None
+        out = self.encoder(image, return_attention=True)
+        attention = out.attention
+        if volume:
+            assert attention is not None
+            scores = selection.slice_scores(attention, grid)
+            selected = selection.select_slices(scores, self.num_slices, self.encoder.patch_depth, expand=self.expand)
+            if use_slices and self.pseudo_pairs:
+                out = self.encoder(image, *self.take_slices(image, selected))
+        modality = torch.full((len(image),), int(volume), device=image.device)
+        return ImageFeatures(out.cls, self.image_projection(out.cls, modality), selected, scores, attention)
+
+    def encode_text(self, input_ids: Tensor, attention_mask: Tensor, modality: Tensor) -> Tensor:
+        """Projected report embeddings (B, E), not normalised; `modality` is 0 for X-ray and 1 for CT reports, (B,)."""
+        return self.text_projection(self.report_encoder(input_ids, attention_mask), modality)
+
+    @torch.no_grad()
+    def select(self, volume: Tensor) -> tuple[Tensor, Tensor]:
+        """Slices that the selector chooses and the slab scores of Eq. 2: (B3, k) and (B3, S)."""
+        grid = self.encoder.token_grids(volume)[0]
+        if self.selector == "random" or self.num_slices == 0:
+            scores = selection.random_scores(len(volume), grid[0], volume.device)
+        else:
+            selector = self.teacher if self.selector == "teacher" else self.encoder
+            assert selector is not None
+            attention = selector(volume, return_attention=True).attention
+            scores = selection.slice_scores(attention, grid)
+        return selection.select_slices(scores, self.num_slices, self.encoder.patch_depth, expand=self.expand), scores
+
+    def take_slices(self, volume: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Slices as 2D images of the encoder's `img_size` and their depths; see `selection.take_slices`."""
+        return selection.take_slices(volume, index, self.encoder.img_size)
+
+    def _view(self, image: Tensor) -> _View:
+        """Teacher and student passes of one modality."""
+        inputs: tuple[Tensor, ...] = (image,)
+        selected = scores = None
+        if image.ndim == 5 and self.pseudo_pairs:
+            selected, scores = self.select(image)
+            inputs = (image, *self.take_slices(image, selected))
+        if not (self.self_distillation and self.training):
+            return _View(cls=self.encoder(*inputs).cls, selected=selected, scores=scores)
+        assert self.teacher is not None
+        with torch.no_grad():
+            teacher = self.teacher(*inputs, return_attention=True)
+        grids = self.encoder.token_grids(*inputs[:2])
+        keep = selection.keep_tokens(teacher.attention, grids, self.mask_ratio, block=self.mask_block)
+        student, teacher, weight = masked_pass(
+            self.encoder, inputs, keep, teacher, drop=self.mask_mode == "drop", loss_on=self.patch_loss_on
+        )
+        cls = self.encoder(*inputs).cls if self.vl_on_full else student.cls
+        return _View(cls, student, teacher, weight, selected, scores)
+
+    def _distillation(self, views: list[_View]) -> dict[str, Tensor]:
+        """DINO bottleneck features of CLS and patch tokens over all modalities."""
+        if self.dino_head is None or self.teacher_head is None or not self.training:
+            return {}
+        students = [view.student for view in views if view.student is not None]
+        teachers = [view.teacher for view in views if view.teacher is not None]
+        result = {
+            "student_cls": self.dino_head(torch.cat([s.cls for s in students])),
+            "student_patches": self.dino_head(torch.cat([s.patches.flatten(0, 1) for s in students])),
+            "student_prototypes": self.dino_head.prototypes,
+            "patch_weight": torch.cat([view.patch_weight for view in views if view.patch_weight is not None]),
+        }
+        with torch.no_grad():
+            result["teacher_cls"] = self.teacher_head(torch.cat([t.cls for t in teachers]))
+            result["teacher_patches"] = self.teacher_head(torch.cat([t.patches.flatten(0, 1) for t in teachers]))
+            result["teacher_prototypes"] = self.teacher_head.prototypes
+        return result
+
+    def _unused(self, views: Mapping[str, _View]) -> Tensor:
+        """Zero that touches the parameters which this batch leaves out, so that DDP finds a gradient for each."""
+        encoder = self.encoder
+        idle = []
+        if "image2d" not in views and not self.pseudo_pairs:
+            idle += [*encoder.patch_embed.parameters()]
+        if "image3d" not in views:
+            idle += [*encoder.patch_embed_3d.parameters(), encoder.pos_embed_3d]
+        if "image3d" not in views or not self.pseudo_pairs:
+            idle += [encoder.segment_embed, encoder.depth_embed]
+        if not self.self_distillation or self.mask_mode == "drop":
+            idle += [encoder.mask_token]
+        return sum((p.flatten()[0] * 0.0 for p in idle), encoder.cls_token.new_zeros(()))
+
+
+def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
+
+
+def _check_num_slices(k: int, expand: str, encoder: UnifiedViT) -> None:
+    """Fail at construction, not in the first step, when the volume has fewer slabs than slices wanted."""
+    scores = torch.zeros(1, encoder.grid_3d[0])
+    selection.select_slices(scores, k, encoder.patch_depth, expand=expand)

@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights in: strict loading with one message, and ViT weights of other projects fitted to both tokenizers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from unimedi_components.errors import CheckpointError
+from unimedi_components.networks.embed import resample_pos_embed_2d, resample_pos_embed_3d
+from unimedi_components.networks.unified_vit import UnifiedViT
+
+__all__ = ["adapt_vit_state", "create_encoder", "load_strict", "load_weights", "read_state_dict"]
+
+NESTED = ("state_dict", "model", "student", "network")
+PREFIXES = ("module.", "encoder.", "backbone.", "visual.trunk.", "vit.")
+ADDED_HERE = ("mask_token", "segment_embed", "depth_embed")
+HEADS = ("head.", "head_dist.", "fc_norm.", "pre_logits.", "dist_token", "decoder")
+
+
+def create_encoder(weights: str | None = None, **kwargs: Any) -> UnifiedViT:
+    """A `UnifiedViT(**kwargs)`, initialised from `weights` where given (see `load_weights`); "none" is random."""
+    encoder = UnifiedViT(**kwargs)
+    if weights is not None and str(weights).lower() != "none":
+        load_weights(encoder, weights)
+    return encoder
+
+
+def load_weights(encoder: UnifiedViT, source: str | Path) -> UnifiedViT:
+    """Fill an encoder from this project's `model.pt` or from any ViT with timm's names.
+
+    Args:
+        encoder: network to fill, in place.
+        source: a local file (.pt, .pth, .safetensors), `timm:<model name>` (extra `[timm]`) or
+            `hf:<owner>/<repo>/<file>`. The last two reach the network, as they name a remote model.
+
+    Returns:
+        the encoder.
+
+    Raises:
+        CheckpointError: file or model not found, not a state dict, or tensors that do not fit; the message lists them.
+    """
+    state = _strip(read_state_dict(source))
+    if "patch_embed_3d.proj.weight" not in state:
+        state = adapt_vit_state(state, encoder, str(source))
+    else:
+        state = _fit_tables(state, encoder)
+    load_strict(encoder, state, str(source))
+    return encoder
+
+
+def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Load every tensor or none, with one message that names what did not match.
+
+    Raises:
+        CheckpointError: missing or unexpected tensors, or other shapes.
+    """
+    own = module.state_dict()
+    missing = [name for name in own if name not in state]
+    unexpected = [name for name in state if name not in own]
+    shapes = [
+        f"{name}: {tuple(state[name].shape)} in the file, {tuple(own[name].shape)} in the network"
+        for name in own
+        if name in state and state[name].shape != own[name].shape
+    ]
+    if missing or unexpected or shapes:
+        fits = len(own) - len(missing) - len(shapes)
+        parts = [f"{source}: {fits} of {len(own)} tensors fit {type(module).__name__}"]
+        for title, names in (("missing", missing), ("unexpected", unexpected), ("other shape", shapes)):
+            if names:
+                more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+                parts.append(f"{title}: {', '.join(names[:5])}{more}")
+        parts.append("build the network with the sizes that the weights were trained with, or name other weights")
+        raise CheckpointError("; ".join(parts))
+    module.load_state_dict(dict(state))
+
+
+def read_state_dict(source: str | Path) -> dict[str, Tensor]:
+    """Read a state dict from a file, `timm:` or `hf:`, without unpickling code.
+
+    Raises:
+        CheckpointError: nothing there, or not a mapping of names to tensors.
+    """
+    text = str(source)
+    if text.startswith("timm:"):
+        return _from_timm(text.removeprefix("timm:"))
+    path = _from_hub(text.removeprefix("hf:")) if text.startswith("hf:") else Path(text)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such weights file; train the pretrain bundle first or give another path")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            content: Any = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch and safetensors raise many kinds for a broken file
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{path}: cannot be read as weights ({reason}); download or train it again") from error
+    for key in NESTED:
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping) or not any(isinstance(value, Tensor) for value in content.values()):
+        raise CheckpointError(f"{path}: holds no state dict (a mapping of parameter names to tensors)")
+    return {name: value for name, value in content.items() if isinstance(value, Tensor)}
+
+
+def adapt_vit_state(state: Mapping[str, Tensor], encoder: UnifiedViT, source: str = "weights") -> dict[str, Tensor]:
+    """A 2D ViT's state dict made to fit `UnifiedViT`.
+
+    The RGB kernel is summed over its channels, which equals feeding the grey image three times; the T_3D kernel is
+    the T_2D kernel spread over the patch depth (inflation, divided by the depth); both position tables are resampled
+    from the 2D one, the 3D table repeating it at every depth; classifier heads are left out.
+
+    Args:
+        state: parameters with timm's names.
+        encoder: the network that gives the sizes; its own values fill what a 2D ViT does not have.
+        source: name for messages.
+
+    Returns:
+        a state dict that fits strictly if the widths and depths agree.
+
+    Raises:
+        CheckpointError: no patch embedding or position table where timm has them.
+    """
+    own = encoder.state_dict()
+    result = {name: value for name, value in state.items() if not name.startswith(HEADS)}
+    try:
+        kernel, table = result["patch_embed.proj.weight"].float(), result["pos_embed"].float()
+    except KeyError as error:
+        raise CheckpointError(
+            f"{source}: has no {error.args[0]}; expected a ViT with timm's parameter names"
+        ) from error
+    channels = encoder.patch_embed.proj.in_channels
+    if channels == 1 and kernel.shape[1] != 1:
+        kernel = kernel.sum(1, keepdim=True)
+    if table.shape[-1] != encoder.embed_dim or kernel.shape[0] != encoder.embed_dim:
+        raise CheckpointError(
+            f"{source}: tokens are {table.shape[-1]} wide, the network's embed_dim is {encoder.embed_dim}"
+        )
+    patches = table[:, table.shape[1] - math.isqrt(table.shape[1] - 1) ** 2 :]
+    side = math.isqrt(patches.shape[1])
+    depth, rows, columns = encoder.grid_3d
+    plane = resample_pos_embed_2d(patches, (side, side), (rows, columns))
+    kernel_3d = _resize_kernel(kernel, encoder.patch_embed_3d.patch_size[1:])
+    pd = encoder.patch_depth
+    result |= {
+        "patch_embed.proj.weight": _resize_kernel(kernel, encoder.patch_embed.patch_size),
+        "pos_embed": torch.cat([table[:, :1], resample_pos_embed_2d(patches, (side, side), encoder.grid_2d)], 1),
+        "patch_embed_3d.proj.weight": kernel_3d.unsqueeze(2).repeat(1, 1, pd, 1, 1) / pd,
+        "patch_embed_3d.proj.bias": result["patch_embed.proj.bias"],
+        "pos_embed_3d": plane.repeat(1, depth, 1),
+    }
+    return {**result, **{name: own[name] for name in ADDED_HERE if name not in result}}
+
+
+def _resize_kernel(kernel: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Resample a patch kernel and keep its response to a constant image."""
+    if tuple(kernel.shape[-2:]) == tuple(size):
+        return kernel
+    resized = F.interpolate(kernel, size=size, mode="bicubic", antialias=True)
+    return resized * (math.prod(kernel.shape[-2:]) / math.prod(size))
+
+
+def _fit_tables(state: dict[str, Tensor], encoder: UnifiedViT) -> dict[str, Tensor]:
+    """Resample this project's own position tables where the encoder was built for another grid (same patches)."""
+    result = dict(state)
+    rows = state["depth_embed"].shape[1]
+    if state["pos_embed"].shape != encoder.pos_embed.shape:
+        side = math.isqrt(state["pos_embed"].shape[1] - 1)
+        if side * side == state["pos_embed"].shape[1] - 1:
+            patches = resample_pos_embed_2d(state["pos_embed"][:, 1:], (side, side), encoder.grid_2d)
+            result["pos_embed"] = torch.cat([state["pos_embed"][:, :1], patches], 1)
+    if state["pos_embed_3d"].shape != encoder.pos_embed_3d.shape:
+        plane = state["pos_embed_3d"].shape[1] // rows
+        side = math.isqrt(plane)
+        if side * side == plane:
+            result["pos_embed_3d"] = resample_pos_embed_3d(state["pos_embed_3d"], (rows, side, side), encoder.grid_3d)
+    if rows != encoder.grid_3d[0]:
+        table = F.interpolate(state["depth_embed"].transpose(1, 2), size=encoder.grid_3d[0], mode="linear")
+        result["depth_embed"] = table.transpose(1, 2)
+    return result
+
+
+def _strip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Cut wrappers' prefixes such as `module.` where the ViT's own names lie behind them."""
+    result = dict(state)
+    for _ in range(len(PREFIXES)):
+        if "cls_token" in result:
+            break
+        prefix = next((p for p in PREFIXES if f"{p}cls_token" in result or any(k.startswith(p) for k in result)), None)
+        if prefix is None:
+            break
+        result = {k.removeprefix(prefix): v for k, v in result.items() if k.startswith(prefix)}
+    return result
+
+
+def _from_timm(name: str) -> dict[str, Tensor]:
+    try:
+        import timm
+    except (ImportError, RuntimeError) as error:
+        raise CheckpointError(
+            f"timm:{name}: timm cannot be imported ({error}); install the extra: pip install '.[timm]'"
+        ) from error
+    try:
+        return timm.create_model(name, pretrained=True).state_dict()
+    except Exception as error:  # timm and its hub client raise many kinds
+        raise CheckpointError(f"timm:{name}: cannot be loaded ({error}); check the name and the network") from error
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    owner, _, rest = name.partition("/")
+    repo, _, file = rest.partition("/")
+    if not file:
+        raise CheckpointError(f"hf:{name}: expected hf:<owner>/<repo>/<file>")
+    try:
+        return Path(hf_hub_download(f"{owner}/{repo}", file))
+    except Exception as error:  # the hub client raises many kinds
+        raise CheckpointError(f"hf:{name}: cannot be downloaded ({error}); check the name and the network") from error
