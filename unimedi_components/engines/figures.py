@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
+from matplotlib.ticker import MaxNLocator
 
 from unimedi_components.engines.curves import DPI, WIDTH, draw_loss_curves, save_png
 
@@ -24,6 +25,8 @@ Array = npt.NDArray[Any]
 RIGHT, WRONG, NEUTRAL, LESION = "#2a9d4a", "#8a8f98", "#2f6fb2", "#d1495b"
 _SHOWN = 4
 _MAX_LINES = 6
+# Attention that is nearly even is drawn faint instead of being stretched into a pattern.
+_FAINT = 0.25
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,6 @@ def _draw_study(part: SubFigure, view: CTView, text: list[str], height: float) -
     step, tall = (side + 0.09) / WIDTH, side / height
     cells = iter(part.add_axes((0.008 + step * i, below, side / WIDTH, tall)) for i in range(count + 1))
     low, high = np.percentile(view.volume, (0.5, 99.5))
-    peak = float(view.attention.max())
     slabs = len(view.attention)
     for index in chosen:
         image = view.volume[index]
@@ -98,7 +100,7 @@ def _draw_study(part: SubFigure, view: CTView, text: list[str], height: float) -
             _panel(next(cells), image, low, high, f"slice {index}{verdict}", colour)
         axes = next(cells)
         _panel(axes, image, low, high, "attention" if plain_too else f"slice {index}{verdict}", colour)
-        _overlay(axes, overlay, image.shape, peak)
+        _overlay(axes, overlay, image.shape, view.attention)
     _draw_lesion(next(cells), view, low, high)
     _draw_scores(part.add_axes((0.79, below + 0.2 / height, 0.165, tall - 0.2 / height)), view)
     part.text(
@@ -148,10 +150,12 @@ def _draw_scores(axes: Axes, view: CTView) -> None:
     axes.bar(np.arange(slabs) * depth / slabs, score, color=colours, **bars)
     for i in np.flatnonzero(view.lesions) if view.lesions is not None else ():
         axes.axvspan(float(i), float(i) + 1, color=LESION, alpha=0.25, lw=0, zorder=1)
-    spread = max(float(np.ptp(score)), 1e-3)
+    spread = max(float(np.ptp(score)), 0.1)
     axes.set(xlim=(0, depth), ylim=(score.min() - 0.35 * spread, score.max() + 0.12 * spread))
     axes.set_title("slab score / mean, foot to head", fontsize=8.5, pad=4)
     axes.yaxis.tick_right()
+    axes.yaxis.set_major_locator(MaxNLocator(4))
+    axes.yaxis.set_major_formatter("{x:.2f}")
     axes.tick_params(labelsize=8, length=2)
     axes.spines[["top", "left"]].set_visible(False)
 
@@ -171,8 +175,8 @@ def draw_xrays(views: Sequence[XrayView], path: str | Path, title: str = "") -> 
         low, high = np.percentile(view.image, (0.5, 99.5))
         _panel(image, view.image, low, high, view.name, NEUTRAL)
         _panel(marked, view.image, low, high, "attention", NEUTRAL)
-        _overlay(marked, view.attention, view.image.shape, float(view.attention.max()))
-        _report(part, column + 0.352, 0.87, _wrap(view.report or "no report", 26, 12), 8)
+        _overlay(marked, view.attention, view.image.shape, view.attention)
+        _report(part, column + 0.352, 0.87, _wrap(view.report or "no report", 26, 15), 8)
     return save_png(figure, path)
 
 
@@ -195,18 +199,19 @@ def _panel(axes: Axes, image: Array, low: float, high: float, title: str, colour
     axes.set_title(title, fontsize=8.5, color=colour, pad=4, parse_math=False)
 
 
-def _overlay(axes: Axes, attention: Array, shape: tuple[int, ...], peak: float) -> None:
-    """Attention over an image: transparent where there is none, so that the image stays readable."""
-    strength = np.clip(attention / max(peak, 1e-12), 0.0, 1.0)
+def _overlay(axes: Axes, attention: Array, shape: tuple[int, ...], whole: Array) -> None:
+    """Attention over an image, transparent where it is at most what even attention would give.
+
+    Args:
+        attention: of this image's tokens.
+        shape: of the image.
+        whole: attention of all tokens of the study; its mean is even attention, its peak the strongest colour.
+    """
+    even = max(float(whole.mean()), 1e-12)
+    strength = np.clip((attention / even - 1) / max(float(whole.max()) / even - 1, _FAINT), 0.0, 1.0)
     extent = (-0.5, shape[1] - 0.5, shape[0] - 0.5, -0.5)
-    options: dict[str, Any] = {
-        "cmap": "inferno",
-        "vmin": 0,
-        "vmax": 1,
-        "extent": extent,
-        "interpolation": "bilinear",
-    }
-    axes.imshow(strength, alpha=0.8 * strength**0.7, **options)
+    colours: dict[str, Any] = {"cmap": "inferno", "vmin": 0, "vmax": 1, "alpha": 0.8 * strength**0.7}
+    axes.imshow(strength, extent=extent, interpolation="bilinear", **colours)
 
 
 def _report(part: SubFigure, x: float, y: float, lines: list[str], size: float) -> None:

@@ -11,11 +11,12 @@ import torch
 from ignite.engine import Engine, Events
 from ignite.handlers import ProgressBar
 from monai.engines import IterationEvents
+from monai.handlers import TensorBoardStatsHandler
 from torch import Tensor, nn
 
 from unimedi_components.distributed import rank
 
-__all__ = ["EpochSeed", "GradientCare", "History", "TeacherUpdate", "TrainingProgress", "prepare_mixed_batch"]
+__all__ = ["EpochSeed", "GradientCare", "History", "TeacherUpdate", "TensorBoardLosses", "TrainingProgress", "prepare_mixed_batch"]
 
 
 def prepare_mixed_batch(
@@ -205,6 +206,22 @@ def losses(engine: Engine) -> dict[str, float]:
         "loss": float(engine.state.output["loss"]),
         **{name: float(value) for name, value in parts.items()},
     }
+
+
+class TensorBoardLosses(TensorBoardStatsHandler):
+    """MONAI's TensorBoard handler with the loss and its parts as one scalar each, from rank 0 alone.
+
+    Args:
+        log_dir: folder of the event files.
+    """
+
+    def __init__(self, log_dir: str) -> None:
+        super().__init__(log_dir=log_dir)
+
+    def attach(self, engine: Engine) -> None:
+        self.output_transform = lambda _: losses(engine)
+        if rank() == 0:
+            super().attach(engine)
 
 
 class TrainingProgress:
