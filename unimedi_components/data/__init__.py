@@ -1,25 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data sets to batches: converters, datalists, transforms, mixed loading, phantoms."""
+"""Data sets to batches: converters, datalists, transforms, mixed loading, phantoms.
 
-from unimedi_components.data.datalist import load_datalist, select
-from unimedi_components.data.dataset import PretrainDataset
-from unimedi_components.data.loading import MixedCollate, MixedDataLoader, build_loader, eval_loader
-from unimedi_components.data.pretraining import pretraining_datalist, report_tokenizer
-from unimedi_components.data.sampler import MixedBatchSampler
-from unimedi_components.data.transforms import ByDimension, ct_transforms, xray_transforms
+Names are loaded when first used: the phantom writers' processes need neither torch nor MONAI.
+"""
 
-__all__ = [
-    "ByDimension",
-    "MixedBatchSampler",
-    "MixedCollate",
-    "MixedDataLoader",
-    "PretrainDataset",
-    "build_loader",
-    "ct_transforms",
-    "eval_loader",
-    "load_datalist",
-    "pretraining_datalist",
-    "report_tokenizer",
-    "select",
-    "xray_transforms",
-]
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_EXPORTS = {
+    "ByDimension": "transforms",
+    "MixedBatchSampler": "sampler",
+    "MixedCollate": "loading",
+    "MixedDataLoader": "loading",
+    "PretrainDataset": "dataset",
+    "build_loader": "loading",
+    "ct_transforms": "transforms",
+    "eval_loader": "loading",
+    "load_datalist": "datalist",
+    "pretraining_datalist": "pretraining",
+    "report_tokenizer": "pretraining",
+    "select": "datalist",
+    "xray_transforms": "transforms",
+}
+
+__all__ = sorted(_EXPORTS)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)
+    globals()[name] = value
+    return value

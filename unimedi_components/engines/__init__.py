@@ -3,18 +3,21 @@
 
 from unimedi_components.engines.checkpoint import TrainingCheckpoint
 from unimedi_components.engines.handlers import (
+    EndWithLoader,
     EpochSeed,
     GradientCare,
     History,
     TeacherUpdate,
     TensorBoardLosses,
-    TrainingProgress,
     losses,
     prepare_mixed_batch,
 )
 from unimedi_components.engines.optim import build_optimizer, warmup_cosine
+from unimedi_components.engines.progress import TrainingProgress
+from unimedi_components.engines.whitening import WhitenTokenizers
 
 __all__ = [
+    "EndWithLoader",
     "EpochSeed",
     "GradientCare",
     "History",
@@ -22,6 +25,7 @@ __all__ = [
     "TensorBoardLosses",
     "TrainingCheckpoint",
     "TrainingProgress",
+    "WhitenTokenizers",
     "build_optimizer",
     "losses",
     "prepare_mixed_batch",

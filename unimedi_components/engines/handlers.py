@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ignite handlers beyond MONAI's: EMA teacher, epoch seeds, gradient care, history, progress."""
+"""Ignite handlers beyond MONAI's: EMA teacher, epoch seeds, gradient care, history."""
 
 from __future__ import annotations
 
@@ -9,14 +9,22 @@ from typing import Any
 
 import torch
 from ignite.engine import Engine, Events
-from ignite.handlers import ProgressBar
 from monai.engines import IterationEvents
 from monai.handlers import TensorBoardStatsHandler
 from torch import Tensor, nn
 
 from unimedi_components.distributed import rank
 
-__all__ = ["EpochSeed", "GradientCare", "History", "TeacherUpdate", "TensorBoardLosses", "TrainingProgress", "prepare_mixed_batch"]
+__all__ = [
+    "EndWithLoader",
+    "EpochSeed",
+    "GradientCare",
+    "History",
+    "TeacherUpdate",
+    "TensorBoardLosses",
+    "losses",
+    "prepare_mixed_batch",
+]
 
 
 def prepare_mixed_batch(
@@ -224,16 +232,15 @@ class TensorBoardLosses(TensorBoardStatsHandler):
             super().attach(engine)
 
 
-class TrainingProgress:
-    """One tqdm bar over all iterations of the run, with the newest losses; on rank 0 alone."""
+class EndWithLoader:
+    """End an evaluator's epoch where its loader ends.
+
+    A batch of unreadable files alone is not yielded, and Ignite would make up for it from the loader's beginning:
+    studies would be counted twice.
+    """
 
     def attach(self, engine: Engine) -> None:
-        if rank() != 0:
-            return
-        bar = ProgressBar(persist=True, desc="pre-training", bar_format=None)
-        bar.attach(
-            engine,
-            output_transform=lambda _: {name: f"{value:.3f}" for name, value in losses(engine).items()},
-            event_name=Events.ITERATION_COMPLETED,
-            closing_event_name=Events.COMPLETED,
-        )
+        engine.add_event_handler(Events.DATALOADER_STOP_ITERATION, self)
+
+    def __call__(self, engine: Engine) -> None:
+        engine.terminate_epoch()

@@ -68,15 +68,18 @@ class PatchEmbed(nn.Module):
             )
         return tuple(s // p for s, p in zip(size, self.patch_size, strict=True))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Image (B, C, H, W) or volume (B, C, D, H, W) to tokens (B, P, D), depth-major."""
+    def patches(self, x: Tensor) -> Tensor:
+        """Image (B, C, H, W) or volume (B, C, D, H, W) to the values of its patches (B, P, C * patch), depth-major."""
         grid, patch = self.grid(x.shape[2:]), self.patch_size
         axes = len(grid)
         split = [s for pair in zip(grid, patch, strict=True) for s in pair]
         x = x.view(x.shape[0], x.shape[1], *split)  # (B, C, g1, p1, g2, p2, ...)
         order = [0, *range(2, 2 + 2 * axes, 2), 1, *range(3, 3 + 2 * axes, 2)]
-        x = x.permute(order).reshape(x.shape[0], math.prod(grid), -1)  # (B, P, C * patch)
-        return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)
+        return x.permute(order).reshape(x.shape[0], math.prod(grid), -1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Image (B, C, H, W) or volume (B, C, D, H, W) to tokens (B, P, D), depth-major."""
+        return F.linear(self.patches(x), self.proj.weight.flatten(1), self.proj.bias)
 
 
 def resample_pos_embed_2d(table: Tensor, old: Sequence[int], new: Sequence[int]) -> Tensor:

@@ -161,6 +161,8 @@ def noise(rng: np.random.Generator, shape: tuple[int, ...], kind: str = "grain",
     """
     if axis == 1:
         return noise(rng, (shape[1], shape[0], shape[2]), kind).transpose(1, 0, 2)
+    if 0 in shape:
+        return np.zeros(shape, np.float32)
     if kind not in _banks:
         white = np.random.default_rng(20231124).standard_normal((_BANK_SIDE, _BANK_SIDE), dtype=np.float32)
         sigma = 0.6 if kind == "grain" else 5.0

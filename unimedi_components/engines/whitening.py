@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Data-dependent start of the two tokenizers, for training from scratch.
+
+This is ours, not the paper's, which starts from pre-trained weights. Raw patches are dominated by a few directions
+(brightness, habitus), so that a randomly initialised tokenizer hardly passes on what reports speak of. Kernels set to
+the leading principal directions of real patches, scaled to equal variance, cure it (whitening initialisation, as in
+K. Jordan, "94% on CIFAR-10 in 3.29 seconds on a single GPU", arXiv 2404.00498).
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+from torch import Tensor, nn
+
+from unimedi_components.engines.handlers import unwrap
+from unimedi_components.networks.embed import PatchEmbed
+
+__all__ = ["WhitenTokenizers", "whiten_patch_embed"]
+
+logger = logging.getLogger(__name__)
+
+
+@torch.no_grad()
+def whiten_patch_embed(embed: PatchEmbed, images: Tensor, eps: float = 0.05) -> None:
+    """Set a tokenizer's kernel and bias so that the tokens of `images` have zero mean and about unit covariance.
+
+    Args:
+        embed: tokenizer with D outputs, changed in place.
+        images: (B, C, H, W) or (B, C, D, H, W).
+        eps: added to each eigenvalue, as a share of their mean; keeps directions that hold only noise small.
+
+    A patch of fewer than D values leaves the outputs beyond them as they were.
+    """
+    patches = embed.patches(images).flatten(0, 1).double()
+    mean = patches.mean(0)
+    values, vectors = torch.linalg.eigh(torch.cov(patches.T))
+    values, vectors = values.flip(0), vectors.flip(1)
+    # An eigenvector's sign is arbitrary; its largest entry positive makes the result one and the same everywhere.
+    vectors = vectors * vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
+    width = min(embed.proj.out_channels, len(values))
+    kernel = (vectors[:, :width] / (values[:width] + eps * values.mean()).sqrt()).T
+    weight = embed.proj.weight.flatten(1)
+    weight[:width] = kernel.to(weight)
+    embed.proj.bias[:width] = -(kernel @ mean).to(weight)
+
+
+class WhitenTokenizers:
+    """Before the first step of a new run, whiten both tokenizers of student and teacher on training images.
+
+    Args:
+        network: `UniMedI`, or its distributed wrapper.
+        dataset: training data set; the first readable images of each dimension, evenly spaced over it, are used.
+        samples_2d: X-rays to use.
+        samples_3d: volumes to use.
+        eps: see `whiten_patch_embed`.
+        enabled: False does nothing, as suits an encoder that starts from trained weights.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        dataset: Any,
+        samples_2d: int = 512,
+        samples_3d: int = 256,
+        eps: float = 0.05,
+        enabled: bool = True,
+    ) -> None:
+        self.network = unwrap(network)
+        self.dataset = dataset
+        self.samples = {2: samples_2d, 3: samples_3d}
+        self.eps = eps
+        self.enabled = enabled
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        if not self.enabled:
+            return
+        encoder = self.network.encoder
+        for dim, embed in ((2, encoder.patch_embed), (3, encoder.patch_embed_3d)):
+            images = self._images(dim)
+            if images is not None:
+                whiten_patch_embed(embed, images.to(embed.proj.weight.device), self.eps)
+        if self.network.teacher is not None:
+            self.network.teacher.load_state_dict(encoder.state_dict())
+
+    def _images(self, dim: int) -> Tensor | None:
+        indices = [index for index, item in enumerate(self.dataset.dims) if item == dim]
+        step = max(1, len(indices) // self.samples[dim])
+        items = [self.dataset[index] for index in indices[::step][: self.samples[dim]]]
+        images = [item["image"] for item in items if isinstance(item, dict)]
+        if len(images) < 2:
+            logger.warning("the %dD tokenizer keeps its random start: fewer than two readable training images", dim)
+            return None
+        return torch.stack(images)
