@@ -9,10 +9,10 @@ VENV := .venv
 VENV_PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: help venv pretrain test lint format clean
+.PHONY: help venv pretrain table7 test lint format clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
 
 venv: $(STAMP) ## make .venv with all that the default run and the tests need
 
@@ -26,6 +26,9 @@ $(STAMP): setup.cfg constraints.txt pyproject.toml
 
 pretrain: venv ## pre-train the embedded default of bundles/pretrain
 	$(VENV_PYTHON) -m monai.bundle run --config_file bundles/pretrain/configs/train.json
+
+table7: venv ## the paper's ablation on phantoms, to results/table7.csv and .md; EPOCHS=9 each
+	$(VENV_PYTHON) -m benchmarks.ablation --epochs $(or $(EPOCHS),9) --out results/table7
 
 test: lint ## lint, type checks and tests
 	OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -n $(JOBS)
