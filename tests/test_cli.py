@@ -30,7 +30,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
             raise DataError("missing: no such folder; name the data set's root")
         record.append(("prepare", dataset, root, out, fraction, seed, strict))
 
-    def evaluate(checkpoint: str, patients: int, seed: int, json: str, device: str = "cpu") -> None:
+    def evaluate(checkpoint: str, patients: int, seed: int, json: str | None, device: str = "cpu") -> None:
         record.append(("evaluate", checkpoint, patients, seed, json, device))
 
     for name, function in {
@@ -59,13 +59,15 @@ def test_commands_pass_their_arguments_on(calls: list[tuple[Any, ...]]) -> None:
     main(["prepare", "table", "['a.csv','b.csv']", "list.json"])
     main(["evaluate", "model.pt", "--patients", "4", "--json", "m.json", "--device", "cuda"])
     main(["evaluate", "model.pt", "--json=m.json"])
+    main(["evaluate", "model.pt"])
     assert calls == [
         ("phantom", "bimcv", "out", 3, 7, 2),
         ("phantom", "all", "2024", 200, 0, None),
         ("prepare", "table", "own.csv", "list.json", 0.1, 42, True),
         ("prepare", "table", ["a.csv", "b.csv"], "list.json", None, 42, False),
-        ("evaluate", "model.pt", 4, 1, "m.json", "cuda"),
-        ("evaluate", "model.pt", 200, 1, "m.json", "cpu"),
+        ("evaluate", "model.pt", 4, 1000, "m.json", "cuda"),
+        ("evaluate", "model.pt", 200, 1000, "m.json", "cpu"),
+        ("evaluate", "model.pt", 200, 1000, None, "cpu"),
     ]
 
 

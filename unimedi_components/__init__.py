@@ -22,7 +22,7 @@ _EXPORTS = {
     "load_encoder": "networks.pretrained",
     "load_pretrained": "networks.pretrained",
 }
-_SUBPACKAGES = ("data", "engines", "errors", "evaluation", "losses", "networks", "selection")
+_SUBPACKAGES = ("data", "distributed", "engines", "errors", "evaluation", "losses", "networks", "selection")
 
 __all__ = [
     "UniMedI",

@@ -64,14 +64,14 @@ def prepare(
     prepare_datalist(str(dataset), source, str(out), fraction=share, seed=seed, **options)
 
 
-def evaluate(checkpoint: str, json: str, patients: int = 200, seed: int = 1, **options: Any) -> None:
+def evaluate(checkpoint: str, patients: int = 200, seed: int = 1000, json: str | None = None, **options: Any) -> None:
     """Measure a checkpoint on held-out phantoms: linear probes, slice precision, report retrieval.
 
     Args:
         checkpoint: weights that a pre-training run left, such as bundles/pretrain/models/model.pt.
-        json: the file that the measures are written to.
         patients: number of held-out patients per dimension.
-        seed: seed of the phantoms.
+        seed: seed of the phantoms; another than that of the training phantoms.
+        json: the file that the measures are written to; without it they are only printed.
         options: further options of the measurement.
     """
     from unimedi_components.evaluation.evaluate import evaluate as evaluate_checkpoint
@@ -79,7 +79,9 @@ def evaluate(checkpoint: str, json: str, patients: int = 200, seed: int = 1, **o
     _whole_number("patients", patients, 1)
     _whole_number("seed", seed, 0)
     _check_options("evaluate", evaluate_checkpoint, options)
-    evaluate_checkpoint(str(checkpoint), patients=patients, seed=seed, json=str(json), **options)
+    evaluate_checkpoint(
+        str(checkpoint), patients=patients, seed=seed, json=None if json is None else str(json), **options
+    )
 
 
 def check(*config: str, **overrides: Any) -> None:

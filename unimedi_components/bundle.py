@@ -9,13 +9,14 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from fire.parser import DefaultParseValue
 
-from unimedi_components.errors import ConfigError
+from unimedi_components.errors import CheckpointError, ConfigError, DataError
 
-__all__ = ["RunCall", "bundle_root", "check_run", "data_dir", "parse_run_call"]
+__all__ = ["RunCall", "bundle_root", "check_run", "data_dir", "parse_run_call", "user_fault"]
 
 # the arguments of `monai.bundle run`, in its order, and of the workflow that it makes: not config keys
 _RUN_OPTIONS = (
@@ -34,6 +35,7 @@ _RUN_OPTIONS = (
 # what `--tracking mlflow` takes from the overrides (monai.bundle.scripts.run)
 _TRACKING_OPTIONS = ("output_dir", "tracking_uri", "experiment_name", "run_name", "save_execute_config")
 _RUN_SCRIPT = ("monai", "bundle", "__main__.py")
+_PACKAGE = Path(__file__).resolve().parent
 
 
 @dataclass
@@ -166,9 +168,10 @@ def check_run(config_file: str | Sequence[str] | None = None, argv: Sequence[str
     checked.
 
     Without arguments it reads the command line of ``python -m monai.bundle run`` and ends the program with
-    the one line ``error: ...`` and exit code 2, since MONAI would bury an exception under its own. In any
-    other program, such as MONAI Label's server, there is no such command line and nothing is checked; call
-    ``check_config`` there.
+    the one line ``error: ...`` and exit code 2, since MONAI would bury an exception under its own. From then
+    on, a fault of the user's data, weights or settings (``user_fault``) ends the program in the same way; the
+    traceback is shown with ``UNIMEDI_DEBUG=1`` in the environment. In any other program, such as MONAI
+    Label's server, there is no such command line and nothing is checked; call ``check_config`` there.
 
     Args:
         config_file: the config file or files, instead of the command line's.
@@ -193,3 +196,49 @@ def check_run(config_file: str | Sequence[str] | None = None, argv: Sequence[str
             raise
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
+    if not explicit and not os.environ.get("UNIMEDI_DEBUG"):
+        _report_user_faults()
+
+
+def user_fault(error: BaseException) -> str | None:
+    """The message of the fault of the user's that lies behind an exception, however MONAI has wrapped it.
+
+    Args:
+        error: an exception, such as MONAI's "Failed to instantiate target ...".
+
+    Returns:
+        The message of the first exception in the chain of causes that is one of `unimedi_components.errors`, or a
+        ValueError or FloatingPointError that a line of this package raised; None when there is none.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, (CheckpointError, ConfigError, DataError)) or (
+            isinstance(cause, (ValueError, FloatingPointError)) and _raised_here(cause)
+        ):
+            text = str(cause).strip()
+            # a loader's worker hands its traceback over as text
+            return text.splitlines()[-1].partition(": ")[2] if text.startswith("Caught ") else text
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+    return None
+
+
+def _raised_here(error: BaseException) -> bool:
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and Path(trace.tb_frame.f_code.co_filename).is_relative_to(_PACKAGE)
+
+
+def _report_user_faults() -> None:
+    """Print an uncaught fault of the user's as one line, and any other exception as before."""
+    shown = sys.excepthook
+
+    def report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        message = user_fault(error)
+        if message is None:
+            shown(kind, error, trace)
+            return
+        print(f"error: {message}", file=sys.stderr)
+        raise SystemExit(2)
+
+    sys.excepthook = report

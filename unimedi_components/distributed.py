@@ -9,20 +9,26 @@ joint batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from unimedi_components.errors import ConfigError
+
 __all__ = [
     "all_reduce_sum",
     "all_reduce_sum_with_grad",
+    "broadcast",
     "first_rank_first",
     "gather_with_grad",
     "is_distributed",
+    "local_device",
     "rank",
+    "start",
     "world_size",
 ]
 
@@ -44,6 +50,31 @@ def rank() -> int:
     return dist.get_rank() if is_distributed() else 0
 
 
+def local_device() -> torch.device:
+    """The GPU of this process under torchrun, by LOCAL_RANK; the CPU where there is no GPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def start(device: torch.device | str) -> None:
+    """Join the process group that torchrun describes: NCCL for a GPU, gloo for the CPU.
+
+    Raises:
+        ConfigError: the process was not started by torchrun.
+    """
+    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if missing:
+        raise ConfigError(
+            f"training on several devices needs torchrun ({missing[0]} is not set): "
+            "torchrun --standalone --nproc_per_node=N -m monai.bundle run --config_file ..."
+        )
+    on_gpu = torch.device(device).type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+
+
 def first_rank_first(make: Callable[[], T]) -> T:
     """Call `make` on rank 0, then on the others, which find ready what it wrote; returns its result on each."""
     if not is_distributed():
@@ -51,6 +82,14 @@ def first_rank_first(make: Callable[[], T]) -> T:
     result: list[Any] = [make()] if rank() == 0 else []
     dist.barrier()
     return result[0] if result else make()
+
+
+@torch.no_grad()
+def broadcast(tensors: Iterable[Tensor]) -> None:
+    """Give every rank the values of rank 0, in place."""
+    if is_distributed():
+        for tensor in tensors:
+            dist.broadcast(tensor.data, 0)
 
 
 def all_reduce_sum(x: Tensor) -> Tensor:

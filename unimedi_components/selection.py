@@ -107,7 +107,7 @@ def _check_k(k: int, most: int, what: str, slabs: int, patch_depth: int) -> None
     if not 1 <= k <= most:
         raise ValueError(
             f"cannot select k={k} slices: the volume has {most} {what} to choose from ({slabs} slabs of {patch_depth} "
-            f"slices each); set k between 1 and {most} or use a smaller patch depth"
+            f"slices each); set num_slices (k) between 1 and {most} or use a smaller patch depth"
         )
 
 

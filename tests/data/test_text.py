@@ -145,3 +145,14 @@ def test_sentences_split_like_the_documented_expression():
     text = "1. a b. 22. c d"
     pieces = [piece for part in re.split("[0-9]+\\.", text) for piece in part.split(".")]
     assert clean_report(text).num_sentences == sum(len(piece.split()) > 1 for piece in pieces) == 2
+
+
+def test_headers_in_running_text_are_left_out():
+    text = "Findings: The lungs are clear.  Impression: 1. No acute disease. 2. Stable heart."
+    assert clean_report(text) == ("the lungs are clear no acute disease stable heart", 3, 9)
+    lines = "FINDINGS:\n Heart is large\n\nIMPRESSION:\n Cardiomegaly only"
+    assert clean_report(lines, keep_punct=True).text == "heart is large. cardiomegaly only."
+    assert clean_report("Findings and Impression: Clear lungs.").text == "clear lungs"
+    # words of a sentence stay
+    for kept in ("No findings: of note.", "The impression is of edema.", "Findings of edema. Impression unchanged."):
+        assert clean_report(kept).num_tokens == len(kept.split())

@@ -59,8 +59,12 @@ class Items:
 class Holder(torch.nn.Module):
     def __init__(self):
         super().__init__()
-        self.encoder = UnifiedViT(16, (4, 16, 16), patch_size=8, patch_size_3d=(2, 8, 8), embed_dim=8, depth=1, num_heads=1)
-        self.teacher = UnifiedViT(16, (4, 16, 16), patch_size=8, patch_size_3d=(2, 8, 8), embed_dim=8, depth=1, num_heads=1)
+        self.encoder = UnifiedViT(
+            16, (4, 16, 16), patch_size=8, patch_size_3d=(2, 8, 8), embed_dim=8, depth=1, num_heads=1
+        )
+        self.teacher = UnifiedViT(
+            16, (4, 16, 16), patch_size=8, patch_size_3d=(2, 8, 8), embed_dim=8, depth=1, num_heads=1
+        )
 
 
 def test_handler_sets_student_and_teacher_alike_or_nothing():

@@ -18,10 +18,14 @@ _EXPORTS = {
     "build_loader": "loading",
     "ct_transforms": "transforms",
     "eval_loader": "loading",
+    "find_images": "inputs",
+    "image_loader": "inputs",
     "load_datalist": "datalist",
     "pretraining_datalist": "pretraining",
+    "rank_share": "sampler",
     "report_tokenizer": "pretraining",
     "select": "datalist",
+    "write_json": "datalist",
     "xray_transforms": "transforms",
 }
 

@@ -70,6 +70,7 @@ def collect(
     report_csv: str | Path | None = None,
     text_column: str | None = None,
     num_workers: int = 2,
+    progress: bool = True,
 ) -> DatalistBuilder:
     """Read BIMCV-COVID19+ (and BIMCV-R).
 
@@ -90,6 +91,7 @@ def collect(
         report_csv: table of English reports, if it is not ``BIMCV-R.csv`` below ``root``.
         text_column: column of the report text, if its name is unusual.
         num_workers: threads that check volumes.
+        progress: show progress bars.
 
     Returns:
         The builder. Drop reasons: ``session without CT``, ``no report``, ``report of another patient``,
@@ -120,7 +122,7 @@ def collect(
         else:
             texts[session] = report.text
             wanted.append((session, files))
-    chosen = progress_map(lambda entry: _choose_series(entry[1], limits), wanted, "CT volumes", num_workers)
+    chosen = progress_map(lambda entry: _choose_series(entry[1], limits), wanted, "CT volumes", num_workers, progress)
     items = []
     for (session, _), (path, dropped) in zip(wanted, chosen, strict=True):
         for fault, other in dropped:

@@ -50,6 +50,7 @@ def collect(
     reports_root: str | Path | None = None,
     sectioned_csv: str | Path | None = None,
     num_workers: int = 8,
+    progress: bool = True,
 ) -> DatalistBuilder:
     """Read MIMIC-CXR-JPG.
 
@@ -68,6 +69,7 @@ def collect(
             elsewhere.
         sectioned_csv: MIT-LCP's ``mimic_cxr_sectioned.csv``, used instead of the report files.
         num_workers: threads that read files.
+        progress: show progress bars.
 
     Returns:
         The builder. Drop reasons: ``not a frontal view``, ``no view position``, ``duplicate id``, ``no
@@ -84,7 +86,7 @@ def collect(
     raw = (
         _sections_from_csv(builder, Path(sectioned_csv))
         if sectioned_csv
-        else _sections_from_files(base, studies, reports_root, num_workers)
+        else _sections_from_files(base, studies, reports_root, num_workers, progress)
     )
 
     def clean(study: str) -> _Report:
@@ -104,7 +106,13 @@ def collect(
         return "", report.text
 
     reports = {study: clean(study) for study in studies["study_id"]}
-    _add_items(builder, base, frame, reports, lambda path: xray_fault(path, check_images), labels, num_workers)
+
+    def faults_of(images: list[str]) -> list[tuple[str, str] | None]:
+        return progress_map(
+            lambda image: xray_fault(base / image, check_images), images, "images", num_workers, progress
+        )
+
+    _add_items(builder, base, frame, reports, faults_of, labels)
     return builder
 
 
@@ -151,7 +159,7 @@ def _sections_from_csv(builder: DatalistBuilder, path: Path) -> dict[str, dict[s
 
 
 def _sections_from_files(
-    root: Path, studies: pd.DataFrame, reports_root: str | Path | None, num_workers: int
+    root: Path, studies: pd.DataFrame, reports_root: str | Path | None, num_workers: int, progress: bool
 ) -> dict[str, dict[str, str] | _Report]:
     names = [f"{subject[:3]}/{subject}/{study}.txt" for subject, study in studies.itertuples(index=False)]
     folder = _report_folder(root, names, reports_root)
@@ -166,7 +174,7 @@ def _sections_from_files(
             return "unreadable report", f"{path}: {error}"
         return split_sections(text)
 
-    return dict(zip(studies["study_id"], progress_map(read, names, "reports", num_workers), strict=True))
+    return dict(zip(studies["study_id"], progress_map(read, names, "reports", num_workers, progress), strict=True))
 
 
 def _report_folder(root: Path, names: list[str], reports_root: str | Path | None) -> Path:
@@ -193,9 +201,8 @@ def _add_items(
     root: Path,
     frame: pd.DataFrame,
     reports: dict[str, _Report],
-    fault_of: Callable[[Path], tuple[str, str] | None],
+    faults_of: Callable[[list[str]], list[tuple[str, str] | None]],
     labels: bool,
-    num_workers: int,
 ) -> None:
     """Drop rows by report and image, add the rest."""
     reasons = frame["study_id"].map({study: found[0] for study, found in reports.items()})
@@ -205,9 +212,8 @@ def _add_items(
     frame = frame[reasons == ""].reset_index(drop=True)
     folder = "files/" + frame["subject_id"].str[:3] + "/" + frame["subject_id"] + "/" + frame["study_id"]
     images = (folder + "/" + frame["dicom_id"] + ".jpg").tolist()
-    faults = progress_map(lambda image: fault_of(root / image), images, "images", num_workers)
     label_of = _chexpert_labels(builder, root) if labels else {}
-    for row, image, fault in zip(frame.itertuples(index=False), images, faults, strict=True):
+    for row, image, fault in zip(frame.itertuples(index=False), images, faults_of(images), strict=True):
         if fault is not None:
             builder.drop(fault[0], row.dicom_id, fault[1])
             continue

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from unimedi_components.data.datalist import load_datalist, write_json
 from unimedi_components.data.phantom import write_phantom
 from unimedi_components.data.prepare import merge_datalists, prepare
 from unimedi_components.data.vocabulary import build_wordpiece
@@ -41,20 +42,29 @@ def pretraining_datalist(
         DataError: a source is missing, or nothing in it can be used.
     """
     root = Path(dataset_dir)
+    out = root / "pretrain.json"
+    recipe = {"sources": list(sources), "options": options}
 
     def make() -> str:
-        parts: dict[str, str] = {}
-        for source in sources:
-            part, fresh = root / f"{source}.json", False
-            if phantoms:
-                fresh = write_phantom(source, root / source, patients=phantoms[source], seed=phantom_seed).fresh
-            if fresh or not part.is_file():
+        fresh = [
+            write_phantom(source, root / source, patients=patients, seed=phantom_seed).fresh
+            for source, patients in (phantoms or {}).items()
+        ]
+        if any(fresh) or not _made_from(out, recipe):
+            parts = {source: str(root / f"{source}.json") for source in sources}
+            for source, part in parts.items():
                 prepare(source, root / source, part, **options)
-            parts[source] = str(part)
-        merge_datalists(parts, root / "pretrain.json", root)
-        return str(root / "pretrain.json")
+            joined = merge_datalists(parts, out, root)
+            joined["meta"]["recipe"] = recipe
+            write_json(joined, out)
+        return str(out)
 
     return first_rank_first(make)
+
+
+def _made_from(path: Path, recipe: Mapping[str, Any]) -> bool:
+    """Whether the datalist is there and was made from these sources with these options."""
+    return path.is_file() and load_datalist(path)["meta"].get("recipe") == recipe
 
 
 def report_tokenizer(items: Sequence[Mapping[str, Any]], folder: str | Path, vocab_size: int = 2000) -> Any:

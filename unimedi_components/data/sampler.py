@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -13,7 +14,22 @@ from unimedi_components.distributed import rank as current_rank
 from unimedi_components.distributed import world_size
 from unimedi_components.errors import ConfigError, DataError
 
-__all__ = ["MixedBatchSampler"]
+__all__ = ["MixedBatchSampler", "rank_share"]
+
+T = TypeVar("T")
+
+
+def rank_share(items: Sequence[T]) -> list[T]:
+    """This rank's part of the items, every N-th one over N ranks, so that each item is on one rank alone.
+
+    For validation: ranks may get one item more than others, which the metrics allow.
+
+    Raises:
+        DataError: fewer items than ranks.
+    """
+    if len(items) < world_size():
+        raise DataError(f"{len(items)} items cannot be shared by {world_size()} ranks; use fewer, or a larger split")
+    return list(items[current_rank() :: world_size()])
 
 
 class MixedBatchSampler(Sampler[list[int]]):

@@ -130,12 +130,15 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def progress_map(function: Callable[[Any], Any], items: Sequence[Any], desc: str, num_workers: int = 8) -> list[Any]:
+def progress_map(
+    function: Callable[[Any], Any], items: Sequence[Any], desc: str, num_workers: int = 8, progress: bool = True
+) -> list[Any]:
     """Apply ``function`` to every item under a progress bar, in threads, keeping the order.
 
     Threads hide the latency of many small reads on network disks; the result does not depend on their number.
     """
+    bar: dict[str, Any] = {"desc": desc, "unit": "file", "leave": False, "disable": not progress}
     if num_workers <= 1 or len(items) < 2:
-        return [function(item) for item in tqdm(items, desc=desc, unit="file", leave=False)]
+        return [function(item) for item in tqdm(items, **bar)]
     with ThreadPoolExecutor(num_workers) as pool:
-        return list(tqdm(pool.map(function, items), total=len(items), desc=desc, unit="file", leave=False))
+        return list(tqdm(pool.map(function, items), total=len(items), **bar))

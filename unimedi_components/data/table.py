@@ -75,6 +75,7 @@ def collect(
     image_column: str = "image",
     report_column: str = "report",
     num_workers: int = 2,
+    progress: bool = True,
 ) -> DatalistBuilder:
     """Read one or several tables.
 
@@ -97,6 +98,7 @@ def collect(
         image_column: name of the image column.
         report_column: name of the report column.
         num_workers: threads that check files.
+        progress: show progress bars.
 
     Returns:
         The builder; its root is the folder common to the csv files and their images. ``label`` is ``[int]``
@@ -127,7 +129,7 @@ def collect(
         return None if fault is None else (fault.reason, fault.detail)
 
     rows = _drop_repeated(builder, rows)
-    faults = progress_map(fault_of, [row.image for row in rows], "images", num_workers)
+    faults = progress_map(fault_of, [row.image for row in rows], "images", num_workers, progress)
     kept: list[tuple[_Row, dict[str, Any]]] = []
     for row, fault in zip(rows, faults, strict=True):
         report = clean_report(row.report, keep_punct)

@@ -13,6 +13,10 @@ __all__ = ["CleanReport", "clean_report", "looks_english", "report_language", "s
 _HEADER = re.compile(r"\n ([A-Z ()/,-]+):\s")
 _PARAGRAPH = re.compile(r"\n[ \t]*\n")
 _VIEW_TITLE = re.compile(r"\b(chest|radiographs?|views?|frontal|lateral|portable|ap|pa)\b")
+# A header in running text, as in tables with a whole report in a cell: at its start, on a new line, after a sentence.
+_RUNNING_HEADER = re.compile(
+    r"(?:^|(?<=[.!?])\s+|\n\s*)(?:findings? and impressions?|findings?|impressions?)\s*:(?=\s|$)", re.IGNORECASE
+)
 _ENUMERATION = re.compile(r"[0-9]+\.")
 # Keeps the points inside numbers ("3.5 cm"), drops the enumeration "2. ", and ends sentences at . ! ?
 _PUNCT_ENUMERATION = re.compile(r"(?:(?<=\s)|^)[0-9]+\.(?=\s)")
@@ -99,7 +103,7 @@ def split_sections(text: str) -> dict[str, str]:
 
 
 def clean_report(text: str, keep_punct: bool = False) -> CleanReport:
-    """Clean a report as MGCA does.
+    """Clean a report as MGCA does, without the headers ``Findings:`` and ``Impression:`` that begin its sections.
 
     Line ends become blanks, the text is cut at ``[0-9]+\\.`` and at ``.``, each piece is lower-cased and
     reduced to its ``\\w+`` tokens, pieces of at most one token are dropped, and the rest is joined by blanks
@@ -117,6 +121,7 @@ def clean_report(text: str, keep_punct: bool = False) -> CleanReport:
         >>> clean_report("1. No effusion. 2. Heart\\nis normal.")
         CleanReport(text='no effusion heart is normal', num_sentences=2, num_tokens=5)
     """
+    text = _RUNNING_HEADER.sub(". ", text.strip())
     text = " ".join(text.replace("\ufffd", " ").split())
     sentences, num_tokens = [], 0
     if keep_punct:

@@ -34,13 +34,14 @@ from monai.transforms import (
 )
 from PIL import Image, ImageOps
 
+from unimedi_components.data.ct_checks import NIFTI_ENDINGS, read_ct_header
 from unimedi_components.data.fingerprint import fingerprint
 from unimedi_components.errors import DataError
 
 __all__ = ["ByDimension", "CheckVolumed", "XrayReader", "ct_transforms", "xray_transforms"]
 
 # nibabel's letter pairs, spelled out because MONAI otherwise follows each reader's own `space`
-_RAS_LABELS = (("L", "R"), ("P", "A"), ("I", "S"))
+RAS_LABELS = (("L", "R"), ("P", "A"), ("I", "S"))
 
 
 class XrayReader(ImageReader):
@@ -141,10 +142,17 @@ class CheckVolumed(MapTransform):
                 raise DataError(
                     f"{name}: shape {tuple(volume.shape)} (channel first) is not one 3D volume; extract one time point"
                 )
-            affine = torch.as_tensor(volume.affine)[:3, :3]
+            affine = torch.as_tensor(_stored_affine(str(name), volume))[:3, :3]
             if not torch.isfinite(affine).all() or abs(torch.linalg.det(affine.double())) < 1e-6:
                 raise DataError(f"{name}: the affine is singular or not finite; rewrite the file with a valid header")
         return dict(data)
+
+
+def _stored_affine(name: str, volume: Any) -> Any:
+    """The affine in the file: MONAI's NIfTI reader replaces one that is zero by a guess from the spacing."""
+    if name.lower().endswith(NIFTI_ENDINGS) and Path(name).is_file():
+        return read_ct_header(name).affine
+    return volume.affine
 
 
 def xray_transforms(size: int = 224, long_side: int | None = None, random_crop: bool = False) -> list[Transform]:
@@ -202,7 +210,7 @@ def ct_transforms(
         LoadImaged("image", image_only=True),
         EnsureChannelFirstd("image"),
         CheckVolumed("image"),
-        Orientationd("image", axcodes="SPL", labels=_RAS_LABELS),
+        Orientationd("image", axcodes="SPL", labels=RAS_LABELS),
     ]
     if spacing is not None:
         steps.append(Spacingd("image", pixdim=tuple(spacing), mode="bilinear"))

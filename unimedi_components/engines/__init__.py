@@ -7,11 +7,13 @@ from unimedi_components.engines.handlers import (
     EpochSeed,
     GradientCare,
     History,
+    SkippedStudies,
     TeacherUpdate,
     TensorBoardLosses,
     losses,
     prepare_mixed_batch,
 )
+from unimedi_components.engines.inference import SaveEmbeddings, embed_batch, finish_embedding
 from unimedi_components.engines.optim import build_optimizer, warmup_cosine
 from unimedi_components.engines.progress import TrainingProgress
 from unimedi_components.engines.whitening import WhitenTokenizers
@@ -21,12 +23,16 @@ __all__ = [
     "EpochSeed",
     "GradientCare",
     "History",
+    "SaveEmbeddings",
+    "SkippedStudies",
     "TeacherUpdate",
     "TensorBoardLosses",
     "TrainingCheckpoint",
     "TrainingProgress",
     "WhitenTokenizers",
     "build_optimizer",
+    "embed_batch",
+    "finish_embedding",
     "losses",
     "prepare_mixed_batch",
     "warmup_cosine",

@@ -18,6 +18,7 @@ from unimedi_components.distributed import rank
 from unimedi_components.engines.handlers import unwrap
 from unimedi_components.errors import CheckpointError
 from unimedi_components.networks.pretrained import CARD, FULL, TEXT, make_card, student_state
+from unimedi_components.networks.weights import load_strict
 
 __all__ = ["TrainingCheckpoint", "atomic_save"]
 
@@ -78,7 +79,8 @@ class TrainingCheckpoint:
         """Resume, or announce what an earlier run left.
 
         Raises:
-            CheckpointError: `resume` without `last.pt`, or a `last.pt` of another network or a longer run.
+            CheckpointError: `resume` without `last.pt`, or a `last.pt` that is damaged, of another network, of other
+                steps per epoch or of a longer run.
         """
         path = self.folder / LAST
         if self.resume:
@@ -125,7 +127,7 @@ class TrainingCheckpoint:
             raise CheckpointError(
                 f"{path}: nothing to resume; run without --resume first, or set ckpt_dir to the run's models folder"
             )
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = _read_training_state(path)
         if content["epoch_length"] != engine.state.epoch_length:
             raise CheckpointError(
                 f"{path}: was trained with {content['epoch_length']} steps per epoch, this run has "
@@ -135,13 +137,13 @@ class TrainingCheckpoint:
             raise CheckpointError(
                 f"{path}: is at epoch {content['epoch']}, beyond max_epochs {engine.state.max_epochs}; raise max_epochs"
             )
+        load_strict(self.network, content["network"], str(path))
         try:
-            self.network.load_state_dict(content["network"])
             for name, part in self.state.items():
                 part.load_state_dict(content[name])
         except (RuntimeError, KeyError, ValueError) as error:
             raise CheckpointError(
-                f"{path}: does not fit this run's network or optimizer ({error}); resume with its config"
+                f"{path}: does not fit this run's {name} ({' '.join(str(error).split())}); resume with its config"
             ) from error
         if content["scaler"] and getattr(engine, "scaler", None) is not None:
             engine.scaler.load_state_dict(content["scaler"])  # type: ignore[attr-defined]
@@ -159,3 +161,20 @@ class TrainingCheckpoint:
         temporary = self.folder / f"{CARD}.tmp{os.getpid()}"
         temporary.write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
         os.replace(temporary, self.folder / CARD)
+
+
+def _read_training_state(path: Path) -> dict[str, Any]:
+    """Read `last.pt`.
+
+    Raises:
+        CheckpointError: damaged, or something else.
+    """
+    remedy = "name the run's own ckpt_dir, or start anew without --resume"
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a broken file
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{path}: cannot be read ({reason}); {remedy}") from error
+    if not isinstance(content, dict) or not {"network", "epoch", "epoch_length", "best", "scaler"} <= content.keys():
+        raise CheckpointError(f"{path}: holds no training state; {remedy}")
+    return content

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from monai.engines import IterationEvents
 from monai.handlers import TensorBoardStatsHandler
 from torch import Tensor, nn
 
+from unimedi_components.data.datalist import write_json
 from unimedi_components.distributed import rank
 
 __all__ = [
@@ -20,11 +23,14 @@ __all__ = [
     "EpochSeed",
     "GradientCare",
     "History",
+    "SkippedStudies",
     "TeacherUpdate",
     "TensorBoardLosses",
     "losses",
     "prepare_mixed_batch",
 ]
+
+logger = logging.getLogger(__name__)
 
 
 def prepare_mixed_batch(
@@ -211,7 +217,7 @@ def losses(engine: Engine) -> dict[str, float]:
     """The newest loss of a trainer and its unweighted parts, as floats: for logs, TensorBoard and the history."""
     parts = getattr(engine.loss_function, "last", {})  # type: ignore[attr-defined]
     return {
-        "loss": float(engine.state.output["loss"]),
+        "loss": float(engine.state.output["loss"].detach()),
         **{name: float(value) for name, value in parts.items()},
     }
 
@@ -224,12 +230,39 @@ class TensorBoardLosses(TensorBoardStatsHandler):
     """
 
     def __init__(self, log_dir: str) -> None:
-        super().__init__(log_dir=log_dir)
+        # the base class opens an event file at once
+        if rank() == 0:
+            super().__init__(log_dir=log_dir)
 
     def attach(self, engine: Engine) -> None:
         self.output_transform = lambda _: losses(engine)
         if rank() == 0:
             super().attach(engine)
+
+
+class SkippedStudies:
+    """At the end of a run, count the studies that could not be read and list them in `skipped.json`; rank 0's alone.
+
+    Args:
+        datasets: of type `PretrainDataset`.
+        output_dir: folder to write to; a list that an earlier run left there is removed.
+    """
+
+    def __init__(self, datasets: Sequence[Any], output_dir: str) -> None:
+        self.datasets = datasets
+        self.path = Path(output_dir) / "skipped.json"
+
+    def attach(self, engine: Engine) -> None:
+        if rank() == 0:
+            engine.add_event_handler(Events.STARTED, lambda: self.path.unlink(missing_ok=True))
+            engine.add_event_handler(Events.COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        found = [record for dataset in self.datasets for record in dataset.skipped]
+        if found:
+            write_json([record._asdict() for record in found], self.path)
+            total = sum(len(dataset) for dataset in self.datasets)
+            logger.warning("%d of %d studies could not be read and were left out; see %s", len(found), total, self.path)
 
 
 class EndWithLoader:

@@ -20,8 +20,8 @@ __all__ = ["TrainingProgress"]
 class TrainingProgress:
     """One tqdm bar over all iterations of the run, with the epoch and the newest losses; on rank 0 alone.
 
-    A resumed run's bar begins where it goes on. Log lines are written above the bar. Where standard error is no
-    terminal, a new state of the bar is printed at most every `interval` seconds.
+    A resumed run's bar begins where it goes on. On a terminal, log lines are written above the bar; anywhere else a
+    new state of the bar is printed at most every `interval` seconds.
 
     Args:
         desc: what runs, shown before the bar.
@@ -47,7 +47,8 @@ class TrainingProgress:
         state = engine.state
         if self.bar is None:
             file = self.file if self.file is not None else sys.stderr
-            pause = 0.1 if file.isatty() else self.interval
+            live = file.isatty()
+            pause = 0.1 if live else self.interval
             self.bar = tqdm(
                 total=state.max_epochs * state.epoch_length,
                 initial=state.iteration,
@@ -57,7 +58,8 @@ class TrainingProgress:
                 mininterval=pause,
                 maxinterval=max(pause, 10.0),
             )
-            self._logging.enter_context(logging_redirect_tqdm())
+            if live:
+                self._logging.enter_context(logging_redirect_tqdm())
         self.bar.set_description(f"{self.desc}, epoch {state.epoch}/{state.max_epochs}", refresh=False)
 
     def __call__(self, engine: Engine) -> None:

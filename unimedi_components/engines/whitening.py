@@ -16,6 +16,7 @@ import torch
 from ignite.engine import Engine, Events
 from torch import Tensor, nn
 
+from unimedi_components.distributed import broadcast, rank
 from unimedi_components.engines.handlers import unwrap
 from unimedi_components.networks.embed import PatchEmbed
 
@@ -83,9 +84,9 @@ class WhitenTokenizers:
             return
         encoder = self.network.encoder
         for dim, embed in ((2, encoder.patch_embed), (3, encoder.patch_embed_3d)):
-            images = self._images(dim)
-            if images is not None:
+            if rank() == 0 and (images := self._images(dim)) is not None:
                 whiten_patch_embed(embed, images.to(embed.proj.weight.device), self.eps)
+            broadcast(embed.parameters())
         if self.network.teacher is not None:
             self.network.teacher.load_state_dict(encoder.state_dict())
 

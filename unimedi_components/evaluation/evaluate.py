@@ -140,7 +140,7 @@ def heldout_items(
     root = folder / layout
     # Some patients have no usable study, as in the real sets.
     write_phantom(layout, root, patients=math.ceil(patients * 1.05) + 2, seed=seed, workers=workers, progress=progress)
-    datalist, truth = convert(root), load_truth(root)
+    datalist, truth = convert(root, progress=progress), load_truth(root)
     assert truth is not None
     by_id = {item["id"]: item for split in SPLITS for item in datalist[split]}
     items = [by_id[name] for name in truth["studies"] if name in by_id][:patients]

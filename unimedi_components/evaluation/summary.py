@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from unimedi_components.data.datalist import load_datalist, select, write_json
+from unimedi_components.distributed import rank
 from unimedi_components.engines.figures import CTView, XrayView, draw_loss_curves, draw_selection, draw_xrays
 from unimedi_components.evaluation.features import Features, extract_features, load_truth, make_dataset
 from unimedi_components.evaluation.metrics import all_metrics
@@ -64,7 +65,7 @@ def after_training(
     device: str = "cpu",
     **options: Any,
 ) -> dict[str, Any]:
-    """Write what a finished training run has to show; for one rank alone.
+    """Write what a finished training run has to show; on rank 0, the others return at once.
 
     `metrics.json` holds the values of the test split, or of the validation split if there is no test item.
     The figures show items of the first split that has any, in that order and training last; their titles say
@@ -80,12 +81,14 @@ def after_training(
         options: of `extract_features`.
 
     Returns:
-        the content of `metrics.json`.
+        the content of `metrics.json`; empty on other ranks.
 
     Raises:
         CheckpointError: the checkpoint does not load.
         DataError: the datalist is unreadable.
     """
+    if rank() != 0:
+        return {}
     pretrained, lists = load_pretrained(checkpoint, device), _parsed(datalist)
     out, studies = Path(output_dir), _studies(root)
     split = "test" if select(lists, "test") else "validation"

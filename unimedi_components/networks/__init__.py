@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The unified ViT, the report encoder, heads, and UniMedI itself."""
 
+from unimedi_components.networks.embedding import EmbeddingNetwork
 from unimedi_components.networks.heads import DINOHead, ProjectionHead
 from unimedi_components.networks.output import EncoderOutput, ImageFeatures, UniMediOutput
 from unimedi_components.networks.pretrained import Pretrained, load_encoder, load_pretrained, untrained
@@ -11,6 +12,7 @@ from unimedi_components.networks.weights import create_encoder, load_strict, loa
 
 __all__ = [
     "DINOHead",
+    "EmbeddingNetwork",
     "EncoderOutput",
     "ImageFeatures",
     "Pretrained",

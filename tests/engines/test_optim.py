@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parameter groups by name, and the learning rate at steps worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from unimedi_components.engines import build_optimizer, warmup_cosine
+from unimedi_components.networks import DINOHead, ProjectionHead, ReportEncoder, UnifiedViT, UniMedI
+
+TEXT = {"hidden_size": 16, "num_hidden_layers": 1, "vocab_size": 30, "num_attention_heads": 2}
+
+
+def network() -> UniMedI:
+    encoder = UnifiedViT(16, (8, 16, 16), patch_size=8, patch_size_3d=(4, 8, 8), embed_dim=16, depth=1, num_heads=2)
+    heads = ProjectionHead(16, 24, 8), ProjectionHead(16, 24, 8)
+    return UniMedI(encoder, ReportEncoder(config=TEXT), *heads, DINOHead(16, 20, 24, 12), num_slices=1)
+
+
+def test_groups_by_name() -> None:
+    model = network()
+    optimizer = build_optimizer(model, lr=0.01, weight_decay=0.05, betas=(0.9, 0.95))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decayed, rest = ({names[id(p)] for p in group["params"]} for group in optimizer.param_groups)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.05, 0.0]
+    assert all(group["lr"] == 0.01 and group["betas"] == (0.9, 0.95) for group in optimizer.param_groups)
+    assert not decayed & rest
+    assert decayed | rest == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert not any(name.startswith("teacher") for name in decayed | rest)
+    assert {
+        "encoder.patch_embed.proj.weight",
+        "encoder.patch_embed_3d.proj.weight",
+        "encoder.blocks.0.attn.qkv.weight",
+        "report_encoder.model.embeddings.word_embeddings.weight",
+        "dino_head.last_layer.weight_v",
+    } <= decayed
+    tokens = ("cls_token", "mask_token", "pos_embed", "pos_embed_3d", "segment_embed", "depth_embed")
+    assert {"log_temperature", "encoder.norm.weight", "encoder.blocks.0.mlp.fc1.bias"} <= rest
+    assert {f"encoder.{name}" for name in tokens} <= rest
+    assert all(name.endswith(("weight", "weight_v")) for name in decayed)
+
+
+def test_weight_decay_moves_matrices_alone() -> None:
+    model = nn.Linear(2, 2)
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = build_optimizer(model, lr=0.1, weight_decay=0.5)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert torch.allclose(model.weight, start["weight"] * (1 - 0.1 * 0.5))
+    assert torch.equal(model.bias, start["bias"])
+
+
+def rates(steps: int, **kwargs: float) -> list[float]:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    schedule = warmup_cosine(optimizer, **kwargs)  # type: ignore[arg-type]
+    found = []
+    for _ in range(steps + 1):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return found
+
+
+def test_learning_rate_by_hand() -> None:
+    # 10 steps of warm-up from 0.01 to 0.1, then a cosine over 30 steps
+    found = rates(40, steps_per_epoch=10, epochs=4, warmup_epochs=1, start_lr=0.01, end_lr=1e-4)
+    assert found[0] == pytest.approx(0.01)
+    assert found[5] == pytest.approx(0.01 + 0.09 * 0.5)
+    assert found[10] == pytest.approx(0.1)
+    assert found[20] == pytest.approx(0.1 * (1 + math.cos(math.pi / 3)) / 2)
+    assert found[25] == pytest.approx(0.05)
+    # the cosine goes to 0; end_lr is its floor
+    assert found[39] == pytest.approx(0.1 * (1 + math.cos(math.pi * 29 / 30)) / 2)
+    assert found[40] == pytest.approx(1e-4)
+
+
+def test_part_of_an_epoch_of_warm_up_and_none() -> None:
+    found = rates(12, steps_per_epoch=6, epochs=2, warmup_epochs=0.5, start_lr=1e-6, end_lr=0.0)
+    assert found[0] == pytest.approx(1e-6) and found[3] == pytest.approx(0.1) and found[12] == pytest.approx(0.0)
+    assert rates(4, steps_per_epoch=2, epochs=2, warmup_epochs=0)[:3:2] == pytest.approx([0.1, 0.05])
+
+
+def test_warm_up_must_end() -> None:
+    with pytest.raises(ValueError, match=r"warmup_epochs 2 leaves nothing of 2 epochs; lower it or train longer"):
+        rates(1, steps_per_epoch=3, epochs=2, warmup_epochs=2)

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Inference: what a trained network makes of images, batch by batch, and the files that are written of it."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Hashable, Mapping
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import numpy.typing as npt
+import torch
+from monai.data import MetaTensor
+from monai.engines import IterationEvents
+from monai.transforms import EnsureChannelFirst, LoadImage, Orientation, Transform
+from torch import Tensor
+from torch.nn import functional as F
+
+from unimedi_components.data.datalist import write_json
+from unimedi_components.data.transforms import RAS_LABELS
+from unimedi_components.engines.figures import CTView, XrayView, draw_selection, draw_xrays
+from unimedi_components.errors import DataError
+
+__all__ = ["SaveEmbeddings", "attention_in_file_geometry", "embed_batch", "finish_embedding"]
+
+logger = logging.getLogger(__name__)
+Array = npt.NDArray[Any]
+
+
+def embed_batch(engine: Any, batchdata: Mapping[str, Any]) -> dict[str, Any]:
+    """One iteration of an evaluator over an `EmbeddingNetwork`, for MONAI's `iteration_update`.
+
+    Args:
+        engine: MONAI's `SupervisedEvaluator`; its inferer is given the network's `features`.
+        batchdata: a batch of `data.image_loader`.
+
+    Returns:
+        "image", "pred" (B, E) of unit norm, "cls" (B, D), "attention" on the token grid (B, rows, columns) or
+        (B, slabs, rows, columns), and for volumes "scores" (B, slabs) and "selected" (B, k). Empty where nothing of
+        the batch could be read.
+    """
+    if "image" not in batchdata:
+        return {}
+    image = batchdata["image"].to(engine.state.device)
+    with engine.mode(engine.network), torch.autocast(image.device.type, enabled=engine.amp):
+        found = engine.inferer(image, engine.network.features)
+    grid = engine.network.token_grid(image)
+    output = {
+        "image": image,
+        "pred": F.normalize(found.embed.float(), dim=-1),
+        "cls": found.cls.float(),
+        "attention": found.attention.float().unflatten(1, grid),
+    }
+    if found.selected is not None:
+        output |= {"scores": found.scores.float(), "selected": found.selected}
+    engine.state.output = output
+    engine.fire_event(IterationEvents.FORWARD_COMPLETED)
+    engine.fire_event(IterationEvents.MODEL_COMPLETED)
+    return engine.state.output
+
+
+class SaveEmbeddings(Transform):
+    """Write what was made of one image; a postprocessing step after `embed_batch`.
+
+    - `<id>.npz`: "embed" (E,) of unit norm in the space of images and reports; "cls" (D,), for probes; "attention",
+      Eq. 1's **v** on the token grid, summing to 1; "dim"; "source"; and for volumes "scores", Eq. 2's for each slab,
+      "selected", slices of the network's input from inferior to superior, and "selected_position", the same as
+      fractions of the volume's extent.
+    - `<id>.png`: the image with the attention over it.
+    - `<id>_attention.nii.gz`, for volumes: the attention in the geometry of the file that came in, see
+      `attention_in_file_geometry`.
+
+    Args:
+        output_dir: folder to write to; made when missing.
+        figures: write the PNG files.
+        volumes: write the NIfTI files, for which each volume is read once more.
+    """
+
+    def __init__(self, output_dir: str | Path, figures: bool = True, volumes: bool = True) -> None:
+        self.folder = Path(output_dir)
+        self.figures, self.volumes = figures, volumes
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> Mapping[Hashable, Any]:
+        """Write the files of one decollated item and return it unchanged."""
+        name, dim = str(data["id"]), int(data["dim"])
+        values = {key: _array(data[key]) for key in ("cls", "attention", "scores", "selected") if key in data}
+        values |= {"embed": _array(data["pred"]), "dim": np.asarray(dim), "source": np.asarray(str(data["source"]))}
+        image = _array(data["image"])[0]
+        if dim == 3:
+            values["selected_position"] = (values["selected"] + 0.5) / len(image)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        _write_npz(self.folder / f"{name}.npz", values)
+        if self.figures:
+            self._draw(name, image, values, str(data.get("report") or ""))
+        if self.volumes and dim == 3:
+            attention, affine = attention_in_file_geometry(str(data["source"]), torch.as_tensor(values["attention"]))
+            _write_nifti(self.folder / f"{name}_attention.nii.gz", attention, affine)
+        return data
+
+    def _draw(self, name: str, image: Array, values: Mapping[str, Array], report: str) -> None:
+        path, attention = self.folder / f"{name}.png", values["attention"]
+        if image.ndim == 3:
+            selected = values["selected"].tolist()
+            draw_selection([CTView(name, image, selected, values["scores"], attention, report)], path)
+        else:
+            draw_xrays([XrayView(name[-24:], image, attention, report)], path)
+
+
+def attention_in_file_geometry(source: str | Path, attention: Tensor) -> tuple[Array, Array]:
+    """Attention over a volume's tokens as a volume with the shape, axes and affine of its file.
+
+    Args:
+        source: the file, or the folder of a DICOM series.
+        attention: Eq. 1's **v** on the token grid, (slabs, rows, columns), over the whole field of view.
+
+    Returns:
+        float32 of the file's shape, 1 where attention is what even attention would be, and its affine (RAS+).
+    """
+    volume = EnsureChannelFirst()(LoadImage(image_only=True)(str(source)))
+    turn = Orientation(axcodes="SPL", labels=RAS_LABELS)
+    oriented = turn(volume)
+    assert isinstance(volume, MetaTensor) and isinstance(oriented, MetaTensor)
+    relative = attention.float() * attention.numel()
+    fine = F.interpolate(relative[None, None], size=oriented.shape[1:], mode="trilinear", align_corners=False)[0]
+    back = turn.inverse(MetaTensor(fine, meta=oriented.meta, applied_operations=oriented.applied_operations))
+    assert isinstance(back, MetaTensor)
+    return back[0].numpy().astype(np.float32), np.asarray(volume.affine, dtype=np.float64)
+
+
+def finish_embedding(dataset: Any, output_dir: str | Path) -> None:
+    """Write `summary.json`, the inputs and those that could not be read, and say how many there were.
+
+    Args:
+        dataset: the `PretrainDataset` that was gone through.
+        output_dir: folder of the embeddings.
+
+    Raises:
+        DataError: not one input could be read.
+    """
+    skipped = [record._asdict() for record in dataset.skipped]
+    left_out = {record["id"] for record in skipped}
+    written = [{"id": item["id"], "source": item["source"]} for item in dataset.data if item["id"] not in left_out]
+    write_json({"written": written, "skipped": skipped}, Path(output_dir) / "summary.json")
+    if not written:
+        raise DataError(
+            f"none of {len(skipped)} inputs could be read, first {skipped[0]['file']}: "
+            f"{skipped[0]['reason']}; see {output_dir}/summary.json"
+        )
+    logger.info("%s: embeddings of %d inputs; %d could not be read", output_dir, len(written), len(skipped))
+
+
+def _array(value: Any) -> Array:
+    return value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+
+
+def _write_npz(path: Path, values: Mapping[str, Array]) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp.npz")
+    np.savez_compressed(temporary, **values)  # type: ignore[arg-type]
+    os.replace(temporary, path)
+
+
+def _write_nifti(path: Path, values: Array, affine: Array) -> None:
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    nib.save(nib.Nifti1Image(values, affine), temporary)  # type: ignore[attr-defined]
+    os.replace(temporary, path)

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The image side of a trained network as one module: an X-ray or a volume in, its embedding out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from unimedi_components.networks.output import ImageFeatures
+from unimedi_components.networks.pretrained import load_pretrained
+
+__all__ = ["EmbeddingNetwork"]
+
+
+class EmbeddingNetwork(nn.Module):
+    """A trained network as MONAI's inferers and checks expect one: it takes images and returns one tensor.
+
+    The weights are loaded when it is built, strictly, and it is in evaluation mode.
+
+    Args:
+        checkpoint: `model.pt`, `model_best.pt` or `unimedi.pt` in a training run's `models` folder.
+        use_slices: feed a volume's selected slices beside it, as in pre-training.
+
+    Attributes:
+        card: how the network was built, and under "preprocessing" how its input was prepared.
+
+    Raises:
+        CheckpointError: a file is missing or does not fit.
+    """
+
+    def __init__(self, checkpoint: str | Path, use_slices: bool = True) -> None:
+        super().__init__()
+        pretrained = load_pretrained(checkpoint)
+        self.network = pretrained.network
+        self.card = pretrained.card
+        self.use_slices = use_slices
+        self.eval()
+
+    def features(self, image: Tensor) -> ImageFeatures:
+        """All that the network makes of X-rays (B, C, H, W) or volumes (B, C, D, H, W) in [-1, 1]."""
+        return self.network.encode_image(image, self.use_slices)
+
+    def token_grid(self, image: Tensor) -> tuple[int, ...]:
+        """Rows and columns of an X-ray's tokens, or slabs, rows and columns of a volume's: the grid of **v**."""
+        grid = self.network.encoder.token_grids(image)[0]
+        return grid if image.ndim == 5 else grid[1:]
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Images as in `features` to unit vectors in the space that images and reports share, (B, E)."""
+        return F.normalize(self.features(image).embed, dim=-1)
