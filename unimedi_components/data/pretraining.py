@@ -55,7 +55,7 @@ def pretraining_datalist(
             for source, part in parts.items():
                 prepare(source, root / source, part, **options)
             joined = merge_datalists(parts, out, root)
-            joined["meta"]["recipe"] = recipe
+            joined["meta"] |= {"recipe": recipe, "phantom_seed": phantom_seed if phantoms else None}
             write_json(joined, out)
         return str(out)
 

@@ -174,15 +174,16 @@ def ct_views(
 
 
 def xray_views(pretrained: Pretrained, features: Features, root: str | Path, count: int = _XRAYS) -> list[XrayView]:
-    """The first X-rays to draw; arguments as for `ct_views`."""
-    items = features.items[:count]
-    dataset = make_dataset(pretrained, items, root)
+    """The first X-rays to draw, one of a patient; arguments as for `ct_views`."""
+    firsts = {item["patient"]: i for i, item in reversed(list(enumerate(features.items)))}
+    chosen = sorted(firsts.values())[:count]
+    dataset = make_dataset(pretrained, [features.items[i] for i in chosen], root)
     views = []
-    for i, item in enumerate(items):
-        image = dataset[i]["image"]
+    for place, i in enumerate(chosen):
+        image = dataset[place]["image"]
         grid = pretrained.network.encoder.token_grids(image[None])[0][1:]
         attention: np.ndarray = features.attention[i].view(grid).numpy()
-        views.append(XrayView(item["id"][:24], image[0].numpy(), attention, features.reports[i]))
+        views.append(XrayView(features.items[i]["id"][-24:], image[0].numpy(), attention, features.reports[i]))
     return views
 
 

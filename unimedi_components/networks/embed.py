@@ -64,7 +64,7 @@ class PatchEmbed(nn.Module):
             fits = "x".join(str(max(1, round(s / p)) * p) for s, p in zip(size, self.patch_size, strict=True))
             raise ValueError(
                 f"an image of {shape} cannot be cut into patches of {patch}: each side must be a multiple of it; "
-                f"resize or pad it (nearest: {fits}) or change patch_size"
+                f"resize or pad it (nearest: {fits}; config keys img_size and vol_size) or change patch_size"
             )
         return tuple(s // p for s, p in zip(size, self.patch_size, strict=True))
 

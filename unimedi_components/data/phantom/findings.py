@@ -96,12 +96,8 @@ def _draw_focal(rng: np.random.Generator, name: str, severity: str, free: set[tu
     cells = sorted(free)
     if name == "atelectasis":
         cells = [cell for cell in cells if cell[1] != "upper"] or cells
-        weights = np.array([0.75 if zone == "lower" else 0.25 for _, zone in cells])
-    else:
-        weights = np.ones(len(cells))
-    if not cells:
-        cells, weights = [("left", "middle"), ("right", "middle")], np.ones(2)
-    side, zone = cells[int(rng.choice(len(cells), p=weights / weights.sum()))]
+    cells = cells or [("left", "middle"), ("right", "middle")]
+    side, zone = cells[int(rng.random() * len(cells))]
     free.discard((side, zone))
     other = {"left": "right", "right": "left"}[side]
     bilateral = 0.0 if name == "atelectasis" else 0.45 if name == "ground_glass" else 0.2

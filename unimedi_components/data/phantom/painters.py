@@ -31,7 +31,7 @@ def _place(scene: Scene, side: str, zone: str, radius: float, rng: np.random.Gen
     grid, patient = scene.grid, scene.patient
     low, high = patient.zone_range(zone, side)
     low = max(low, patient.dome(side) + 0.4 * radius)
-    margin = min(0.8 * radius, 0.4 * (high - low))
+    margin = min(0.5 * radius, 0.3 * (high - low))
     box = _region(scene, side, low + margin, high - margin)
     if box[0].stop == box[0].start:
         box = _region(scene, side, low - grid.spacing[0], high + grid.spacing[0])

@@ -101,7 +101,7 @@ def make_ct(
         lesions: False leaves the findings out, all else being equal.
     """
     vessels, places, device = streams[:3]
-    low, high = -42.0 + device.uniform(-6.0, 6.0), patient.lung_height + device.uniform(2.0, 12.0)
+    low, high = -42.0 + device.uniform(-6.0, 6.0), patient.lung_height + device.uniform(12.0, 26.0)
     field_of_view = max(2 * (patient.cage[0] + patient.wall) + device.uniform(14.0, 40.0), 300.0)
     step, thick = field_of_view / shape[2], (high - low) / shape[0]
     offset = device.uniform(-6.0, 6.0, 2)
