@@ -14,6 +14,7 @@ _HEADER = re.compile(r"\n ([A-Z ()/,-]+):\s")
 _PARAGRAPH = re.compile(r"\n[ \t]*\n")
 _VIEW_TITLE = re.compile(r"\b(chest|radiographs?|views?|frontal|lateral|portable|ap|pa)\b")
 # A header in running text, as in tables with a whole report in a cell: at its start, on a new line, after a sentence.
+_DOUBLE_PERIOD = re.compile(r"\.\s*\.(?=\s)")
 _RUNNING_HEADER = re.compile(
     r"(?:^|(?<=[.!?])\s+|\n\s*)(?:findings? and impressions?|findings?|impressions?)\s*:(?=\s|$)", re.IGNORECASE
 )
@@ -121,7 +122,7 @@ def clean_report(text: str, keep_punct: bool = False) -> CleanReport:
         >>> clean_report("1. No effusion. 2. Heart\\nis normal.")
         CleanReport(text='no effusion heart is normal', num_sentences=2, num_tokens=5)
     """
-    text = _RUNNING_HEADER.sub(". ", text.strip())
+    text = _DOUBLE_PERIOD.sub(".", _RUNNING_HEADER.sub(". ", text.strip()))
     text = " ".join(text.replace("\ufffd", " ").split())
     sentences, num_tokens = [], 0
     if keep_punct:
