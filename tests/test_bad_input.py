@@ -34,7 +34,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIG = REPOSITORY / "bundles" / "pretrain" / "configs" / "train.json"
 WORDS = ["left", "right", "lung", "clear", "effusion", "heart", "normal", "small", "large", "opacity", "nodule"]
 TINY = {
-    **{"batch_2d": 4, "batch_3d": 4, "epochs": 1, "device": "cpu", "img_size": 32, "vol_size": [16, 32, 32]},
+    **{"batch_2d": 4, "batch_3d": 4, "epochs": 1, "device": "cpu", "img_size": 32, "vol_size": [16, 24, 24]},
     **{"out_dim": 32, "network_def#encoder#embed_dim": 32, "network_def#encoder#depth": 1},
     **{"network_def#encoder#num_heads": 2, "network_def#report_encoder#config#hidden_size": 32},
     **{"network_def#report_encoder#config#num_hidden_layers": 1},
@@ -342,10 +342,10 @@ def test_an_image_size_that_the_patch_does_not_divide(own: Path) -> None:
     prepare(own)
     assert fault(own, img_size=60) == (
         "an image of 60x60 cannot be cut into patches of 16x16: each side must be a multiple of it; "
-        "resize or pad it (nearest: 64x64) or change patch_size"
+        "resize or pad it (nearest: 64x64; config keys img_size and vol_size) or change patch_size"
     )
-    message = fault(own, vol_size=[30, 32, 32])
-    assert "an image of 30x32x32 cannot be cut into patches of 4x16x16" in message and "nearest: 32x32x32" in message
+    message = fault(own, vol_size=[30, 24, 24])
+    assert "an image of 30x24x24 cannot be cut into patches of 4x12x12" in message and "nearest: 32x24x24" in message
 
 
 def test_unknown_config_key(capsys: pytest.CaptureFixture[str]) -> None:

@@ -144,7 +144,9 @@ def test_ci_runs_make_test() -> None:
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
 def test_make_pretrain_runs_the_users_own_line() -> None:
-    done = subprocess.run(["make", "-n", "pretrain"], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["make", "-n", "--no-print-directory", "pretrain"], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
     assert done.stdout.splitlines()[-1] == (
         ".venv/bin/python -m monai.bundle run --config_file bundles/pretrain/configs/train.json"
     )

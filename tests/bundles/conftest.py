@@ -29,7 +29,7 @@ TINY = {
     # The default rounds to bfloat16 on CPUs that have it, so that other batch shapes give other digits.
     "matmul_precision": "highest",
     "img_size": 32,
-    "vol_size": [16, 32, 32],
+    "vol_size": [16, 24, 24],
     "out_dim": 64,
     "network_def#encoder#embed_dim": 32,
     "network_def#encoder#depth": 2,

@@ -57,7 +57,7 @@ def test_what_a_run_leaves(trained: Any) -> None:
     assert best.keys() == state.keys()
     network = load_pretrained(trained.models / "last.pt").network
     assert all(torch.equal(network.state_dict()[name], value) for name, value in full.items())
-    volume = torch.zeros(1, 1, 16, 32, 32)
+    volume = torch.zeros(1, 1, 16, 24, 24)
     assert load_encoder(trained.models / "model.pt")(volume, return_attention=True).attention.shape == (1, 16)
 
 
@@ -135,7 +135,7 @@ def test_network_def_gives_unit_embeddings(configs: Path, trained: Any) -> None:
     infer = workflow(str(configs / "inference.json"), "infer", {**overrides, "device": "cpu"})
     infer.initialize()
     assert infer.check_properties() == []
-    network, image = infer.network_def, torch.rand(2, 1, 16, 32, 32)
+    network, image = infer.network_def, torch.rand(2, 1, 16, 24, 24)
     pred = infer.inferer(image, network)
     expected = load_pretrained(trained.models / "model.pt").network.encode_image(image).embed
     assert torch.allclose(pred, F.normalize(expected, dim=-1), atol=1e-6)
