@@ -7,6 +7,7 @@ import difflib
 import inspect
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import fire
@@ -23,19 +24,21 @@ def phantom(layout: str, out: str, patients: int = 200, seed: int = 0, workers: 
     The truth (labels, lesion slices, masks, boxes) goes into truth.json at OUT's root. Same seed, same bytes.
 
     Args:
-        layout: the data set whose layout is written, such as mimic_cxr or bimcv.
+        layout: the data set whose layout is written, such as mimic_cxr or bimcv, or all (one folder each in OUT).
         out: the folder to write to.
         patients: number of patients.
         seed: seed of all that is random.
         workers: processes that make the patients; by default as many as there are cores.
     """
-    from unimedi_components.data.phantom import write_phantom
+    from unimedi_components.data import phantom as phantoms
 
     _whole_number("patients", patients, 1)
     _whole_number("seed", seed, 0)
     if workers is not None:
         _whole_number("workers", workers, 1)
-    write_phantom(str(layout), str(out), patients=patients, seed=seed, workers=workers)
+    every = {name: str(Path(str(out), name)) for name in phantoms.LAYOUTS} if layout == "all" else {}
+    for name, folder in (every or {str(layout): str(out)}).items():
+        phantoms.write_phantom(name, folder, patients=patients, seed=seed, workers=workers)
 
 
 def prepare(
@@ -44,8 +47,8 @@ def prepare(
     """Turn a data set on disk, real or phantom, into a datalist; prints what was kept and dropped, by reason.
 
     Args:
-        dataset: mimic_cxr, bimcv, or table for a CSV of your own (columns image, report, and if you have them
-            patient, split, label).
+        dataset: a name that the command datasets lists, such as chexpert, or table for a CSV of your own (columns
+            image, report, and if you have them patient, split, label).
         root: the data set's folder, or the CSV, or several as "['a.csv','b.csv']".
         out: the datalist to write, a JSON file.
         fraction: share of the training patients to keep, in (0, 1].
@@ -62,6 +65,17 @@ def prepare(
     source = [str(file) for file in root] if isinstance(root, (list, tuple)) else str(root)
     share = None if fraction == 1 else float(fraction)
     prepare_datalist(str(dataset), source, str(out), fraction=share, seed=seed, **options)
+
+
+def datasets(name: str | None = None) -> None:
+    """List the data sets that can be prepared: task, where to get them, licence, layout on disk, commands.
+
+    Args:
+        name: describe this one only.
+    """
+    from unimedi_components.data.catalogue import describe
+
+    print(describe(None if name is None else str(name)))
 
 
 def evaluate(checkpoint: str, patients: int = 200, seed: int = 1000, json: str | None = None, **options: Any) -> None:
@@ -100,6 +114,7 @@ def check(*config: str, **overrides: Any) -> None:
 _COMMANDS: dict[str, Callable[..., None]] = {
     "phantom": phantom,
     "prepare": prepare,
+    "datasets": datasets,
     "evaluate": evaluate,
     "check": check,
 }

@@ -183,7 +183,7 @@ def test_xray_files(tmp_path):
         cut.write_bytes(whole[: len(whole) * 2 // 3])
         for check in ("quick", "full"):
             assert (xray_fault(cut, check) or ("",))[0] == "unreadable image"
-        assert xray_fault(cut, "none") is None
+        assert xray_fault(cut, "exists") is None
         padded = tmp_path / f"padded-{name}"
         padded.write_bytes(whole + bytes(100))
         assert xray_fault(padded) is None
@@ -194,6 +194,7 @@ def test_xray_files(tmp_path):
     )
     (tmp_path / "page.jpg").write_text("<html>please log in</html>")
     assert "the content is not JPG" in (xray_fault(tmp_path / "page.jpg") or ("", ""))[1]
-    assert (xray_fault(tmp_path / "none.jpg") or ("",))[0] == "missing image"
+    assert (xray_fault(tmp_path / "none.jpg", "exists") or ("",))[0] == "missing image"
+    assert xray_fault(tmp_path / "none.jpg", "none") is None
     with pytest.raises(ConfigError, match="check_images='fast'"):
         xray_fault(tmp_path / "a.jpg", "fast")

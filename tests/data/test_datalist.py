@@ -127,14 +127,17 @@ def test_fractions_are_nested_by_patient_and_kind():
     for fraction in (0.01, 0.1, 0.5, 1.0):
         kept[fraction] = {entry["id"] for entry in nested_fraction(items, fraction, seed=1)}
     assert kept[0.01] <= kept[0.1] <= kept[0.5] <= kept[1.0] == {entry["id"] for entry in items}
-    # ceil(0.01 * 200) = 2 patients with two X-rays each, ceil(0.01 * 30) = 1 CT patient
+    # 0.01 * 200 = 2 patients with two X-rays each, and of 30 CT patients at least one
     assert [len(kept[f]) for f in (0.01, 0.1, 0.5)] == [2 * 2 + 1, 20 * 2 + 3, 100 * 2 + 15]
     assert all(f"{name[:-1]}1" in kept[0.1] for name in kept[0.1] if name.endswith("-0"))
     again = nested_fraction(items[::-1], 0.1, seed=1)
     assert {entry["id"] for entry in again} == kept[0.1]
     assert {entry["id"] for entry in nested_fraction(items, 0.1, seed=2)} != kept[0.1]
-    # 0.07 * 100 is 7.000000000000001 in floating point
-    assert len(nested_fraction([item(f"q{i}", f"q{i}") for i in range(100)], 0.07)) == 7
+    # BCV's 21 training cases, as the paper's sources count them
+    cases = [item(f"q{i}", f"q{i}", 3) for i in range(21)]
+    assert [len(nested_fraction(cases, f)) for f in (0.2, 0.4, 1.0)] == [4, 8, 21]
+    # 0.3 * 5 is 1.4999999999999998 in floating point
+    assert len(nested_fraction(cases[:5], 0.3)) == 2
     for wrong in (0, 1.5, -0.1):
         with pytest.raises(DataError, match=r"not in \(0, 1\]"):
             nested_fraction(items, wrong)

@@ -131,7 +131,7 @@ def test_conversion_by_hand(tmp_path, compress):
 
 def test_options(tmp_path):
     root = write_tree(tmp_path, reports="mimic-cxr-reports/files")
-    datalist = convert(root, min_sentences=2, fallback_sections=True, labels=False, check_images="none")
+    datalist = convert(root, min_sentences=2, fallback_sections=True, labels=False, check_images="exists")
     assert [entry["id"] for entry in datalist["validation"]] == ["ba-3"]
     found = {entry["id"]: entry["report"] for entry in datalist["test"]}
     # unchecked, the truncated image of study 6 stays; the last paragraph stands in for study 5

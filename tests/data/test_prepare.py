@@ -8,9 +8,10 @@ import json
 import pytest
 from PIL import Image
 
+from unimedi_components.data.catalogue import DATASETS
 from unimedi_components.data.datalist import load_datalist, select
 from unimedi_components.data.phantom import write_phantom
-from unimedi_components.data.prepare import CONVERTERS, merge_datalists, prepare
+from unimedi_components.data.prepare import merge_datalists, prepare
 from unimedi_components.errors import ConfigError, DataError
 
 REPORT = "The lungs are clear. No effusion is seen. The heart is normal."
@@ -56,7 +57,7 @@ def test_fractions_are_nested_and_leave_the_other_splits(tmp_path):
         kept[fraction] = {item["id"] for item in datalist["training"]}
         assert len(datalist["validation"]) == len(datalist["test"]) == 2
         assert datalist["meta"]["kept"]["training"] == len(kept[fraction])
-    # 16 training patients: ceil(1.6) and 8
+    # 16 training patients: 1.6 to the nearest, and 8
     assert [len(kept[fraction]) for fraction in (0.1, 0.5, None)] == [2, 8, 16]
     assert kept[0.1] < kept[0.5] < kept[None]
     first = (tmp_path / "l.json").read_bytes()
@@ -82,7 +83,7 @@ def test_unknown_names(tmp_path, dataset, options, message):
         prepare(dataset, tmp_path, tmp_path / "l.json", **options)
 
 
-@pytest.mark.parametrize("dataset", sorted(CONVERTERS))
+@pytest.mark.parametrize("dataset", sorted(DATASETS))
 def test_missing_root(tmp_path, dataset):
     with pytest.raises(DataError, match=r"gone.*: no such (folder|file)"):
         prepare(dataset, tmp_path / "gone", tmp_path / "l.json")

@@ -18,6 +18,7 @@ from typing import Any
 
 from unimedi_components.data.ct_checks import CTLimits, Fault, check_ct, read_ct_header
 from unimedi_components.data.datalist import DatalistBuilder
+from unimedi_components.data.registry import Dataset
 from unimedi_components.data.sources import (
     existing_root,
     find_source,
@@ -264,3 +265,17 @@ def _warn_not_english(builder: DatalistBuilder) -> None:
         )
         builder.remedies.append(remedy)
         warnings.warn(f"{builder.root}: {remedy}", stacklevel=3)
+
+
+DATASET = Dataset(
+    name="bimcv",
+    title="BIMCV-COVID19+ CT with the English reports of BIMCV-R",
+    task="pre-training: CT volumes with reports (S4.1.1)",
+    source="https://bimcv.cipf.es/bimcv-projects/bimcv-covid19/ and https://huggingface.co/datasets/cyd0806/BIMCV-R",
+    licence="BIMCV research use agreement, no redistribution",
+    tree="""\
+BIMCV-R.csv                                        (English reports; or the table below, which is Spanish)
+covid19_posi/derivatives/labels/labels_covid19_posi.tsv
+covid19_posi/sub-S03042/ses-E07985/mod-rx/sub-S03042_ses-E07985_run-1_bp-chest_ct.nii.gz  (and .json)""",
+    collect=collect,
+)

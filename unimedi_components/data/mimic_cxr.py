@@ -16,9 +16,10 @@ from typing import Any
 import pandas as pd
 
 from unimedi_components.data.datalist import DatalistBuilder
+from unimedi_components.data.registry import Dataset
 from unimedi_components.data.sources import existing_root, find_source, progress_map, read_source
 from unimedi_components.data.text import clean_report, split_sections
-from unimedi_components.data.xray_checks import xray_fault
+from unimedi_components.data.xray_checks import xray_faults
 from unimedi_components.errors import DataError
 
 __all__ = ["LABEL_MISSING", "collect", "convert"]
@@ -62,7 +63,7 @@ def collect(
         keep_punct: see :func:`~unimedi_components.data.text.clean_report`.
         fallback_sections: where a report has neither impression nor findings take its last paragraph or,
             without one, its comparison; otherwise such studies are dropped.
-        check_images: ``"quick"`` (first and last bytes), ``"full"`` (decode) or ``"none"``.
+        check_images: ``"quick"`` (first and last bytes), ``"full"`` (decode), ``"exists"`` or ``"none"``.
         labels: add the 14 CheXpert labels if ``-chexpert.csv`` is there: 1, 0, -1 uncertain, -2 not
             mentioned.
         reports_root: folder with ``p10/p10000032/s50414267.txt`` (or with ``files/`` over it) if it is
@@ -108,9 +109,7 @@ def collect(
     reports = {study: clean(study) for study in studies["study_id"]}
 
     def faults_of(images: list[str]) -> list[tuple[str, str] | None]:
-        return progress_map(
-            lambda image: xray_fault(base / image, check_images), images, "images", num_workers, progress
-        )
+        return xray_faults(base, images, check_images, num_workers, progress)
 
     _add_items(builder, base, frame, reports, faults_of, labels)
     return builder
@@ -244,3 +243,17 @@ def _chexpert_labels(builder: DatalistBuilder, root: Path) -> dict[str, list[int
     }
     study = "s" + frame["study_id"].str.strip().str.removeprefix("s")
     return dict(zip(study, values.to_numpy().tolist(), strict=True))
+
+
+DATASET = Dataset(
+    name="mimic_cxr",
+    title="MIMIC-CXR-JPG 2.x with the reports of MIMIC-CXR",
+    task="pre-training: X-rays with reports (S4.1.1)",
+    source="https://physionet.org/content/mimic-cxr-jpg/ and https://physionet.org/content/mimic-cxr/ (credentialed)",
+    licence="PhysioNet Credentialed Health Data License 1.5.0",
+    tree="""\
+mimic-cxr-2.0.0-metadata.csv[.gz]  mimic-cxr-2.0.0-split.csv[.gz]  [mimic-cxr-2.0.0-chexpert.csv[.gz]]
+files/p10/p10000032/s50414267/DICOM_ID.jpg
+files/p10/p10000032/s50414267.txt                 (or under mimic-cxr-reports/)""",
+    collect=collect,
+)

@@ -5,31 +5,25 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from unimedi_components.data import bimcv, mimic_cxr, table
+from unimedi_components.data.catalogue import find_dataset
 from unimedi_components.data.datalist import (
     LISTED_DROPS,
     SPLITS,
     DatalistBuilder,
     load_datalist,
     validate_datalist,
-    write_json,
+    write_datalist,
 )
 from unimedi_components.data.sources import nearest_hint
 from unimedi_components.data.splits import nested_fraction
 from unimedi_components.errors import ConfigError, DataError
 
-__all__ = ["CONVERTERS", "merge_datalists", "prepare"]
+__all__ = ["merge_datalists", "prepare"]
 
-#: Data set name -> its ``collect(root, *, strict, ...)``; a new data set is one more line.
-CONVERTERS: dict[str, Callable[..., DatalistBuilder]] = {
-    "mimic_cxr": mimic_cxr.collect,
-    "bimcv": bimcv.collect,
-    "table": table.collect,
-}
 EXAMPLES = 3
 
 
@@ -45,11 +39,11 @@ def prepare(
     """Write the datalist of a data set and print what was kept and dropped.
 
     Args:
-        dataset: ``mimic_cxr``, ``bimcv`` or ``table``.
+        dataset: a name of :data:`~unimedi_components.data.catalogue.DATASETS`, for example ``chexpert``.
         root: the data set's folder; for ``table`` the csv file or files.
         out: the datalist to write; ``OUT.drops.json`` beside it lists every dropped item, if there are any.
-        fraction: keep this share of the training patients, nested over fractions for one seed; other splits
-            stay.
+        fraction: keep this share of the training patients, stratified by label and nested over fractions for
+            one seed; other splits stay.
         seed: seed of the fraction and of splits that the data set does not define.
         strict: make the first broken or missing file an error.
         **options: the converter's own options, for example ``min_sentences``.
@@ -59,7 +53,7 @@ def prepare(
         DataError: a fault of the data set as a whole, nothing was kept, or a fault of one file under
             ``strict``.
     """
-    collect = _converter(dataset)
+    collect = find_dataset(dataset).collect
     known = {name for name in inspect.signature(collect).parameters if name != "root"}
     for name in options:
         if name not in known:
@@ -83,20 +77,13 @@ def prepare(
             f"{builder.root}: no training item is left of the {dataset} data.{looked}\n{summary}\n"
             "Correct ROOT or the reason with the largest count."
         )
-    path = write_json(datalist, out)
+    path = write_datalist(datalist, out)
     drops = path.with_name(path.name.removesuffix(".json") + ".drops.json")
     drops.unlink(missing_ok=True)
     if builder.dropped:
-        write_json(builder.dropped, drops)
+        write_datalist(builder.dropped, drops)
         summary += f"\nevery dropped item: {drops}"
     print(f"{summary}\ndatalist: {path}")
-
-
-def _converter(dataset: str) -> Callable[..., DatalistBuilder]:
-    if dataset not in CONVERTERS:
-        hint = nearest_hint(str(dataset), CONVERTERS)
-        raise ConfigError(f"unknown data set {dataset!r}. {hint}Data sets: {', '.join(CONVERTERS)}.")
-    return CONVERTERS[dataset]
 
 
 def _summary(builder: DatalistBuilder, kept: Mapping[str, int]) -> str:
@@ -151,7 +138,7 @@ def merge_datalists(datalists: Mapping[str, str | Path], out: str | Path, root: 
                 joined[split].append(moved)
     joined["meta"] = _joined_meta(parts, joined, root)
     validate_datalist(joined, str(out))
-    write_json(joined, out)
+    write_datalist(joined, out)
     return joined
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from unimedi_components.data.datalist import load_datalist, write_json
+from unimedi_components.data.datalist import load_datalist, write_datalist
 from unimedi_components.data.phantom import write_phantom
 from unimedi_components.data.prepare import merge_datalists, prepare
 from unimedi_components.data.vocabulary import build_wordpiece
@@ -56,7 +56,7 @@ def pretraining_datalist(
                 prepare(source, root / source, part, **options)
             joined = merge_datalists(parts, out, root)
             joined["meta"] |= {"recipe": recipe, "phantom_seed": phantom_seed if phantoms else None}
-            write_json(joined, out)
+            write_datalist(joined, out)
         return str(out)
 
     return first_rank_first(make)

@@ -137,8 +137,19 @@ def progress_map(
 
     Threads hide the latency of many small reads on network disks; the result does not depend on their number.
     """
-    bar: dict[str, Any] = {"desc": desc, "unit": "file", "leave": False, "disable": not progress}
-    if num_workers <= 1 or len(items) < 2:
-        return [function(item) for item in tqdm(items, **bar)]
-    with ThreadPoolExecutor(num_workers) as pool:
-        return list(tqdm(pool.map(function, items), total=len(items), **bar))
+    with tqdm(total=len(items), desc=desc, unit="file", leave=False, disable=not progress) as bar:
+
+        def work(part: Sequence[Any]) -> list[Any]:
+            found = []
+            for item in part:
+                found.append(function(item))
+                bar.update()
+            return found
+
+        if num_workers <= 1 or len(items) < 2:
+            return work(items)
+        # Parts instead of single items keep the queue small where there are hundreds of thousands.
+        size = max(1, min(256, len(items) // (32 * num_workers)))
+        parts = [items[start : start + size] for start in range(0, len(items), size)]
+        with ThreadPoolExecutor(num_workers) as pool:
+            return [result for found in pool.map(work, parts) for result in found]

@@ -2,7 +2,8 @@
 """Seeded splits and nested fractions by patient.
 
 Patients are put into an order by a hash of seed and name. So an order does not depend on the rows' order, on
-the machine or on a random generator's version, and a smaller fraction is always contained in a larger one.
+the machine or on a random generator's version, and a smaller fraction is always contained in a larger one. A
+fraction takes patients of every label in turn, so that even a small one keeps the labels' proportions.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 from unimedi_components.errors import DataError
 
-__all__ = ["nested_fraction", "patient_order", "split_patients", "strata_by_dim"]
+__all__ = ["hold_out", "nested_fraction", "patient_order", "split_patients", "strata_by_dim", "strata_by_label"]
 
 
 def patient_order(patients: Iterable[str], seed: int) -> list[str]:
@@ -28,6 +29,36 @@ def strata_by_dim(items: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     for item in items:
         dims[item["patient"]].add(int(item["dim"]))
     return {patient: "".join(map(str, sorted(kinds))) for patient, kinds in dims.items()}
+
+
+def strata_by_label(items: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+    """Map each patient to the labels of their images, joined; without labels to an empty string."""
+    labels: dict[str, set[str]] = defaultdict(set)
+    for item in items:
+        labels[item["patient"]].add(str(item["label"]) if "label" in item else "")
+    return {patient: "+".join(sorted(kinds)) for patient, kinds in labels.items()}
+
+
+def hold_out(images: Mapping[str, int], count: int, seed: int) -> set[str]:
+    """Choose patients that have a given number of images together.
+
+    Args:
+        images: patient -> number of images.
+        count: number of images to hold out.
+        seed: seed of the order. Patients are taken in that order; one whose images would exceed the number is
+            passed over.
+
+    Returns:
+        The patients. They have exactly ``count`` images unless no patient with few enough images is left.
+    """
+    chosen = set()
+    for patient in patient_order(images, seed):
+        if images[patient] <= count:
+            chosen.add(patient)
+            count -= images[patient]
+        if not count:
+            break
+    return chosen
 
 
 def split_patients(
@@ -69,26 +100,41 @@ def split_patients(
 
 
 def nested_fraction(items: Sequence[dict[str, Any]], fraction: float, seed: int = 42) -> list[dict[str, Any]]:
-    """Keep the items of a fraction of the patients.
+    """Keep the items of a fraction of the patients, stratified by label.
 
     Args:
         items: datalist items.
-        fraction: share of the patients in (0, 1], taken among X-ray and among CT patients alike, rounded up.
+        fraction: share of the patients in (0, 1], taken among X-ray and among CT patients alike, rounded to
+            the nearest number and at least one (20, 40 and 100% of 21 are 4, 8 and 21).
         seed: seed of the order. With one seed the items of 0.01 are contained in those of 0.1, and these in
             1.0.
 
     Returns:
-        The kept items in their order.
+        The kept items in their order. Each label (each combination of labels, where an image has several)
+        keeps its share of the patients, to within one patient.
 
     Raises:
         DataError: the fraction is not in (0, 1].
     """
     if not 0 < fraction <= 1:
         raise DataError(f"fraction {fraction} is not in (0, 1]. Use for example 0.01, 0.1 or 1.0.")
-    strata = strata_by_dim(items)
+    dims, labels = strata_by_dim(items), strata_by_label(items)
     kept: set[str] = set()
-    for group in set(strata.values()):
-        order = patient_order((name for name, own in strata.items() if own == group), seed)
-        # The small margin keeps 0.07 * 100 = 7.000000000000001 from rounding up to 8.
-        kept.update(order[: -int(-(fraction * len(order) - 1e-9) // 1)])
+    for group in set(dims.values()):
+        order = _stratified_order({name: labels[name] for name, own in dims.items() if own == group}, seed)
+        # The small margin lets 0.3 * 5 = 1.4999999999999998 round up as 1.5 does.
+        kept.update(order[: max(1, int(fraction * len(order) + 0.5 + 1e-9))])
     return [item for item in items if item["patient"] in kept]
+
+
+def _stratified_order(strata: Mapping[str, str], seed: int) -> list[str]:
+    """Return the patients so that every beginning of the list holds each stratum in proportion."""
+    members: dict[str, list[str]] = defaultdict(list)
+    for patient in patient_order(strata, seed):
+        members[strata[patient]].append(patient)
+    place: dict[str, float] = {}
+    for stratum, patients in members.items():
+        # A start of its own for each stratum, so that small ones do not all wait for the same place.
+        start = int.from_bytes(hashlib.sha256(f"{seed}:stratum:{stratum}".encode()).digest()[:4], "big") / 2**32
+        place |= {patient: (rank + start) / len(patients) for rank, patient in enumerate(patients)}
+    return sorted(place, key=lambda patient: (place[patient], patient))

@@ -17,6 +17,7 @@ from typing import Any
 
 from unimedi_components.data.ct_checks import CTLimits, check_ct
 from unimedi_components.data.datalist import DatalistBuilder
+from unimedi_components.data.registry import Dataset
 from unimedi_components.data.sources import nearest_hint, progress_map, read_source
 from unimedi_components.data.splits import split_patients, strata_by_dim
 from unimedi_components.data.text import clean_report, report_language
@@ -91,7 +92,8 @@ def collect(
         min_tokens: fewest word tokens after cleaning.
         keep_punct: see :func:`~unimedi_components.data.text.clean_report`.
         language: ``"en"`` drops reports that are recognisably Spanish, ``"any"`` keeps all.
-        check_images: ``"quick"`` (first and last bytes), ``"full"`` (decode) or ``"none"``, for 2D images.
+        check_images: ``"quick"`` (first and last bytes), ``"full"`` (decode), ``"exists"`` or ``"none"``, for 2D
+            images.
         min_slices: fewest voxels along every axis of a volume.
         min_megabytes: fewest megabytes of voxels; 0, since crops are welcome.
         hounsfield: whether volumes must be in Hounsfield units; False also admits other modalities.
@@ -283,3 +285,16 @@ def _add_to_splits(
                 "Put all rows of a patient into one split, or leave the split column out to have it made."
             )
         builder.add(split, item)
+
+
+DATASET = Dataset(
+    name="table",
+    title="images of your own, listed in a csv",
+    task="any: X-rays and CT volumes with reports or labels",
+    source="your own",
+    licence="your own",
+    tree="""\
+cases.csv                                          columns image, report [, patient, split, label]
+images/1.jpg  images/2.dcm  ct/3.nii.gz  ct/4/     (paths relative to the csv)""",
+    collect=collect,
+)

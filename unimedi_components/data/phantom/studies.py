@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,10 +81,18 @@ def labels_of(findings: tuple[Finding, ...]) -> list[int]:
     return [int(name in present) for name in FINDINGS]
 
 
-def make_patient(seed: np.random.SeedSequence) -> tuple[Patient, list[np.random.Generator]]:
-    """The patient of a seed and independent streams for vessels, lesions, acquisition and text."""
+def make_patient(
+    seed: np.random.SeedSequence,
+    draw: Callable[[np.random.Generator], tuple[Finding, ...]] = draw_findings,
+) -> tuple[Patient, list[np.random.Generator]]:
+    """The patient of a seed and independent streams for vessels, lesions, acquisition and text.
+
+    Args:
+        seed: of the patient.
+        draw: what the patient has.
+    """
     streams = [np.random.default_rng(s) for s in seed.spawn(6)]
-    return draw_patient(streams[1], draw_findings(streams[0])), streams[2:]
+    return draw_patient(streams[1], draw(streams[0])), streams[2:]
 
 
 def make_ct(

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All data sets that can be prepared, and their description as text."""
+
+from __future__ import annotations
+
+import textwrap
+
+from unimedi_components.data import bimcv, mimic_cxr, table
+from unimedi_components.data.registry import Dataset
+from unimedi_components.data.sources import nearest_hint
+from unimedi_components.errors import ConfigError
+
+__all__ = ["DATASETS", "describe", "find_dataset"]
+
+_MODULES = (mimic_cxr, bimcv, table)
+
+#: Data set name -> what is known of it; a new data set is one more module.
+DATASETS: dict[str, Dataset] = {module.DATASET.name: module.DATASET for module in _MODULES}
+
+
+def find_dataset(name: str) -> Dataset:
+    """Return a data set by name.
+
+    Raises:
+        ConfigError: no data set has this name; the nearest one is given.
+    """
+    if name not in DATASETS:
+        hint = nearest_hint(str(name), DATASETS)
+        raise ConfigError(f"unknown data set {name!r}. {hint}Data sets: {', '.join(DATASETS)}.")
+    return DATASETS[name]
+
+
+def describe(name: str | None = None) -> str:
+    """Describe one data set, or all: task, where to get it, licence, layout and commands.
+
+    Raises:
+        ConfigError: no data set has this name.
+    """
+    chosen = list(DATASETS.values()) if name is None else [find_dataset(name)]
+    return "\n\n".join(map(_card, chosen))
+
+
+def _card(dataset: Dataset) -> str:
+    from unimedi_components.data.phantom import LAYOUTS
+
+    root = f"$UNIMEDI_DATA/{dataset.name}" if dataset.name in LAYOUTS else "cases.csv"
+    lines = [
+        f"{dataset.name}: {dataset.title}",
+        f"  task      {dataset.task}",
+        f"  get it    {dataset.source}",
+        f"  licence   {dataset.licence}",
+        *textwrap.indent(dataset.tree, " " * 12).replace(" " * 12, "  layout    ", 1).splitlines(),
+        f"  command   python -m unimedi_components prepare {dataset.name} {root} {dataset.name}.json",
+    ]
+    if dataset.name in LAYOUTS:
+        lines.append(f"  phantom   python -m unimedi_components phantom {dataset.name} OUT --patients 200")
+    if dataset.notes:
+        notes = textwrap.wrap(dataset.notes, 106)
+        lines += [f"  {'notes' if not index else '':<9} {line}" for index, line in enumerate(notes)]
+    return "\n".join(lines)
