@@ -36,8 +36,10 @@ def phantom(layout: str, out: str, patients: int = 200, seed: int = 0, workers: 
     _whole_number("seed", seed, 0)
     if workers is not None:
         _whole_number("workers", workers, 1)
-    every = {name: str(Path(str(out), name)) for name in phantoms.LAYOUTS} if layout == "all" else {}
-    for name, folder in (every or {str(layout): str(out)}).items():
+    folders = {str(layout): str(out)}
+    if layout == "all":
+        folders = {name: str(Path(str(out), name)) for name in phantoms.LAYOUTS}
+    for name, folder in folders.items():
         phantoms.write_phantom(name, folder, patients=patients, seed=seed, workers=workers)
 
 
