@@ -40,6 +40,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     }.items():
         module = types.ModuleType(f"unimedi_components.{name}")
         setattr(module, function.__name__, function)
+        module.__dict__["LAYOUTS"] = ("mimic_cxr", "bimcv")
         monkeypatch.setitem(sys.modules, module.__name__, module)
     return record
 
@@ -62,7 +63,8 @@ def test_commands_pass_their_arguments_on(calls: list[tuple[Any, ...]]) -> None:
     main(["evaluate", "model.pt"])
     assert calls == [
         ("phantom", "bimcv", "out", 3, 7, 2),
-        ("phantom", "all", "2024", 200, 0, None),
+        ("phantom", "mimic_cxr", "2024/mimic_cxr", 200, 0, None),
+        ("phantom", "bimcv", "2024/bimcv", 200, 0, None),
         ("prepare", "table", "own.csv", "list.json", 0.1, 42, True),
         ("prepare", "table", ["a.csv", "b.csv"], "list.json", None, 42, False),
         ("evaluate", "model.pt", 4, 1000, "m.json", "cuda"),

@@ -30,7 +30,7 @@ def phantom(layout: str, out: str, patients: int = 200, seed: int = 0, workers: 
         seed: seed of all that is random.
         workers: processes that make the patients; by default as many as there are cores.
     """
-    from unimedi_components.data import phantom as phantoms
+    from unimedi_components.data.phantom import LAYOUTS, write_phantom
 
     _whole_number("patients", patients, 1)
     _whole_number("seed", seed, 0)
@@ -38,9 +38,9 @@ def phantom(layout: str, out: str, patients: int = 200, seed: int = 0, workers: 
         _whole_number("workers", workers, 1)
     folders = {str(layout): str(out)}
     if layout == "all":
-        folders = {name: str(Path(str(out), name)) for name in phantoms.LAYOUTS}
+        folders = {name: str(Path(str(out), name)) for name in LAYOUTS}
     for name, folder in folders.items():
-        phantoms.write_phantom(name, folder, patients=patients, seed=seed, workers=workers)
+        write_phantom(name, folder, patients=patients, seed=seed, workers=workers)
 
 
 def prepare(

@@ -198,3 +198,20 @@ def test_xray_files(tmp_path):
     assert xray_fault(tmp_path / "none.jpg", "none") is None
     with pytest.raises(ConfigError, match="check_images='fast'"):
         xray_fault(tmp_path / "a.jpg", "fast")
+
+
+@pytest.mark.parametrize("vr", [b"OW\0\0", b""])
+def test_truncated_dicom(tmp_path, vr):
+    """Native pixels of a known length, with an explicit and an implicit value representation."""
+    pixels = bytes(range(200))
+    head = b"\0" * 128 + b"DICM" + b"\xe0\x7f\x10\x00" + vr + len(pixels).to_bytes(4, "little")
+    (tmp_path / "whole.dcm").write_bytes(head + pixels)
+    (tmp_path / "cut.dcm").write_bytes(head + pixels[:-1])
+    assert xray_fault(tmp_path / "whole.dcm") is None
+    assert "truncated DICOM, pixels are missing" in (xray_fault(tmp_path / "cut.dcm") or ("", ""))[1]
+    # frames of no fixed length (JPEG) end with a sequence delimiter
+    frames = head[:-4] + b"\xff" * 4 + pixels
+    (tmp_path / "frames.dcm").write_bytes(frames + b"\xfe\xff\xdd\xe0\0\0\0\0")
+    (tmp_path / "short.dcm").write_bytes(frames)
+    assert xray_fault(tmp_path / "frames.dcm") is None
+    assert "the end of the frames is missing" in (xray_fault(tmp_path / "short.dcm") or ("", ""))[1]

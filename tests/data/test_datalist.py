@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from itertools import pairwise
 
 import pytest
 from monai.data import load_decathlon_datalist
 
-from unimedi_components.data.datalist import DatalistBuilder, load_datalist, select, write_json
-from unimedi_components.data.splits import nested_fraction, split_patients
+from unimedi_components.data.datalist import DatalistBuilder, load_datalist, select, write_datalist, write_json
+from unimedi_components.data.splits import hold_out, nested_fraction, split_patients
 from unimedi_components.errors import DataError
 
 
@@ -163,3 +164,54 @@ def test_split_counts_groups_and_order():
     assert set(split_patients({"a": "2", "b": "2"}, 0.1, 0.1, seed=0).values()) == {"training"}
     with pytest.raises(DataError, match="leave no training data"):
         split_patients(strata, 0.5, 0.5, seed=0)
+
+
+def test_official_splits_are_kept_apart(tmp_path):
+    builder = DatalistBuilder("demo", tmp_path)
+    for split, patients in (("training", "abc"), ("validation", "bd"), ("test", "ade")):
+        for patient in patients:
+            builder.add(split, item(f"{split}-{patient}", patient))
+    builder.keep_apart()
+    kept = {split: [entry["patient"] for entry in entries] for split, entries in builder.items.items()}
+    assert kept == {"training": ["c"], "validation": ["b"], "test": ["a", "d", "e"]}
+    dropped = {entry["id"] for entry in builder.dropped["patient in another split"]}
+    assert dropped == {"training-a", "training-b", "validation-d"}
+
+
+def test_datalists_are_written_an_item_per_line(tmp_path):
+    lists = {"training": [{"id": "ä", "label": [1, 0]}, {"id": "b"}], "test": [], "meta": {"kept": {"test": 0}}}
+    path = write_datalist(lists, tmp_path / "l.json")
+    assert json.loads(path.read_text(encoding="utf-8")) == lists
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert lines[:5] == [
+        "{",
+        ' "training": [',
+        '  {"id": "ä", "label": [1, 0]},',
+        '  {"id": "b"}',
+        " ],",
+    ]
+    assert json.loads(write_datalist({}, tmp_path / "empty.json").read_text()) == {}
+
+
+def test_fractions_keep_the_labels_proportions():
+    """900 patients: 600 of class 0, 270 of class 1, 30 of class 2, and one image of each."""
+    classes = [0] * 600 + [1] * 270 + [2] * 30
+    items = [{**item(f"p{i}", f"p{i}"), "label": label} for i, label in enumerate(classes)]
+    kept: dict[float, list] = {}
+    for fraction in (0.01, 0.1, 0.4, 1.0):
+        kept[fraction] = nested_fraction(items, fraction, seed=3)
+        counts = [sum(entry["label"] == label for entry in kept[fraction]) for label in (0, 1, 2)]
+        assert sum(counts) == round(900 * fraction)
+        exact = [600 * fraction, 270 * fraction, 30 * fraction]
+        assert all(abs(count - share) < 1 for count, share in zip(counts, exact, strict=True))
+    names = [{entry["id"] for entry in kept[fraction]} for fraction in sorted(kept)]
+    assert all(small < large for small, large in pairwise(names))
+
+
+def test_hold_out_is_exact_and_by_patient():
+    images = {f"p{i}": 1 + i % 4 for i in range(100)}
+    chosen = hold_out(images, 61, seed=5)
+    assert sum(images[patient] for patient in chosen) == 61
+    assert hold_out(dict(reversed(images.items())), 61, seed=5) == chosen != hold_out(images, 61, seed=6)
+    # nobody has a single image: of 5 at most 4 can be held out
+    assert sum({"a": 2, "b": 2, "c": 2}[patient] for patient in hold_out({"a": 2, "b": 2, "c": 2}, 5, 0)) == 4

@@ -11,6 +11,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from monai.transforms import Transform
 from PIL import Image
 
 from unimedi_components.data.dataset import PretrainDataset, Skipped
@@ -163,7 +164,27 @@ def test_crops_depend_on_epoch_and_index_alone(study, tmp_path):
     kept = PretrainDataset(items, transforms(12), root, seed=0, memory_mb=0.004)  # room for 5 of 14 x 14 floats
     for _ in range(2):
         assert all(torch.equal(kept[i]["image"], first[i]) for i in range(N2))
-    assert sorted(kept._memory) == [str(root / f"x{i}.jpg") for i in range(5)]
+    assert sorted(kept._memory) == [json.dumps([str(root / f"x{i}.jpg")]) for i in range(5)]
+
+
+def test_parts_of_one_file_are_images_of_their_own(tmp_path):
+    """Two items of one folder differ in their slices, two of one volume in their centre."""
+
+    class Fill(Transform):
+        def __call__(self, data):
+            part = data.get("slices") or data.get("center") or [9]
+            return {**data, "image": torch.full((1, 2, 2, 2), float(sum(part)))}
+
+    (tmp_path / "v.raw").write_bytes(b"0")
+    parts = [{"slices": [1, 2]}, {"slices": [3, 4]}, {"center": [2, 2, 1]}, {}]
+    items = [{"id": str(i), "patient": "p", "image": "v.raw", "dim": 3, **part} for i, part in enumerate(parts)]
+    for memory in (0, 1):
+        dataset = PretrainDataset(
+            items, ByDimension((), [Fill()]), tmp_path, tmp_path / "cache", require_report=False, memory_mb=memory
+        )
+        for _ in range(2):
+            assert [float(dataset[i]["image"].mean()) for i in range(4)] == [3, 7, 5, 9]
+    assert len(list((tmp_path / "cache").glob("*.pt"))) == 4
 
 
 def test_cache_follows_parameters_and_files(study, tmp_path):

@@ -164,10 +164,9 @@ def write_datalist(lists: Mapping[str, Any], path: str | Path) -> Path:
 
 def _lines(lists: Mapping[str, Any]) -> Iterator[str]:
     encode = json.JSONEncoder(ensure_ascii=False).encode
-    before = "{\n"
-    for name, content in lists.items():
-        yield f"{before} {encode(name)}: "
-        before = ",\n"
+    yield "{"
+    for position, (name, content) in enumerate(lists.items()):
+        yield f"{',' if position else ''}\n {encode(name)}: "
         if isinstance(content, list) and content:
             yield from (f"{',' if index else '['}\n  {encode(item)}" for index, item in enumerate(content))
             yield "\n ]"

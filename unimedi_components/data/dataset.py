@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 # where no item of a dimension could be read, at most this many following items are tried in their place
 _MAX_REFILL = 8
 _SKIPPED_FILE = "skipped.jsonl"
+# fields of an item that say which part of its file is the image: the slices of a folder, the centre of a cube
+_PART_FIELDS = ("slices", "center")
 
 
 class Skipped(NamedTuple):
@@ -45,7 +47,8 @@ class PretrainDataset(PersistentDataset):
     transforms that made them, so that changing any of these never meets a stale image.
 
     Args:
-        data: items {"id", "image": path relative to `root`, "dim": 2 or 3, "report"}.
+        data: items {"id", "image": path relative to `root`, "dim": 2 or 3, "report"}; "slices" and "center", which
+            say which part of the file is meant, reach the transforms too.
         transform: chains that turn a file name under "image" into a (1, ...) float image.
         root: folder of the data set.
         cache_dir: folder for cached images, made when missing; None computes each image every time.
@@ -142,7 +145,8 @@ class PretrainDataset(PersistentDataset):
         item = self.data[index]
         path = self.root / item["image"]
         try:
-            prepared = self._cachecheck({"id": item["id"], "dim": item["dim"], "image": str(path)})
+            part = {field: item[field] for field in _PART_FIELDS if field in item}
+            prepared = self._cachecheck({"id": item["id"], "dim": item["dim"], "image": str(path), **part})
             key = [self.seed, int(self._epoch), index]
             self.transform.seed_random(item["dim"], int(np.random.SeedSequence(key).generate_state(1)[0]))
             image = _plain(self._post_transform({**prepared, "dim": item["dim"]})["image"])
@@ -172,21 +176,21 @@ class PretrainDataset(PersistentDataset):
         return record
 
     def _cachecheck(self, item_transformed: dict[str, Any]) -> dict[str, Any]:
-        path = item_transformed["image"]
-        if path in self._memory:
+        source = json.dumps([item_transformed["image"], *_part(item_transformed)])
+        if source in self._memory:
             # transforms may work in place
-            return {"image": self._memory[path].clone()}
+            return {"image": self._memory[source].clone()}
         image = self._from_disk(item_transformed)
         if image.nbytes <= self._memory_left:
             self._memory_left -= image.nbytes
-            self._memory[path] = image.clone()
+            self._memory[source] = image.clone()
         return {"image": image}
 
     def _from_disk(self, item: dict[str, Any]) -> Tensor:
         if self.cache_dir is None:
             return self._compute(item)
         path, dim = Path(item["image"]), item["dim"]
-        key = json.dumps([os.path.abspath(path), _stamp(path), dim, self.transform.fingerprints[dim]])
+        key = json.dumps([os.path.abspath(path), _stamp(path), dim, self.transform.fingerprints[dim], *_part(item)])
         file = self.cache_dir / f"{hashlib.sha256(key.encode()).hexdigest()}.pt"
         try:
             return torch.load(file, weights_only=True)["image"]
@@ -213,6 +217,10 @@ def _check_items(data: Sequence[Mapping[str, Any]], require_report: bool) -> Non
         if missing or item["dim"] not in (2, 3):
             fault = f"lacks {', '.join(missing)}" if missing else f'has "dim" {item["dim"]!r}, not 2 or 3'
             raise DataError(f"item {i} ({item.get('id')!r}) of the datalist {fault}; make the datalist again")
+
+
+def _part(item: Mapping[str, Any]) -> list[Any]:
+    return [[field, item[field]] for field in _PART_FIELDS if field in item]
 
 
 def _plain(image: Any) -> Tensor:

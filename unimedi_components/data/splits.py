@@ -9,13 +9,15 @@ fraction takes patients of every label in turn, so that even a small one keeps t
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from unimedi_components.errors import DataError
 
 __all__ = ["hold_out", "nested_fraction", "patient_order", "split_patients", "strata_by_dim", "strata_by_label"]
+
+_RARE = 10
 
 
 def patient_order(patients: Iterable[str], seed: int) -> list[str]:
@@ -111,7 +113,7 @@ def nested_fraction(items: Sequence[dict[str, Any]], fraction: float, seed: int 
 
     Returns:
         The kept items in their order. Each label (each combination of labels, where an image has several)
-        keeps its share of the patients, to within one patient.
+        keeps its share of the patients, to within one patient; those of fewer than ten patients as one.
 
     Raises:
         DataError: the fraction is not in (0, 1].
@@ -129,12 +131,14 @@ def nested_fraction(items: Sequence[dict[str, Any]], fraction: float, seed: int 
 
 def _stratified_order(strata: Mapping[str, str], seed: int) -> list[str]:
     """Return the patients so that every beginning of the list holds each stratum in proportion."""
+    sizes = Counter(strata.values())
     members: dict[str, list[str]] = defaultdict(list)
     for patient in patient_order(strata, seed):
-        members[strata[patient]].append(patient)
-    place: dict[str, float] = {}
-    for stratum, patients in members.items():
-        # A start of its own for each stratum, so that small ones do not all wait for the same place.
-        start = int.from_bytes(hashlib.sha256(f"{seed}:stratum:{stratum}".encode()).digest()[:4], "big") / 2**32
-        place |= {patient: (rank + start) / len(patients) for rank, patient in enumerate(patients)}
-    return sorted(place, key=lambda patient: (place[patient], patient))
+        # Rare combinations of labels share a stratum: alone, each would wait for the same place in the list.
+        members[strata[patient] if sizes[strata[patient]] >= _RARE else ""].append(patient)
+    place = {
+        patient: ((rank + 0.5) / len(patients), patient)
+        for patients in members.values()
+        for rank, patient in enumerate(patients)
+    }
+    return sorted(place, key=place.__getitem__)
