@@ -164,7 +164,7 @@ def test_spanish_tables_warn_and_take_short_reports_with_them(root):
     write_labels(root, rows=[*((*row[:2], SPANISH) for row in ROWS[:-1]), ("sub-S03007", "ses-E00008", short)])
     with pytest.warns(UserWarning, match="6 reports are not English and were dropped .*Put BIMCV-R.csv"):
         builder = collect(root, min_megabytes=0.0)
-    assert builder.n_kept == 0
+    assert not any(builder.items.values())
     # alone among English reports, the same short text is not recognised and stays
     write_labels(root, rows=[*ROWS[:-1], ("sub-S03007", "ses-E00008", short)])
     kept = convert(root, min_megabytes=0.0)
@@ -199,4 +199,4 @@ def test_layout_errors(root, tmp_path_factory):
     table.write_text("PatientID,ReportID,Reports\na,b,c\n")
     with pytest.raises(DataError, match=r"no column 'Report' \(did you mean 'Reports'.*text_column"):
         collect(root, report_csv=table)
-    assert collect(root, report_csv=table, text_column="Reports").n_kept == 0
+    assert not any(collect(root, report_csv=table, text_column="Reports").items.values())

@@ -47,7 +47,7 @@ def test_builder_counts_sorts_and_hashes(tmp_path):
     assert meta["dropped_items"]["lateral"] == [f"x{i}" for i in range(20)]
     assert builder.dropped["unreadable image"] == [{"id": "y", "detail": "y.jpg: truncated"}]
     assert meta["sources"] == {"t.csv": hashlib.sha256(b"x\n1\n").hexdigest()}
-    assert builder.n_kept == 3
+    assert sum(map(len, builder.items.values())) == 3
 
 
 def test_strict_raises_for_faults_only(tmp_path):

@@ -10,7 +10,7 @@ from PIL import Image
 
 from unimedi_components.data.catalogue import DATASETS
 from unimedi_components.data.datalist import load_datalist, select
-from unimedi_components.data.phantom import write_phantom
+from unimedi_components.data.phantom import LAYOUTS, write_phantom
 from unimedi_components.data.prepare import merge_datalists, prepare
 from unimedi_components.errors import ConfigError, DataError
 
@@ -127,7 +127,7 @@ def test_merge(tmp_path):
         merge_datalists({"x": tmp_path / "one.json"}, tmp_path / "c.json", tmp_path / "moved" / "two")
 
 
-@pytest.mark.parametrize("layout", ["mimic_cxr", "bimcv"])
+@pytest.mark.parametrize("layout", sorted(LAYOUTS))
 def test_phantoms_come_through_the_converters(tmp_path, layout):
     write_phantom(layout, tmp_path / layout, patients=12, seed=3, workers=1, progress=False)
     truth = json.loads((tmp_path / layout / "truth.json").read_text())["studies"]

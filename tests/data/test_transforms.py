@@ -106,6 +106,9 @@ def test_dicom_photometric_interpretations(tmp_path):
     two, one = read(tmp_path / "two.dcm"), read(tmp_path / "one")
     np.testing.assert_allclose(two, pixels / 4095, atol=1e-7)
     np.testing.assert_allclose(one, 1 - pixels / 4095, atol=1e-7)
+    # 16 bits, of which the image uses 10: as bright as its twin with the values the other way round
+    write_dicom(tmp_path / "deep", np.minimum(pixels, 1000), "MONOCHROME1", 16)
+    np.testing.assert_allclose(read(tmp_path / "deep"), 1 - np.minimum(pixels, 1000) / 1000, atol=1e-7)
     rgb = np.zeros((4, 4, 3), np.uint8)
     rgb[1, 2], rgb[3, 3] = (0, 255, 0), 255
     write_dicom(tmp_path / "rgb.dcm", rgb, "RGB", 8)

@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import textwrap
 
-from unimedi_components.data import bimcv, mimic_cxr, table
+from unimedi_components.data import amos, bcv, bimcv, cc_ccii, chexpert, covidx, luna16, mimic_cxr, rsna, table
 from unimedi_components.data.registry import Dataset
 from unimedi_components.data.sources import nearest_hint
 from unimedi_components.errors import ConfigError
 
 __all__ = ["DATASETS", "describe", "find_dataset"]
 
-_MODULES = (mimic_cxr, bimcv, table)
+_MODULES = (mimic_cxr, bimcv, chexpert, rsna, covidx, cc_ccii, luna16, bcv, amos, table)
 
 #: Data set name -> what is known of it; a new data set is one more module.
 DATASETS: dict[str, Dataset] = {module.DATASET.name: module.DATASET for module in _MODULES}

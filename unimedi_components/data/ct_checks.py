@@ -12,6 +12,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
+from unimedi_components.data.itk_loading import load_itk
 from unimedi_components.errors import DataError
 
 __all__ = ["CTHeader", "CTLimits", "Fault", "check_ct", "hounsfield_fault", "read_ct_header"]
@@ -235,7 +236,7 @@ def _sample(path: Path, header: CTHeader) -> np.ndarray:
         # Unscaled: a memory map for .nii, and one pass without a float copy for .nii.gz.
         stored = proxy.get_unscaled()[:, :, index]
         return np.asarray(stored, dtype=np.float32) * float(proxy.slope) + float(proxy.inter)
-    import itk
+    itk = load_itk()
 
     return np.asarray(itk.array_view_from_image(itk.imread(_itk_files(path))))
 
@@ -244,7 +245,7 @@ def _itk_files(path: Path) -> str | list[str]:
     """Return the file, or the files of the longest DICOM series of a folder in order."""
     if not path.is_dir():
         return str(path)
-    import itk
+    itk = load_itk()
 
     names = itk.GDCMSeriesFileNames.New()
     names.SetUseSeriesDetails(True)
@@ -256,7 +257,7 @@ def _itk_files(path: Path) -> str | list[str]:
 
 
 def _itk_header(path: Path) -> tuple[tuple[int, ...], tuple[float, ...], np.ndarray, int]:
-    import itk
+    itk = load_itk()
 
     files = _itk_files(path)
     first = files if isinstance(files, str) else files[0]

@@ -53,6 +53,9 @@ FAULT_REASONS = frozenset(
         "non-finite voxels",
         "not Hounsfield units",
         "mask and image differ in geometry",
+        "target and boxes disagree",
+        "unknown label values",
+        "unusable box",
     }
 )
 
@@ -103,8 +106,8 @@ class DatalistBuilder:
 
     def drop_many(self, reason: str, item_ids: Iterable[str]) -> None:
         """Count many items that are left out for one reason without a detail each."""
-        for item_id in item_ids:
-            self.drop(reason, item_id)
+        for name in item_ids:
+            self.drop(reason, name)
 
     def keep_apart(self) -> None:
         """Drop training items of patients in validation or test, and validation items of patients in test."""
@@ -114,11 +117,6 @@ class DatalistBuilder:
             self.drop_many("patient in another split", (item["id"] for item in shared))
             self.items[split] = [item for item in self.items[split] if item["patient"] not in taken]
             taken |= {item["patient"] for item in self.items[split]}
-
-    @property
-    def n_kept(self) -> int:
-        """Number of items kept over all splits."""
-        return sum(map(len, self.items.values()))
 
     def build(self) -> dict[str, Any]:
         """Return the datalist with its ``meta`` block; items are sorted by id within a split.

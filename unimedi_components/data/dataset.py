@@ -230,8 +230,10 @@ def _plain(image: Any) -> Tensor:
 
 
 def _stamp(path: Path) -> list[Any]:
-    """Size and time of a file, or of all files of a DICOM folder."""
+    """Size and time of a file, of all files of a folder, or of a MetaImage header and the voxels beside it."""
     files = sorted(entry for entry in path.iterdir() if entry.is_file()) if path.is_dir() else [path]
+    if path.suffix.lower() == ".mhd":
+        files += [voxels for ending in (".raw", ".zraw") if (voxels := path.with_suffix(ending)).is_file()]
     stats = [(file.name, file.stat()) for file in files]
     return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
 

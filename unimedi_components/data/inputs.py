@@ -15,6 +15,7 @@ from monai.data import DataLoader
 
 from unimedi_components.data.datalist import load_datalist
 from unimedi_components.data.dataset import PretrainDataset, Skipped
+from unimedi_components.data.itk_loading import load_itk
 from unimedi_components.data.table import VOLUME_ENDINGS
 from unimedi_components.errors import DataError
 
@@ -140,7 +141,7 @@ def _dicom_images(folder: Path, files: list[Path]) -> list[tuple[Path, int]]:
 
 
 def _read_header(path: Path) -> _Dicom | None:
-    import itk
+    itk = load_itk()
 
     image_io = itk.GDCMImageIO.New()
     image_io.SetFileName(str(path))

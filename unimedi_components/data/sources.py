@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -102,7 +103,7 @@ def read_source(path: Path, required: Sequence[str] = (), sep: str = ",", remedy
         raise DataError(f"{path}: no such file. Correct the path.") from error
     except pd.errors.EmptyDataError as error:
         raise DataError(f"{path}: the file is empty. It needs a header line and at least one row.") from error
-    except (OSError, EOFError, UnicodeDecodeError, pd.errors.ParserError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error, pd.errors.ParserError) as error:
         raise DataError(f"{path}: cannot be read as a table ({error}). Download or export it again.") from error
     frame.columns = [str(column).strip() for column in frame.columns]
     for name in required:

@@ -36,10 +36,12 @@ from PIL import Image, ImageOps
 
 from unimedi_components.data.ct_checks import NIFTI_ENDINGS, read_ct_header
 from unimedi_components.data.fingerprint import fingerprint
+from unimedi_components.data.itk_loading import load_itk
 from unimedi_components.errors import DataError
 
 __all__ = ["ByDimension", "CheckVolumed", "XrayReader", "ct_transforms", "xray_transforms"]
 
+_PHOTOMETRIC, _BITS_STORED = "0028|0004", "0028|0101"
 # nibabel's letter pairs, spelled out because MONAI otherwise follows each reader's own `space`
 RAS_LABELS = (("L", "R"), ("P", "A"), ("I", "S"))
 
@@ -85,8 +87,7 @@ class XrayReader(ImageReader):
         """
         with open(img, "rb") as file:
             is_dicom = file.read(132)[128:] == b"DICM"
-        array = self._read_dicom(img) if is_dicom else self._read_pil(img)
-        scaled = _scale_to_unit(array, img)
+        scaled = self._read_dicom(img) if is_dicom else _scale_to_unit(self._read_pil(img), img)
         return scaled, {"spatial_shape": np.asarray(scaled.shape), "original_channel_dim": float("nan")}
 
     def _read_pil(self, path: str) -> np.ndarray:
@@ -101,17 +102,22 @@ class XrayReader(ImageReader):
             return np.asarray(upright)
 
     def _read_dicom(self, path: str) -> np.ndarray:
-        import itk
-
+        itk = load_itk()
         image = itk.imread(path)
         array = itk.array_from_image(image)
         if image.GetNumberOfComponentsPerPixel() > 1:
             array = array[..., :3].astype(np.float32) @ np.asarray([0.299, 0.587, 0.114], np.float32)
             array = np.round(array).astype(np.uint8) if array.max() < 256 else array
-        frames = array.reshape(-1, *array.shape[-2:])
-        if len(frames) != 1:
+        if len(frames := array.reshape(-1, *array.shape[-2:])) != 1:
             raise DataError(f"{path}: {len(frames)} frames where one X-ray was expected")
-        return frames[0]
+        tags = image.GetMetaDataDictionary()
+        inverted = tags.HasKey(_PHOTOMETRIC) and str(tags[_PHOTOMETRIC]).strip() == "MONOCHROME1"
+        if inverted and tags.HasKey(_BITS_STORED) and frames.dtype != np.uint8:
+            # ITK inverts about the largest value that the bits can hold, which an image need not reach.
+            stored = 2.0 ** int(str(tags[_BITS_STORED])) - 1 - frames[0].astype(np.float32)
+            if stored.min() >= 0:
+                return 1 - _scale_to_unit(stored, path)
+        return _scale_to_unit(frames[0], path)
 
 
 def _scale_to_unit(array: np.ndarray, path: str) -> np.ndarray:

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from unimedi_components.data.itk_loading import load_itk
 from unimedi_components.data.sources import progress_map
 from unimedi_components.errors import ConfigError
 
@@ -109,7 +110,7 @@ def _dicom_fault(head: bytes, tail: bytes, size: int) -> str:
 
 def _decode_fault(path: Path, header_only: bool = False) -> str:
     if path.suffix.lower() in {".dcm", ".dicom"}:
-        import itk
+        itk = load_itk()
 
         if header_only:
             image_io = itk.ImageIOFactory.CreateImageIO(str(path), itk.CommonEnums.IOFileMode_ReadMode)

@@ -168,7 +168,7 @@ def test_foreign_folders_and_bad_arguments_are_refused(mimic, tmp_path):
         write_phantom("mimic_cxr", mimic, PATIENTS, 5)
     with pytest.raises(DataError, match="is a file"):
         write_phantom("bimcv", tmp_path / "mine.txt", 2)
-    with pytest.raises(DataError, match=r"unknown phantom layout 'mimic'.*bimcv, mimic_cxr"):
+    with pytest.raises(DataError, match=r"unknown phantom layout 'mimic'.*bimcv, .*mimic_cxr"):
         write_phantom("mimic", tmp_path / "new", 2)
     with pytest.raises(DataError, match="at least 1"):
         write_phantom("bimcv", tmp_path / "new", 0)

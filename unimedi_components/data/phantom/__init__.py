@@ -4,7 +4,7 @@
 Importing the package registers the layouts; `write_phantom` writes one.
 """
 
-from . import bimcv, mimic_cxr
+from . import amos, bcv, bimcv, cc_ccii, chexpert, covidx, luna16, mimic_cxr, rsna
 from .findings import FINDINGS, FOCAL, SEVERITIES, ZONES, Finding
 from .studies import CTStudy, XrayStudy, make_ct, make_patient, make_xray
 from .writer import LAYOUTS, TRUTH, Layout, PhantomFolder, patient_record, register, write_phantom
@@ -21,12 +21,19 @@ __all__ = [
     "Layout",
     "PhantomFolder",
     "XrayStudy",
+    "amos",
+    "bcv",
     "bimcv",
+    "cc_ccii",
+    "chexpert",
+    "covidx",
+    "luna16",
     "make_ct",
     "make_patient",
     "make_xray",
     "mimic_cxr",
     "patient_record",
     "register",
+    "rsna",
     "write_phantom",
 ]

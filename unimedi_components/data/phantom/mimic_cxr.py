@@ -16,7 +16,7 @@ from .reports import Report, write_report
 from .studies import XrayStudy, labels_of, lesion_record, make_patient, make_xray
 from .writer import Layout, PatientRecord, register
 
-__all__ = ["CHEXPERT_LABELS", "METADATA_COLUMNS", "MIMIC_CXR", "format_report"]
+__all__ = ["CHEXPERT_LABELS", "CHEXPERT_OF", "METADATA_COLUMNS", "MIMIC_CXR", "format_report"]
 
 METADATA_COLUMNS = (
     "dicom_id",
@@ -48,7 +48,7 @@ CHEXPERT_LABELS = (
     "Pneumothorax",
     "Support Devices",
 )
-_CHEXPERT_OF = {
+CHEXPERT_OF = {
     "nodule": "Lung Lesion",
     "consolidation": "Consolidation",
     "ground_glass": "Lung Opacity",
@@ -137,10 +137,10 @@ def _truth(patient: Patient, image: XrayStudy, path: str) -> dict[str, Any]:
 
 
 def _chexpert_row(patient: Patient, subject: int, study: int) -> dict[str, Any]:
-    present = {_CHEXPERT_OF[f.name] for f in patient.findings}
+    present = {CHEXPERT_OF[f.name] for f in patient.findings}
     row: dict[str, Any] = {"subject_id": subject, "study_id": study}
     for label in CHEXPERT_LABELS:
-        row[label] = "1.0" if label in present else "0.0" if label in _CHEXPERT_OF.values() else ""
+        row[label] = "1.0" if label in present else "0.0" if label in CHEXPERT_OF.values() else ""
     row["No Finding"] = "" if present else "1.0"
     return row
 

@@ -47,12 +47,14 @@ class Layout:
         write_patient: called as (root, index, seed); writes one patient's files and returns its record, which
             JSON can hold: ``studies`` (the entries of truth.json) and whatever ``write_tables`` needs.
         write_tables: called as (root, records, seed) in the end; writes the csv, tsv or json files.
+        most: how many patients the layout has numbers for; None for any number.
     """
 
     name: str
     code: int
     write_patient: Callable[[Path, int, np.random.SeedSequence], PatientRecord]
     write_tables: Callable[[Path, list[PatientRecord], np.random.SeedSequence], None]
+    most: int | None = None
 
 
 LAYOUTS: dict[str, Layout] = {}
@@ -118,6 +120,11 @@ def write_phantom(
         raise DataError(f"unknown phantom layout {layout!r}: choose one of {', '.join(LAYOUTS)}")
     if patients < 1 or seed < 0:
         raise DataError(f"phantom {layout}: patients must be at least 1 and seed at least 0, got {patients} and {seed}")
+    most = LAYOUTS[layout].most
+    if most is not None and patients > most:
+        raise DataError(
+            f"phantom {layout}: the layout has numbers for {most} patients, not for {patients}; ask for fewer"
+        )
     root = Path(out)
     key = _key(layout, patients, seed)
     if _is_complete(root, key):

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The RSNA phantom: real layout, the same bytes again, and truth equal to what converter and transforms give."""
+
+import csv
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import itk
+import numpy as np
+import pytest
+
+from unimedi_components.data.boxes import boxes_to_file, xray_box_transforms
+from unimedi_components.data.phantom import LAYOUTS, write_phantom
+from unimedi_components.data.phantom.rsna import CLASSES, OPACITIES, SIDE
+from unimedi_components.data.rsna import convert
+from unimedi_components.data.transforms import ByDimension, XrayReader
+
+PATIENTS = 60
+SPLITS = ("training", "validation", "test")
+
+
+@pytest.fixture(scope="module")
+def phantom(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("phantom") / "rsna"
+    write_phantom("rsna", root, PATIENTS, 4, workers=1, progress=False)
+    return root
+
+
+@pytest.fixture(scope="module")
+def truth(phantom) -> dict:
+    return json.loads((phantom / "truth.json").read_text())["studies"]
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def digests(root: Path) -> dict[str, str]:
+    files = sorted(p for p in root.rglob("*") if p.is_file())
+    return {p.relative_to(root).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def test_same_seed_same_bytes(tmp_path):
+    for name, seed in (("a", 4), ("b", 4), ("c", 5)):
+        write_phantom("rsna", tmp_path / name, 5, seed, workers=1, progress=False)
+    assert digests(tmp_path / "a") == digests(tmp_path / "b")
+    assert not set(digests(tmp_path / "a").values()) & set(digests(tmp_path / "c").values())
+    assert LAYOUTS["rsna"].code == 4
+
+
+def test_layout(phantom, truth):
+    labels, classes = rows(phantom / "stage_2_train_labels.csv"), rows(phantom / "stage_2_detailed_class_info.csv")
+    assert list(labels[0]) == ["patientId", "x", "y", "width", "height", "Target"]
+    assert list(classes[0]) == ["patientId", "class"]
+    assert [row["patientId"] for row in classes] == [row["patientId"] for row in labels]
+    assert {row["patientId"] for row in labels} == set(truth) and len(truth) == PATIENTS
+    for row in labels:
+        assert re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", row["patientId"])
+        cells = [row[name] for name in ("x", "y", "width", "height")]
+        if row["Target"] == "1":
+            assert all(re.fullmatch(r"\d+\.0", cell) for cell in cells)
+        else:
+            assert row["Target"] == "0" and cells == [""] * 4
+    assert {row["class"] for row in classes} == set(CLASSES)
+    positive = [row["Target"] == "1" for row in labels]
+    assert [row["class"] == "Lung Opacity" for row in classes] == positive
+    assert sum(study["label"] for study in truth.values()) == PATIENTS // 2
+    assert {len(study["boxes"]) for study in truth.values()} == {0, 1, 2}
+    files = {path.stem for path in (phantom / "stage_2_train_images").iterdir()}
+    assert files == set(truth)
+
+
+def test_films_and_tags(phantom, truth):
+    kinds = set()
+    for name, study in truth.items():
+        path = str(phantom / study["image"])
+        reader = itk.GDCMImageIO.New(FileName=path)
+        image = itk.imread(path, imageio=reader)
+        tags = dict(image)
+        assert tags["0010|0020"].strip() == name and tags["0008|0060"].strip() == "CR"
+        assert tags["0010|0040"].strip() in ("F", "M") and 0 < int(tags["0010|1010"]) < 100
+        assert tags["0018|5101"].strip() in ("AP", "PA") and tags["0028|0010"] == tags["0028|0011"] == str(SIDE)
+        assert 1.0 < float(tags["0028|0030"].split("\\")[0]) < 3.0
+        kinds.add(tags["0028|0004"].strip())
+        film = XrayReader().get_data(path)[0]
+        # whatever is 0 in the file: white spine and belly, black corners
+        assert film.shape == (SIDE, SIDE) and film[150:250, 110:146].mean() > 0.6 > 0.3 > film[:4, :4].mean()
+    assert kinds == {"MONOCHROME1", "MONOCHROME2"}
+
+
+@pytest.mark.parametrize("task", ["classification", "segmentation", "detection"])
+def test_converter_gives_the_truth(phantom, truth, task):
+    datalist = convert(phantom, task=task, check_images="full", strict=True, progress=False)
+    assert datalist["meta"]["dropped"] == {}
+    assert all(len(datalist[split]) >= PATIENTS // 10 for split in SPLITS)
+    found = {item["id"]: item for split in SPLITS for item in datalist[split]}
+    assert set(found) == set(truth)
+    for name, study in truth.items():
+        item = found[name]
+        assert item["image"] == study["image"] and item["label"] == study["label"] and item["class"] == study["class"]
+        assert item.get("boxes", []) == study["boxes"]
+
+
+def test_transforms_give_the_truth(phantom, truth):
+    datalist = convert(phantom, task="segmentation", progress=False)
+    # the film's own size, and half of it
+    whole = ByDimension(xray_box_transforms(SIDE, long_side=SIDE))
+    half = ByDimension(xray_box_transforms(SIDE // 2, long_side=SIDE // 2))
+    for item in [entry for split in SPLITS for entry in datalist[split]][::3]:
+        start = {**item, "image": str(phantom / item["image"])}
+        mask = np.zeros((SIDE, SIDE), np.float32)
+        for x0, y0, x1, y1 in truth[item["id"]]["boxes"]:
+            mask[y0:y1, x0:x1] = 1
+        found = whole(start)
+        assert np.array_equal(found["mask"][0].numpy(), mask)
+        assert found["boxes"].tolist() == truth[item["id"]]["boxes"]
+        small = half(start)
+        # the centre of a pixel of the half is the corner that four pixels of the film share: the last decides
+        assert np.array_equal(small["mask"][0].numpy(), mask[1::2, 1::2])
+        assert boxes_to_file(small["boxes"], small["affine"]).tolist() == truth[item["id"]]["boxes"]
+
+
+def test_boxes_hold_the_opacities(phantom, truth):
+    """Films with and without the opacity differ inside the boxes; here: boxes are brighter than their mirror."""
+    brighter = []
+    for study in truth.values():
+        names = [finding["name"] for finding in study["findings"]]
+        assert bool(study["boxes"]) == bool(set(names) & set(OPACITIES))
+        assert len({tuple(box) for box in study["boxes"]}) == len(study["boxes"])
+        for x0, y0, x1, y1 in study["boxes"]:
+            assert 0 <= x0 < x1 <= SIDE and 0 <= y0 < y1 <= SIDE
+        if len(study["boxes"]) == 1 and len(names) == 1:
+            film = XrayReader().get_data(str(phantom / study["image"]))[0]
+            ((x0, y0, x1, y1),) = study["boxes"]
+            brighter.append(film[y0:y1, x0:x1].mean() > film[y0:y1, SIDE - x1 : SIDE - x0].mean())
+    assert len(brighter) >= 8 and np.mean(brighter) >= 0.75

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AMOS22 to a datalist: abdominal CT volumes, 15 organs. The MRI volumes of the data set are left out.
+
+Layout read: ``dataset.json`` with lists ``training``, ``validation`` and ``test`` of ``{"image":
+"./imagesTr/amos_0001.nii.gz", "label": "./labelsTr/amos_0001.nii.gz"}`` (an entry without a label may be the
+image's path alone) and the organs' names in ``labels``.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import posixpath
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from unimedi_components.data.datalist import SPLITS, DatalistBuilder
+from unimedi_components.data.label_maps import BACKGROUND, Case, add_cases
+from unimedi_components.data.registry import Dataset
+from unimedi_components.data.sources import existing_root, find_source
+from unimedi_components.errors import DataError
+
+__all__ = ["ORGANS", "collect", "convert"]
+
+#: Names of the labels 1 to 15.
+ORGANS = (
+    "spleen",
+    "right kidney",
+    "left kidney",
+    "gall bladder",
+    "esophagus",
+    "liver",
+    "stomach",
+    "aorta",
+    "postcava",
+    "pancreas",
+    "right adrenal gland",
+    "left adrenal gland",
+    "duodenum",
+    "bladder",
+    "prostate/uterus",
+)
+#: The data set's own spelling of some names.
+OWN_SPELLING = {"arota": "aorta"}
+#: CT volumes have numbers up to this one (nnU-Net's conversion), MRI volumes above.
+LAST_CT = 500
+
+
+def convert(root: str | Path, **options: Any) -> dict[str, Any]:
+    """Return the datalist of :func:`collect`."""
+    return collect(root, **options).build()
+
+
+def collect(
+    root: str | Path,
+    *,
+    strict: bool = False,
+    check_images: str = "quick",
+    num_workers: int = 4,
+    progress: bool = True,
+) -> DatalistBuilder:
+    """Read AMOS22.
+
+    The official lists are kept: training (200 CT volumes) and validation (100, which the paper reports on). An
+    entry of the test list is kept if it names a label map that is on disk, which the release does not have;
+    this alone is looked up whatever ``check_images`` says.
+
+    Args:
+        root: folder with ``dataset.json``, or the one above; item paths are relative to it.
+        strict: raise at the first broken or missing file.
+        check_images: ``"quick"``, ``"full"``, ``"exists"`` or ``"none"``; see
+            :func:`~unimedi_components.data.label_maps.pair_fault`.
+        num_workers: threads that read files.
+        progress: show a progress bar.
+
+    Returns:
+        The builder. Drop reasons: ``not CT`` (MRI, by number), ``no case number``, ``no label map``,
+        ``duplicate id``, ``patient in another split`` and those of
+        :func:`~unimedi_components.data.label_maps.pair_fault`.
+
+    Raises:
+        ConfigError: ``check_images`` is unknown.
+        DataError: ``dataset.json`` is missing or malformed, or its organs are not these 15 in this order; or
+            a fault under ``strict``.
+    """
+    base = existing_root(root, "AMOS22")
+    builder = DatalistBuilder("amos", root, strict)
+    path = find_source(base, ["dataset.json", "amos22/dataset.json", "*/dataset.json"], "list of cases")
+    assert path is not None  # find_source raises when a required table is missing
+    content = _read_json(path)
+    builder.add_source(path)
+    _check_labels(content.get("labels"), path)
+    folder = path.parent.relative_to(base).as_posix()
+    cases = []
+    for split in SPLITS:
+        seen: set[str] = set()
+        for image, mask in _entries(content, split, path):
+            name = posixpath.basename(image).split(".")[0]
+            image, mask = (posixpath.normpath(f"{folder}/{part}") if part else "" for part in (image, mask))
+            reason = _reason(name, seen, mask, split == "test" and not (base / mask).is_file())
+            if reason:
+                builder.drop(reason, name)
+            else:
+                seen.add(name)
+                cases.append(Case(split, name, image, mask))
+    add_cases(builder, base, cases, ORGANS, check_images, num_workers, progress)
+    builder.meta["own_spelling"] = {name: own for own, name in OWN_SPELLING.items()}
+    builder.keep_apart()
+    return builder
+
+
+def _reason(name: str, seen: set[str], mask: str, withheld: bool) -> str:
+    """Return why an entry of the list is left out, or an empty string."""
+    number = re.fullmatch(r"amos_(\d+)", name)
+    if number is None:
+        return "no case number"
+    if int(number.group(1)) > LAST_CT:
+        return "not CT"
+    if name in seen:
+        return "duplicate id"
+    return "no label map" if not mask or withheld else ""
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    opener: Any = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rt", encoding="utf-8-sig") as stream:
+            content = json.load(stream)
+    except (OSError, EOFError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read as JSON ({error}). Unpack the data set again.") from error
+    if not isinstance(content, dict) or not content.get("training"):
+        raise DataError(f'{path}: has no list "training". Give AMOS22\'s own dataset.json.')
+    return content
+
+
+def _entries(content: dict[str, Any], split: str, path: Path) -> Iterator[tuple[str, str]]:
+    """Yield (image, label map or empty) of a list, as paths relative to the file's folder."""
+    entries = content.get(split, [])
+    if not isinstance(entries, list):
+        raise DataError(f'{path}: "{split}" is not a list. Give AMOS22\'s own dataset.json.')
+    for index, entry in enumerate(entries):
+        parts = [entry.get("image"), entry.get("label") or ""] if isinstance(entry, dict) else [entry, ""]
+        image, mask = (part if isinstance(part, str) and _is_below(part) else None for part in parts)
+        if not image or mask is None:
+            raise DataError(
+                f"{path}: {split}[{index}] is {json.dumps(entry)}. "
+                'Write {"image": PATH, "label": PATH} with paths below the folder of this file.'
+            )
+        yield image, mask
+
+
+def _is_below(name: str) -> bool:
+    return not posixpath.isabs(name) and posixpath.normpath(name).split("/")[0] != ".."
+
+
+def _check_labels(labels: Any, path: Path) -> None:
+    """Compare the file's organs, ``{"1": "spleen", ...}`` or ``{"spleen": 1, ...}``, with the expected ones.
+
+    Raises:
+        DataError: a name stands at another index, is unknown, or is missing: the label maps mean other organs.
+    """
+    if labels is None:
+        return
+    if not isinstance(labels, dict):
+        raise DataError(f'{path}: "labels" is not a mapping of numbers to names. Give AMOS22\'s own dataset.json.')
+    pairs = [(key, name) if str(key).isdigit() else (name, key) for key, name in labels.items()]
+    found = {str(number): _plain(name) for number, name in pairs}
+    expected = {str(number): name for number, name in enumerate((BACKGROUND, *ORGANS))}
+    found.setdefault("0", BACKGROUND)
+    for number in sorted(found.keys() | expected.keys(), key=lambda text: (len(text), text)):
+        own, name = found.get(number, "missing"), expected.get(number, "no label")
+        if own != _plain(name):
+            raise DataError(
+                f'{path}: label {number} is "{own}" where AMOS22 has "{name}". '
+                'If it is the same organ correct its name, otherwise renumber the label maps; or remove "labels".'
+            )
+
+
+def _plain(name: Any) -> str:
+    text = " ".join(re.split(r"[\s_]+", str(name).strip().lower()))
+    return OWN_SPELLING.get(text, text)
+
+
+DATASET = Dataset(
+    name="amos",
+    title="AMOS22, the abdominal multi-organ benchmark, CT volumes",
+    task="segmentation: 15 abdominal organs in CT (Table 8)",
+    source="https://zenodo.org/records/7262581 (amos22.zip, with the validation labels)",
+    licence="CC BY 4.0",
+    tree="""\
+dataset.json                                 {"training", "validation", "test": [{"image", "label"}], "labels"}
+imagesTr/amos_0001.nii.gz  labelsTr/amos_0001.nii.gz
+imagesVa/amos_0008.nii.gz  labelsVa/amos_0008.nii.gz
+imagesTs/amos_0002.nii.gz                    (without labels)""",
+    collect=collect,
+    notes="200 training and 100 validation CT volumes; numbers above 500 are MRI and left out. The paper reports on "
+    "the validation volumes. The file's own names are kept but for its misspelt aorta.",
+)

@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Boxes of a 2D image: from pixels of the file to masks, to pixels of the network's input, and back.
+
+A box is ``[x0, y0, x1, y1]``: x along the columns, y along the rows, x1 and y1 just beyond it, so that pixel
+i covers [i, i + 1) and its centre lies at i + 0.5. Where the image's pixels lie in the file is told by the
+affine of its MetaTensor, which MONAI's resizing, padding, cropping, flipping and rotating transforms keep up
+to date: row and column *index* of the image to row and column index of the file. The image must come from
+`XrayReader`, whose affine starts as the identity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import torch
+from monai.data import MetaTensor
+from monai.transforms import (
+    CenterSpatialCropd,
+    DeleteItemsd,
+    EnsureChannelFirstd,
+    EnsureTyped,
+    LoadImaged,
+    MapTransform,
+    RandSpatialCropd,
+    Resized,
+    ScaleIntensityRanged,
+    SpatialPadd,
+    Transform,
+)
+from torch import Tensor
+
+from unimedi_components.data.transforms import XrayReader
+from unimedi_components.errors import DataError
+
+__all__ = ["BoxesToImaged", "BoxesToMaskd", "boxes_to_file", "boxes_to_image", "xray_box_transforms"]
+
+
+def boxes_to_image(boxes: Any, affine: Tensor) -> Tensor:
+    """Bring boxes from pixels of the file to pixels of the image.
+
+    Args:
+        boxes: (N, 4) or nothing, pixels of the file.
+        affine: of the image as it is now, (3, 3) or (4, 4).
+
+    Returns:
+        (N, 4) float64, not clipped to the image. Where the image is rotated by other than right angles, the
+        box around the rotated box.
+
+    Raises:
+        DataError: the boxes are not (N, 4), not finite or without area.
+    """
+    return _map_boxes(_checked(boxes), torch.linalg.inv(_plane(affine)))
+
+
+def boxes_to_file(boxes: Any, affine: Tensor) -> Tensor:
+    """Bring boxes, such as a network's predictions, from pixels of the image back to pixels of the file.
+
+    Args:
+        boxes: (N, 4) or nothing, pixels of the image.
+        affine: what `BoxesToImaged` stored for this image, (3, 3) or (4, 4).
+
+    Returns:
+        (N, 4) float64, not clipped to the file's image.
+
+    Raises:
+        DataError: the boxes are not (N, 4), not finite or without area.
+    """
+    return _map_boxes(_checked(boxes), _plane(affine))
+
+
+def _plane(affine: Tensor) -> Tensor:
+    """The affine of rows and columns alone, (3, 3) float64: MONAI's has a third axis, even for films."""
+    affine = torch.as_tensor(affine, dtype=torch.float64).cpu()
+    plane = torch.eye(3, dtype=torch.float64)
+    plane[:2, :2], plane[:2, 2] = affine[:2, :2], affine[:2, -1]
+    return plane
+
+
+def _checked(boxes: Any) -> Tensor:
+    found = torch.as_tensor(boxes, dtype=torch.float64).cpu()
+    if found.numel() == 0:
+        return found.reshape(0, 4)
+    if found.ndim != 2 or found.shape[1] != 4:
+        raise DataError(f"boxes have the shape {tuple(found.shape)}; give a list of [x0, y0, x1, y1]")
+    if not torch.isfinite(found).all() or (found[:, 2:] <= found[:, :2]).any():
+        raise DataError(f"boxes {found.tolist()}: every box needs finite numbers, x1 beyond x0 and y1 beyond y0")
+    return found
+
+
+def _map_boxes(boxes: Tensor, matrix: Tensor) -> Tensor:
+    corners = torch.stack((boxes[:, [1, 0]], boxes[:, [1, 2]], boxes[:, [3, 0]], boxes[:, [3, 2]]), 1)
+    # index coordinates count from the centre of the first pixel, box coordinates from its edge
+    corners = (corners - 0.5) @ matrix[:2, :2].T + matrix[:2, 2] + 0.5
+    return torch.cat((corners.amin(1).flip(-1), corners.amax(1).flip(-1)), 1)
+
+
+def _affine_of(data: Mapping[Hashable, Any], key: Hashable) -> Tensor:
+    image = data[key]
+    if not isinstance(image, MetaTensor):
+        raise DataError(
+            f"{key!r} of item {data.get('id')!r} is no MetaTensor, so its place in the file is unknown; "
+            "put the box transforms before anything that drops the meta data"
+        )
+    return torch.as_tensor(image.affine, dtype=torch.float64).cpu()
+
+
+class BoxesToMaskd(MapTransform):
+    """Paint boxes as a mask on the image's present grid.
+
+    A pixel belongs to a box if its centre, taken to pixels of the file, lies in [x0, x1) and [y0, y1). After
+    a resize this is what nearest neighbours give for a mask painted in the file's size, at less cost.
+
+    Args:
+        box_key: boxes in pixels of the file, as a datalist holds them; an empty list gives an empty mask.
+        ref_image_key: MetaTensor (C, H, W).
+        mask_key: gets a MetaTensor (1, H, W) of float32 0 and 1 with the image's affine.
+
+    Raises:
+        DataError: a box has no area, or the image carries no affine.
+    """
+
+    def __init__(self, box_key: str = "boxes", ref_image_key: str = "image", mask_key: str = "mask") -> None:
+        super().__init__(box_key)
+        self.box_key, self.ref_image_key, self.mask_key = box_key, ref_image_key, mask_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Return `data` with the mask."""
+        boxes, affine = _checked(data[self.box_key]), _affine_of(data, self.ref_image_key)
+        plane, shape = _plane(affine), data[self.ref_image_key].shape[-2:]
+        rows, columns = (torch.arange(n, dtype=torch.float64) for n in shape)
+        rows, columns = rows[:, None], columns[None, :]
+        # rounded, so that a centre on the edge of a box is decided by [x0, x1), not by the last bit
+        y, x = ((plane[i, 0] * rows + plane[i, 1] * columns + plane[i, 2] + 0.5).round(decimals=6) for i in (0, 1))
+        mask = torch.zeros(shape, dtype=torch.bool)
+        for x0, y0, x1, y1 in boxes.tolist():
+            mask |= (x >= x0) & (x < x1) & (y >= y0) & (y < y1)
+        return {**data, self.mask_key: MetaTensor(mask[None].to(torch.float32), affine=affine)}
+
+
+class BoxesToImaged(MapTransform):
+    """Bring boxes from pixels of the file to pixels of the image as transformed so far, clipped to it.
+
+    It belongs after the last transform that moves pixels and before anything that drops the meta data.
+
+    Args:
+        box_key: boxes in pixels of the file; becomes (N, 4) float32.
+        ref_image_key: MetaTensor (C, H, W).
+        label_key: one label per box, filtered alongside; None when there are none.
+        affine_key: gets the image's affine, (4, 4) float64, for `boxes_to_file`; None stores none.
+        min_visible: a box of which less than this share of the area is left in the image is removed. The
+            default keeps what a centre crop leaves of a box at the border, and drops slivers.
+
+    Raises:
+        DataError: a box has no area, labels and boxes differ in number, or the image carries no affine.
+    """
+
+    def __init__(
+        self,
+        box_key: str = "boxes",
+        ref_image_key: str = "image",
+        label_key: str | None = None,
+        affine_key: str | None = "affine",
+        min_visible: float = 0.2,
+    ) -> None:
+        super().__init__(box_key)
+        if not 0 <= min_visible <= 1:
+            raise DataError(f"min_visible {min_visible} is not in [0, 1]: it is a share of a box's area")
+        self.box_key, self.ref_image_key, self.label_key = box_key, ref_image_key, label_key
+        self.affine_key, self.min_visible = affine_key, min_visible
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Return `data` with boxes of the image."""
+        affine = _affine_of(data, self.ref_image_key)
+        height, width = data[self.ref_image_key].shape[-2:]
+        whole = boxes_to_image(data[self.box_key], affine)
+        limits = torch.tensor([width, height, width, height], dtype=torch.float64)
+        inside = torch.minimum(whole.clamp(min=0), limits)
+        area, left = ((b[:, 2] - b[:, 0]) * (b[:, 3] - b[:, 1]) for b in (whole, inside))
+        # the margin keeps a box that lies inside where min_visible is 1
+        keep = (left > 0) & (left >= (self.min_visible - 1e-9) * area)
+        result: dict[Hashable, Any] = {**data, self.box_key: inside[keep].to(torch.float32)}
+        if self.label_key is not None:
+            labels = torch.as_tensor(data[self.label_key])
+            if labels.shape[:1] != keep.shape:
+                raise DataError(f"item {data.get('id')!r} has {len(keep)} boxes but {labels.numel()} labels")
+            result[self.label_key] = labels[keep]
+        if self.affine_key is not None:
+            result[self.affine_key] = affine.clone()
+        return result
+
+
+def xray_box_transforms(
+    size: int = 224, long_side: int | None = None, random_crop: bool = False, masks: bool = True, boxes: bool = True
+) -> list[Transform]:
+    """Transforms of one X-ray item with boxes; its image is that of `xray_transforms`, pixel by pixel.
+
+    Only JPEG files may differ by a grey level: they are decoded in full here, since boxes are in pixels of
+    the file. The random crop comes last and moves image, mask and boxes alike. Transforms for augmentation
+    that also move pixels go before the crop, with the keys ``"image"`` and ``"mask"``. A dataset that caches
+    what comes before the first random transform has to keep the images' meta data for "boxes".
+
+    Args:
+        size: pixels per side of the result.
+        long_side: pixels of the padded square; None keeps the ratio of 256 to 224.
+        random_crop: crop at a random place (training) instead of the centre.
+        masks: paint "boxes" as "mask", (1, size, size) float32 of 0 and 1.
+        boxes: bring "boxes" to pixels of the result, and store the "affine" that `boxes_to_file` needs to bring
+            predictions back; otherwise "boxes" is removed, since batches cannot stack lists of all lengths.
+
+    Raises:
+        DataError: `size` is larger than `long_side`.
+    """
+    long_side = round(size * 256 / 224) if long_side is None else long_side
+    if size > long_side:
+        raise DataError(f"size {size} is larger than long_side {long_side}: there is nothing to crop from")
+    # LoadImaged accepts an instance; its annotation leaves that out
+    reader: Any = XrayReader()
+    keys = ["image", "mask"] if masks else ["image"]
+    return [
+        LoadImaged("image", reader=reader, image_only=True),
+        EnsureChannelFirstd("image"),
+        Resized("image", spatial_size=long_side, size_mode="longest", mode="area"),
+        SpatialPadd("image", spatial_size=(long_side, long_side)),
+        ScaleIntensityRanged("image", a_min=0, a_max=1, b_min=-1, b_max=1, clip=True),
+        *([BoxesToMaskd()] if masks else []),
+        RandSpatialCropd(keys, roi_size=(size, size), random_size=False)
+        if random_crop
+        else CenterSpatialCropd(keys, roi_size=(size, size)),
+        BoxesToImaged() if boxes else DeleteItemsd("boxes"),
+        EnsureTyped(keys, dtype=torch.float32, track_meta=False),
+    ]

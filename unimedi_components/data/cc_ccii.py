@@ -1,0 +1,300 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Clean-CC-CCII, CT scans as PNG slices in three classes, to a datalist (S4.2.1: volume classification).
+
+Layout read: ``[dataset_cleaned/]{CP,NCP,Normal}/PATIENT/SCAN/0000.png`` and the split lists of the HKBU-HPML
+repository, ``ct_train.json``, ``ct_test.json``, ``ct_val_part.json``: ``{class: {patient: {scan: [png, ...]}}}``.
+The lists are part of the cleaning. They leave out repeated slices, and they name the slices of each scan in the
+order of the body: 98 scans are stored upside down and 61 with blocks out of place (column ``re_order`` of
+``CT_cleaned_v2.csv`` there), which the lists undo.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import zlib
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from unimedi_components.data.datalist import DatalistBuilder
+from unimedi_components.data.registry import Dataset
+from unimedi_components.data.slice_files import in_slice_order
+from unimedi_components.data.sources import existing_root, find_source, progress_map
+from unimedi_components.data.splits import split_patients, strata_by_label
+from unimedi_components.data.xray_checks import IMAGE_CHECKS, xray_fault
+from unimedi_components.errors import ConfigError, DataError
+
+__all__ = ["CLASSES", "collect", "convert"]
+
+#: Class folders in the order of their labels: common pneumonia 0, novel coronavirus pneumonia 1, normal 2.
+CLASSES = ("CP", "NCP", "Normal")
+LISTS = {"training": "ct_train*.json", "validation": "ct_val*.json", "test": "ct_test*.json"}
+CHOICES = {"check_images": IMAGE_CHECKS, "slice_order": ("listed", "number")}
+LIST_FOLDERS = ("", "*/", "covid19_pipeline/data/ccccii/", "*/covid19_pipeline/data/ccccii/")
+
+
+class _Scan(NamedTuple):
+    """A scan and its listed slices; None where no list names them."""
+
+    label: str
+    patient: str
+    name: str
+    slices: list[str] | None = None
+
+    @property
+    def id(self) -> str:
+        return "_".join(self[:3])
+
+    @property
+    def folder(self) -> str:
+        return "/".join(self[:3])
+
+
+class _Found(NamedTuple):
+    """What a scan's folder holds: the names if they are not simply all of it, counts, and what is wrong."""
+
+    slices: list[str] | None
+    counts: dict[str, int]
+    fault: tuple[str, str] | None
+
+
+def convert(root: str | Path, **options: Any) -> dict[str, Any]:
+    """Return the datalist of :func:`collect`."""
+    return collect(root, **options).build()
+
+
+def collect(
+    root: str | Path,
+    *,
+    strict: bool = False,
+    seed: int = 42,
+    validation_fraction: float = 0.1,
+    official_validation: bool = False,
+    test_fraction: float = 0.2,
+    split_dir: str | Path | None = None,
+    slice_order: str = "listed",
+    min_slices: int = 1,
+    check_images: str = "quick",
+    num_workers: int = 8,
+    progress: bool = True,
+) -> DatalistBuilder:
+    """Read Clean-CC-CCII.
+
+    Official training scans are those of ``ct_train`` and ``ct_val`` together: the second is a part of the first
+    in one of the repository's folders and completes it in the other.
+
+    Args:
+        root: ``dataset_cleaned`` or the folder that holds it; item paths are relative to it.
+        strict: raise at the first broken or missing slice.
+        seed: seed of the splits that no list defines.
+        validation_fraction: share of the training patients of each class for validation (ours: the paper has none).
+        official_validation: take the patients of ``ct_val*.json`` (800 scans) for validation instead.
+        test_fraction: share of the patients of each class for test where there are no lists at all.
+        split_dir: folder of the lists, if they are not in ROOT, in a folder below it or beside it.
+        slice_order: ``"listed"`` keeps the lists' order of slices, ``"number"`` sorts them by file name.
+        min_slices: fewest slices of a scan (the smallest official one has 9).
+        check_images: ``"exists"`` looks for the listed slices; ``"quick"`` also reads the first and last bytes
+            of a scan's first and last slice; ``"full"`` decodes every slice; ``"none"`` touches no scan.
+        num_workers: threads that read folders and files.
+        progress: show progress bars.
+
+    Returns:
+        The builder. Drop reasons: ``missing image`` (too few listed slices are there), ``fewer than N slices``,
+        ``unreadable image``, ``not in the split lists``, ``patient in another split``.
+
+    Raises:
+        DataError: there are no scans, one of the lists is missing or malformed, or a fault under ``strict``.
+        ConfigError: an option's value is unknown.
+    """
+    for name, value in (("check_images", check_images), ("slice_order", slice_order)):
+        if value not in CHOICES[name]:
+            raise ConfigError(f"{name}={value!r} is unknown. Use one of {', '.join(CHOICES[name])}.")
+    base = existing_root(root, "Clean-CC-CCII")
+    tree = base / "dataset_cleaned" if (base / "dataset_cleaned").is_dir() else base
+    builder = DatalistBuilder("cc_ccii", root, strict)
+    builder.meta.update(task="multiclass", label_names=list(CLASSES), slice_order=slice_order)
+    lists = _split_lists(builder, base, split_dir)
+    builder.meta["split"] = "official" if lists else "seeded"
+    if not lists:
+        lists = _drawn_lists(builder, _scans_on_disk(tree), test_fraction, seed)
+    elif check_images != "none":
+        listed = {scan.id for scans in lists.values() for scan in scans}
+        builder.drop_many("not in the split lists", (s.id for s in _scans_on_disk(tree) if s.id not in listed))
+    parts = _hold_out(builder, lists, official_validation, validation_fraction, seed)
+    look = partial(_look, tree=tree, order=slice_order, min_slices=min_slices, check=check_images)
+    prefix = "" if tree == base else f"{tree.name}/"
+    for split, scans in parts.items():
+        for scan, found in zip(scans, progress_map(look, scans, f"{split} scans", num_workers, progress), strict=True):
+            _add(builder, split, scan, found, prefix)
+    builder.keep_apart()
+    _report_slices(builder)
+    return builder
+
+
+def _split_lists(builder: DatalistBuilder, base: Path, split_dir: str | Path | None) -> dict[str, list[_Scan]]:
+    """Return the scans of the official lists by split; empty where there are no lists."""
+    places = [base]
+    if split_dir is not None:
+        places = [existing_root(split_dir, "Clean-CC-CCII split")]
+    elif base.resolve().name == "dataset_cleaned":
+        places.append(base.resolve().parent)
+    names = [folder + LISTS[split] for folder in LIST_FOLDERS for split in ("training", "test")]
+    found = [find_source(place, names, "split list", required=split_dir is not None) for place in places]
+    folders = [path.parent for path in found if path is not None]
+    lists: dict[str, list[_Scan]] = {}
+    for split, name in LISTS.items() if folders else ():
+        path = find_source(folders[0], [name], f"list of the {split} scans", required=split != "validation")
+        if path is not None:
+            lists[split] = _read_list(path)
+            builder.add_source(path)
+    return lists
+
+
+def _read_list(path: Path) -> list[_Scan]:
+    remedy = "Fetch it again from covid19_pipeline/data/ccccii of the HKBU-HPML repository."
+    try:
+        data = path.read_bytes()
+        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
+        content = json.loads(text, object_pairs_hook=_unrepeated)
+        scans = [
+            _Scan(label, patient, scan, slices)
+            for label, patients in content.items()
+            for patient, own in patients.items()
+            for scan, slices in own.items()
+        ]
+    except AttributeError as error:
+        raise DataError(f"{path}: is not {{class: {{patient: {{scan: [png, ...]}}}}}}. {remedy}") from error
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read as a split list ({error}). {remedy}") from error
+    for scan in scans:
+        if scan.label not in CLASSES:
+            raise DataError(f"{path}: unknown class {scan.label!r}; the classes are {', '.join(CLASSES)}. {remedy}")
+        if not isinstance(scan.slices, list) or not all(isinstance(name, str) for name in scan.slices):
+            raise DataError(f"{path}: {scan.folder} has no list of file names. {remedy}")
+    return scans
+
+
+def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object; of a repeated name Python would silently keep the last."""
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands twice in one place")
+    return dict(pairs)
+
+
+def _scans_on_disk(tree: Path) -> list[_Scan]:
+    scans = [
+        _Scan(label, path.parent.name, path.name)
+        for label in CLASSES
+        for path in sorted(tree.glob(f"{label}/*/*"))
+        if path.is_dir() and not path.name.startswith(".")
+    ]
+    if not scans:
+        looked = f"{{{','.join(CLASSES)}}}/PATIENT/SCAN"
+        raise DataError(f"{tree}: no scans. Looked for {looked}. Unpack the archives there, or correct ROOT.")
+    return scans
+
+
+def _drawn_lists(
+    builder: DatalistBuilder, scans: list[_Scan], test_fraction: float, seed: int
+) -> dict[str, list[_Scan]]:
+    builder.remedies.append(
+        f"There are no split lists (ct_train.json, ct_test.json): a seeded {test_fraction:.0%} of the patients of each "
+        "class are the test split, which is not the official one, and repeated slices or slices out of order stay. "
+        "Put the lists of the HKBU-HPML repository (covid19_pipeline/data/ccccii) into ROOT, or give split_dir."
+    )
+    test = _draw(scans, test_fraction, seed)
+    return {name: [s for s in scans if (s.patient in test) == (name == "test")] for name in ("training", "test")}
+
+
+def _draw(scans: list[_Scan], fraction: float, seed: int) -> set[str]:
+    """Choose a share of the patients of each class."""
+    strata = strata_by_label({"patient": scan.patient, "label": scan.label} for scan in scans)
+    return {patient for patient, split in split_patients(strata, fraction, 0.0, seed).items() if split == "validation"}
+
+
+def _hold_out(
+    builder: DatalistBuilder, lists: dict[str, list[_Scan]], official: bool, fraction: float, seed: int
+) -> dict[str, list[_Scan]]:
+    """Return the scans by split, with the validation patients taken out of training."""
+    training, validation = lists["training"], lists.get("validation", [])
+    training = list({scan.id: scan for scan in [*validation, *training]}.values())
+    if official and not validation:
+        raise DataError(f"{builder.root}: no {LISTS['validation']} for official_validation. Fetch it or leave it out.")
+    held_out = {scan.patient for scan in validation} if official else _draw(training, fraction, seed)
+    builder.meta["validation"] = "official" if official else "seeded"
+    return {
+        "training": [scan for scan in training if scan.patient not in held_out],
+        "validation": [scan for scan in training if scan.patient in held_out],
+        "test": lists["test"],
+    }
+
+
+def _look(scan: _Scan, tree: Path, order: str, min_slices: int, check: str) -> _Found:
+    """Compare a scan's listed slices with its folder, and check files."""
+    folder = tree / scan.folder
+    touch = check != "none" or scan.slices is None
+    present = in_slice_order(os.listdir(folder)) if touch and folder.is_dir() else []
+    named = present if scan.slices is None else scan.slices
+    listed = in_slice_order(list(set(named))) if order == "number" else list(dict.fromkeys(named))
+    there = set(present) if touch else set(listed)
+    kept = [name for name in listed if name in there]
+    missing = len(listed) - len(kept)
+    counts = {"missing_slices": missing, "repeated_slices": len(named) - len(set(named))}
+    fault = None
+    if len(kept) < max(1, min_slices):
+        reason = "missing image" if missing or not kept else f"fewer than {min_slices} slices"
+        fault = reason, f"{folder}: {len(kept)} of {len(listed)} slices are there. Fetch the scan again"
+    elif check in ("quick", "full"):
+        probed = kept if check == "full" else dict.fromkeys((kept[0], kept[-1]))
+        fault = next(filter(None, (xray_fault(folder / name, check) for name in probed)), None)
+    return _Found(None if kept == present else kept, counts, fault)
+
+
+def _add(builder: DatalistBuilder, split: str, scan: _Scan, found: _Found, prefix: str) -> None:
+    fault, missing = found.fault, found.counts["missing_slices"]
+    if fault is None and missing and builder.strict:
+        fault = "missing image", f"{builder.root / prefix / scan.folder}: {missing} listed slices are not there"
+    if fault is not None:
+        builder.drop(fault[0], scan.id, fault[1])
+        return
+    item: dict[str, Any] = {"id": scan.id, "patient": scan.patient, "image": prefix + scan.folder, "dim": 3}
+    item["label"] = CLASSES.index(scan.label)
+    if found.slices is not None:
+        item["slices"] = found.slices
+    builder.add(split, item)
+    for name, count in found.counts.items():
+        if count:
+            builder.meta.setdefault(name, {})[scan.id] = count
+
+
+def _report_slices(builder: DatalistBuilder) -> None:
+    """Say how many slices the kept scans lack, or name twice."""
+    for name, done in (("missing_slices", "left out"), ("repeated_slices", "counted once")):
+        if counts := builder.meta.get(name):
+            slices = f"{sum(counts.values())} listed slices of {len(counts)} kept scans"
+            builder.remedies.append(f"{slices} are {name.split('_')[0]} and were {done}.")
+
+
+DATASET = Dataset(
+    name="cc_ccii",
+    title="Clean-CC-CCII, chest CT scans of common pneumonia, COVID-19 pneumonia and normal lungs",
+    task="classification of volumes, three classes (S4.2.1, S7.1): CP 0, NCP 1, Normal 2",
+    source="https://github.com/HKBU-HPML/HKBU_HPML_COVID-19 (its links; lists in covid19_pipeline/data/ccccii)",
+    licence="none stated for the cleaned set; CC-CCII (http://ncov-ai.big.ac.cn/download) is for research",
+    tree="""\
+dataset_cleaned/{CP,NCP,Normal}/PATIENT/SCAN/0000.png
+ct_train.json  ct_test.json  [ct_val_part.json]   (here, in a folder below, or --split_dir)""",
+    collect=collect,
+    notes=(
+        "Official lists: 3,195 training scans (CP 1,210, NCP 1,213, Normal 772; 2,164 patients), 798 test scans "
+        "(303, 302, 193; 534 patients), together 340,190 slices of 3,993 scans and 2,698 patients. The 800 scans of "
+        "ct_val_part are training scans. Validation is a seeded 10% of the training patients (our choice), or those "
+        "800 with --official_validation. The lists name slices in the order of the body, which is not the "
+        "order of the numbers for about 160 scans; --slice_order number ignores that. That the first slice is the "
+        "one nearest to the head is our choice: the set does not say (first_slice of slice_volume_transforms). "
+        "Grey levels, no Hounsfield units; some PNG are RGB, of which the first channel counts."
+    ),
+)

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CheXpert v1.0 to a multi-label datalist (S4.2.1: five findings of frontal views).
+
+Layout read: ``CheXpert-v1.0[-small]/{train,valid}.csv[.gz]`` whose column ``Path`` reads
+``CheXpert-v1.0-small/train/patient00001/study1/view1_frontal.jpg``; the first folder of it is replaced by the one
+that the csv lies in. The 202 frontal images of ``valid.csv`` are the test set; validation comes out of
+``train.csv``.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from unimedi_components.data.datalist import DatalistBuilder
+from unimedi_components.data.registry import Dataset
+from unimedi_components.data.sources import existing_root, find_source, nearest_hint, read_source
+from unimedi_components.data.splits import hold_out
+from unimedi_components.data.xray_checks import xray_faults
+from unimedi_components.errors import ConfigError
+
+__all__ = ["COMPETITION", "FINDINGS", "UNCERTAIN_ONES", "collect", "convert"]
+
+#: The 14 findings in the order of the csv's columns.
+FINDINGS = (
+    "No Finding",
+    "Enlarged Cardiomediastinum",
+    "Cardiomegaly",
+    "Lung Opacity",
+    "Lung Lesion",
+    "Edema",
+    "Consolidation",
+    "Pneumonia",
+    "Atelectasis",
+    "Pneumothorax",
+    "Pleural Effusion",
+    "Pleural Other",
+    "Fracture",
+    "Support Devices",
+)
+#: The five findings of the CheXpert competition, the paper's task.
+COMPETITION = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion")
+#: Findings whose uncertain labels the paper, as MGCA before it, counts as positive.
+UNCERTAIN_ONES = ("Atelectasis", "Edema", "Pleural Effusion")
+TASKS = {"competition": COMPETITION, "all": FINDINGS}
+POLICIES = ("paper", "ones", "zeros", "ignore")
+UNCERTAIN = -1
+VIEW = "Frontal/Lateral"
+
+# The first folder of Path, unless the path starts within the data set
+_FIRST_FOLDER = r"^(?!(?:train|valid)/)[^/]+/"
+_PATIENT_PATH = r"^\w+/((patient\d+)/[^/]+/[^/]+)\.\w+$"
+
+
+def convert(root: str | Path, **options: Any) -> dict[str, Any]:
+    """Return the datalist of :func:`collect`."""
+    return collect(root, **options).build()
+
+
+def collect(
+    root: str | Path,
+    *,
+    strict: bool = False,
+    seed: int = 42,
+    findings: str = "competition",
+    uncertain: str = "paper",
+    validation_images: int = 5000,
+    check_images: str = "quick",
+    num_workers: int = 8,
+    progress: bool = True,
+) -> DatalistBuilder:
+    """Read CheXpert.
+
+    Args:
+        root: ``CheXpert-v1.0[-small]`` or the folder above it; item paths are relative to it.
+        strict: raise at the first broken or missing file.
+        seed: seed of the validation split.
+        findings: ``"competition"`` (five, in the order of :data:`COMPETITION`) or ``"all"`` (14, as in the csv).
+        uncertain: what an uncertain label (-1) becomes: ``"paper"`` (1 for :data:`UNCERTAIN_ONES`, otherwise
+            0), ``"ones"``, ``"zeros"``, or ``"ignore"`` (-1 stays, for a loss that masks it). A finding that is
+            not mentioned is 0 in all of them.
+        validation_images: how many frontal training images to hold out, by whole patients; a tenth of the
+            images where there are no more than this. (The paper draws 5,000 images; taking whole patients
+            keeps a patient's images out of both splits.)
+        check_images: ``"quick"`` (first and last bytes), ``"full"`` (decode), ``"exists"`` or ``"none"``.
+        num_workers: threads that read files.
+        progress: show progress bars.
+
+    Returns:
+        The builder. Drop reasons: ``no patient in the path``, ``duplicate id``, ``not a frontal view``, ``unknown
+        label``, ``patient in another split``, ``missing image``, ``unreadable image``.
+
+    Raises:
+        ConfigError: an option has an unknown value.
+        DataError: a table is missing or lacks a column, or a fault under ``strict``.
+    """
+    _check_options(findings, uncertain, validation_images)
+    columns = TASKS[findings]
+    base = existing_root(root, "CheXpert")
+    builder = DatalistBuilder("chexpert", root, strict)
+    table = find_source(base, ["train.csv", "CheXpert-v1.0*/train.csv", "CheXpert*/train.csv"], "table of CheXpert")
+    assert table is not None  # find_source raises when a required table is missing
+    valid = find_source(table.parent, ["valid.csv"], "table of CheXpert's validation set, the test set here")
+    assert valid is not None
+    folder = os.path.relpath(table.parent, base).replace(os.sep, "/")
+    test = _frontal_rows(builder, valid, folder, columns, uncertain)
+    train = _frontal_rows(builder, table, folder, columns, uncertain)
+    shared = train["patient"].isin(test["patient"])
+    builder.drop_many("patient in another split", train.loc[shared, "id"])
+    train = train[~shared]
+    held = _validation_patients(train, validation_images, seed)
+    train["split"] = np.where(train["patient"].isin(held), "validation", "training")
+    test["split"] = "test"
+    frame = pd.concat([test, train])
+    faults = xray_faults(base, frame["image"].tolist(), check_images, num_workers, progress)
+    _add_items(builder, frame, faults)
+    builder.meta |= {
+        "task": "multilabel",
+        "label_names": list(columns),
+        "label_values": {"1": "positive", "0": "negative"} | ({"-1": "uncertain"} if uncertain == "ignore" else {}),
+        "findings": findings,
+        "uncertain": uncertain,
+        "split": "test: valid.csv; validation: patients of train.csv",
+    }
+    return builder
+
+
+def _check_options(findings: str, uncertain: str, validation_images: int) -> None:
+    for name, value, known in (("findings", findings, tuple(TASKS)), ("uncertain", uncertain, POLICIES)):
+        if value not in known:
+            hint = nearest_hint(str(value), known)
+            raise ConfigError(f"{name}={value!r} is unknown. {hint}Use one of {', '.join(known)}.")
+    if validation_images < 0:
+        raise ConfigError(f"validation_images={validation_images} is negative. Use 5000, or 0 for no validation.")
+
+
+def _frontal_rows(
+    builder: DatalistBuilder, path: Path, folder: str, columns: tuple[str, ...], policy: str
+) -> pd.DataFrame:
+    """Return one row per usable frontal image of a table: id, patient, image, label."""
+    frame = read_source(path, ("Path", VIEW, *columns))
+    builder.add_source(path)
+    own = frame["Path"].str.strip().str.replace(_FIRST_FOLDER, "", n=1, regex=True)
+    named = own.str.extract(_PATIENT_PATH)
+    frame["id"], frame["patient"] = named[0].str.replace("/", "_"), named[1]
+    frame["image"] = own if folder == "." else folder + "/" + own
+    frontal = frame[VIEW].str.strip().str.lower() == "frontal"
+    unnamed = frame["id"].isna()
+    repeated = frame["id"].duplicated() & ~unnamed
+    builder.drop_many("no patient in the path", frame.loc[unnamed, "Path"])
+    builder.drop_many("duplicate id", frame.loc[repeated, "id"])
+    builder.drop_many("not a frontal view", frame.loc[~frontal & ~unnamed & ~repeated, "id"])
+    frame = frame[frontal & ~unnamed & ~repeated]
+    values = frame[list(columns)].apply(lambda cells: cells.map({text: _label(text) for text in cells.unique()}))
+    usable = values.notna().all(axis=1)
+    for item_id, row in frame.loc[~usable].set_index("id")[list(columns)].iterrows():
+        wrong = next(f"{name} is {text!r}" for name, text in row.items() if _label(text) is None)
+        builder.drop("unknown label", str(item_id), f"{path}: {item_id}: {wrong}, it must be 1, 0, -1 or empty")
+    frame = frame.loc[usable, ["id", "patient", "image"]]
+    frame["label"] = _resolve(values[usable].to_numpy(dtype=np.int8), columns, policy).tolist()
+    return frame
+
+
+def _label(text: str) -> int | None:
+    """Return a cell as 1, 0 or -1; None for any other value."""
+    text = text.strip().lower()
+    if text in ("", "nan"):
+        return 0
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return int(value) if value in (1, 0, UNCERTAIN) else None
+
+
+def _resolve(values: np.ndarray, columns: tuple[str, ...], policy: str) -> np.ndarray:
+    """Apply the policy for uncertain labels to (images, findings)."""
+    by_policy = {
+        "paper": [int(name in UNCERTAIN_ONES) for name in columns],
+        "ones": [1] * len(columns),
+        "zeros": [0] * len(columns),
+        "ignore": [UNCERTAIN] * len(columns),
+    }
+    return np.where(values == UNCERTAIN, by_policy[policy], values)
+
+
+def _validation_patients(train: pd.DataFrame, count: int, seed: int) -> set[str]:
+    """Choose the patients to hold out: ``count`` images or, of a set that is no larger, a tenth."""
+    if count and len(train) <= count:
+        count = int(len(train) / 10 + 0.5)
+    return hold_out(train["patient"].value_counts().to_dict(), count, seed)
+
+
+def _add_items(builder: DatalistBuilder, frame: pd.DataFrame, faults: list[tuple[str, str] | None]) -> None:
+    for row, fault in zip(frame.itertuples(index=False), faults, strict=True):
+        if fault is not None:
+            builder.drop(fault[0], row.id, fault[1])
+            continue
+        builder.add(row.split, {"id": row.id, "patient": row.patient, "image": row.image, "dim": 2, "label": row.label})
+
+
+DATASET = Dataset(
+    name="chexpert",
+    title="CheXpert v1.0, the original or the small release",
+    task="2D classification, several findings (S4.2.1)",
+    source="https://stanfordmlgroup.github.io/competitions/chexpert/ (registration)",
+    licence="Stanford University Dataset Research Use Agreement: research only, no redistribution",
+    tree="""\
+CheXpert-v1.0-small/train.csv[.gz]  CheXpert-v1.0-small/valid.csv[.gz]
+CheXpert-v1.0-small/train/patient00001/study1/view1_frontal.jpg
+CheXpert-v1.0-small/valid/patient64541/study1/view1_frontal.jpg    (or ROOT is CheXpert-v1.0-small itself)""",
+    collect=collect,
+    notes="Of 223,414 training rows 191,027 are frontal; 5,000 of them, by whole patients, are validation, and the "
+    "202 frontal images of valid.csv are the test set. Options: --findings competition | all, --uncertain paper | "
+    "ones | zeros | ignore, --validation_images.",
+)

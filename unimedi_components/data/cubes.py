@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cubes around places in a CT volume (LUNA16 candidates), and nodules as voxels of a transformed volume."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.transforms import EnsureTyped, MapTransform, ScaleIntensityRanged, SpatialResample, Transform
+
+from unimedi_components.data.transforms import RAS_LABELS, ct_transforms
+from unimedi_components.data.volume_io import (
+    AIR_HU,
+    LPS_TO_RAS,
+    VolumeGeometry,
+    read_block,
+    read_geometry,
+    world_to_voxel,
+)
+from unimedi_components.errors import DataError
+
+__all__ = ["LoadCubed", "NodulesToImaged", "ct_nodule_transforms", "luna_cube_transforms"]
+
+_AXCODES = ("S", "P", "L")
+
+
+class LoadCubed(MapTransform):
+    """Replace a file name by the cube around a place in it: (1, D, H, W) Hounsfield units with an affine.
+
+    Only the cube is read. Its axes are those of the file nearest to Superior, Posterior and Left, as in
+    :func:`~unimedi_components.data.transforms.ct_transforms`; index (D // 2, H // 2, W // 2) is the voxel nearest
+    to the place or, after resampling, the place itself.
+
+    Args:
+        keys: of the file names.
+        center_key: of the place, [x, y, z] in LPS mm.
+        size: D, H, W in voxels.
+        spacing: mm along D, H, W to resample to linearly; None keeps the file's voxels (Models Genesis).
+        fill: Hounsfield units outside the volume.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        center_key: str = "center",
+        size: Sequence[int] = (32, 64, 64),
+        spacing: Sequence[float] | None = None,
+        fill: float = AIR_HU,
+    ) -> None:
+        super().__init__(keys)
+        self.center_key, self.fill = center_key, float(fill)
+        self.size = tuple(int(n) for n in size)
+        self.spacing = None if spacing is None else tuple(float(step) for step in spacing)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Load.
+
+        Raises:
+            DataError: the item has no place, or it lies outside the volume.
+        """
+        found = dict(data)
+        center = found.get(self.center_key)
+        for key in self.key_iterator(found):
+            if center is None:
+                raise DataError(
+                    f"{found[key]}: the item has no {self.center_key!r}; prepare the data with --mode candidates"
+                )
+            found[key] = self._cube(str(found[key]), np.asarray(center, dtype=float))
+        return found
+
+    def _cube(self, path: str, center: np.ndarray) -> MetaTensor:
+        geometry = read_geometry(path)
+        voxel = world_to_voxel(center, geometry.affine)[0]
+        nearest = np.floor(voxel + 0.5).astype(int)
+        if (nearest < 0).any() or (nearest >= geometry.shape).any():
+            place = ", ".join(f"{mm:g}" for mm in center)
+            raise DataError(f"{path}: the place ({place}) mm lies outside the volume; correct its row in the table")
+        stored = nib.orientations.io_orientation(geometry.affine)
+        wanted = nib.orientations.axcodes2ornt(_AXCODES, labels=RAS_LABELS)
+        turn = nib.orientations.ornt_transform(stored, wanted)
+        start, size = self._box(voxel, nearest, geometry, turn)
+        block = read_block(path, start, size, self.fill)
+        shift = np.eye(4)
+        shift[:3, 3] = start
+        affine = geometry.affine @ shift @ nib.orientations.inv_ornt_aff(turn, size)
+        turned = np.ascontiguousarray(nib.orientations.apply_orientation(block, turn))
+        cube = MetaTensor(torch.from_numpy(turned)[None], affine=torch.from_numpy(affine))
+        return cube if self.spacing is None else self._resampled(cube, center)
+
+    def _box(
+        self, voxel: np.ndarray, nearest: np.ndarray, geometry: VolumeGeometry, turn: np.ndarray
+    ) -> tuple[list[int], list[int]]:
+        """First index and size of the box to read, along the file's axes."""
+        axes = turn[:, 0].astype(int)
+        size = np.array(self.size)[axes]
+        if self.spacing is None:
+            # Where an axis is reversed, the voxel must still end up at index size // 2.
+            start = np.where(turn[:, 1] > 0, nearest - size // 2, nearest + size // 2 - size + 1)
+            return start.tolist(), size.tolist()
+        steps = np.linalg.norm(geometry.affine[:3, :3], axis=0)
+        reach = 0.5 * size * np.array(self.spacing)[axes] / steps + 2
+        low, high = np.floor(voxel - reach).astype(int), np.ceil(voxel + reach).astype(int)
+        return low.tolist(), (high - low + 1).tolist()
+
+    def _resampled(self, cube: MetaTensor, center: np.ndarray) -> MetaTensor:
+        affine = np.asarray(cube.affine, dtype=float).copy()
+        affine[:3, :3] *= np.array(self.spacing) / np.linalg.norm(affine[:3, :3], axis=0)
+        affine[:3, 3] = LPS_TO_RAS[:3, :3] @ center - affine[:3, :3] @ (np.array(self.size) // 2)
+        resample = SpatialResample(mode="bilinear", padding_mode="border", dtype=np.float32)
+        cut: Any = resample(cube, dst_affine=torch.from_numpy(affine), spatial_size=self.size)
+        return cut
+
+
+class NodulesToImaged(MapTransform):
+    """Bring nodules from LPS mm to the voxels of a loaded image, whatever was done to it, through its affine.
+
+    Each nodule's "voxel" becomes its continuous index along the image's axes, and "extent" its diameter in voxels
+    along them. The image must still carry its affine.
+
+    Args:
+        keys: of lists of nodules {"world": [x, y, z], "diameter_mm": d}.
+        image_key: of the image.
+    """
+
+    def __init__(self, keys: KeysCollection = "nodules", image_key: str = "image") -> None:
+        super().__init__(keys, allow_missing_keys=True)
+        self.image_key = image_key
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Add the indices.
+
+        Raises:
+            DataError: the image carries no affine.
+        """
+        found = dict(data)
+        image = found.get(self.image_key)
+        if not isinstance(image, MetaTensor):
+            raise DataError(f"{self.image_key!r} carries no affine; put NodulesToImaged before track_meta=False")
+        affine = np.asarray(image.affine, dtype=float)
+        steps = np.linalg.norm(affine[:3, :3], axis=0)
+        for key in self.key_iterator(found):
+            voxels = world_to_voxel([nodule["world"] for nodule in found[key]], affine).tolist()
+            found[key] = [
+                {**nodule, "voxel": voxel, "extent": (nodule["diameter_mm"] / steps).tolist()}
+                for nodule, voxel in zip(found[key], voxels, strict=True)
+            ]
+        return found
+
+
+def luna_cube_transforms(
+    size: Sequence[int] = (32, 64, 64),
+    window: tuple[float, float] = (-1000.0, 1000.0),
+    spacing: Sequence[float] | None = None,
+) -> list[Transform]:
+    """Transforms of one candidate {"image": file, "center": [x, y, z]} to "image", (1, D, H, W) in [-1, 1].
+
+    Args:
+        size: D, H, W in voxels.
+        window: Hounsfield units that become -1 and 1; values beyond are clipped.
+        spacing: mm along D, H, W to resample to; None keeps the file's voxels.
+    """
+    return [
+        LoadCubed("image", size=size, spacing=spacing),
+        ScaleIntensityRanged("image", a_min=window[0], a_max=window[1], b_min=-1, b_max=1, clip=True),
+        EnsureTyped("image", dtype=torch.float32, track_meta=False),
+    ]
+
+
+def ct_nodule_transforms(
+    spatial_size: Sequence[int] = (32, 128, 128),
+    window: tuple[float, float] = (-1000.0, 1000.0),
+    spacing: Sequence[float] | None = None,
+) -> list[Transform]:
+    """The transforms of `ct_transforms`, which also bring the item's "nodules" to voxels of the result."""
+    chain = ct_transforms(spatial_size, window, spacing)
+    return [*chain[:-1], NodulesToImaged(), chain[-1]]

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CT volumes with label maps of organs: checks of the file pairs before they enter a datalist.
+
+A label map is a volume of integers on the voxels of its image: 0 is background, the others index the data
+set's list of organs. Both files must agree in shape and affine, since the label of a voxel is found by index.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+
+from unimedi_components.data.ct_checks import CTLimits, check_ct, read_ct_header
+from unimedi_components.data.datalist import DatalistBuilder
+from unimedi_components.data.sources import progress_map
+from unimedi_components.data.xray_checks import IMAGE_CHECKS
+from unimedi_components.errors import ConfigError
+
+__all__ = ["Case", "add_cases", "geometry_difference", "pair_fault", "unknown_labels"]
+
+BACKGROUND = "background"
+#: Header fields are rounded differently by each tool; by more than this share of a voxel two grids differ.
+GEOMETRY_TOLERANCE = 0.1
+_LIMITS = CTLimits(min_slices=2, min_megabytes=0.0)
+#: Labels stored with a scale factor come back as whole numbers up to rounding.
+_ROUNDING = 1e-3
+_LISTED_VALUES = 5
+
+
+@dataclass(frozen=True)
+class Case:
+    """One image with its label map: split, id, and both paths relative to the data set's root."""
+
+    split: str
+    name: str
+    image: str
+    mask: str
+
+
+def add_cases(
+    builder: DatalistBuilder,
+    root: Path,
+    cases: Sequence[Case],
+    organs: Sequence[str],
+    check: str,
+    num_workers: int,
+    progress: bool,
+) -> None:
+    """Check the cases, add the sound ones to the builder and drop the others; each case is a patient.
+
+    Args:
+        builder: gets items ``{"id", "patient", "image", "mask", "dim": 3}``, the task and the label names.
+        root: folder that the paths are relative to.
+        cases: the cases with their splits.
+        organs: names of the labels 1, 2, ... in order.
+        check: see :func:`pair_fault`.
+        num_workers: threads that read files.
+        progress: show a bar.
+
+    Raises:
+        ConfigError: ``check`` is unknown.
+        DataError: a fault under ``strict``.
+    """
+    names = [BACKGROUND, *organs]
+    builder.meta |= {"task": "segmentation", "label_names": names}
+
+    def fault_of(case: Case) -> tuple[str, str] | None:
+        return pair_fault(root / case.image, root / case.mask, len(names), check)
+
+    faults = progress_map(fault_of, cases, "CT volumes", num_workers, progress)
+    for case, fault in zip(cases, faults, strict=True):
+        if fault is not None:
+            builder.drop(fault[0], case.name, fault[1])
+            continue
+        item = {"id": case.name, "patient": case.name, "image": case.image, "mask": case.mask, "dim": 3}
+        builder.add(case.split, item)
+
+
+def pair_fault(image: Path, mask: Path, num_classes: int, check: str = "quick") -> tuple[str, str] | None:
+    """Say what is wrong with an image and its label map.
+
+    Args:
+        image: NIfTI file of a CT volume.
+        mask: NIfTI file of its label map.
+        num_classes: number of labels with the background; values are 0 to ``num_classes - 1``.
+        check: ``"quick"`` reads the headers, some slices of the image (Hounsfield units) and the whole label
+            map; ``"full"`` reads every voxel of the image too; ``"exists"`` only asks whether the files are
+            there; ``"none"`` does not look at all.
+
+    Returns:
+        None when sound, otherwise ``(reason, detail)``. Reasons: those of
+        :func:`~unimedi_components.data.ct_checks.check_ct`, ``missing mask``, ``unreadable mask``, ``mask and
+        image differ in geometry`` and ``unknown label values``.
+
+    Raises:
+        ConfigError: ``check`` is none of the four.
+    """
+    if check not in IMAGE_CHECKS:
+        raise ConfigError(f"check_images={check!r} is unknown. Use one of {', '.join(IMAGE_CHECKS)}.")
+    if check == "none":
+        return None
+    for path, what in ((image, "image"), (mask, "mask")):
+        if not path.is_file():
+            return f"missing {what}", f"{path}: no such file"
+    if check == "exists":
+        return None
+    if (fault := check_ct(image, _LIMITS)) is not None:
+        return fault.reason, fault.detail
+    if check == "full" and (problem := _voxel_fault(image)):
+        return problem
+    return _mask_fault(image, mask, num_classes)
+
+
+def _voxel_fault(path: Path) -> tuple[str, str] | None:
+    """Look at every voxel of an image whose header and sample are sound, so that it can be read."""
+    proxy: Any = nib.load(path).dataobj  # type: ignore[attr-defined]
+    # Slope and intercept are known to be finite from the sample; applying them would copy into floats.
+    if np.isfinite(proxy.get_unscaled()).all():
+        return None
+    return "non-finite voxels", f"{path}: some voxels are NaN or infinite. Convert it again from DICOM"
+
+
+def _mask_fault(image: Path, mask: Path, num_classes: int) -> tuple[str, str] | None:
+    first = read_ct_header(image)
+    try:
+        second = read_ct_header(mask)
+        difference = geometry_difference(first.shape, first.affine, second.shape, second.affine)
+        values = np.asanyarray(nib.load(mask).dataobj)  # type: ignore[attr-defined]
+        unknown = "" if difference else unknown_labels(values, num_classes)
+    except Exception as error:  # zlib and nibabel raise many kinds for broken files
+        text = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        return "unreadable mask", f"{mask}: cannot be read ({text}). Download or export it again"
+    if difference:
+        return "mask and image differ in geometry", f"{mask}: {difference}. Resample the label map to its image"
+    if unknown:
+        return "unknown label values", f"{mask}: {unknown}. Give the label map with the data set's own labels"
+    return None
+
+
+def unknown_labels(values: np.ndarray, num_classes: int) -> str:
+    """Name the values that are no label; an empty string when all are."""
+    if _are_labels(values, num_classes).all():
+        return ""
+    found = np.unique(values)
+    unknown = found[~_are_labels(found, num_classes)]
+    listed = ", ".join(f"{value:g}" for value in unknown[:_LISTED_VALUES]) + ", ..." * (len(unknown) > _LISTED_VALUES)
+    return f"holds {listed} where labels are 0 to {num_classes - 1}"
+
+
+def _are_labels(values: np.ndarray, num_classes: int) -> np.ndarray:
+    inside = (values > -0.5) & (values < num_classes - 0.5)
+    if np.issubdtype(values.dtype, np.integer):
+        return inside
+    with np.errstate(invalid="ignore"):  # infinity has no distance to a whole number
+        return inside & (np.abs(values - np.round(values)) <= _ROUNDING)
+
+
+def geometry_difference(
+    image_shape: Sequence[int], image_affine: Any, mask_shape: Sequence[int], mask_affine: Any
+) -> str:
+    """Say how the voxels of a label map lie elsewhere than those of its image.
+
+    Args:
+        image_shape: voxels along the three axes of the image.
+        image_affine: its affine (4, 4) to mm; it must be regular.
+        mask_shape: voxels along the three axes of the label map.
+        mask_affine: its affine (4, 4) to mm.
+
+    Returns:
+        An empty string when shapes agree and corners lie within a tenth of a voxel; otherwise both geometries.
+    """
+    if tuple(image_shape) != tuple(mask_shape):
+        sizes = ["x".join(map(str, shape)) for shape in (mask_shape, image_shape)]
+        return f"shape {sizes[0]} where the image has {sizes[1]}"
+    image_affine, mask_affine = (np.asarray(affine, dtype=float) for affine in (image_affine, mask_affine))
+    corners = np.array(np.meshgrid(*[(0, size - 1) for size in image_shape], [1])).reshape(4, -1)
+    apart = np.abs(np.linalg.solve(image_affine, mask_affine @ corners) - corners).max()
+    if apart <= GEOMETRY_TOLERANCE:  # NaN is not
+        return ""
+    first, second = (np.round(affine[:3], 4).tolist() for affine in (mask_affine, image_affine))
+    return f"affine {first} where the image has {second}, up to {apart:.3g} voxels apart"

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CT volumes with label maps of organs: the way from files to network input, and back for predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+from monai.transforms import (
+    EnsureChannelFirstd,
+    EnsureTyped,
+    LoadImaged,
+    MapTransform,
+    Orientationd,
+    Resized,
+    ScaleIntensityRanged,
+    Spacingd,
+    Transform,
+)
+
+from unimedi_components.data.label_maps import geometry_difference, unknown_labels
+from unimedi_components.data.transforms import RAS_LABELS, CheckVolumed
+from unimedi_components.errors import DataError
+
+__all__ = ["CheckFinited", "CheckLabelMapd", "segmentation_transforms"]
+
+
+class CheckFinited(MapTransform):
+    """Let volumes pass whose voxels are all finite."""
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Return ``data`` unchanged.
+
+        Raises:
+            DataError: a voxel is NaN or infinite.
+        """
+        for key in self.key_iterator(dict(data)):
+            if not torch.isfinite(data[key]).all():
+                raise DataError(
+                    f"{_name(data[key], key)}: some voxels are NaN or infinite; convert it from DICOM again"
+                )
+        return dict(data)
+
+
+class CheckLabelMapd(Transform):
+    """Let a label map pass that has its image's voxels and whole numbers; give it the image's affine.
+
+    The same affine on both keeps differences of rounding out of the resampling that follows.
+
+    Args:
+        image: key of the image.
+        mask: key of the label map.
+        num_classes: number of labels with the background; None allows any up to 255.
+    """
+
+    def __init__(self, image: str = "image", mask: str = "mask", num_classes: int | None = None) -> None:
+        self.image = image
+        self.mask = mask
+        self.num_classes = num_classes
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Return ``data`` with the mask rounded to whole numbers.
+
+        Raises:
+            DataError: shape or affine differ from the image's, or a value is no label.
+        """
+        image, mask = data[self.image], data[self.mask]
+        name = _name(mask, self.mask)
+        difference = geometry_difference(image.shape[1:], image.affine, mask.shape[1:], mask.affine)
+        if difference:
+            raise DataError(f"{name}: {difference}; resample the label map to {_name(image, self.image)}")
+        unknown = unknown_labels(mask.numpy(), 256 if self.num_classes is None else self.num_classes)
+        if unknown:
+            raise DataError(f"{name}: {unknown}; give the label map with the data set's own labels")
+        mask = mask.round()
+        mask.affine = image.affine.clone()
+        return {**data, self.mask: mask}
+
+
+def _name(volume: Any, key: Any) -> str:
+    return str(volume.meta.get("filename_or_obj", key))
+
+
+def segmentation_transforms(
+    spatial_size: Sequence[int] | None = None,
+    spacing: Sequence[float] | None = None,
+    window: tuple[float, float] = (-175.0, 250.0),
+    num_classes: int | None = None,
+    label_map: bool = True,
+) -> list[Transform]:
+    """Transforms of one CT item with its label map, without random ones.
+
+    ``"image"`` becomes float32 (1, D, H, W) in [-1, 1], ``"mask"`` uint8 (1, D, H, W). Axes run to Superior,
+    Posterior and Left as in :func:`~unimedi_components.data.transforms.ct_transforms`. Both stay MetaTensors,
+    so that MONAI's ``Invertd`` brings a prediction back to the file's shape, affine and orientation.
+
+    Args:
+        spatial_size: D, H, W to resize the whole field of view to (areas for the image, nearest voxel for the
+            label map); None keeps the voxels.
+        spacing: mm along D, H, W to resample to first (linear, nearest); None keeps the file's.
+        window: Hounsfield units that become -1 and 1; values beyond are clipped. MONAI's for the abdomen.
+        num_classes: number of labels with the background, to check the label map; None allows any up to 255.
+        label_map: False leaves ``"mask"`` out, for images that have none.
+
+    Raises:
+        DataError: (when run, as MONAI's RuntimeError's cause) a file is not one 3D volume with a usable affine,
+            a voxel is not finite, or the label map differs from its image in geometry or holds unknown values.
+    """
+    keys = ("image", "mask") if label_map else ("image",)
+    count = len(keys)
+    steps: list[Transform] = [
+        LoadImaged(keys, image_only=True),
+        EnsureChannelFirstd(keys),
+        CheckVolumed(keys),
+        CheckFinited("image"),
+    ]
+    if label_map:
+        steps.append(CheckLabelMapd(num_classes=num_classes))
+    steps.append(Orientationd(keys, axcodes="SPL", labels=RAS_LABELS))
+    if spacing is not None:
+        steps.append(Spacingd(keys, pixdim=tuple(spacing), mode=("bilinear", "nearest")[:count]))
+    steps.append(ScaleIntensityRanged("image", a_min=window[0], a_max=window[1], b_min=-1, b_max=1, clip=True))
+    if spatial_size is not None:
+        steps.append(Resized(keys, spatial_size=tuple(spatial_size), mode=("area", "nearest-exact")[:count]))
+    return [*steps, EnsureTyped(keys, dtype=(torch.float32, torch.uint8)[:count], track_meta=True)]

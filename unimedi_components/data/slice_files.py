@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Folders of slice images: which file is which slice, and which slices stand for the whole scan."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from unimedi_components.errors import DataError
+
+__all__ = ["FIRST_SLICES", "IMAGE_ENDINGS", "checked_end", "evenly_spread", "in_slice_order", "slice_files"]
+
+FIRST_SLICES = ("head", "foot")
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
+
+
+def in_slice_order(names: Sequence[str]) -> list[str]:
+    """Sort file names by the numbers in them, whatever their number of digits; other files are left out.
+
+    Example:
+        >>> in_slice_order(["10.png", "9.png", "Thumbs.db"])
+        ['9.png', '10.png']
+    """
+
+    def key(name: str) -> list[Any]:
+        # Text and number alternate, so that like is compared with like.
+        return [int(part) if part.isdigit() else part.lower() for part in re.split(r"([0-9]+)", name)]
+
+    images = [name for name in names if name.lower().endswith(IMAGE_ENDINGS) and not name.startswith(".")]
+    return sorted(images, key=lambda name: (key(name), name))
+
+
+def evenly_spread(count: int, wanted: int) -> list[int]:
+    """Choose `wanted` of `count` places, spread evenly and symmetrically; places repeat where there are too few.
+
+    Place i is (i + 1/2) * count / wanted - 1/2, rounded, halves towards the middle (an exact middle goes up). So
+    reversed slices give the reversed choice for even `wanted`; the examples of SymmetricalResampler in the
+    HKBU-HPML repository come out the same.
+
+    Example:
+        >>> evenly_spread(7, 3), evenly_spread(3, 5)
+        ([1, 3, 5], [0, 0, 1, 2, 2])
+    """
+    lower = [(2 * i + 1) * count // (2 * wanted) for i in range(wanted)]
+    return [lower[i] if 2 * i < wanted else count - 1 - lower[wanted - 1 - i] for i in range(wanted)]
+
+
+def slice_files(folder: str | Path, slices: Sequence[str] | None = None, first_slice: str = "head") -> list[str]:
+    """List the files of a volume from its lowest slice to its highest.
+
+    Args:
+        folder: folder of the slices.
+        slices: the names that make up the volume, in the scan's order; None takes every image of the folder by
+            number.
+        first_slice: end of the patient that the first slice shows, ``"head"`` or ``"foot"``.
+
+    Raises:
+        DataError: there is no folder, or no slice in it.
+    """
+    folder = str(folder)
+    if not os.path.isdir(folder):
+        raise DataError(f"{folder}: no such folder of slices. Correct the path or fetch the scan again")
+    names = in_slice_order(os.listdir(folder)) if slices is None else list(slices)
+    if not names:
+        raise DataError(f"{folder}: holds no slice ({', '.join(IMAGE_ENDINGS)}). Fetch the scan again")
+    files = [os.path.join(folder, name) for name in names]
+    return files[::-1] if first_slice == "head" else files
+
+
+def checked_end(first_slice: str) -> str:
+    """Return `first_slice` if it is one of `FIRST_SLICES`.
+
+    Raises:
+        DataError: it is neither.
+    """
+    if first_slice not in FIRST_SLICES:
+        raise DataError(f"first_slice {first_slice!r} is unknown. Use one of {', '.join(FIRST_SLICES)}.")
+    return first_slice
