@@ -145,7 +145,7 @@ def test_faults(tmp_path):
     save(images / "img0010.nii.gz", volume() + np.int16(1024))
     builder = collect(tmp_path, num_workers=1)
     datalist = builder.build()
-    assert [item["id"] for item in datalist["training"]] == ["img0001", "img0009"]
+    assert [item["id"] for item in datalist["training"]] == ["img0001", "img0009", "img0010"]
     assert datalist["training"][1]["image"] == "imagesTr/img0009.nii"
     assert datalist["meta"]["dropped_items"] == {
         "duplicate id": ["img0009"],
@@ -155,8 +155,21 @@ def test_faults(tmp_path):
         "unreadable mask": ["img0005"],
         "mask and image differ in geometry": ["img0006", "img0007"],
         "unknown label values": ["img0008"],
+    }
+    # values that may not be Hounsfield units are said, and only a full check leaves them out
+    assert datalist["meta"]["not_hounsfield_units"] == ["img0010"]
+    assert builder.remedies == [
+        f"1 of 8 images do not look like Hounsfield units and were kept, e.g. {images}/img0010.nii.gz: values 24 to "
+        "1064 are not Hounsfield units: none reaches air (below -500) and the body lies near 1064, as raw stored "
+        "values do. Apply RescaleSlope/RescaleIntercept (HU = stored value * slope + intercept). "
+        "--check_images full leaves such images out."
+    ]
+    full = convert(tmp_path, check_images="full", num_workers=1)
+    assert full["meta"]["dropped_items"] == {
+        **datalist["meta"]["dropped_items"],
         "not Hounsfield units": ["img0010"],
     }
+    assert "not_hounsfield_units" not in full["meta"]
     shape, affine = (drop["detail"] for drop in builder.dropped["mask and image differ in geometry"])
     assert "label0006.nii.gz: shape 12x10x7 where the image has 12x10x8" in shape
     assert "affine [[0.8, 0.0, 0.0, 0.0]" in affine and "the image has [[-0.8, 0.0, 0.0, 5.0]" in affine
@@ -176,6 +189,20 @@ def test_layout_errors(tmp_path):
     (tmp_path / "imagesTr").mkdir()
     with pytest.raises(DataError, match=r"imagesTr: no images\. Looked for img0001\.nii\.gz"):
         collect(tmp_path)
+
+
+def test_small_volumes_of_any_values_are_kept(tmp_path):
+    for number in (1, 2, 32):
+        values = np.arange(512, dtype=np.int16).reshape(8, 8, 8) % (50 * number)
+        save(tmp_path / "imagesTr" / f"img{number:04d}.nii.gz", values, np.eye(4))
+        save(tmp_path / "labelsTr" / f"label{number:04d}.nii.gz", (values % 14).astype(np.uint8), np.eye(4))
+    save(tmp_path / "labelsTr" / "label0002.nii.gz", np.full((8, 8, 8), 14, np.uint8), np.eye(4))
+    datalist = convert(tmp_path, num_workers=1)
+    assert where(datalist) == {"img0001": "training", "img0032": "test"}
+    assert datalist["meta"]["dropped_items"] == {"unknown label values": ["img0002"]}
+    assert datalist["meta"]["not_hounsfield_units"] == ["img0001", "img0032"]
+    with pytest.raises(DataError, match=r"not Hounsfield units: .*img0001\.nii\.gz: values 0 to 49 are not"):
+        collect(tmp_path, strict=True, num_workers=1)
 
 
 def test_thirteen_organs():

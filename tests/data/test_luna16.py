@@ -273,3 +273,12 @@ def test_wrong_roots_tables_and_options(root, tmp_path):
     write_csv(empty / "annotations.csv", "seriesuid,coordX,coordY,coordZ,diameter_mm", ANNOTATIONS)
     with pytest.raises(DataError, match=r"no volumes\. Looked for subset0"):
         collect(empty)
+
+
+def test_tables_lie_beside_the_scans_below_a_folder_of_the_data_set(tmp_path):
+    write_scan(tmp_path, "LUNA16/subset0", PLAIN, offset="-10 -20 30")
+    rows = [f"{PLAIN},-9,-18,31,4"]
+    write_csv(tmp_path / "LUNA16" / "annotations.csv", "seriesuid,coordX,coordY,coordZ,diameter_mm", rows)
+    (item,) = convert(tmp_path, num_workers=1)["training"]
+    assert item["image"] == f"LUNA16/subset0/{PLAIN}.mhd"
+    assert item["nodules"] == [{"world": [-9.0, -18.0, 31.0], "voxel": [1.0, 2.0, 1.0], "diameter_mm": 4.0}]

@@ -174,3 +174,15 @@ def test_no_report_folder(tmp_path):
     with pytest.raises(DataError, match=r"no report texts\. Looked for p10/p10000032/s50000001\.txt below"):
         collect(root)
     assert len(convert(root, reports_root=root / "elsewhere")["training"]) == 2
+
+
+def test_a_patient_of_two_lists_stays_in_the_last(tmp_path):
+    root = write_tree(tmp_path)
+    split = root / "mimic-cxr-2.0.0-split.csv"
+    # of patient 10000032 one study moves from training to test; ids with blanks around them are the same
+    moved = split.read_text().replace("ab-1,50000002,10000032,train", " ab-1 ,50000002,10000032,test")
+    split.write_text(moved)
+    datalist = convert(root)
+    assert [item["id"] for item in datalist["training"]] == []
+    assert "ab-1" in [item["id"] for item in datalist["test"]]
+    assert datalist["meta"]["dropped_items"]["patient in another split"] == ["aa-1"]

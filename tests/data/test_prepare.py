@@ -83,6 +83,45 @@ def test_unknown_names(tmp_path, dataset, options, message):
         prepare(dataset, tmp_path, tmp_path / "l.json", **options)
 
 
+@pytest.mark.parametrize(
+    ("dataset", "option", "message"),
+    [
+        (
+            "chexpert",
+            {"validation_images": "many"},
+            "validation_images is 'many', it must be a whole number such as 5000",
+        ),
+        ("chexpert", {"num_workers": 1.5}, r"num_workers is 1\.5, it must be a whole number such as 8"),
+        ("covidx", {"validation_fraction": True}, r"validation_fraction is True, it must be a number such as 0\.1"),
+        ("luna16", {"min_diameter": "x"}, r"min_diameter is 'x', it must be a number such as 0\.0"),
+        ("mimic_cxr", {"labels": "no"}, "labels is 'no', it must be True or False such as True"),
+    ],
+)
+def test_values_of_options(tmp_path, dataset, option, message):
+    with pytest.raises(ConfigError, match=f"prepare {dataset}: {message}"):
+        prepare(dataset, tmp_path, tmp_path / "l.json", **option)
+
+
+def test_folders_as_the_command_line_gives_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "stage_2_train_labels.csv").write_text(
+        "patientId,x,y,width,height,Target\n" + "".join(f"p{n},,,,,0\n" for n in range(4))
+    )
+    # a folder called 2024 arrives as a number
+    with pytest.raises(DataError, match=r"^2024: no such folder"):
+        prepare("rsna", tmp_path, "l.json", split="lovt", split_dir=2024)
+    with pytest.raises(ConfigError, match=r"is a folder\. Give the file .* such as rsna\.json"):
+        prepare("rsna", tmp_path, tmp_path)
+    # without any film the message says how to do without
+    (tmp_path / "stage_2_train_images").mkdir()
+    with pytest.raises(
+        DataError, match=r"dropped +4  missing image(.|\n)*--check_images none prepares the tables alone"
+    ):
+        prepare("rsna", tmp_path, "l.json")
+    prepare("rsna", tmp_path, "l.json", check_images="none")
+    assert load_datalist("l.json")["meta"]["kept"] == {"training": 2, "validation": 1, "test": 1}
+
+
 @pytest.mark.parametrize("dataset", sorted(DATASETS))
 def test_missing_root(tmp_path, dataset):
     with pytest.raises(DataError, match=r"gone.*: no such (folder|file)"):

@@ -161,6 +161,19 @@ def write_lovt(folder, test="p12,,\np03,10.5;20.0;30.0;40.25,1\n"):
     (folder / "test.csv").write_text(f"ID,boxes,classes\n{test}")
 
 
+def test_tables_written_by_hand(tmp_path):
+    # a separator at the end of every row, blanks behind separators, quotes behind blanks
+    rows = ['"a", 10, 20, 30, "40", 1,', "b, , , , , 0,", " c,1,2,3,4,1,", "d,,,,,0,"]
+    (tmp_path / "stage_2_train_labels.csv").write_text("patientId, x, y, width, height, Target\n" + "\n".join(rows))
+    found = items_of(convert(tmp_path, check_images="none"))
+    assert {name: item["label"] for name, item in found.items()} == {"a": 1, "b": 0, "c": 1, "d": 0}
+    assert found["a"]["boxes"] == [[10.0, 20.0, 40.0, 60.0]] and found["c"]["boxes"] == [[1.0, 2.0, 4.0, 6.0]]
+    # a seventh cell with something in it is not guessed at
+    (tmp_path / "stage_2_train_labels.csv").write_text("patientId,x,y,width,height,Target\na,1,2,3,4,1,9\n")
+    with pytest.raises(DataError, match=r"labels\.csv: cannot be read .*the rows have 7 cells, the header line 6"):
+        collect(tmp_path, check_images="none")
+
+
 @pytest.mark.parametrize("own_folder", [False, True])
 def test_lovt_lists(tmp_path, own_folder):
     root = write_tree(tmp_path / "set")
@@ -188,6 +201,12 @@ def test_errors(tmp_path):
     (root / "train.csv").write_text("patientId,Target\np01,0\n")
     with pytest.raises(DataError, match=r"train\.csv: no column 'ID' .*Give LoVT's own lists"):
         collect(root, split="lovt")
+    (root / "stage_2_train_images").rename(root / "films")
+    with pytest.raises(
+        DataError, match=r"images: no such folder\. .*or prepare the tables alone with --check_images none"
+    ):
+        collect(root)
+    (root / "films").rename(root / "stage_2_train_images")
     with pytest.raises(DataError, match=r"unusable box: p06: target 1, box 5, 5, 0, 10"):
         collect(root, strict=True, progress=False)
     (root / "stage_2_train_labels.csv").write_text("patientId,x,y,width,height,Target\na,,,,,0\nb,,,,,0\n")

@@ -238,3 +238,52 @@ def test_real_tables(tmp_path, capsys):
     masks = [item["mask"] for own in dims for item in datalist[own] if "mask" in item]
     assert len(masks) == 9 and all((root / mask).is_file() for mask in masks)
     assert "kept" in capsys.readouterr().out
+
+
+def write_labels(folder, rows, header="image,findings,patient"):
+    for line in rows:
+        Image.new("L", (16, 16), 7).save(folder / line.split(",")[0])
+    (folder / "t.csv").write_text("\n".join([header, *rows]) + "\n")
+    return folder / "t.csv"
+
+
+@pytest.mark.parametrize(
+    ("task", "names", "labels"),
+    [
+        ("multilabel", None, {"a": [1, 0, 1], "b": [0, 1, 0], "c": [1, 0, 0]}),
+        ("multilabel", "mass,edema", {"a": [1, 1], "b": [0, 0], "c": [0, 1]}),
+        # what a command line makes of mass,edema
+        ("multilabel", "('mass', 'edema')", {"a": [1, 1], "b": [0, 0], "c": [0, 1]}),
+    ],
+)
+def test_tables_of_labels_alone(tmp_path, task, names, labels):
+    """Without reports; alphabetical order, or the order that is asked for."""
+    table = write_labels(tmp_path, ["a.png,mass|edema,p1", "b.png, healthy ,p2", "c.png,edema,p3", "d.png,,p4"])
+    builder = collect(table, label_column="findings", task=task, label_names=names, progress=False)
+    items = {item["id"]: item for split in builder.items.values() for item in split}
+    assert {name: item["label"] for name, item in items.items()} == labels
+    assert not any("report" in item for item in items.values())
+    assert builder.meta["task"] == task
+    assert builder.meta["label_names"] == (["mass", "edema"] if names else ["edema", "healthy", "mass"])
+    assert [drop["id"] for drop in builder.dropped["no label"]] == ["d"]
+
+
+def test_classes_by_name_and_by_number(tmp_path):
+    table = write_labels(tmp_path, ["a.png,ill,p1", "b.png,well,p2"])
+    options = {"label_column": "findings", "progress": False}
+
+    def labels(**more):
+        items = [item for split in collect(table, **options, **more).items.values() for item in split]
+        return {item["id"]: item["label"] for item in items}
+
+    assert labels(task="multiclass") == {"a": 0, "b": 1}
+    assert labels(task="binary", label_names="well,ill") == {"a": 1, "b": 0}
+    with pytest.raises(DataError, match="a: label 'ill' is none of the classes well, sick"):
+        labels(task="multiclass", label_names="well,sick")
+    with pytest.raises(ConfigError, match="task='classes' is unknown"):
+        labels(task="classes")
+    with pytest.raises(ConfigError, match="label_names needs task"):
+        labels(label_names="well,ill")
+    write_labels(tmp_path, ["a.png,2,p1", "b.png,10,p2"])
+    assert labels(task="multiclass") == {"a": 0, "b": 1}
+    assert labels(task="multiclass", label_names="zero,one,2,10") == {"a": 2, "b": 3}

@@ -17,7 +17,7 @@ from unimedi_components.errors import DataError
 RNG = np.random.default_rng(3)
 
 
-def write_dicom(path, pixels: np.ndarray, photometric: str, bits: int) -> None:
+def write_dicom(path, pixels: np.ndarray, photometric: str, bits: int, rescale: tuple = ()) -> None:
     """A minimal explicit-VR little-endian computed radiograph, byte by byte."""
 
     def element(group: int, number: int, vr: str, value: bytes) -> bytes:
@@ -41,9 +41,11 @@ def write_dicom(path, pixels: np.ndarray, photometric: str, bits: int) -> None:
         (0x100, allocated),
         (0x101, bits),
         (0x102, bits - 1),
-        (0x103, 0),
+        (0x103, int(pixels.dtype.kind == "i")),
     ]
     body += b"".join(element(0x28, number, "US", us(value)) for number, value in values)
+    for number, text in zip((0x1052, 0x1053)[: len(rescale)], rescale[::-1], strict=True):
+        body += element(0x28, number, "DS", text.encode())
     body += element(0x7FE0, 0x10, "OW", pixels.tobytes())
     path.write_bytes(b"\0" * 128 + b"DICM" + meta + body)
 
@@ -113,6 +115,27 @@ def test_dicom_photometric_interpretations(tmp_path):
     rgb[1, 2], rgb[3, 3] = (0, 255, 0), 255
     write_dicom(tmp_path / "rgb.dcm", rgb, "RGB", 8)
     assert read(tmp_path / "rgb.dcm")[1, 2] == np.float32(150 / 255) and read(tmp_path / "rgb.dcm")[3, 3] == 1
+
+
+@pytest.mark.parametrize(
+    ("pixels", "bits", "rescale", "dark"),
+    [
+        # rescaled -10, 1990, 3990, 7990: shifted to start at 0, then by the largest
+        (np.array([[0, 1000], [2000, 4000]], np.uint16), 12, ("2", "-10"), [[0, 0.25], [0.5, 1]]),
+        # rescaled 100, 600, 1100, 2100
+        (np.array([[0, 1000], [2000, 4000]], np.uint16), 12, ("0.5", "100"), [[1 / 21, 2 / 7], [11 / 21, 1]]),
+        (np.array([[0, 1000], [2000, 4000]], np.uint16), 16, ("1", "-1024"), [[0, 0.25], [0.5, 1]]),
+        (np.array([[-100, 0], [100, 300]], np.int16), 16, (), [[0, 0.25], [0.5, 1]]),
+        # rescaled -190, 10, 210, 610
+        (np.array([[-100, 0], [100, 300]], np.int16), 16, ("2", "10"), [[0, 0.25], [0.5, 1]]),
+    ],
+    ids=["slope", "fraction", "intercept", "signed", "signed and rescaled"],
+)
+def test_rescaled_and_signed_films_invert_alike(tmp_path, pixels, bits, rescale, dark):
+    write_dicom(tmp_path / "two.dcm", pixels, "MONOCHROME2", bits, rescale)
+    write_dicom(tmp_path / "one.dcm", pixels, "MONOCHROME1", bits, rescale)
+    np.testing.assert_allclose(read(tmp_path / "two.dcm"), dark, atol=1e-6)
+    np.testing.assert_allclose(read(tmp_path / "one.dcm"), 1 - np.array(dark), atol=1e-6)
 
 
 def test_not_an_xray(tmp_path):

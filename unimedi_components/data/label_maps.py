@@ -8,7 +8,7 @@ set's list of organs. Both files must agree in shape and affine, since the label
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ _LIMITS = CTLimits(min_slices=2, min_megabytes=0.0)
 #: Labels stored with a scale factor come back as whole numbers up to rounding.
 _ROUNDING = 1e-3
 _LISTED_VALUES = 5
+NOT_HOUNSFIELD = "not Hounsfield units"
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,10 @@ def add_cases(
 ) -> None:
     """Check the cases, add the sound ones to the builder and drop the others; each case is a patient.
 
+    An image whose values do not look like Hounsfield units is only dropped by the check ``"full"`` or under
+    ``strict``. Otherwise it is kept, named in the meta block (``"not_hounsfield_units"``) and in the remedies: a small
+    volume, or one cropped to the abdomen, may hold no air.
+
     Args:
         builder: gets items ``{"id", "patient", "image", "mask", "dim": 3}``, the task and the label names.
         root: folder that the paths are relative to.
@@ -69,10 +74,25 @@ def add_cases(
     names = [BACKGROUND, *organs]
     builder.meta |= {"task": "segmentation", "label_names": names}
 
+    doubts: dict[str, str] = {}
+
     def fault_of(case: Case) -> tuple[str, str] | None:
-        return pair_fault(root / case.image, root / case.mask, len(names), check)
+        image, mask = root / case.image, root / case.mask
+        fault = pair_fault(image, mask, len(names), check)
+        if fault is not None and fault[0] == NOT_HOUNSFIELD and check == "quick" and not builder.strict:
+            doubt, fault = fault[1], pair_fault(image, mask, len(names), check, hounsfield=False)
+            if fault is None:
+                doubts[case.name] = doubt
+        return fault
 
     faults = progress_map(fault_of, cases, "CT volumes", num_workers, progress)
+    if doubts:
+        builder.meta["not_hounsfield_units"] = sorted(doubts)
+        builder.remedies.append(
+            f"{len(doubts)} of {len(cases)} images do not look like Hounsfield units and were kept, e.g. "
+            f"{doubts[min(doubts)]}. "
+            "--check_images full leaves such images out."
+        )
     for case, fault in zip(cases, faults, strict=True):
         if fault is not None:
             builder.drop(fault[0], case.name, fault[1])
@@ -81,7 +101,9 @@ def add_cases(
         builder.add(case.split, item)
 
 
-def pair_fault(image: Path, mask: Path, num_classes: int, check: str = "quick") -> tuple[str, str] | None:
+def pair_fault(
+    image: Path, mask: Path, num_classes: int, check: str = "quick", hounsfield: bool = True
+) -> tuple[str, str] | None:
     """Say what is wrong with an image and its label map.
 
     Args:
@@ -91,6 +113,7 @@ def pair_fault(image: Path, mask: Path, num_classes: int, check: str = "quick") 
         check: ``"quick"`` reads the headers, some slices of the image (Hounsfield units) and the whole label
             map; ``"full"`` reads every voxel of the image too; ``"exists"`` only asks whether the files are
             there; ``"none"`` does not look at all.
+        hounsfield: whether the image must be in Hounsfield units.
 
     Returns:
         None when sound, otherwise ``(reason, detail)``. Reasons: those of
@@ -109,7 +132,7 @@ def pair_fault(image: Path, mask: Path, num_classes: int, check: str = "quick") 
             return f"missing {what}", f"{path}: no such file"
     if check == "exists":
         return None
-    if (fault := check_ct(image, _LIMITS)) is not None:
+    if (fault := check_ct(image, replace(_LIMITS, hounsfield=hounsfield))) is not None:
         return fault.reason, fault.detail
     if check == "full" and (problem := _voxel_fault(image)):
         return problem

@@ -28,6 +28,7 @@ __all__ = ["LABEL_NAMES", "collect", "convert"]
 
 #: Class names by mode, in label order.
 LABEL_NAMES = {"volume": ["normal", "nodule"], "candidates": ["no nodule", "nodule"]}
+TOPS = ("", "LUNA16/", "luna16/")
 FOLDERS = ("", "CSVFILES/")
 TABLES = {"volume": ("annotations.csv",), "candidates": ("candidates_V2.csv", "candidates.csv")}
 COORDINATES = ["coordX", "coordY", "coordZ"]
@@ -128,7 +129,7 @@ def _folds(given: Sequence[Any]) -> dict[int, str]:
 def _scans(builder: DatalistBuilder, root: Path) -> dict[str, _Scan]:
     """Return every scan below ``root`` by its series, in the order of the subsets."""
     found: dict[str, _Scan] = {}
-    for folder in ("", "LUNA16/", "luna16/"):
+    for folder in TOPS:
         for inner in ("", "subset[0-9]/"):
             for path in sorted(root.glob(f"{folder}subset[0-9]/{inner}*.mhd")):
                 # macOS leaves "._" files beside the real ones.
@@ -148,7 +149,7 @@ def _scans(builder: DatalistBuilder, root: Path) -> dict[str, _Scan]:
 
 def _rows(builder: DatalistBuilder, root: Path, mode: str) -> pd.DataFrame:
     """Return the table: id, seriesuid (categories), coordinates and diameter_mm or class as numbers."""
-    patterns = [folder + name for name in TABLES[mode] for folder in FOLDERS]
+    patterns = [top + folder + name for top in TOPS for name in TABLES[mode] for folder in FOLDERS]
     path = find_source(root, patterns, f"table for --mode {mode}")
     assert path is not None  # find_source raises when a required table is missing
     value = "diameter_mm" if mode == "volume" else "class"
@@ -156,7 +157,7 @@ def _rows(builder: DatalistBuilder, root: Path, mode: str) -> pd.DataFrame:
     frame = read_source(path, columns)[columns]
     builder.add_source(path)
     numbers = [*COORDINATES, value]
-    frame[numbers] = frame[numbers].apply(pd.to_numeric, errors="coerce")
+    frame[numbers] = frame[numbers].apply(pd.to_numeric, errors="coerce").astype(float)
     frame["seriesuid"] = frame["seriesuid"].str.strip().astype("category")
     frame["row"] = np.arange(len(frame))
     sound = np.isfinite(frame[numbers]).all(axis=1)

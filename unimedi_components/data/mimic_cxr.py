@@ -75,7 +75,8 @@ def collect(
     Returns:
         The builder. Drop reasons: ``not a frontal view``, ``no view position``, ``duplicate id``, ``no
         official split``, ``missing report``, ``unreadable report``, ``no findings or impression``, ``fewer
-        than N sentences``, ``fewer than N tokens``, ``missing image``, ``unreadable image``.
+        than N sentences``, ``fewer than N tokens``, ``missing image``, ``unreadable image``, ``patient in
+        another split``.
 
     Raises:
         DataError: a table is missing or lacks a column, or a fault under ``strict``.
@@ -112,6 +113,7 @@ def collect(
         return xray_faults(base, images, check_images, num_workers, progress)
 
     _add_items(builder, base, frame, reports, faults_of, labels)
+    builder.keep_apart()
     return builder
 
 
@@ -123,6 +125,8 @@ def _frontal_images(builder: DatalistBuilder, root: Path) -> pd.DataFrame:
     official = read_source(splits, ("dicom_id", "split"))
     for path in (metadata, splits):
         builder.add_source(path)
+    for table in (frame, official):
+        table["dicom_id"] = table["dicom_id"].str.strip()
     view = frame["ViewPosition"].str.strip().str.upper()
     repeated = frame["dicom_id"].duplicated()
     split = frame["dicom_id"].map(official.drop_duplicates("dicom_id").set_index("dicom_id")["split"])

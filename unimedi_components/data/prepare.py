@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -49,17 +50,22 @@ def prepare(
         **options: the converter's own options, for example ``min_sentences``.
 
     Raises:
-        ConfigError: the data set or an option is unknown; the nearest known name is given.
+        ConfigError: the data set or an option is unknown (the nearest known name is given), an option is of another
+            type, or ``out`` is a folder.
         DataError: a fault of the data set as a whole, nothing was kept, or a fault of one file under
             ``strict``.
     """
     collect = find_dataset(dataset).collect
-    known = {name for name in inspect.signature(collect).parameters if name != "root"}
+    if Path(out).expanduser().is_dir():
+        raise ConfigError(f"{out}: is a folder. Give the file that the datalist is written to, such as {dataset}.json.")
+    parameters = inspect.signature(collect).parameters
+    known = {name for name in parameters if name != "root"}
     for name in options:
         if name not in known:
             offered = ", ".join(sorted(known | {"fraction"}))
             hint = nearest_hint(name, known | {"fraction"})
             raise ConfigError(f"prepare {dataset}: unknown option {name!r}. {hint}Options: {offered}.")
+    options = {name: _plain_value(f"prepare {dataset}", parameters[name], value) for name, value in options.items()}
     if "seed" in known:
         options["seed"] = seed
     builder = collect(root, strict=strict, **options)
@@ -73,9 +79,11 @@ def prepare(
     summary = _summary(builder, meta["kept"])
     if not meta["kept"]["training"]:
         looked = "" if builder.dropped else " The tables list no items."
+        unseen = "check_images" in known and "missing image" in builder.dropped
+        alone = " --check_images none prepares the tables alone, without a look at the images." if unseen else ""
         raise DataError(
             f"{builder.root}: no training item is left of the {dataset} data.{looked}\n{summary}\n"
-            "Correct ROOT or the reason with the largest count."
+            f"Correct ROOT or the reason with the largest count.{alone}"
         )
     path = write_datalist(datalist, out)
     drops = path.with_name(path.name.removesuffix(".json") + ".drops.json")
@@ -84,6 +92,28 @@ def prepare(
         write_datalist(builder.dropped, drops)
         summary += f"\nevery dropped item: {drops}"
     print(f"{summary}\ndatalist: {path}")
+
+
+def _plain_value(place: str, parameter: inspect.Parameter, value: Any) -> Any:
+    """Return an option's value, checked by the type of its default; the command line reads a folder 2024 as a number.
+
+    Raises:
+        ConfigError: the value is of another type.
+    """
+    default = parameter.default
+    if isinstance(default, bool):
+        kind, right = "True or False", isinstance(value, bool)
+    elif isinstance(default, int):
+        kind, right = "a whole number", isinstance(value, int) and not isinstance(value, bool)
+    elif isinstance(default, float):
+        right = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        kind = "a number"
+    else:
+        named = default is None and value is not None and "str" in str(parameter.annotation)
+        return str(value) if named else value
+    if not right:
+        raise ConfigError(f"{place}: {parameter.name} is {value!r}, it must be {kind} such as {default}.")
+    return value
 
 
 def _summary(builder: DatalistBuilder, kept: Mapping[str, int]) -> str:

@@ -96,7 +96,10 @@ def collect(
     classes = _classes(builder, table.parent)
     images = table.parent / IMAGES
     if check_images != "none" and not images.is_dir():
-        raise DataError(f"{images}: no such folder. Unpack {IMAGES}.zip of the challenge there, or correct ROOT.")
+        raise DataError(
+            f"{images}: no such folder. Unpack {IMAGES}.zip of the challenge there, correct ROOT, or prepare the "
+            "tables alone with --check_images none."
+        )
     targets = rows.drop_duplicates("patientId")[["patientId", "target"]].astype({"target": int})
     targets = targets.sort_values("patientId")
     paths = (images.relative_to(base).as_posix() + "/" + targets["patientId"] + ".dcm").tolist()

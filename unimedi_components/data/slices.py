@@ -136,7 +136,12 @@ def _read_slice(path: str) -> np.ndarray:
     return scaled
 
 
-def slice_volume_transforms(spatial_size: Sequence[int] = (32, 128, 128), first_slice: str = "head") -> list[Transform]:
+def slice_volume_transforms(
+    spatial_size: Sequence[int] = (32, 128, 128),
+    first_slice: str = "head",
+    grey_window: Sequence[float] | None = None,
+    window: Sequence[float] = (-1000.0, 1000.0),
+) -> list[Transform]:
     """Transforms of one folder of slices: "image" becomes (1, D, H, W) in [-1, 1], black at -1.
 
     Axes run like those of :func:`~unimedi_components.data.transforms.ct_transforms`: the first slice is the
@@ -147,10 +152,19 @@ def slice_volume_transforms(spatial_size: Sequence[int] = (32, 128, 128), first_
     Args:
         spatial_size: D, H, W of the result.
         first_slice: end of the patient that the first slice shows, ``"head"`` or ``"foot"``.
+        grey_window: Hounsfield units that black and white stand for, where that is known: the volume then looks to
+            the network as :func:`~unimedi_components.data.transforms.ct_transforms` would show it. None maps black
+            to -1 and white to 1.
+        window: with `grey_window`, Hounsfield units that become -1 and 1.
 
     Raises:
         DataError: `first_slice` is neither, or D is below 1.
     """
+    ends = (0.0, 1.0)
+    if grey_window is not None:
+        black, white = grey_window
+        # grey levels of the two Hounsfield values, so that one scaling does both steps
+        ends = ((window[0] - black) / (white - black), (window[1] - black) / (white - black))
     # LoadImaged accepts an instance; its annotation leaves that out
     reader: Any = SliceFolderReader(first_slice)
     return [
@@ -158,6 +172,6 @@ def slice_volume_transforms(spatial_size: Sequence[int] = (32, 128, 128), first_
         LoadImaged("image", reader=reader, image_only=True),
         EnsureChannelFirstd("image"),
         Resized("image", spatial_size=tuple(spatial_size), mode="area"),
-        ScaleIntensityRanged("image", a_min=0, a_max=1, b_min=-1, b_max=1, clip=True),
+        ScaleIntensityRanged("image", a_min=ends[0], a_max=ends[1], b_min=-1, b_max=1, clip=True),
         EnsureTyped("image", dtype=torch.float32, track_meta=False),
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -83,7 +84,8 @@ def find_source(root: Path, patterns: Sequence[str], what: str, *, required: boo
 def read_source(path: Path, required: Sequence[str] = (), sep: str = ",", remedy: str = "") -> pd.DataFrame:
     """Read a csv or tsv, gzipped or not, every cell as the text that stands in the file.
 
-    Byte-order marks, CRLF line ends and blanks around column names are accepted; an empty cell is ``""``.
+    Byte-order marks, CRLF line ends, blanks around column names and before cells, and a separator at the end of each
+    row are accepted; an empty cell is ``""``.
 
     Args:
         path: the table.
@@ -96,9 +98,7 @@ def read_source(path: Path, required: Sequence[str] = (), sep: str = ",", remedy
             named).
     """
     try:
-        frame = pd.read_csv(
-            path, sep=sep, dtype=str, keep_default_na=False, encoding="utf-8-sig", skip_blank_lines=True
-        )
+        frame = _read_cells(path, sep)
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file. Correct the path.") from error
     except pd.errors.EmptyDataError as error:
@@ -119,6 +119,21 @@ def read_source(path: Path, required: Sequence[str] = (), sep: str = ",", remedy
         frame = frame.rename(columns={same[0]: name})
     if frame.empty:
         raise DataError(f"{path}: the table holds no rows. It needs at least one row below the header line.")
+    return frame
+
+
+def _read_cells(path: Path, sep: str) -> pd.DataFrame:
+    """Read a table as text; blanks after a separator are left out, so that a quote behind them is one."""
+    options: dict[str, Any] = {"sep": sep, "dtype": str, "keep_default_na": False, "encoding": "utf-8-sig"}
+    options["skipinitialspace"] = True
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", pd.errors.ParserWarning)
+        # Without index_col pandas takes the first column for an index where all rows end with a separator.
+        frame = pd.read_csv(path, index_col=False, **options)
+    if any(issubclass(warning.category, pd.errors.ParserWarning) for warning in caught):
+        rows = pd.read_csv(path, header=None, skiprows=1, **options)
+        if rows.iloc[:, frame.shape[1] :].ne("").any(axis=None):
+            raise pd.errors.ParserError(f"the rows have {rows.shape[1]} cells, the header line {frame.shape[1]}")
     return frame
 
 

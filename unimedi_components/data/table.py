@@ -20,6 +20,7 @@ from unimedi_components.data.datalist import DatalistBuilder
 from unimedi_components.data.registry import Dataset
 from unimedi_components.data.sources import nearest_hint, progress_map, read_source
 from unimedi_components.data.splits import split_patients, strata_by_dim
+from unimedi_components.data.table_labels import add_labels
 from unimedi_components.data.text import clean_report, report_language
 from unimedi_components.data.xray_checks import xray_fault
 from unimedi_components.errors import ConfigError, DataError
@@ -41,7 +42,7 @@ class _Row:
 
     place: str
     image: Path
-    report: str
+    report: str | None
     patient: str
     split: str
     label: str
@@ -75,6 +76,9 @@ def collect(
     hounsfield: bool = True,
     image_column: str = "image",
     report_column: str = "report",
+    label_column: str = "label",
+    task: str | None = None,
+    label_names: str | Sequence[str] | None = None,
     num_workers: int = 2,
     progress: bool = True,
 ) -> DatalistBuilder:
@@ -98,7 +102,12 @@ def collect(
         min_megabytes: fewest megabytes of voxels; 0, since crops are welcome.
         hounsfield: whether volumes must be in Hounsfield units; False also admits other modalities.
         image_column: name of the image column.
-        report_column: name of the report column.
+        report_column: name of the report column; a table without it is read for its labels alone.
+        label_column: name of the label column.
+        task: ``"multilabel"``, ``"multiclass"`` or ``"binary"`` as the classification bundles need it; None keeps
+            ``[int]`` labels, or 0/1 vectors where labels are names.
+        label_names: with ``task``, the classes or findings in the order that the model shall have (separated by
+            commas); all names of the table in alphabetical order otherwise.
         num_workers: threads that check files.
         progress: show progress bars.
 
@@ -107,7 +116,7 @@ def collect(
         when all labels are whole numbers, otherwise the 0/1 vector over the names that ``|`` separates,
         listed in ``meta.label_names``; a label that is the path of a file becomes ``mask``. Drop reasons:
         ``empty report``, ``report not English``, ``fewer than N sentences``, ``fewer than N tokens``, ``no
-        image``, ``duplicate image``, ``no split``, and those of :func:`check_ct` and :func:`xray_fault`.
+        image``, ``duplicate image``, ``no split``, ``no label``, and those of :func:`check_ct` and :func:`xray_fault`.
 
     Raises:
         DataError: a table is missing, empty or lacks a column, a split's name is unknown, a patient is in two
@@ -117,7 +126,7 @@ def collect(
     if language not in ("en", "any"):
         raise ConfigError(f"language={language!r} is unknown. Use 'en' or 'any'.")
     tables = _table_paths(root)
-    rows = [row for table in tables for row in _read_rows(table, image_column, report_column)]
+    rows = [row for table in tables for row in _read_rows(table, image_column, report_column, label_column)]
     base = _common_folder(tables, rows)
     builder = DatalistBuilder("table", base, strict)
     for table in tables:
@@ -134,24 +143,30 @@ def collect(
     faults = progress_map(fault_of, [row.image for row in rows], "images", num_workers, progress)
     kept: list[tuple[_Row, dict[str, Any]]] = []
     for row, fault in zip(rows, faults, strict=True):
-        report = clean_report(row.report, keep_punct)
         reason, detail = fault if fault is not None else ("", row.place)
+        item: dict[str, Any] = {"id": row.row_id, "patient": row.patient, "image": _relative(row.image, base)}
+        item["dim"] = image_dim(row.image)
         if reason:
             detail = f"{detail} ({row.place})"
-        elif not row.report.strip():
-            reason = "empty report"
-        elif language == "en" and report_language(row.report) == "es":
-            reason = "report not English"
-        elif report.num_tokens < min_tokens:
-            reason = f"fewer than {min_tokens} tokens"
-        elif report.num_sentences < min_sentences:
-            reason = f"fewer than {min_sentences} sentences"
+        elif task is not None and not row.label:
+            reason = "no label"
+        elif row.report is not None:
+            report = clean_report(row.report, keep_punct)
+            item["report"] = report.text
+            if not row.report.strip():
+                reason = "empty report"
+            elif language == "en" and report_language(row.report) == "es":
+                reason = "report not English"
+            elif report.num_tokens < min_tokens:
+                reason = f"fewer than {min_tokens} tokens"
+            elif report.num_sentences < min_sentences:
+                reason = f"fewer than {min_sentences} sentences"
         if reason:
             builder.drop(reason, row.row_id, detail)
-            continue
-        item = {"id": row.row_id, "patient": row.patient, "image": _relative(row.image, base)}
-        kept.append((row, {**item, "dim": image_dim(row.image), "report": report.text}))
-    _add_labels(builder, kept, base)
+        else:
+            kept.append((row, item))
+    cells = [(row.label, Path(row.place.rpartition(", row ")[0]).parent, item) for row, item in kept]
+    add_labels(builder, cells, base, task, label_names)
     _add_to_splits(builder, kept, validation_fraction, test_fraction, seed)
     if "report not English" in builder.dropped:
         builder.remedies.append("Translate the reports that are not English, or keep all with language='any'.")
@@ -169,9 +184,13 @@ def _table_paths(root: str | Path | Sequence[str | Path]) -> list[Path]:
     return [Path(os.path.abspath(path)) for path in paths]
 
 
-def _read_rows(table: Path, image_column: str, report_column: str) -> list[_Row]:
+def _read_rows(table: Path, image_column: str, report_column: str, label_column: str) -> list[_Row]:
     sep = "\t" if ".tsv" in table.suffixes else ","
-    frame = read_source(table, (image_column, report_column), sep, REMEDY)
+    frame = read_source(table, sep=sep)
+    # Labels alone are enough for classification.
+    lower = {column.lower() for column in frame.columns}
+    alone = label_column.lower() in lower and report_column.lower() not in lower
+    frame = read_source(table, (image_column,) if alone else (image_column, report_column), sep, REMEDY)
     # Only these spellings count, so that a column like "Patient Age" is never taken for the patient.
     known = {column.lower(): column for column in frame.columns}
 
@@ -187,12 +206,12 @@ def _read_rows(table: Path, image_column: str, report_column: str) -> list[_Row]
         image = Path(os.path.normpath(table.parent / name)) if name else Path()
         patient = cell(record, "patient") or f"{table.stem}:{name}"
         place = f"{table}, row {number}"
-        labels = cell(record, "label")
+        labels = cell(record, label_column.lower())
         rows.append(
             _Row(
                 place,
                 image,
-                record[report_column],
+                record.get(report_column),
                 patient,
                 cell(record, "split"),
                 labels,
@@ -231,28 +250,6 @@ def _drop_repeated(builder: DatalistBuilder, rows: list[_Row]) -> list[_Row]:
             ids.add(row.row_id)
             kept.append(row)
     return kept
-
-
-def _add_labels(builder: DatalistBuilder, kept: list[tuple[_Row, dict[str, Any]]], base: Path) -> None:
-    """Turn label cells into class numbers, 0/1 vectors or mask paths."""
-    named: list[tuple[str, dict[str, Any]]] = []
-    for row, item in kept:
-        table_folder = Path(row.place.rpartition(", row ")[0]).parent
-        if row.label and (table_folder / row.label).is_file():
-            item["mask"] = os.path.relpath(os.path.abspath(table_folder / row.label), base).replace(os.sep, "/")
-        elif row.label:
-            named.append((row.label, item))
-    if not named:
-        return
-    if all(label.lstrip("-").isdigit() for label, _ in named):
-        for label, item in named:
-            item["label"] = [int(label)]
-        return
-    classes = [{part.strip() for part in label.split("|")} - {""} for label, _ in named]
-    names = sorted(set().union(*classes))
-    for own, (_, item) in zip(classes, named, strict=True):
-        item["label"] = [int(name in own) for name in names]
-    builder.meta["label_names"] = names
 
 
 def _add_to_splits(

@@ -36,12 +36,11 @@ from PIL import Image, ImageOps
 
 from unimedi_components.data.ct_checks import NIFTI_ENDINGS, read_ct_header
 from unimedi_components.data.fingerprint import fingerprint
-from unimedi_components.data.itk_loading import load_itk
+from unimedi_components.data.itk_loading import load_itk, monochrome1_values
 from unimedi_components.errors import DataError
 
 __all__ = ["ByDimension", "CheckVolumed", "XrayReader", "ct_transforms", "xray_transforms"]
 
-_PHOTOMETRIC, _BITS_STORED = "0028|0004", "0028|0101"
 # nibabel's letter pairs, spelled out because MONAI otherwise follows each reader's own `space`
 RAS_LABELS = (("L", "R"), ("P", "A"), ("I", "S"))
 
@@ -110,13 +109,8 @@ class XrayReader(ImageReader):
             array = np.round(array).astype(np.uint8) if array.max() < 256 else array
         if len(frames := array.reshape(-1, *array.shape[-2:])) != 1:
             raise DataError(f"{path}: {len(frames)} frames where one X-ray was expected")
-        tags = image.GetMetaDataDictionary()
-        inverted = tags.HasKey(_PHOTOMETRIC) and str(tags[_PHOTOMETRIC]).strip() == "MONOCHROME1"
-        if inverted and tags.HasKey(_BITS_STORED) and frames.dtype != np.uint8:
-            # ITK inverts about the largest value that the bits can hold, which an image need not reach.
-            stored = 2.0 ** int(str(tags[_BITS_STORED])) - 1 - frames[0].astype(np.float32)
-            if stored.min() >= 0:
-                return 1 - _scale_to_unit(stored, path)
+        if (film := monochrome1_values(image, frames[0])) is not None:
+            return 1 - _scale_to_unit(film, path)
         return _scale_to_unit(frames[0], path)
 
 
