@@ -9,10 +9,10 @@ VENV := .venv
 VENV_PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: help venv pretrain table7 test lint format clean
+.PHONY: help venv pretrain table1 table2 table3 table7 table9 test lint format clean
 
 help: ## list the targets
-	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  make \1\t\2/' | expand -t 18
+	@grep -hE '^[a-z0-9 -]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9 -]+):.*## (.*)/  make \1\t\2/' | expand -t 18
 
 venv: $(STAMP) ## make .venv with all that the default run and the tests need
 
@@ -26,6 +26,9 @@ $(STAMP): setup.cfg constraints.txt pyproject.toml
 
 pretrain: venv ## pre-train the embedded default of bundles/pretrain
 	$(VENV_PYTHON) -m monai.bundle run --config_file bundles/pretrain/configs/train.json
+
+table1 table2 table3 table9: venv ## the paper's classification tables on phantoms, or on UNIMEDI_DATA, to results/
+	$(VENV_PYTHON) -m benchmarks.classification --table $(@:table%=%) --out results/$@
 
 table7: venv ## the paper's ablation on phantoms, to results/table7.csv and .md; EPOCHS=9 each
 	$(VENV_PYTHON) -m benchmarks.ablation --epochs $(or $(EPOCHS),9) --out results/table7

@@ -19,6 +19,8 @@ _EXPORTS = {
     "check_config": "config_check",
     "check_run": "bundle",
     "data_dir": "bundle",
+    "encoder_weights": "bundle",
+    "load_classifier": "networks.classifier",
     "load_encoder": "networks.pretrained",
     "load_pretrained": "networks.pretrained",
 }
@@ -32,6 +34,8 @@ __all__ = [
     "check_config",
     "check_run",
     "data_dir",
+    "encoder_weights",
+    "load_classifier",
     "load_encoder",
     "load_pretrained",
 ]

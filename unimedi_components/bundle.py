@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -16,7 +17,9 @@ from fire.parser import DefaultParseValue
 
 from unimedi_components.errors import CheckpointError, ConfigError, DataError
 
-__all__ = ["RunCall", "bundle_root", "check_run", "data_dir", "parse_run_call", "user_fault"]
+__all__ = ["RunCall", "bundle_root", "check_run", "data_dir", "encoder_weights", "parse_run_call", "user_fault"]
+
+logger = logging.getLogger(__name__)
 
 # the arguments of `monai.bundle run`, in its order, and of the workflow that it makes: not config keys
 _RUN_OPTIONS = (
@@ -82,6 +85,27 @@ def bundle_root(name: str, config_file: str | Sequence[str] | None = None) -> st
             return str(place)
     looked = ", ".join(str(place) for place in dict.fromkeys(places))
     raise ConfigError(f"bundle '{name}' not found (looked at {looked}): pass --bundle_root PATH")
+
+
+def encoder_weights(ckpt_dir: str) -> str:
+    """Weights that a task bundle starts from: the pretrain bundle's, or else the task bundle's own.
+
+    Args:
+        ckpt_dir: the task bundle's `models` folder.
+
+    Returns:
+        `models/model.pt` of the pretrain bundle. Where that is not there but the task bundle has been trained (a
+        bundle that MONAI Label or a colleague was given alone), its own `model.pt`. The file need not exist.
+    """
+    try:
+        pretrained = Path(bundle_root("pretrain"), "models", "model.pt")
+    except ConfigError:
+        pretrained = Path("bundles", "pretrain", "models", "model.pt")
+    own = Path(ckpt_dir, "model.pt")
+    if not pretrained.is_file() and own.is_file():
+        logger.warning("%s: not there; starting from the encoder in %s", pretrained, own)
+        return str(own)
+    return str(pretrained)
 
 
 def data_dir(bundle_folder: str) -> str:

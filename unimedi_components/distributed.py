@@ -24,6 +24,7 @@ __all__ = [
     "all_reduce_sum_with_grad",
     "broadcast",
     "first_rank_first",
+    "gather_objects",
     "gather_with_grad",
     "is_distributed",
     "local_device",
@@ -73,6 +74,15 @@ def start(device: torch.device | str) -> None:
     if on_gpu:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if on_gpu else "gloo")
+
+
+def gather_objects(value: T) -> list[T]:
+    """Every rank's value, in the order of the ranks."""
+    if not is_distributed():
+        return [value]
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, value)
+    return found
 
 
 def first_rank_first(make: Callable[[], T]) -> T:

@@ -1,11 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Labelled images and the features in their place; with arguments RANK FOLDER it is one of two processes."""
+"""Labelled images, the loaders over them, and the features in their place, in one process and in two."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+import multiprocessing
 
 import numpy as np
 import pytest
@@ -184,7 +181,7 @@ def test_the_order_is_a_function_of_seed_and_epoch(root):
 
     first = order(0, 0)
     assert [len(batch) for batch in first] == [4, 2]
-    assert sorted(sum(first, [])) == [f"x{i}" for i in (0, 1, 2, 3, 5, 6)]
+    assert sorted(name for batch in first for name in batch) == [f"x{i}" for i in (0, 1, 2, 3, 5, 6)]
     assert order(0, 0) == first
     assert order(0, 0, num_workers=1) == first
     assert order(0, 1) != first
@@ -236,6 +233,15 @@ def test_nothing_to_compute_features_of(root):
         len(dataset)
 
 
+def test_an_empty_split_is_named(root):
+    for enabled in (False, True):
+        empty = FeatureDataset(dataset_of(root, []), network_of(), "cpu", enabled=enabled)
+        with pytest.raises(DataError, match="no images to evaluate: the split is empty"):
+            labelled_loader(empty, 2)
+        with pytest.raises(DataError, match="no items to draw batches from"):
+            labelled_loader(empty, 2, shuffle=True)
+
+
 def test_strict_names_the_unreadable_file(root):
     with pytest.raises(DataError, match=r"4.png: cannot be read"):
         len(FeatureDataset(dataset_of(root, strict=True), network_of(), "cpu"))
@@ -247,18 +253,30 @@ def share_of(root):
     rows = {item["id"]: item["image"] for item in dataset.data}
     batches = [batch["id"] for batch in labelled_loader(dataset, 2, shuffle=True)]
     alone = FeatureDataset(dataset_of(root, items_of(1)), network, "cpu", share=True)
-    return {"rows": rows, "seen": network.seen, "batches": batches, "alone": alone.data[0]["image"]}
+    return {"rows": rows, "batches": batches, "alone": alone.data[0]["image"], "seen": network.seen}
+
+
+def one_rank(root, folder, rank):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
+    torch.save(share_of(root), folder / f"{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def test_two_processes_share_the_work_and_have_all_features(root, tmp_path):
     expected = share_of(root)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, str(root), str(tmp_path)]
-    ranks = [subprocess.Popen([*command, str(rank)], env=environment) for rank in range(2)]
-    assert [process.wait(timeout=120) for process in ranks] == [0, 0]
+    # forked, as the loaders' workers are: the libraries need no second import
+    context = multiprocessing.get_context("fork")
+    ranks = [context.Process(target=one_rank, args=(root, tmp_path, rank)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(120)
+    assert [process.exitcode for process in ranks] == [0, 0]
     found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
-    # rank 0 has items 0, 2, 4 (unreadable) and 6, and a single item, which leaves rank 1 without any
-    assert (expected["seen"], found[0]["seen"], found[1]["seen"]) == (6 + 1, 3 + 1, 3)
+    # rank 0 has items 0, 2, 4 (unreadable) and 6, and of a single item all, which leaves rank 1 without any
+    assert [own["seen"] for own in (expected, *found)] == [6 + 1, 3 + 1, 3]
     for own in found:
         assert list(own["rows"]) == list(expected["rows"])
         assert all(torch.allclose(own["rows"][name], row, atol=1e-6) for name, row in expected["rows"].items())
@@ -267,18 +285,7 @@ def test_two_processes_share_the_work_and_have_all_features(root, tmp_path):
     assert sorted(drawn) == sorted(expected["rows"])
 
 
-def main(root: str, folder: Path, rank: int) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
-    torch.save(share_of(root), folder / f"{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
 def test_items_survive_json(root):
     """What a datalist holds is all that a data set needs."""
     items = json.loads(json.dumps(items_of()))
     assert dataset_of(root, items).data == dataset_of(root).data
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))

@@ -201,7 +201,7 @@ def test_a_loss_that_is_not_finite_names_its_parts_and_studies(value: float) -> 
     with pytest.raises(FloatingPointError) as caught:
         engine.run()
     text = str(caught.value)
-    assert "not finite at iteration 2" in text and "studies: a, b." in text and "icl=0.25" in text
+    assert "not finite at iteration 2" in text and "images: a, b." in text and "icl=0.25" in text
     assert f"vl={value:.4g}" in text and "Lower the learning rate" in text
     assert all(torch.isfinite(p).all() for p in network.parameters())
     assert not torch.equal(before[0], network.weight)

@@ -11,6 +11,8 @@ from typing import Any
 
 _EXPORTS = {
     "ByDimension": "transforms",
+    "FeatureDataset": "labelled",
+    "LabelledDataset": "labelled",
     "MixedBatchSampler": "sampler",
     "MixedCollate": "loading",
     "MixedDataLoader": "loading",
@@ -20,11 +22,16 @@ _EXPORTS = {
     "eval_loader": "loading",
     "find_images": "inputs",
     "image_loader": "inputs",
+    "labelled_loader": "labelled",
     "load_datalist": "datalist",
+    "load_task": "tasks",
     "pretraining_datalist": "pretraining",
     "rank_share": "sampler",
     "report_tokenizer": "pretraining",
     "select": "datalist",
+    "task_datalist": "tasks",
+    "task_transforms": "chains",
+    "training_items": "tasks",
     "write_json": "datalist",
     "xray_transforms": "transforms",
 }

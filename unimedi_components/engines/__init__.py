@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What Ignite and MONAI need beyond what they bring."""
 
-from unimedi_components.engines.checkpoint import TrainingCheckpoint
+from unimedi_components.engines.checkpoint import ClassifierCheckpoint, TrainingCheckpoint
+from unimedi_components.engines.early_stop import EarlyStop
 from unimedi_components.engines.handlers import (
     EndWithLoader,
     EpochSeed,
@@ -19,6 +20,8 @@ from unimedi_components.engines.progress import TrainingProgress
 from unimedi_components.engines.whitening import WhitenTokenizers
 
 __all__ = [
+    "ClassifierCheckpoint",
+    "EarlyStop",
     "EndWithLoader",
     "EpochSeed",
     "GradientCare",

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints of pre-training: written whole or not at all, and resumed bit for bit."""
+"""Checkpoints of training runs: written whole or not at all, and resumed bit for bit."""
 
 from __future__ import annotations
 
-import json
 import logging
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,13 +14,14 @@ import torch
 from ignite.engine import Engine, Events
 from torch import nn
 
+from unimedi_components.data.datalist import write_json
 from unimedi_components.distributed import rank
 from unimedi_components.engines.handlers import unwrap
 from unimedi_components.errors import CheckpointError
 from unimedi_components.networks.pretrained import CARD, FULL, TEXT, make_card, student_state
 from unimedi_components.networks.weights import load_strict
 
-__all__ = ["TrainingCheckpoint", "atomic_save"]
+__all__ = ["ClassifierCheckpoint", "ResumableCheckpoint", "TrainingCheckpoint", "atomic_save"]
 
 LAST = "last.pt"
 logger = logging.getLogger(__name__)
@@ -34,22 +35,19 @@ def atomic_save(content: Any, path: Path) -> None:
     os.replace(temporary, path)
 
 
-class TrainingCheckpoint:
-    """Save `last.pt`, `model.pt`, `unimedi.pt` and `model_best.pt` after every epoch, and resume from `last.pt`.
+class ResumableCheckpoint:
+    """Save the training state as `last.pt` after every epoch, and resume from it bit for bit.
 
-    `last.pt` holds the training state (networks, optimizer, schedule, loss, scaler, history, epoch); `model.pt` is the
-    student vision encoder's flat state dict; `unimedi.pt` both towers; `model_best.pt` the encoder of the epoch with
-    the best key metric. `model.json` and `report_encoder/` say how to build the network and its tokenizer again.
+    `last.pt` holds networks, optimizer, schedule, scaler, history and epoch. What else is written, and when, is up to
+    the subclass: `write_weights` after every epoch, `write_card` at the start.
 
     Args:
         save_dir: the bundle's `models` folder.
-        network: `UniMedI`, or its distributed wrapper.
+        network: the network in training, or its distributed wrapper.
         state: further objects with `state_dict`, by name: optimizer, lr_scheduler, loss, history.
-        preprocessing: for the card, how images are prepared.
-        tokenizer: saved once beside the report encoder's config.
         evaluator: validation engine whose key metric decides what is best, or None.
         resume: continue from `last.pt`; False starts anew and says so when an unfinished run is there.
-        card: further entries of the card.
+        greater_is_better: False where the key metric is a loss.
     """
 
     def __init__(
@@ -57,19 +55,25 @@ class TrainingCheckpoint:
         save_dir: str,
         network: nn.Module,
         state: Mapping[str, Any],
-        preprocessing: Mapping[str, Any],
-        tokenizer: Any,
         evaluator: Engine | None = None,
         resume: bool = False,
-        card: Mapping[str, Any] | None = None,
+        greater_is_better: bool = True,
     ) -> None:
         self.folder = Path(save_dir)
         self.network = unwrap(network)
         self.state = dict(state)
-        self.preprocessing, self.tokenizer, self.card = preprocessing, tokenizer, dict(card or {})
         self.evaluator = evaluator
         self.resume = resume
+        self.sign = 1.0 if greater_is_better else -1.0
         self.best: float | None = None
+
+    def write_weights(self, improved: bool) -> None:
+        """Write what an epoch leaves; `improved` says whether its key metric is the best so far."""
+        raise NotImplementedError
+
+    def write_card(self) -> None:
+        """Write what says how to build the network again."""
+        raise NotImplementedError
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.STARTED, self.start)
@@ -88,17 +92,13 @@ class TrainingCheckpoint:
         elif path.is_file():
             logger.warning("%s: an earlier run's checkpoint will be overwritten; `--resume True` continues it", path)
         if rank() == 0:
-            self._write_card()
+            self.write_card()
 
     def __call__(self, engine: Engine) -> None:
         improved = self._improved()
         if rank() != 0:
             return
-        encoder = self.network.encoder.state_dict()
-        atomic_save(encoder, self.folder / "model.pt")
-        atomic_save(student_state(self.network), self.folder / FULL)
-        if improved:
-            atomic_save(encoder, self.folder / "model_best.pt")
+        self.write_weights(improved)
         scaler = getattr(engine, "scaler", None)
         atomic_save(
             {
@@ -117,7 +117,9 @@ class TrainingCheckpoint:
         if self.evaluator is None or self.evaluator.state.epoch == 0:
             return False
         value = self.evaluator.state.metrics.get(self.evaluator.state.key_metric_name)
-        if value is None or (self.best is not None and float(value) <= self.best):
+        if value is None or not math.isfinite(float(value)):
+            return False
+        if self.best is not None and self.sign * float(value) <= self.sign * self.best:
             return False
         self.best = float(value)
         return True
@@ -152,15 +154,89 @@ class TrainingCheckpoint:
         engine.state.iteration = content["epoch"] * content["epoch_length"]
         logger.info("%s: resumed after epoch %d of %d", path, content["epoch"], engine.state.max_epochs)
 
-    def _write_card(self) -> None:
+
+class TrainingCheckpoint(ResumableCheckpoint):
+    """Checkpoints of pre-training: `last.pt`, `model.pt`, `unimedi.pt` and `model_best.pt` after every epoch.
+
+    `model.pt` is the student vision encoder's flat state dict; `unimedi.pt` both towers; `model_best.pt` the encoder of
+    the epoch with the best key metric. `model.json` and `report_encoder/` say how to build the network and its
+    tokenizer again.
+
+    Args:
+        save_dir: the bundle's `models` folder.
+        network: `UniMedI`, or its distributed wrapper.
+        state: see `ResumableCheckpoint`.
+        preprocessing: for the card, how images are prepared.
+        tokenizer: saved once beside the report encoder's config.
+        evaluator: see `ResumableCheckpoint`, as for `resume`.
+        resume: continue an earlier run.
+        card: further entries of the card.
+    """
+
+    def __init__(
+        self,
+        save_dir: str,
+        network: nn.Module,
+        state: Mapping[str, Any],
+        preprocessing: Mapping[str, Any],
+        tokenizer: Any,
+        evaluator: Engine | None = None,
+        resume: bool = False,
+        card: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(save_dir, network, state, evaluator, resume)
+        self.preprocessing, self.tokenizer, self.card = preprocessing, tokenizer, dict(card or {})
+
+    def write_weights(self, improved: bool) -> None:
+        encoder = self.network.encoder.state_dict()
+        atomic_save(encoder, self.folder / "model.pt")
+        atomic_save(student_state(self.network), self.folder / FULL)
+        if improved:
+            atomic_save(encoder, self.folder / "model_best.pt")
+
+    def write_card(self) -> None:
         folder = self.folder / TEXT
         folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer.save_pretrained(folder)
         self.network.report_encoder.model.config.save_pretrained(folder)
-        card = make_card(self.network, self.preprocessing, **self.card)
-        temporary = self.folder / f"{CARD}.tmp{os.getpid()}"
-        temporary.write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, self.folder / CARD)
+        write_json(make_card(self.network, self.preprocessing, **self.card), self.folder / CARD)
+
+
+class ClassifierCheckpoint(ResumableCheckpoint):
+    """Checkpoints of a classification run: `model.pt` is the epoch with the best key metric, `last.pt` the newest.
+
+    `model.json` says how to build the network, what its outputs mean and how its input is prepared.
+
+    Args:
+        save_dir: the bundle's `models` folder.
+        network: `ImageClassifier`, or its distributed wrapper.
+        state: see `ResumableCheckpoint`.
+        card: of `networks.classifier_card`.
+        evaluator: see `ResumableCheckpoint`, as for the others.
+        resume: continue an earlier run.
+        greater_is_better: False where the key metric is a loss.
+    """
+
+    def __init__(
+        self,
+        save_dir: str,
+        network: nn.Module,
+        state: Mapping[str, Any],
+        card: Mapping[str, Any],
+        evaluator: Engine | None = None,
+        resume: bool = False,
+        greater_is_better: bool = False,
+    ) -> None:
+        super().__init__(save_dir, network, state, evaluator, resume, greater_is_better)
+        self.card = dict(card)
+
+    def write_weights(self, improved: bool) -> None:
+        # Without validation data there is no best epoch: the newest one counts.
+        if improved or self.best is None:
+            atomic_save(self.network.state_dict(), self.folder / "model.pt")
+
+    def write_card(self) -> None:
+        write_json(self.card, self.folder / CARD)
 
 
 def _read_training_state(path: Path) -> dict[str, Any]:

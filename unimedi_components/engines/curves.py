@@ -46,16 +46,23 @@ def draw_loss_curves(history: Rows, path: str | Path) -> Path:
     """
     if not history:
         raise ValueError("no iteration to draw; the history is empty")
+    parts = [key for key in _PARTS if any(key in row for row in history)]
     figure = Figure(figsize=(WIDTH, 3.6), dpi=DPI, layout="constrained", facecolor="white")
-    left, middle, right = figure.subplots(1, 3)
-    _curve(left, history, "loss", "sum of the losses")
-    for key, label in _PARTS.items():
-        if any(key in row for row in history):
-            _curve(middle, history, key, label)
-    for axes, title in ((left, "training loss"), (middle, "its parts, unweighted")):
-        axes.set(title=title, xlabel="iteration")
-        _mark_epochs(axes, history)
-    middle.legend(frameon=False, fontsize=9) if middle.lines else None
+    panels = figure.subplots(1, 3 if parts else 2)
+    left, right = panels[0], panels[-1]
+    _curve(left, history, "loss", "training")
+    left.set(title="training loss", xlabel="iteration")
+    if any("val_loss" in row for row in history):
+        left.plot(*_series(history, "val_loss"), color="#7a4fa3", marker="o", ms=3, lw=1.2, label="validation")
+        left.set_title("training and validation loss")
+        left.legend(frameon=False, fontsize=9)
+    _mark_epochs(left, history)
+    if parts:
+        for key in parts:
+            _curve(panels[1], history, key, _PARTS[key])
+        panels[1].set(title="its parts, unweighted", xlabel="iteration")
+        panels[1].legend(frameon=False, fontsize=9)
+        _mark_epochs(panels[1], history)
     _draw_validation(right, history)
     for axes in figure.axes:
         axes.spines["top"].set_visible(False)

@@ -151,15 +151,15 @@ class GradientCare:
         if bool(torch.isfinite(engine.state.output["loss"])):
             return
         parts = getattr(engine.loss_function, "last", {})  # type: ignore[attr-defined]
-        values = ", ".join(f"{name}={float(value):.4g}" for name, value in parts.items())
+        values = "".join(f", {name}={float(value):.4g}" for name, value in parts.items())
         ids = ", ".join(map(str, engine.state.batch.get("id", [])))
         raise FloatingPointError(
-            f"the loss is not finite at iteration {engine.state.iteration} ({values}); studies: {ids}. "
-            "Lower the learning rate, or check these studies"
+            f"the loss is not finite at iteration {engine.state.iteration}{values}; images: {ids}. "
+            "Lower the learning rate, or check these images"
         )
 
     def __call__(self, engine: Engine) -> None:
-        head = self.network.dino_head
+        head = getattr(self.network, "dino_head", None)
         if head is not None and engine.state.epoch <= self.freeze_last_layer_epochs:
             for parameter in head.last_layer.parameters():
                 parameter.grad = None

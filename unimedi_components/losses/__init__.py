@@ -1,10 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Losses of the pre-training: contrastive, self-distillation, and their weighted sum."""
+"""Losses: contrastive, self-distillation and their weighted sum for pre-training; classification."""
 
 from __future__ import annotations
 
+from unimedi_components.losses.classification import ClassificationLoss, probabilities
 from unimedi_components.losses.contrastive import contrastive_loss
 from unimedi_components.losses.distillation import center_batch_mean, distillation_loss, update_center
 from unimedi_components.losses.pretrain import UniMediLoss
 
-__all__ = ["UniMediLoss", "center_batch_mean", "contrastive_loss", "distillation_loss", "update_center"]
+__all__ = [
+    "ClassificationLoss",
+    "UniMediLoss",
+    "center_batch_mean",
+    "contrastive_loss",
+    "distillation_loss",
+    "probabilities",
+    "update_center",
+]

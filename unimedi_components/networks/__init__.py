@@ -1,6 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The unified ViT, the report encoder, heads, and UniMedI itself."""
 
+from unimedi_components.networks.classifier import (
+    ImageClassifier,
+    classifier_card,
+    load_classifier,
+    task_encoder,
+)
 from unimedi_components.networks.embedding import EmbeddingNetwork
 from unimedi_components.networks.heads import DINOHead, ProjectionHead
 from unimedi_components.networks.output import EncoderOutput, ImageFeatures, UniMediOutput
@@ -14,6 +20,7 @@ __all__ = [
     "DINOHead",
     "EmbeddingNetwork",
     "EncoderOutput",
+    "ImageClassifier",
     "ImageFeatures",
     "Pretrained",
     "ProjectionHead",
@@ -21,11 +28,14 @@ __all__ = [
     "UniMedI",
     "UniMediOutput",
     "UnifiedViT",
+    "classifier_card",
     "create_encoder",
+    "load_classifier",
     "load_encoder",
     "load_pretrained",
     "load_strict",
     "load_tokenizer",
     "load_weights",
+    "task_encoder",
     "untrained",
 ]

@@ -19,7 +19,7 @@ from unimedi_components.networks.unified_vit import UnifiedViT
 from unimedi_components.networks.unimedi import UniMedI
 from unimedi_components.networks.weights import load_strict, read_state_dict
 
-__all__ = ["Pretrained", "load_encoder", "load_pretrained", "make_card", "student_state", "untrained"]
+__all__ = ["Pretrained", "load_encoder", "load_pretrained", "make_card", "read_card", "student_state", "untrained"]
 
 CARD = "model.json"
 FULL = "unimedi.pt"
@@ -78,7 +78,7 @@ def load_encoder(checkpoint: str | Path, device: str | torch.device = "cpu") -> 
         CheckpointError: a file is missing or does not fit.
     """
     path = Path(checkpoint)
-    encoder = UnifiedViT(**_read_card(path)["encoder"])
+    encoder = UnifiedViT(**read_card(path)["encoder"])
     load_strict(encoder, read_state_dict(path), str(path))
     return encoder.to(device).eval()
 
@@ -97,7 +97,7 @@ def load_pretrained(checkpoint: str | Path, device: str | torch.device = "cpu") 
     path = Path(checkpoint)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint; train the pretrain bundle first or give another path")
-    card = _read_card(path)
+    card = read_card(path)
     network = _build(card)
     state = read_state_dict(path)
     if "cls_token" in state:
@@ -131,7 +131,12 @@ def _build(card: Mapping[str, Any]) -> UniMedI:
     )
 
 
-def _read_card(checkpoint: Path) -> dict[str, Any]:
+def read_card(checkpoint: Path) -> dict[str, Any]:
+    """Read `model.json` beside a checkpoint.
+
+    Raises:
+        CheckpointError: missing, damaged, or of another format.
+    """
     path = checkpoint.with_name(CARD)
     try:
         card = json.loads(path.read_text(encoding="utf-8"))

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One command per table of the paper: rows and means over seeds; and the weights that a task bundle starts from."""
+
+from __future__ import annotations
+
+import csv
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import classification as tables
+from unimedi_components import bundle
+from unimedi_components.errors import ConfigError
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_table_from_phantoms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNIMEDI_DATA", str(tmp_path / "data"))
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setattr(logging, "disable", lambda level: None)
+    sizes = {"seeds": (0, 1), "fractions": (0.5, 1.0), "phantoms": 24, "epochs": 1}
+    tables.classification(9, str(tmp_path / "table9"), encoder_weights="none", **sizes)
+    with open(tmp_path / "table9.csv", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    # two metrics of every fraction, encoder and seed
+    assert len(rows) == 2 * 2 * 2 * 2
+    assert list(rows[0]) == list(tables.COLUMNS)
+    assert {(row["data_set"], row["data"], row["training"]) for row in rows} == {("covidx", "phantom", "probe")}
+    assert all(float(row["low"]) <= float(row["value"]) <= float(row["high"]) for row in rows if row["low"])
+    # both encoders are random here, so a seed gives the same twice
+    cells = {(r["label_fraction"], r["seed"], r["metric"], r["encoder"]): r["value"] for r in rows}
+    for (fraction, seed, metric, _), value in cells.items():
+        assert value == cells[fraction, seed, metric, "random"] == cells[fraction, seed, metric, "UniMedI"]
+    text = (tmp_path / "table9.md").read_text().splitlines()
+    assert text[0] == "| data | training | metric | encoder | 50% of the labels | 100% of the labels |"
+    values = [float(cells["1.0", seed, "accuracy", "random"]) for seed in ("0", "1")]
+    spread = abs(values[0] - values[1]) / 2**0.5
+    assert text[2].startswith("| covidx (phantom) | probe | accuracy | random | ")
+    assert text[2].endswith(f" | {sum(values) / 2:.3f} ± {spread:.3f} |")
+
+
+def test_an_unknown_table() -> None:
+    with pytest.raises(SystemExit, match="table 4 is none of 1, 2, 3, 9"):
+        tables.classification(4)
+
+
+def test_every_data_set_of_a_table_has_its_overlay() -> None:
+    for cells in tables.TABLES.values():
+        for data_set, metrics, _ in cells:
+            folder = REPOSITORY / "bundles" / tables.BUNDLES[data_set] / "configs"
+            assert (folder / f"{data_set}.json").is_file()
+            assert set(metrics) <= {"macro_auroc", "accuracy"}
+
+
+def make(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(b"")
+    return path
+
+
+def test_the_weights_that_a_task_bundle_starts_from(tmp_path: Path, monkeypatch: Any, caplog: Any) -> None:
+    monkeypatch.setattr(bundle, "bundle_root", lambda name: str(tmp_path / name))
+    own, pretrained = tmp_path / "task" / "models", tmp_path / "pretrain" / "models" / "model.pt"
+    # neither is there: the name of the one that is missing
+    assert bundle.encoder_weights(str(own)) == str(pretrained)
+    make(own / "model.pt")
+    with caplog.at_level(logging.WARNING):
+        assert bundle.encoder_weights(str(own)) == str(own / "model.pt")
+    assert f"{pretrained}: not there; starting from the encoder in {own / 'model.pt'}" in caplog.text
+    make(pretrained)
+    assert bundle.encoder_weights(str(own)) == str(pretrained)
+
+
+def test_a_task_bundle_given_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise ConfigError(f"bundle '{name}' not found")
+
+    monkeypatch.setattr(bundle, "bundle_root", missing)
+    monkeypatch.chdir(tmp_path)
+    assert bundle.encoder_weights(str(tmp_path)) == str(Path("bundles", "pretrain", "models", "model.pt"))
+    assert bundle.encoder_weights(str(make(tmp_path / "model.pt").parent)) == str(tmp_path / "model.pt")

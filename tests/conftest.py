@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What tests of several folders share."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def untrained_bundle() -> Callable[..., Path]:
+    """Copy a classification bundle into a folder and give it random weights of the sizes that its train.json names."""
+    from monai.bundle import ConfigParser
+
+    from unimedi_components.data import write_json
+    from unimedi_components.networks import ImageClassifier, UnifiedViT, classifier_card
+
+    def make(name: str, folder: Path, seed: int = 0) -> Path:
+        source, bundle = REPOSITORY / "bundles" / name, folder / name
+        shutil.copytree(source / "configs", bundle / "configs")
+        train: dict[str, Any] = json.loads((source / "configs" / "train.json").read_text())
+        dim, size = (2, train["img_size"]) if "xray" in train["preprocessing"] else (3, train["vol_size"])
+        sizes = {"patch_size_3d": (4, 12, 12), "vol_size": size} if dim == 3 else {"vol_size": (8, 32, 32)}
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            encoder = UnifiedViT(64 if dim == 3 else size, embed_dim=32, depth=2, num_heads=2, **sizes)
+            network = ImageClassifier(encoder, len(train["label_names"]), dim, feature_norm=True)
+            nn.init.normal_(network.head.weight, std=2.0)
+        preprocessing = ConfigParser(train).get_parsed_content("preprocessing")
+        (bundle / "models").mkdir()
+        torch.save(network.state_dict(), bundle / "models" / "model.pt")
+        card = classifier_card(network, train["task"], train["label_names"], preprocessing)
+        write_json(card, bundle / "models" / "model.json")
+        return bundle
+
+    return make

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Other projects' real classes over the bundles, in an environment of their own: `make test-ecosystem`.
+
+`.venv-ecosystem` holds what requirements.txt pins and sees all packages of `.venv` behind them. Where a package is
+missing its tests are skipped, so that `make test` needs none of them.
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import logging
+import sys
+import types
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import monai
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session")
+def monailabel() -> SimpleNamespace:
+    """MONAI Label's tasks for bundles.
+
+    It imports two drawing functions of torchvision, which these tasks never call. torchvision itself is not wanted
+    here: its registry build does not load beside a CPU build of torch, and takes `transformers` with it.
+    """
+    if importlib.util.find_spec("monailabel") is None:
+        pytest.skip("MONAI Label is not installed; 'make test-ecosystem' installs it and runs this test")
+    # before the stand-in is there: transformers looks for torchvision when it is imported
+    importlib.import_module("unimedi_components.networks")
+    names = () if importlib.util.find_spec("torchvision") else ("torchvision", "torchvision.utils")
+    for name in names:
+        stand_in = types.ModuleType(name)
+        stand_in.__spec__ = importlib.machinery.ModuleSpec(name, None)
+        stand_in.__dict__.update(make_grid=None, save_image=None)
+        sys.modules[name] = stand_in
+    try:
+        from monailabel.tasks.infer.bundle import BundleInferTask
+        from monailabel.tasks.train.bundle import BundleTrainTask
+    finally:
+        for name in names:
+            del sys.modules[name]
+    return SimpleNamespace(BundleInferTask=BundleInferTask, BundleTrainTask=BundleTrainTask)
+
+
+@pytest.fixture
+def in_process() -> Iterator[None]:
+    """Puts back what a run within the test's own process changes."""
+    root, path = logging.getLogger(), sys.path[:]
+    handlers, level, flash = root.handlers[:], root.level, torch.backends.cuda.flash_sdp_enabled()
+    yield
+    root.handlers[:], sys.path[:] = handlers, path
+    root.setLevel(level)
+    monai.utils.set_determinism(None)
+    torch.backends.cuda.enable_flash_sdp(flash)

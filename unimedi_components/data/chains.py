@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Transform chains by name, so that a config and a trained network's card name the same preparation of images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from monai.transforms import Compose, Transform
+
+from unimedi_components.data.cubes import luna_cube_transforms
+from unimedi_components.data.slice_files import IMAGE_ENDINGS
+from unimedi_components.data.slices import slice_volume_transforms
+from unimedi_components.data.transforms import ct_transforms, xray_transforms
+from unimedi_components.errors import ConfigError
+
+__all__ = ["CHAINS", "BySource", "task_transforms"]
+
+CHAINS: dict[str, Callable[..., list[Transform]]] = {
+    "xray": xray_transforms,
+    "ct": ct_transforms,
+    "slices": slice_volume_transforms,
+    "cube": luna_cube_transforms,
+}
+
+
+class BySource(Transform):
+    """Prepare a folder of slice images by one chain and any other volume by another.
+
+    Args:
+        slices: chain for folders of PNG, JPG or TIFF slices.
+        volume: chain for volume files and DICOM folders.
+    """
+
+    def __init__(self, slices: Sequence[Transform], volume: Sequence[Transform]) -> None:
+        self.slices, self.volume = Compose(slices), Compose(volume)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> Any:
+        """Return the prepared item."""
+        chain = self.slices if _is_slice_folder(Path(str(data["image"]))) else self.volume
+        return chain(dict(data))
+
+
+def _is_slice_folder(path: Path) -> bool:
+    return path.is_dir() and any(entry.name.lower().endswith(IMAGE_ENDINGS) for entry in path.iterdir())
+
+
+def task_transforms(preprocessing: Mapping[str, Mapping[str, Any]], **options: Any) -> list[Transform]:
+    """The deterministic chain (and random crop, where asked for) that a config or a card describes.
+
+    Args:
+        preprocessing: {"xray" | "ct" | "slices" | "cube": arguments of its function in `CHAINS`}; "slices" and "ct"
+            together read folders of slice images by the one and volumes by the other.
+        options: further arguments, such as `random_crop` of "xray".
+
+    Raises:
+        ConfigError: an unknown name, or a combination that has no meaning.
+
+    Example:
+        >>> len(task_transforms({"xray": {"size": 64}}))
+        7
+    """
+    names = set(preprocessing)
+    if names == {"slices", "ct"}:
+        return [BySource(slice_volume_transforms(**preprocessing["slices"]), ct_transforms(**preprocessing["ct"]))]
+    if len(names) != 1 or not names <= set(CHAINS):
+        raise ConfigError(f"preprocessing {sorted(names)} must be one of {', '.join(CHAINS)}, or slices with ct")
+    (name,) = names
+    return CHAINS[name](**preprocessing[name], **options)

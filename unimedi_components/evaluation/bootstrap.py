@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bootstrap intervals of AUROC and accuracy over patients, all cases of a patient together.
+
+Letters: N cases, C yes-or-no questions, K decisions, R resamples.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["LEVEL", "patient_intervals", "resample_patients", "resampled_auroc"]
+
+Array = npt.NDArray[Any]
+
+LEVEL = 0.95
+# Weights of resamples held at a time; bounds the memory, changes no value.
+_CHUNK = 2**21
+
+
+def resample_patients(count: int, resamples: int, rng: np.random.Generator) -> Array:
+    """How often each of `count` patients is drawn when `count` are drawn with replacement: (resamples, count)."""
+    draws = (rng.integers(count, size=count) for _ in range(resamples))
+    return np.stack([np.bincount(draw, minlength=count) for draw in draws])
+
+
+def resampled_auroc(scores: Array, truth: Array, weights: Array) -> Array:
+    """AUROC under each row of case weights, ties counted half: scikit-learn's with `sample_weight`, in one pass.
+
+    Args:
+        scores: (N,).
+        truth: 1, 0 or -1 (does not count), (N,).
+        weights: (R, N).
+
+    Returns:
+        (R,); NaN where a row leaves no positive or no negative case.
+    """
+    known = np.flatnonzero(truth >= 0)
+    order = known[np.argsort(scores[known], kind="stable")]
+    ranked = scores[order]
+    starts = np.flatnonzero(np.concatenate([[True], ranked[1:] != ranked[:-1]])[: len(ranked)])
+    parts = []
+    for value in (1, 0):
+        part = weights[:, order] * (truth[order] == value)
+        parts.append(part if len(starts) == len(order) else np.add.reduceat(part, starts, axis=1))
+    positive, negative = parts
+    below = np.cumsum(negative, axis=1) - negative / 2
+    pairs = positive.sum(1) * negative.sum(1)
+    wins = np.einsum("rn,rn->r", positive, below)
+    return np.divide(wins, pairs, out=np.full(len(pairs), np.nan), where=pairs > 0)
+
+
+def patient_intervals(
+    names: Sequence[str],
+    scores: Array,
+    truth: Array,
+    right: Array,
+    known: Array,
+    patients: Array,
+    resamples: int,
+    seed: int,
+) -> dict[str, Any]:
+    """Central 95% percentile intervals over resamples of the patients.
+
+    Args:
+        names: of the C questions.
+        scores: (N, C).
+        truth: 1, 0 or -1 (does not count), (N, C).
+        right: whether a decision is right, bool (N, K).
+        known: whether it counts, bool (N, K); accuracy is the mean over the decisions of their shares of right ones.
+        patients: index of each case's patient, 0 to P - 1, (N,).
+        resamples: R.
+        seed: of the resamples.
+
+    Returns:
+        "macro_auroc", "accuracy": [low, high], "auroc": the same by name; None where a value is not defined or
+        cannot vary. Resamples in which a value is not defined are left out of its interval ("resamples_used" counts
+        the others); the macro AUROC needs every finding that it is the mean of.
+    """
+    rng, count = np.random.default_rng(seed), int(patients.max()) + 1
+    defined = [c for c, column in enumerate(truth.T) if (column == 0).any() and (column == 1).any()]
+    asked = known.any(0)
+    counts, hits = (part[:, asked].astype(np.float64) for part in (known, right & known))
+    step, parts = max(1, _CHUNK // len(scores)), []
+    for start in range(0, resamples, step):
+        drawn = resample_patients(count, min(step, resamples - start), rng)
+        weights = drawn.astype(np.float64)[:, patients]
+        columns = [resampled_auroc(scores[:, c], truth[:, c], weights) for c in defined]
+        total = weights @ counts
+        share = np.divide(weights @ hits, total, out=np.full(total.shape, np.nan), where=total > 0)
+        parts.append(np.stack([*columns, share.mean(1)], axis=1))
+    values = np.concatenate(parts)
+    by_name = dict(zip([names[c] for c in defined], values[:, :-1].T, strict=True))
+    macro = values[:, :-1].mean(1) if defined else np.empty(0)
+    rows = [macro, values[:, -1], *(by_name.get(name, np.empty(0)) for name in names)]
+    limits = [None if count < 2 else _percentiles(row) for row in rows]
+    used = [int(np.isfinite(row).sum()) for row in rows]
+
+    def named(found: Sequence[Any]) -> dict[str, Any]:
+        return {"macro_auroc": found[0], "accuracy": found[1], "auroc": dict(zip(names, found[2:], strict=True))}
+
+    return {"level": LEVEL, "resamples": resamples, **named(limits), "resamples_used": named(used)}
+
+
+def _percentiles(values: Array) -> list[float] | None:
+    defined = values[np.isfinite(values)]
+    if len(defined) < 2:
+        return None
+    tail = 50 * (1 - LEVEL)
+    return [float(limit) for limit in np.percentile(defined, [tail, 100 - tail])]

@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Classification of X-rays and volumes: a linear head on the CLS token of the unified encoder.
+
+Letters: B batch, D width, C classes, k slices.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unimedi_components import selection
+from unimedi_components.errors import CheckpointError
+from unimedi_components.networks.export import scriptable
+from unimedi_components.networks.modality_norm import ModalityBatchNorm1d
+from unimedi_components.networks.output import EncoderOutput
+from unimedi_components.networks.pretrained import CARD, read_card
+from unimedi_components.networks.unified_vit import UnifiedViT
+from unimedi_components.networks.weights import load_strict, load_weights, read_state_dict
+
+__all__ = ["ImageClassifier", "classifier_card", "load_classifier", "task_encoder"]
+
+
+class ImageClassifier(nn.Module):
+    """Dropout and one linear layer on the CLS token after the final norm (MGCA's `ssl_finetuner.py`).
+
+    Args:
+        encoder: reads X-rays or volumes; its CLS token before any projection is the feature.
+        num_classes: outputs C: findings, classes, or 1 for a binary question.
+        spatial_dims: 2 for X-rays, 3 for volumes.
+        freeze_encoder: linear probe (the encoder gets no gradient and stays in evaluation mode) or, if False, full
+            fine-tuning.
+        dropout: on the feature.
+        feature_norm: standardise each feature by batch statistics of all ranks without learnable scale first (the
+            MAE repository's linear probe); the paper's head has none.
+        use_slices: let the k slices of a volume that the encoder attends most join it as 2D images, as in
+            pre-training (sections 3.2 and 3.3).
+        num_slices: k.
+        expand: see `selection.select_slices`.
+
+    Raises:
+        ValueError: no classes, or more slices than the volume has slabs.
+
+    Example:
+        >>> encoder = UnifiedViT(img_size=32, vol_size=(8, 32, 32), embed_dim=24, depth=2, num_heads=2)
+        >>> ImageClassifier(encoder, 5)(torch.zeros(2, 1, 32, 32)).shape
+        torch.Size([2, 5])
+    """
+
+    def __init__(
+        self,
+        encoder: UnifiedViT,
+        num_classes: int,
+        spatial_dims: int = 2,
+        *,
+        freeze_encoder: bool = True,
+        dropout: float = 0.0,
+        feature_norm: bool = False,
+        use_slices: bool = False,
+        num_slices: int = 4,
+        expand: str = "centre",
+    ) -> None:
+        super().__init__()
+        if num_classes < 1:
+            raise ValueError(f"num_classes must be at least 1, not {num_classes}")
+        if spatial_dims not in (2, 3):
+            raise ValueError(f"spatial_dims must be 2 or 3, not {spatial_dims!r}")
+        if use_slices:
+            slabs = torch.zeros(1, encoder.grid_3d[0])
+            selection.select_slices(slabs, num_slices, encoder.patch_depth, expand=expand)
+        self.hparams: dict[str, Any] = {
+            "num_classes": num_classes,
+            "spatial_dims": spatial_dims,
+            "freeze_encoder": freeze_encoder,
+            "dropout": dropout,
+            "feature_norm": feature_norm,
+            "use_slices": use_slices,
+            "num_slices": num_slices,
+            "expand": expand,
+        }
+        self.card: dict[str, Any] = {}
+        self.encoder = encoder
+        # unlike nn.BatchNorm1d it takes a last batch of one image, and joins the ranks' batches on CPU too
+        norm = ModalityBatchNorm1d(encoder.embed_dim, num_modalities=1, affine=False) if feature_norm else nn.Identity()
+        self.feature_norm: nn.Module = norm
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(encoder.embed_dim, num_classes)
+        nn.init.trunc_normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
+        self.freeze_encoder, self.spatial_dims = freeze_encoder, spatial_dims
+        self.use_slices, self.num_slices, self.expand = use_slices, num_slices, expand
+        if freeze_encoder:
+            encoder.requires_grad_(False).eval()
+        else:
+            # what this task never reads: DDP waits for a gradient of every parameter that may have one
+            for parameter in self._unused():
+                parameter.requires_grad_(False)
+
+    def _unused(self) -> list[nn.Parameter]:
+        encoder = self.encoder
+        if self.spatial_dims == 2:
+            tables = [encoder.pos_embed_3d, encoder.segment_embed, encoder.depth_embed]
+            return [encoder.mask_token, *encoder.patch_embed_3d.parameters(), *tables]
+        if self.use_slices:
+            return [encoder.mask_token]
+        return [encoder.mask_token, *encoder.patch_embed.parameters(), encoder.depth_embed]
+
+    def train(self, mode: bool = True) -> ImageClassifier:
+        """Set the mode of the head, and of the encoder unless it is frozen."""
+        super().train(mode)
+        if self.freeze_encoder:
+            self.encoder.eval()
+        return self
+
+    def encode(self, image: Tensor, return_attention: bool = False) -> EncoderOutput:
+        """The encoder's output for X-rays (B, 1, H, W) or volumes (B, 1, D, H, W), with slices where they are used."""
+        if self.spatial_dims == 2 or not self.use_slices:
+            return self.encoder(image, return_attention=return_attention)
+        with torch.no_grad():
+            attention = self.encoder(image, return_attention=True).attention
+            scores = selection.slice_scores(attention, self.encoder.token_grids(image)[0])
+            index = selection.select_slices(scores, self.num_slices, self.encoder.patch_depth, expand=self.expand)
+        slices = selection.take_slices(image, index, self.encoder.img_size)
+        return self.encoder(image, *slices, return_attention=return_attention)
+
+    def features(self, image: Tensor) -> Tensor:
+        """CLS features (B, D); without gradient if the encoder is frozen."""
+        if self.freeze_encoder:
+            with torch.no_grad():
+                return self.encode(image).cls
+        return self.encode(image).cls
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Classify images.
+
+        Args:
+            image: X-rays (B, 1, H, W) or volumes (B, 1, D, H, W) in [-1, 1], or their features (B, D) as `features`
+                returns them.
+
+        Returns:
+            logits (B, C).
+
+        Raises:
+            ValueError: images of another dimension.
+        """
+        if image.ndim not in (2, 2 + self.spatial_dims):
+            raise ValueError(
+                f"expected {self.spatial_dims}D images (B, 1, ...) or features (B, D), got {tuple(image.shape)}"
+            )
+        features = image if image.ndim == 2 else self.features(image)
+        return self.head(self.dropout(self.feature_norm(features)))
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What `torch.jit.script`, and so `monai.bundle ckpt_export`, compiles in place of this network."""
+        encoder = self.encoder
+        size = encoder.img_size if self.spatial_dims == 2 else encoder.vol_size
+        channels = encoder.patch_embed.proj.in_channels
+        return scriptable(self, torch.zeros(2, channels, *size, device=self.head.weight.device))
+
+    def attention_maps(self, image: Tensor) -> Tensor:
+        """Eq. 1's **v** of an image's own tokens on their grid: (B, rows, columns) or (B, slabs, rows, columns)."""
+        grid = self.encoder.token_grids(image)[0]
+        attention = self.encoder(image, return_attention=True).attention
+        assert attention is not None
+        return attention.unflatten(1, grid if image.ndim == 5 else grid[1:])
+
+
+def task_encoder(weights: str | Path | None, **kwargs: Any) -> UnifiedViT:
+    """The encoder of a task bundle.
+
+    Args:
+        weights: `models/model.pt` of a pre-training run, whose `model.json` gives the encoder's sizes; any other
+            weights that `load_weights` reads, or "none" for random initialisation, with the sizes in `kwargs`.
+        **kwargs: arguments of `UnifiedViT` where no `model.json` lies beside the weights.
+
+    Raises:
+        CheckpointError: the weights are missing or do not fit.
+    """
+    if weights is None or str(weights).lower() == "none":
+        return UnifiedViT(**kwargs)
+    path = Path(str(weights))
+    if not str(weights).startswith(("timm:", "hf:")) and not path.is_file():
+        raise CheckpointError(
+            f"{path}: no pre-trained encoder. Train one with 'make pretrain', give other weights with "
+            "--encoder_weights, or --encoder_weights none for random initialisation"
+        )
+    card = read_card(path) if path.with_name(CARD).is_file() else {"encoder": kwargs}
+    return load_weights(UnifiedViT(**card["encoder"]), weights)
+
+
+def load_classifier(checkpoint: str | Path, device: str | torch.device = "cpu") -> ImageClassifier:
+    """A trained classifier, in evaluation mode, from `models/model.pt` with `model.json` beside it.
+
+    Args:
+        checkpoint: the weights; `model.json` says how to build the network.
+        device: where to put it.
+
+    Returns:
+        the classifier; its attribute `card` holds label names, the kind of task and the images' preparation.
+
+    Raises:
+        CheckpointError: a file is missing or does not fit.
+    """
+    path = Path(checkpoint)
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such checkpoint; train the bundle first or give another path")
+    card = read_card(path)
+    if "classifier" not in card:
+        raise CheckpointError(
+            f"{path.with_name(CARD)}: describes no classifier; give the model.pt of a classification run"
+        )
+    network = ImageClassifier(UnifiedViT(**card["encoder"]), **card["classifier"])
+    load_strict(network, read_state_dict(path), str(path))
+    network.card = card
+    return network.to(device).eval()
+
+
+def classifier_card(
+    network: nn.Module, task: str, label_names: Sequence[str], preprocessing: Mapping[str, Any], **extra: Any
+) -> dict[str, Any]:
+    """Describe a classifier, or the one in a distributed wrapper, so that `load_classifier` can build it."""
+    classifier: Any = getattr(network, "module", network)
+    card = {
+        "format": 1,
+        "encoder": classifier.encoder.hparams,
+        "classifier": classifier.hparams,
+        "task": task,
+        "label_names": list(label_names),
+        "preprocessing": dict(preprocessing),
+        **extra,
+    }
+    return json.loads(json.dumps(card))
