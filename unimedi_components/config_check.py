@@ -139,9 +139,15 @@ def _items(config: Any) -> Iterable[tuple[Any, Any]]:
     return enumerate(config) if isinstance(config, list) else ()
 
 
+# MONAI Label writes the config with its own data in place, and so leaves keys without use
+_EXPORTED = "monailabel_train.json"
+
+
 def _check_used(id_: str, value: Any, used: set[str], name: str, content: Mapping[str, Any]) -> None:
     """Raise if no reference leads to ``id_``, or to a part of a plain dict that is used in parts."""
     parts = id_.split(_SEP)
+    if name == _EXPORTED:
+        return
     if parts[0] == "_meta_" or any(_SEP.join(parts[:n]) in used for n in range(1, len(parts) + 1)):
         return
     if not _is_used(id_, used):

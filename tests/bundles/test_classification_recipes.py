@@ -77,8 +77,7 @@ def check_optimisation(parser: ConfigParser, numbers: tuple[float, float, int, i
         parser["train"]["dataloader"]["batch_size"] == parser["validate"]["dataloader"]["batch_size"] == "@batch_size"
     )
     assert parser.get_parsed_content("train#trainer#max_epochs") == epochs
-    handlers = {handler["_target_"].rsplit(".", 1)[-1]: handler for handler in parser["train"]["handlers"]}
-    assert handlers["EarlyStop"]["patience"] == "@patience"
+    assert parser["train"]["early_stop"]["patience"] == "@patience"
     assert parser.get_parsed_content("patience") == 10
     scheduler = parser.get_parsed_content("lr_scheduler")
     for step in range(3):

@@ -96,7 +96,7 @@ def read(path: Path) -> Any:
 
 
 def last(folder: Path) -> dict[str, Any]:
-    return torch.load(folder / "models" / "last.pt", weights_only=True)
+    return torch.load(folder / "models" / "last.ckpt", weights_only=True)
 
 
 def encoder_changed(folder: Path, data: Path) -> set[str]:
@@ -117,7 +117,7 @@ def probe(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tupl
 def test_a_probe_leaves_its_files(probe: Any, data: Path) -> None:
     folder, made = probe
     assert made.check_properties() == []
-    assert {path.name for path in (folder / "models").iterdir()} == {"model.pt", "model.json", "last.pt"}
+    assert {path.name for path in (folder / "models").iterdir()} == {"model.pt", "model.json", "last.ckpt"}
     names = {path.name for path in (folder / "eval").iterdir()}
     assert {name for name in names if "tfevents" not in name} == FILES
     assert any("tfevents" in name for name in names)
@@ -265,7 +265,7 @@ def test_two_processes(data: Path, tmp_path: Path, command: Any) -> None:
     changes = overrides(XRAY, data, tmp_path, batch_size=4, **same)
     result = command(configs(XRAY, "train", "multi_gpu_train"), changes, tmp_path, launcher)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert sorted(path.name for path in (tmp_path / "models").iterdir()) == ["last.pt", "model.json", "model.pt"]
+    assert sorted(path.name for path in (tmp_path / "models").iterdir()) == ["last.ckpt", "model.json", "model.pt"]
     assert not any(name.startswith("module.") for name in last(tmp_path)["network"])
     said = result.stdout + result.stderr
     assert said.count("Epoch[1] Metrics") == said.count("Epoch[2] Metrics") == 1

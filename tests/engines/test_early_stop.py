@@ -45,8 +45,8 @@ class Run:
         return self
 
     def written(self):
-        """Epochs of `model.pt` and `last.pt`."""
-        last = torch.load(self.folder / "last.pt", weights_only=True)
+        """Epochs of `model.pt` and `last.ckpt`."""
+        last = torch.load(self.folder / "last.ckpt", weights_only=True)
         assert last["network"]["head.bias"].tolist() == [last["epoch"]] * 2
         return int(load_classifier(self.folder / "model.pt").head.bias[0]), last["epoch"]
 

@@ -59,7 +59,7 @@ class PretrainDataset(PersistentDataset):
             is not looked up on disk again, so changes to its file go unseen until the next run.
 
     Raises:
-        DataError: `root` is missing, or an item lacks a field.
+        DataError: `root` is missing and an image's path is relative to it, or an item lacks a field.
     """
 
     transform: ByDimension
@@ -75,7 +75,8 @@ class PretrainDataset(PersistentDataset):
         require_report: bool = True,
         memory_mb: float = 0,
     ) -> None:
-        if not Path(root).is_dir():
+        absolute = all(os.path.isabs(str(item.get("image", ""))) for item in data)
+        if not absolute and not Path(root).is_dir():
             raise DataError(f"data set root {root} is not a folder; set `dataset_dir` to where the data set lies")
         super().__init__(data=list(data), transform=transform, cache_dir=None if cache_dir is None else str(cache_dir))
         self.root, self.seed, self.strict = Path(root), seed, strict

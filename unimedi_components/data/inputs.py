@@ -24,7 +24,7 @@ __all__ = ["find_images", "image_loader"]
 logger = logging.getLogger(__name__)
 
 _PICTURE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff")
-_DICOM_ENDINGS = (".dcm", ".dicom", ".ima", "")
+_DICOM_ENDINGS = (".dcm", ".dicom", ".ima")
 _DATALIST = "pretrain.json"
 
 
@@ -94,11 +94,12 @@ def _ends(path: Path, endings: Sequence[str]) -> bool:
 
 
 def _is_image(path: Path) -> bool:
-    return _ends(path, _PICTURE_ENDINGS) or _ends(path, VOLUME_ENDINGS) or _is_dicom(path)
+    # what only calls itself DICOM is an image that cannot be read: left out by name, not in silence
+    return _ends(path, (*_PICTURE_ENDINGS, *VOLUME_ENDINGS, *_DICOM_ENDINGS)) or _is_dicom(path)
 
 
 def _is_dicom(path: Path) -> bool:
-    if path.suffix.lower() not in _DICOM_ENDINGS and not path.suffix[1:].isdigit():
+    if path.suffix.lower() not in (*_DICOM_ENDINGS, "") and not path.suffix[1:].isdigit():
         return False
     try:
         with open(path, "rb") as file:

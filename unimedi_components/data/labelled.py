@@ -138,6 +138,7 @@ class FeatureDataset(Dataset[Any]):
         self.device, self.enabled, self.desc = torch.device(device), enabled, desc
         self.batch_size, self.num_workers, self.share = batch_size, num_workers, share
         self._items: list[dict[str, Any]] | None = None
+        self._encoder: list[int] = []
 
     @property
     def data(self) -> list[dict[str, Any]]:
@@ -164,13 +165,17 @@ class FeatureDataset(Dataset[Any]):
     def __getitems__(self, indices: Sequence[int]) -> list[Any]:
         if not self.enabled:
             return self.dataset.__getitems__(indices)
-        return [self.data[index] for index in indices]
+        items = self.data
+        return [items[index] for index in indices]
 
     def __getitem__(self, index: int) -> Any:
         return self.__getitems__([index])[0]
 
     def _computed(self) -> list[dict[str, Any]]:
-        if self._items is None:
+        # a checkpoint that is loaded when training starts brings another encoder
+        encoder = self._versions()
+        if self._items is None or encoder != self._encoder:
+            self._encoder = encoder
             images = _without_stand_ins(self.dataset)
             if self.share:
                 images.set_data(images.data[rank() :: world_size()])
@@ -183,6 +188,11 @@ class FeatureDataset(Dataset[Any]):
                 first = next((f", first {record.file}: {record.reason}" for record in images.skipped), "")
                 raise DataError(f"none of {len(self.dataset.data)} images can be read{first}")
         return self._items
+
+    def _versions(self) -> list[int]:
+        """How often each tensor of the encoder was written to."""
+        encoder = self.network.encoder
+        return [tensor._version for tensor in (*encoder.parameters(), *encoder.buffers())]
 
     def _encode(self, images: LabelledDataset) -> dict[str, Tensor]:
         """Features by item id."""

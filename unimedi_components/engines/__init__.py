@@ -11,6 +11,7 @@ from unimedi_components.engines.handlers import (
     SkippedStudies,
     TeacherUpdate,
     TensorBoardLosses,
+    defined_handler,
     losses,
     prepare_mixed_batch,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "TrainingProgress",
     "WhitenTokenizers",
     "build_optimizer",
+    "defined_handler",
     "embed_batch",
     "finish_embedding",
     "losses",

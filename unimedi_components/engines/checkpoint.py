@@ -24,6 +24,8 @@ from unimedi_components.networks.weights import load_strict
 __all__ = ["ClassifierCheckpoint", "ResumableCheckpoint", "TrainingCheckpoint", "atomic_save"]
 
 LAST = "last.pt"
+# MONAI Label offers every *.pt of a models folder as a model, and takes the first one
+LAST_OF_TASK = "last.ckpt"
 logger = logging.getLogger(__name__)
 
 
@@ -49,6 +51,8 @@ class ResumableCheckpoint:
         resume: continue from `last.pt`; False starts anew and says so when an unfinished run is there.
         greater_is_better: False where the key metric is a loss.
     """
+
+    last = LAST
 
     def __init__(
         self,
@@ -86,7 +90,7 @@ class ResumableCheckpoint:
             CheckpointError: `resume` without `last.pt`, or a `last.pt` that is damaged, of another network, of other
                 steps per epoch or of a longer run.
         """
-        path = self.folder / LAST
+        path = self.folder / self.last
         if self.resume:
             self._load(engine, path)
         elif path.is_file():
@@ -109,7 +113,7 @@ class ResumableCheckpoint:
                 "scaler": scaler.state_dict() if scaler is not None else {},
                 **{name: part.state_dict() for name, part in self.state.items()},
             },
-            self.folder / LAST,
+            self.folder / self.last,
         )
 
     def _improved(self) -> bool:
@@ -203,7 +207,7 @@ class TrainingCheckpoint(ResumableCheckpoint):
 
 
 class ClassifierCheckpoint(ResumableCheckpoint):
-    """Checkpoints of a classification run: `model.pt` is the epoch with the best key metric, `last.pt` the newest.
+    """Checkpoints of a classification run: `model.pt` is the epoch with the best key metric, `last.ckpt` the newest.
 
     `model.json` says how to build the network, what its outputs mean and how its input is prepared.
 
@@ -216,6 +220,8 @@ class ClassifierCheckpoint(ResumableCheckpoint):
         resume: continue an earlier run.
         greater_is_better: False where the key metric is a loss.
     """
+
+    last = LAST_OF_TASK
 
     def __init__(
         self,

@@ -26,6 +26,7 @@ __all__ = [
     "SkippedStudies",
     "TeacherUpdate",
     "TensorBoardLosses",
+    "defined_handler",
     "losses",
     "prepare_mixed_batch",
 ]
@@ -211,6 +212,15 @@ class History:
 
     def load_state_dict(self, state: Mapping[str, list[dict[str, float]]]) -> None:
         self.rows = list(state["rows"])
+
+
+def defined_handler(handler: Any) -> Any:
+    """The handler itself: puts one that a config defines under a key of its own into the list of handlers.
+
+    MONAI reads each entry of such a list as a component with a `_target_`, and MONAI Label inserts one of its own
+    before them, so that neither a plain reference nor a position would do.
+    """
+    return handler
 
 
 def losses(engine: Engine) -> dict[str, float]:

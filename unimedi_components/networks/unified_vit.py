@@ -190,7 +190,8 @@ class UnifiedViT(nn.Module):
             return tokens, position
         if slice_position is None:
             raise ValueError("slices need slice_position, their depth as a fraction of the volume")
-        batch = len(slices)
+        # not len(): a traced network must take any number of images
+        batch = slices.shape[0]
         slice_tokens = self.patch_embed(slices.flatten(0, 1)).view(batch, -1, self.embed_dim)
         place = self._position_2d(slices.shape[-2:]).unsqueeze(1)  # (1, 1, n, D)
         depth = interpolate_depth(self.depth_embed, slice_position).unsqueeze(2)  # (B, k, 1, D)
