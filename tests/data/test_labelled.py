@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-from unimedi_components.data import xray_transforms
+from unimedi_components.data import sampler, xray_transforms
 from unimedi_components.data.dataset import Skipped
 from unimedi_components.data.labelled import FeatureDataset, LabelledDataset, collate_labelled, labelled_loader
 from unimedi_components.errors import DataError
@@ -187,6 +187,19 @@ def test_the_order_is_a_function_of_seed_and_epoch(root):
     assert order(0, 1) != first
     assert order(1, 0) != first
     assert [len(batch) for batch in order(0, 0, drop_last=True)] == [4]
+
+
+def test_ranks_share_what_is_not_shuffled(root, monkeypatch):
+    items = [item for item in items_of() if item["id"] != f"x{BROKEN}"]
+    monkeypatch.setattr(sampler, "world_size", lambda: 2)
+    seen = []
+    for rank in (0, 1):
+        monkeypatch.setattr(sampler, "current_rank", lambda rank=rank: rank)
+        seen.append([batch["id"] for batch in labelled_loader(dataset_of(root, items), 2, share=True)])
+        assert sum(map(len, labelled_loader(dataset_of(root, items), 2).batch_sampler)) == len(items)
+    assert seen == [[["x0", "x2"], ["x5"]], [["x1", "x3"], ["x6"]]]
+    with pytest.raises(DataError, match="1 items cannot be shared by 2 ranks"):
+        labelled_loader(dataset_of(root, items[:1]), 2, share=True)
 
 
 def test_features_equal_direct_encoding_and_are_computed_once(root):

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from unimedi_components.data.dataset import PretrainDataset, Skipped
 from unimedi_components.data.loading import MixedDataLoader
-from unimedi_components.data.sampler import MixedBatchSampler
+from unimedi_components.data.sampler import MixedBatchSampler, rank_share
 from unimedi_components.data.transforms import ByDimension
 from unimedi_components.distributed import gather_objects, rank, world_size
 from unimedi_components.errors import DataError
@@ -234,6 +234,7 @@ def labelled_loader(
     seed: int = 0,
     num_workers: int = 0,
     drop_last: bool = False,
+    share: bool = False,
     **kwargs: Any,
 ) -> DataLoader[Any]:
     """Batches of a labelled data set, shuffled as a pure function of (seed, epoch) and shared among ranks.
@@ -246,6 +247,7 @@ def labelled_loader(
         seed: of the shuffles.
         num_workers: loading processes; features are in memory and need none.
         drop_last: leave out an incomplete last batch.
+        share: without `shuffle`, give each rank its own part of the items, as validation on several devices wants.
         kwargs: of `torch.utils.data.DataLoader`.
 
     Raises:
@@ -261,7 +263,8 @@ def labelled_loader(
         dataset = _without_stand_ins(dataset)
         if not len(dataset):
             raise DataError("no images to evaluate: the split is empty; prepare the data with items in it")
-        batches = [list(range(i, min(i + batch_size, len(dataset)))) for i in range(0, len(dataset), batch_size)]
+        indices = rank_share(range(len(dataset))) if share else list(range(len(dataset)))
+        batches = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
     return MixedDataLoader(dataset, batches, collate_labelled, num_workers=workers, seed=seed, **kwargs)  # type: ignore[arg-type]
 
 
