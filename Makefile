@@ -12,7 +12,7 @@ ECOSYSTEM := .venv-ecosystem
 ECOSYSTEM_PYTHON := $(ECOSYSTEM)/bin/python
 ECOSYSTEM_STAMP := $(ECOSYSTEM)/.installed
 
-.PHONY: help venv pretrain table1 table2 table3 table7 table9 test test-ecosystem lint format clean
+.PHONY: help venv pretrain table1 table2 table3 table4 table5 table6 table7 table8 table9 test test-ecosystem lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9 -]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9 -]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -30,8 +30,8 @@ $(STAMP): setup.cfg constraints.txt pyproject.toml
 pretrain: venv ## pre-train the embedded default of bundles/pretrain
 	$(VENV_PYTHON) -m monai.bundle run --config_file bundles/pretrain/configs/train.json
 
-table1 table2 table3 table9: venv ## the paper's classification tables on phantoms, or on UNIMEDI_DATA, to results/
-	$(VENV_PYTHON) -m benchmarks.classification --table $(@:table%=%) --out results/$@
+table1 table2 table3 table4 table5 table6 table8 table9: venv ## the paper's tables on phantoms, or on UNIMEDI_DATA, to results/
+	$(VENV_PYTHON) -m benchmarks.tables --table $(@:table%=%) --out results/$@
 
 table7: venv ## the paper's ablation on phantoms, to results/table7.csv and .md; EPOCHS=9 each
 	$(VENV_PYTHON) -m benchmarks.ablation --epochs $(or $(EPOCHS),9) --out results/table7

@@ -22,7 +22,7 @@ def untrained_bundle() -> Callable[..., Path]:
     from monai.bundle import ConfigParser
 
     from unimedi_components.data import write_json
-    from unimedi_components.networks import ImageClassifier, UnifiedViT, classifier_card
+    from unimedi_components.networks import ImageClassifier, UnifiedViT, network_card
 
     def make(name: str, folder: Path, seed: int = 0) -> Path:
         source, bundle = REPOSITORY / "bundles" / name, folder / name
@@ -38,7 +38,7 @@ def untrained_bundle() -> Callable[..., Path]:
         preprocessing = ConfigParser(train).get_parsed_content("preprocessing")
         (bundle / "models").mkdir()
         torch.save(network.state_dict(), bundle / "models" / "model.pt")
-        card = classifier_card(network, train["task"], train["label_names"], preprocessing)
+        card = network_card(network, train["task"], train["label_names"], preprocessing)
         write_json(card, bundle / "models" / "model.json")
         return bundle
 

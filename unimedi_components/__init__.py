@@ -22,6 +22,7 @@ _EXPORTS = {
     "encoder_weights": "bundle",
     "load_classifier": "networks.classifier",
     "load_encoder": "networks.pretrained",
+    "load_network": "networks.cards",
     "load_pretrained": "networks.pretrained",
 }
 _SUBPACKAGES = ("data", "distributed", "engines", "errors", "evaluation", "losses", "networks", "selection")
@@ -37,6 +38,7 @@ __all__ = [
     "encoder_weights",
     "load_classifier",
     "load_encoder",
+    "load_network",
     "load_pretrained",
 ]
 

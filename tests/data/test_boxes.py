@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from monai.data import CacheDataset, MetaTensor
+from monai.data import MetaTensor
 from monai.transforms import (
     CenterSpatialCropd,
     Compose,
@@ -17,16 +17,8 @@ from monai.transforms import (
     Rotate90d,
     SpatialPadd,
 )
-from PIL import Image
 
-from unimedi_components.data.boxes import (
-    BoxesToImaged,
-    BoxesToMaskd,
-    boxes_to_file,
-    boxes_to_image,
-    xray_box_transforms,
-)
-from unimedi_components.data.transforms import ByDimension, xray_transforms
+from unimedi_components.data.boxes import BoxesToImaged, BoxesToMaskd, boxes_to_file, boxes_to_image
 from unimedi_components.errors import DataError
 
 LONGEST = Resized("image", spatial_size=64, size_mode="longest", mode="area")
@@ -144,50 +136,6 @@ def test_rotated_film_gets_the_box_around():
     np.testing.assert_allclose(found["boxes"].numpy(), [[34.536, 27.938, 65.464, 72.062]], atol=2e-3)
     box, count = rectangles(found["mask"])
     assert np.abs(np.subtract(box, found["boxes"][0].numpy())).max() < 1.5 and abs(count - 800) < 30
-
-
-def test_chain_has_the_image_of_the_plain_chain(tmp_path):
-    rng = np.random.default_rng(3)
-    Image.fromarray(rng.integers(0, 256, (150, 230), dtype=np.uint8)).save(tmp_path / "a.png")
-    start = {"id": "a", "dim": 2, "image": str(tmp_path / "a.png"), "boxes": [[60, 30, 120, 90]], "label": 1}
-    plain = ByDimension(xray_transforms(64))(start)["image"]
-    found = ByDimension(xray_box_transforms(64))(start)
-    assert type(found["image"]) is type(found["mask"]) is torch.Tensor and found["label"] == 1
-    assert torch.equal(found["image"], plain)
-    # long side 73: 230 to 73 columns and 150 to 48 rows, 12 rows of padding above, 4 cut off on each side
-    x, y = 73 / 230, 48 / 150
-    expected = [[60 * x - 4, 30 * y + 12 - 4, 120 * x - 4, 90 * y + 12 - 4]]
-    np.testing.assert_allclose(found["boxes"].numpy(), expected, atol=1e-4)
-    assert rectangles(found["mask"])[0] == np.rint(expected[0]).tolist()
-    assert boxes_to_file(found["boxes"], found["affine"]).numpy() == pytest.approx(np.array(start["boxes"]), abs=1e-4)
-    only_mask = ByDimension(xray_box_transforms(64, boxes=False))(start)
-    assert sorted(only_mask) == ["dim", "id", "image", "label", "mask"]
-    only_boxes = ByDimension(xray_box_transforms(64, masks=False))(start)
-    assert sorted(only_boxes) == ["affine", "boxes", "dim", "id", "image", "label"]
-    with pytest.raises(DataError, match="size 64 is larger than long_side 60"):
-        xray_box_transforms(64, long_side=60)
-
-
-def test_random_crop_moves_image_mask_and_boxes_alike(tmp_path):
-    film = np.zeros((128, 128), np.uint8)
-    film[60:100, 40:80] = 255
-    Image.fromarray(film).save(tmp_path / "a.png")
-    start = {"id": "a", "dim": 2, "image": str(tmp_path / "a.png"), "boxes": [[40, 60, 80, 100]]}
-    chain = ByDimension(xray_box_transforms(32, long_side=64, random_crop=True))
-    dataset = CacheDataset([start], chain, progress=False)
-    counts = set()
-    for seed in range(12):
-        chain.seed_random(2, seed)
-        found = dataset[0]
-        assert torch.equal(found["mask"], (found["image"] > 0).float())
-        share = float(found["mask"].sum()) / 400
-        if share < 0.2:
-            assert found["boxes"].shape == (0, 4)
-        else:
-            box, count = rectangles(found["mask"])
-            assert found["boxes"].tolist() == [box]
-            counts.add(count)
-    assert len(counts) > 4
 
 
 def test_a_box_in_every_place_of_a_crop():

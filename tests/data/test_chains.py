@@ -11,7 +11,9 @@ from PIL import Image
 from unimedi_components.data import ct_transforms, xray_transforms
 from unimedi_components.data.chains import CHAINS, task_transforms
 from unimedi_components.data.cubes import luna_cube_transforms
+from unimedi_components.data.films import film_transforms
 from unimedi_components.data.fingerprint import fingerprint
+from unimedi_components.data.segmentation import segmentation_transforms
 from unimedi_components.data.slices import slice_volume_transforms
 from unimedi_components.errors import ConfigError
 
@@ -42,11 +44,20 @@ def test_names_stand_for_functions(files):
         "ct": ct_transforms,
         "slices": slice_volume_transforms,
         "cube": luna_cube_transforms,
+        "film": film_transforms,
+        "organs": segmentation_transforms,
     } == CHAINS
     cases = [
         ({"xray": {"size": 16}}, xray_transforms(16), "film.png", {}),
         ({"ct": {"spatial_size": SIZE, "window": [-600, 0]}}, ct_transforms(SIZE, (-600, 0)), "volume.nii.gz", {}),
         ({"slices": {"spatial_size": SIZE}}, slice_volume_transforms(SIZE), "scan", {}),
+        ({"film": {"size": 16}}, film_transforms(16), "film.png", {}),
+        (
+            {"organs": {"spatial_size": SIZE, "label_map": False}},
+            segmentation_transforms(SIZE, label_map=False),
+            "volume.nii.gz",
+            {},
+        ),
         ({"cube": {"size": SIZE}}, luna_cube_transforms(SIZE), "volume.nii.gz", {"center": [-5.0, -5.0, 8.0]}),
     ]
     for preprocessing, expected, name, fields in cases:
@@ -93,5 +104,5 @@ def test_a_cache_tells_their_parameters_apart():
 
 @pytest.mark.parametrize("names", [[], ["xrays"], ["xray", "ct"], ["slices", "cube"], ["slices", "ct", "xray"]])
 def test_other_names_are_refused(names):
-    with pytest.raises(ConfigError, match=r"must be one of xray, ct, slices, cube, or slices with ct"):
+    with pytest.raises(ConfigError, match=r"must be one of xray, ct, slices, cube, film, organs, or slices"):
         task_transforms({name: {} for name in names})

@@ -164,7 +164,7 @@ def test_crops_depend_on_epoch_and_index_alone(study, tmp_path):
     kept = PretrainDataset(items, transforms(12), root, seed=0, memory_mb=0.004)  # room for 5 of 14 x 14 floats
     for _ in range(2):
         assert all(torch.equal(kept[i]["image"], first[i]) for i in range(N2))
-    assert sorted(kept._memory) == [json.dumps([str(root / f"x{i}.jpg")]) for i in range(5)]
+    assert sorted(kept._memory) == [json.dumps({"image": str(root / f"x{i}.jpg")}) for i in range(5)]
 
 
 def test_parts_of_one_file_are_images_of_their_own(tmp_path):

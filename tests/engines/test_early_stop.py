@@ -7,9 +7,10 @@ import pytest
 import torch
 from ignite.engine import Engine, Events
 
-from unimedi_components.engines import ClassifierCheckpoint, EarlyStop
+from unimedi_components.engines import EarlyStop, TaskCheckpoint
 from unimedi_components.networks import UnifiedViT
-from unimedi_components.networks.classifier import ImageClassifier, classifier_card, load_classifier
+from unimedi_components.networks.cards import network_card
+from unimedi_components.networks.classifier import ImageClassifier, load_classifier
 
 SIZES = {"patch_size": 8, "patch_size_3d": (2, 8, 8), "embed_dim": 8, "depth": 1, "num_heads": 2}
 
@@ -26,9 +27,9 @@ class Run:
         self.trainer.add_event_handler(Events.EPOCH_COMPLETED, self.epoch)
         self.stop = EarlyStop(self.evaluator, patience)
         self.stop.attach(self.trainer)
-        card = classifier_card(self.network, "multiclass", ["a", "b"], {"xray": {"size": 16}})
+        card = network_card(self.network, "multiclass", ["a", "b"], {"xray": {"size": 16}})
         state = {"early_stop": self.stop}
-        self.checkpoint = ClassifierCheckpoint(str(folder), self.network, state, card, self.evaluator, resume)
+        self.checkpoint = TaskCheckpoint(str(folder), self.network, state, card, self.evaluator, resume)
         self.checkpoint.attach(self.trainer)
         self.folder, self.max_epochs = folder, max_epochs or len(values)
 

@@ -18,7 +18,8 @@ from unimedi_components.errors import CheckpointError, DataError
 from unimedi_components.evaluation import classifier_report
 from unimedi_components.evaluation.classifier_report import evaluate_classifier
 from unimedi_components.networks import UnifiedViT
-from unimedi_components.networks.classifier import ImageClassifier, classifier_card, load_classifier
+from unimedi_components.networks.cards import network_card
+from unimedi_components.networks.classifier import ImageClassifier, load_classifier
 
 NAMES = {
     "multilabel": ["Edema", "Pleural Effusion"],
@@ -61,7 +62,7 @@ def save_classifier(folder, task, broken=False):
     nn.init.constant_(network.head.bias, float("nan") if broken else 0.0)
     folder.mkdir()
     torch.save(network.state_dict(), folder / "model.pt")
-    write_json(classifier_card(network, task, NAMES[task], {"xray": {"size": 32}}), folder / "model.json")
+    write_json(network_card(network, task, NAMES[task], {"xray": {"size": 32}}), folder / "model.json")
     return folder / "model.pt"
 
 

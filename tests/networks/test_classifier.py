@@ -9,7 +9,8 @@ from torch import nn
 
 from unimedi_components.errors import CheckpointError
 from unimedi_components.networks import UnifiedViT
-from unimedi_components.networks.classifier import ImageClassifier, classifier_card, load_classifier, task_encoder
+from unimedi_components.networks.cards import network_card
+from unimedi_components.networks.classifier import ImageClassifier, load_classifier, task_encoder
 
 SIZES = {
     "img_size": 16,
@@ -197,7 +198,7 @@ def save_pretrained(folder, encoder):
 
 def save_classifier(folder, network):
     folder.mkdir(exist_ok=True)
-    card = classifier_card(network, "multiclass", ["a", "b", "c"], {"xray": {"size": 16}}, note="n")
+    card = network_card(network, "multiclass", ["a", "b", "c"], {"xray": {"size": 16}}, note="n")
     torch.save(network.state_dict(), folder / "model.pt")
     (folder / "model.json").write_text(json.dumps(card))
     return folder / "model.pt"
@@ -275,14 +276,14 @@ def test_the_card_of_a_wrapped_network():
 
     network = classifier()
     arguments = ("multiclass", ["a", "b", "c"], {"xray": {"size": 16}})
-    assert classifier_card(Wrapper(network), *arguments) == classifier_card(network, *arguments)
+    assert network_card(Wrapper(network), *arguments) == network_card(network, *arguments)
 
 
 def test_a_classifier_that_cannot_be_loaded(tmp_path):
     with pytest.raises(CheckpointError, match="no such checkpoint; train the bundle first"):
         load_classifier(tmp_path / "model.pt")
     path = save_pretrained(tmp_path / "encoder", encoder_of())
-    with pytest.raises(CheckpointError, match=r"model.json: describes no classifier; give the model.pt of a classif"):
+    with pytest.raises(CheckpointError, match=r"model.json: describes no classifier; give the model.pt of such a"):
         load_classifier(path)
     path = save_classifier(tmp_path / "classifier", classifier())
     card = json.loads(path.with_name("model.json").read_text())

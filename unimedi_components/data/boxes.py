@@ -16,24 +16,13 @@ from typing import Any
 import torch
 from monai.data import MetaTensor
 from monai.transforms import (
-    CenterSpatialCropd,
-    DeleteItemsd,
-    EnsureChannelFirstd,
-    EnsureTyped,
-    LoadImaged,
     MapTransform,
-    RandSpatialCropd,
-    Resized,
-    ScaleIntensityRanged,
-    SpatialPadd,
-    Transform,
 )
 from torch import Tensor
 
-from unimedi_components.data.transforms import XrayReader
 from unimedi_components.errors import DataError
 
-__all__ = ["BoxesToImaged", "BoxesToMaskd", "boxes_to_file", "boxes_to_image", "xray_box_transforms"]
+__all__ = ["BoxesToImaged", "BoxesToMaskd", "boxes_to_file", "boxes_to_image"]
 
 
 def boxes_to_image(boxes: Any, affine: Tensor) -> Tensor:
@@ -188,45 +177,3 @@ class BoxesToImaged(MapTransform):
         if self.affine_key is not None:
             result[self.affine_key] = affine.clone()
         return result
-
-
-def xray_box_transforms(
-    size: int = 224, long_side: int | None = None, random_crop: bool = False, masks: bool = True, boxes: bool = True
-) -> list[Transform]:
-    """Transforms of one X-ray item with boxes; its image is that of `xray_transforms`, pixel by pixel.
-
-    Only JPEG files may differ by a grey level: they are decoded in full here, since boxes are in pixels of
-    the file. The random crop comes last and moves image, mask and boxes alike. Transforms for augmentation
-    that also move pixels go before the crop, with the keys ``"image"`` and ``"mask"``. A dataset that caches
-    what comes before the first random transform has to keep the images' meta data for "boxes".
-
-    Args:
-        size: pixels per side of the result.
-        long_side: pixels of the padded square; None keeps the ratio of 256 to 224.
-        random_crop: crop at a random place (training) instead of the centre.
-        masks: paint "boxes" as "mask", (1, size, size) float32 of 0 and 1.
-        boxes: bring "boxes" to pixels of the result, and store the "affine" that `boxes_to_file` needs to bring
-            predictions back; otherwise "boxes" is removed, since batches cannot stack lists of all lengths.
-
-    Raises:
-        DataError: `size` is larger than `long_side`.
-    """
-    long_side = round(size * 256 / 224) if long_side is None else long_side
-    if size > long_side:
-        raise DataError(f"size {size} is larger than long_side {long_side}: there is nothing to crop from")
-    # LoadImaged accepts an instance; its annotation leaves that out
-    reader: Any = XrayReader()
-    keys = ["image", "mask"] if masks else ["image"]
-    return [
-        LoadImaged("image", reader=reader, image_only=True),
-        EnsureChannelFirstd("image"),
-        Resized("image", spatial_size=long_side, size_mode="longest", mode="area"),
-        SpatialPadd("image", spatial_size=(long_side, long_side)),
-        ScaleIntensityRanged("image", a_min=0, a_max=1, b_min=-1, b_max=1, clip=True),
-        *([BoxesToMaskd()] if masks else []),
-        RandSpatialCropd(keys, roi_size=(size, size), random_size=False)
-        if random_crop
-        else CenterSpatialCropd(keys, roi_size=(size, size)),
-        BoxesToImaged() if boxes else DeleteItemsd("boxes"),
-        EnsureTyped(keys, dtype=torch.float32, track_meta=False),
-    ]

@@ -10,6 +10,8 @@ from typing import Any
 from monai.transforms import Compose, Transform
 
 from unimedi_components.data.cubes import luna_cube_transforms
+from unimedi_components.data.films import film_transforms
+from unimedi_components.data.segmentation import segmentation_transforms
 from unimedi_components.data.slice_files import IMAGE_ENDINGS
 from unimedi_components.data.slices import slice_volume_transforms
 from unimedi_components.data.transforms import ct_transforms, xray_transforms
@@ -22,6 +24,8 @@ CHAINS: dict[str, Callable[..., list[Transform]]] = {
     "ct": ct_transforms,
     "slices": slice_volume_transforms,
     "cube": luna_cube_transforms,
+    "film": film_transforms,
+    "organs": segmentation_transforms,
 }
 
 
@@ -50,9 +54,9 @@ def task_transforms(preprocessing: Mapping[str, Mapping[str, Any]], **options: A
     """The deterministic chain (and random crop, where asked for) that a config or a card describes.
 
     Args:
-        preprocessing: {"xray" | "ct" | "slices" | "cube": arguments of its function in `CHAINS`}; "slices" and "ct"
-            together read folders of slice images by the one and volumes by the other.
-        options: further arguments, such as `random_crop` of "xray".
+        preprocessing: {a name in `CHAINS`: arguments of its function}; "slices" and "ct" together read folders of slice
+            images by the one and volumes by the other.
+        options: further arguments, such as `random_crop` of "xray" or `target` of "film".
 
     Raises:
         ConfigError: an unknown name, or a combination that has no meaning.

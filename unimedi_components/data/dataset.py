@@ -29,6 +29,8 @@ _MAX_REFILL = 8
 _SKIPPED_FILE = "skipped.jsonl"
 # fields of an item that say which part of its file is the image: the slices of a folder, the centre of a cube
 _PART_FIELDS = ("slices", "center")
+# fields that name a file, whose size and time decide whether what is kept of it is still valid
+_FILE_FIELDS = ("image", "mask")
 
 
 class Skipped(NamedTuple):
@@ -63,6 +65,8 @@ class PretrainDataset(PersistentDataset):
     """
 
     transform: ByDimension
+    # what a prepared item holds, and what is kept on disk of it
+    kept: tuple[str, ...] = ("image",)
 
     def __init__(
         self,
@@ -86,7 +90,7 @@ class PretrainDataset(PersistentDataset):
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._run = uuid.uuid4().hex
         self._skipped: dict[str, Skipped] = {}
-        self._memory: dict[str, Tensor] = {}
+        self._memory: dict[str, dict[str, Tensor]] = {}
         self._memory_left = int(memory_mb * 2**20)
 
     def set_data(self, data: Sequence[dict[str, Any]]) -> None:
@@ -146,16 +150,23 @@ class PretrainDataset(PersistentDataset):
         item = self.data[index]
         path = self.root / item["image"]
         try:
-            part = {field: item[field] for field in _PART_FIELDS if field in item}
-            prepared = self._cachecheck({"id": item["id"], "dim": item["dim"], "image": str(path), **part})
+            prepared = self._cachecheck(self._source(item))
             key = [self.seed, int(self._epoch), index]
             self.transform.seed_random(item["dim"], int(np.random.SeedSequence(key).generate_state(1)[0]))
-            image = _plain(self._post_transform({**prepared, "dim": item["dim"]})["image"])
+            tensors = self._tensors(self._post_transform({**prepared, "dim": item["dim"]}))
         except MemoryError:
             raise
         except Exception as error:
             return self._skip(item["id"], path, error)
-        return {**item, "report": item.get("report") or "", "image": image}
+        return {**item, "report": item.get("report") or "", **tensors}
+
+    def _source(self, item: Mapping[str, Any]) -> dict[str, Any]:
+        """What the transforms are given of an item: "id", "dim", and what says where and which the image is."""
+        part = {field: item[field] for field in _PART_FIELDS if field in item}
+        return {"id": item["id"], "dim": item["dim"], "image": str(self.root / item["image"]), **part}
+
+    def _tensors(self, prepared: Mapping[str, Any]) -> dict[str, Tensor]:
+        return {name: _plain(prepared[name], float_only=name == "image") for name in self.kept}
 
     def _skip(self, item_id: str, path: Path, error: BaseException) -> Skipped:
         cause = error
@@ -177,38 +188,42 @@ class PretrainDataset(PersistentDataset):
         return record
 
     def _cachecheck(self, item_transformed: dict[str, Any]) -> dict[str, Any]:
-        source = json.dumps([item_transformed["image"], *_part(item_transformed)])
+        source = json.dumps(_place(item_transformed))
         if source in self._memory:
             # transforms may work in place
-            return {"image": self._memory[source].clone()}
-        image = self._from_disk(item_transformed)
-        if image.nbytes <= self._memory_left:
-            self._memory_left -= image.nbytes
-            self._memory[source] = image.clone()
-        return {"image": image}
+            return {name: tensor.clone() for name, tensor in self._memory[source].items()}
+        found = self._from_disk(item_transformed)
+        size = sum(tensor.nbytes for tensor in found.values())
+        if size <= self._memory_left:
+            self._memory_left -= size
+            self._memory[source] = {name: tensor.clone() for name, tensor in found.items()}
+        return dict(found)
 
-    def _from_disk(self, item: dict[str, Any]) -> Tensor:
+    def _from_disk(self, item: dict[str, Any]) -> dict[str, Tensor]:
         if self.cache_dir is None:
             return self._compute(item)
-        path, dim = Path(item["image"]), item["dim"]
-        key = json.dumps([os.path.abspath(path), _stamp(path), dim, self.transform.fingerprints[dim], *_part(item)])
+        dim, place = item["dim"], _place(item)
+        place["image"] = os.path.abspath(item["image"])
+        files = [_stamp(Path(item[name])) for name in _FILE_FIELDS if name in item]
+        key = json.dumps([place, files, dim, self.transform.fingerprints[dim], self.kept])
         file = self.cache_dir / f"{hashlib.sha256(key.encode()).hexdigest()}.pt"
         try:
-            return torch.load(file, weights_only=True)["image"]
+            found = torch.load(file, weights_only=True)
+            return {name: found[name] for name in self.kept}
         except FileNotFoundError:
             pass
         except Exception as error:
             # a damaged file shows in many ways: bad zip, short read, foreign pickle
             logger.warning("cached image %s is damaged (%s) and is made again", file, type(error).__name__)
-        image = self._compute(item)
-        _save_atomic({"image": image}, file)
-        return image
+        found = self._compute(item)
+        _save_atomic(found, file)
+        return found
 
-    def _compute(self, item: dict[str, Any]) -> Tensor:
-        image = _plain(self._pre_transform(item)["image"])
-        if not torch.isfinite(image).all():
+    def _compute(self, item: dict[str, Any]) -> dict[str, Tensor]:
+        found = self._tensors(self._pre_transform(item))
+        if not torch.isfinite(found["image"]).all():
             raise DataError(f"{item['image']}: holds values that are not finite numbers")
-        return image
+        return found
 
 
 def _check_items(data: Sequence[Mapping[str, Any]], require_report: bool) -> None:
@@ -220,14 +235,17 @@ def _check_items(data: Sequence[Mapping[str, Any]], require_report: bool) -> Non
             raise DataError(f"item {i} ({item.get('id')!r}) of the datalist {fault}; make the datalist again")
 
 
-def _part(item: Mapping[str, Any]) -> list[Any]:
-    return [[field, item[field]] for field in _PART_FIELDS if field in item]
+def _place(source: Mapping[str, Any]) -> dict[str, Any]:
+    """A source without what does not decide on its tensors."""
+    return {name: value for name, value in source.items() if name not in ("id", "dim")}
 
 
-def _plain(image: Any) -> Tensor:
-    image = image.as_tensor() if isinstance(image, MetaTensor) else torch.as_tensor(image)
+def _plain(value: Any, float_only: bool) -> Tensor:
+    value = value.as_tensor() if isinstance(value, MetaTensor) else torch.as_tensor(value)
+    # a label map keeps its small whole numbers
+    kind = torch.float32 if float_only or value.is_floating_point() else value.dtype
     # a crop is a view: cloning lets go of the rest and makes what workers send small
-    return image.to(torch.float32).clone(memory_format=torch.contiguous_format)
+    return value.to(kind).clone(memory_format=torch.contiguous_format)
 
 
 def _stamp(path: Path) -> list[Any]:

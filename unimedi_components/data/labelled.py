@@ -21,7 +21,7 @@ from unimedi_components.data.transforms import ByDimension
 from unimedi_components.distributed import gather_objects, rank, world_size
 from unimedi_components.errors import DataError
 
-__all__ = ["FeatureDataset", "LabelledDataset", "collate_labelled", "labelled_loader"]
+__all__ = ["FeatureDataset", "LabelledDataset", "collate_labelled", "distinguish", "labelled_loader"]
 
 
 class LabelledDataset(PretrainDataset):
@@ -57,7 +57,7 @@ class LabelledDataset(PretrainDataset):
         self.label_names, self.task = list(label_names), task
         self._labels_from = Path(root)
         items = [self._complete(item, dim, require_label) for item in data]
-        _distinguish(items)
+        distinguish(items)
         super().__init__(items, chain, root, require_report=False, **kwargs)
 
     def _complete(self, item: Mapping[str, Any], dim: int, require_label: bool) -> dict[str, Any]:
@@ -90,7 +90,7 @@ class LabelledDataset(PretrainDataset):
         return list(value) if self.task == "multilabel" else value  # type: ignore[arg-type, return-value]
 
 
-def _distinguish(items: Sequence[dict[str, Any]]) -> None:
+def distinguish(items: Sequence[dict[str, Any]]) -> None:
     """Number equal ids: MONAI Label's items have none, and files of different folders may share a name."""
     known = {item["id"] for item in items}
     seen: set[str] = set()
@@ -237,10 +237,10 @@ def labelled_loader(
     share: bool = False,
     **kwargs: Any,
 ) -> DataLoader[Any]:
-    """Batches of a labelled data set, shuffled as a pure function of (seed, epoch) and shared among ranks.
+    """Batches of a task's data set, shuffled as a pure function of (seed, epoch) and shared among ranks.
 
     Args:
-        dataset: a `LabelledDataset` or `FeatureDataset`.
+        dataset: a `LabelledDataset`, `FeatureDataset` or `DenseDataset`.
         batch_size: items per batch and rank.
         shuffle: reshuffle every epoch (training); otherwise every readable item comes once, in order, and none
             stands in for an unreadable one.
@@ -265,7 +265,8 @@ def labelled_loader(
             raise DataError("no images to evaluate: the split is empty; prepare the data with items in it")
         indices = rank_share(range(len(dataset))) if share else list(range(len(dataset)))
         batches = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
-    return MixedDataLoader(dataset, batches, collate_labelled, num_workers=workers, seed=seed, **kwargs)  # type: ignore[arg-type]
+    collate: Any = getattr(dataset, "collate", collate_labelled)
+    return MixedDataLoader(dataset, batches, collate, num_workers=workers, seed=seed, **kwargs)
 
 
 def _without_stand_ins(dataset: Any) -> Any:

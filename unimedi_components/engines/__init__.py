@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What Ignite and MONAI need beyond what they bring."""
 
-from unimedi_components.engines.checkpoint import ClassifierCheckpoint, TrainingCheckpoint
+from unimedi_components.engines.checkpoint import TaskCheckpoint, TrainingCheckpoint
+from unimedi_components.engines.detect import EarlyStopByScore, RoisOfBoxesd, ServedDetector, prepare_boxes
 from unimedi_components.engines.early_stop import EarlyStop
 from unimedi_components.engines.handlers import (
     EndWithLoader,
@@ -21,14 +22,17 @@ from unimedi_components.engines.progress import TrainingProgress
 from unimedi_components.engines.whitening import WhitenTokenizers
 
 __all__ = [
-    "ClassifierCheckpoint",
     "EarlyStop",
+    "EarlyStopByScore",
     "EndWithLoader",
     "EpochSeed",
     "GradientCare",
     "History",
+    "RoisOfBoxesd",
     "SaveEmbeddings",
+    "ServedDetector",
     "SkippedStudies",
+    "TaskCheckpoint",
     "TeacherUpdate",
     "TensorBoardLosses",
     "TrainingCheckpoint",
@@ -39,6 +43,7 @@ __all__ = [
     "embed_batch",
     "finish_embedding",
     "losses",
+    "prepare_boxes",
     "prepare_mixed_batch",
     "warmup_cosine",
 ]

@@ -21,7 +21,7 @@ from unimedi_components.errors import CheckpointError
 from unimedi_components.networks.pretrained import CARD, FULL, TEXT, make_card, student_state
 from unimedi_components.networks.weights import load_strict
 
-__all__ = ["ClassifierCheckpoint", "ResumableCheckpoint", "TrainingCheckpoint", "atomic_save"]
+__all__ = ["ResumableCheckpoint", "TaskCheckpoint", "TrainingCheckpoint", "atomic_save"]
 
 LAST = "last.pt"
 # MONAI Label offers every *.pt of a models folder as a model, and takes the first one
@@ -206,16 +206,16 @@ class TrainingCheckpoint(ResumableCheckpoint):
         write_json(make_card(self.network, self.preprocessing, **self.card), self.folder / CARD)
 
 
-class ClassifierCheckpoint(ResumableCheckpoint):
-    """Checkpoints of a classification run: `model.pt` is the epoch with the best key metric, `last.ckpt` the newest.
+class TaskCheckpoint(ResumableCheckpoint):
+    """Checkpoints of a task's run: `model.pt` is the epoch with the best key metric, `last.ckpt` the newest.
 
     `model.json` says how to build the network, what its outputs mean and how its input is prepared.
 
     Args:
         save_dir: the bundle's `models` folder.
-        network: `ImageClassifier`, or its distributed wrapper.
+        network: a task's network, or its distributed wrapper.
         state: see `ResumableCheckpoint`.
-        card: of `networks.classifier_card`.
+        card: of `networks.network_card`.
         evaluator: see `ResumableCheckpoint`, as for the others.
         resume: continue an earlier run.
         greater_is_better: False where the key metric is a loss.

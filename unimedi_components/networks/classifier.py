@@ -6,8 +6,6 @@ Letters: B batch, D width, C classes, k slices.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +14,15 @@ from torch import Tensor, nn
 
 from unimedi_components import selection
 from unimedi_components.errors import CheckpointError
+from unimedi_components.networks.cards import load_network
 from unimedi_components.networks.export import scriptable
 from unimedi_components.networks.modality_norm import ModalityBatchNorm1d
 from unimedi_components.networks.output import EncoderOutput
 from unimedi_components.networks.pretrained import CARD, read_card
 from unimedi_components.networks.unified_vit import UnifiedViT
-from unimedi_components.networks.weights import load_strict, load_weights, read_state_dict
+from unimedi_components.networks.weights import load_weights
 
-__all__ = ["ImageClassifier", "classifier_card", "load_classifier", "task_encoder"]
+__all__ = ["ImageClassifier", "load_classifier", "task_encoder"]
 
 
 class ImageClassifier(nn.Module):
@@ -51,6 +50,8 @@ class ImageClassifier(nn.Module):
         >>> ImageClassifier(encoder, 5)(torch.zeros(2, 1, 32, 32)).shape
         torch.Size([2, 5])
     """
+
+    kind = "classifier"
 
     def __init__(
         self,
@@ -194,44 +195,5 @@ def task_encoder(weights: str | Path | None, **kwargs: Any) -> UnifiedViT:
 
 
 def load_classifier(checkpoint: str | Path, device: str | torch.device = "cpu") -> ImageClassifier:
-    """A trained classifier, in evaluation mode, from `models/model.pt` with `model.json` beside it.
-
-    Args:
-        checkpoint: the weights; `model.json` says how to build the network.
-        device: where to put it.
-
-    Returns:
-        the classifier; its attribute `card` holds label names, the kind of task and the images' preparation.
-
-    Raises:
-        CheckpointError: a file is missing or does not fit.
-    """
-    path = Path(checkpoint)
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such checkpoint; train the bundle first or give another path")
-    card = read_card(path)
-    if "classifier" not in card:
-        raise CheckpointError(
-            f"{path.with_name(CARD)}: describes no classifier; give the model.pt of a classification run"
-        )
-    network = ImageClassifier(UnifiedViT(**card["encoder"]), **card["classifier"])
-    load_strict(network, read_state_dict(path), str(path))
-    network.card = card
-    return network.to(device).eval()
-
-
-def classifier_card(
-    network: nn.Module, task: str, label_names: Sequence[str], preprocessing: Mapping[str, Any], **extra: Any
-) -> dict[str, Any]:
-    """Describe a classifier, or the one in a distributed wrapper, so that `load_classifier` can build it."""
-    classifier: Any = getattr(network, "module", network)
-    card = {
-        "format": 1,
-        "encoder": classifier.encoder.hparams,
-        "classifier": classifier.hparams,
-        "task": task,
-        "label_names": list(label_names),
-        "preprocessing": dict(preprocessing),
-        **extra,
-    }
-    return json.loads(json.dumps(card))
+    """A trained classifier, in evaluation mode; see `load_network`."""
+    return load_network(checkpoint, device, "classifier")

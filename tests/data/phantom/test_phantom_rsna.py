@@ -11,7 +11,8 @@ import itk
 import numpy as np
 import pytest
 
-from unimedi_components.data.boxes import boxes_to_file, xray_box_transforms
+from unimedi_components.data.boxes import boxes_to_file
+from unimedi_components.data.films import film_transforms
 from unimedi_components.data.phantom import LAYOUTS, write_phantom
 from unimedi_components.data.phantom.rsna import CLASSES, OPACITIES, SIDE
 from unimedi_components.data.rsna import convert
@@ -107,19 +108,20 @@ def test_converter_gives_the_truth(phantom, truth, task):
 def test_transforms_give_the_truth(phantom, truth):
     datalist = convert(phantom, task="segmentation", progress=False)
     # the film's own size, and half of it
-    whole = ByDimension(xray_box_transforms(SIDE, long_side=SIDE))
-    half = ByDimension(xray_box_transforms(SIDE // 2, long_side=SIDE // 2))
+    whole, half = (
+        {target: ByDimension(film_transforms(size, target=target)) for target in ("mask", "boxes")}
+        for size in (SIDE, SIDE // 2)
+    )
     for item in [entry for split in SPLITS for entry in datalist[split]][::3]:
         start = {**item, "image": str(phantom / item["image"])}
         mask = np.zeros((SIDE, SIDE), np.float32)
         for x0, y0, x1, y1 in truth[item["id"]]["boxes"]:
             mask[y0:y1, x0:x1] = 1
-        found = whole(start)
-        assert np.array_equal(found["mask"][0].numpy(), mask)
-        assert found["boxes"].tolist() == truth[item["id"]]["boxes"]
-        small = half(start)
+        assert np.array_equal(whole["mask"](start)["mask"][0].numpy(), mask)
+        assert whole["boxes"](start)["boxes"].tolist() == truth[item["id"]]["boxes"]
         # the centre of a pixel of the half is the corner that four pixels of the film share: the last decides
-        assert np.array_equal(small["mask"][0].numpy(), mask[1::2, 1::2])
+        assert np.array_equal(half["mask"](start)["mask"][0].numpy(), mask[1::2, 1::2])
+        small = half["boxes"](start)
         assert boxes_to_file(small["boxes"], small["affine"]).tolist() == truth[item["id"]]["boxes"]
 
 

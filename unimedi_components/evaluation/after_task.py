@@ -1,27 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a finished classification run has to show: metrics of the best checkpoint, cases and figures."""
+"""What a task's finished run has to show: metrics of the best checkpoint, cases and figures."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from unimedi_components.data.datalist import load_datalist
-from unimedi_components.data.labelled import LabelledDataset
+from unimedi_components.data.dataset import PretrainDataset
 from unimedi_components.distributed import rank
 from unimedi_components.engines.figures import draw_loss_curves
-from unimedi_components.evaluation.classifier_report import evaluate_classifier
 
-__all__ = ["after_classifier_training"]
+__all__ = ["after_task_training"]
 
 
-def after_classifier_training(
+def after_task_training(
+    evaluate: Callable[..., dict[str, Any]],
     checkpoint: str | Path,
-    training: LabelledDataset,
-    validation: LabelledDataset,
+    training: PretrainDataset,
+    validation: PretrainDataset,
     datalist_file: str | Path,
     output_dir: str | Path,
     history: Sequence[Mapping[str, float]] = (),
@@ -34,14 +34,16 @@ def after_classifier_training(
     run's own validation items.
 
     Args:
+        evaluate: the task's, for example `evaluate_classifier`: called with the checkpoint, a datalist, the folder of
+            its images, `output_dir`, and `device` and `options` by name.
         checkpoint: `models/model.pt` of the run.
         training: the run's training images.
         validation: the run's validation images.
         datalist_file: the datalist that the config names; it need not be there.
-        output_dir: folder for what `evaluate_classifier` writes and for `loss_curves.png`.
+        output_dir: folder for what `evaluate` writes and for `loss_curves.png`.
         history: one dict per iteration, see `figures.draw_loss_curves`.
         device: where to run.
-        options: of `evaluate_classifier`, such as `bootstrap`.
+        options: of `evaluate`, such as `bootstrap`.
 
     Returns:
         the content of `metrics.json`; empty on other ranks.
@@ -52,11 +54,10 @@ def after_classifier_training(
         draw_loss_curves(history, Path(output_dir) / "loss_curves.png")
     own = {"training": [], "validation": validation.data, "test": []}
     lists = _datalist_of(training, Path(datalist_file)) or own
-    common = {"device": device, "cache_dir": validation.cache_dir, **options}
-    return evaluate_classifier(checkpoint, lists, validation.root, output_dir, **common)
+    return evaluate(checkpoint, lists, validation.root, output_dir, device=device, **options)
 
 
-def _datalist_of(training: LabelledDataset, path: Path) -> dict[str, Any] | None:
+def _datalist_of(training: PretrainDataset, path: Path) -> dict[str, Any] | None:
     """The datalist at `path` if the training items are its own."""
     if not path.is_file():
         return None

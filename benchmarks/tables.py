@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The paper's classification tables (1, 2, 3 and 9): random initialisation against the pre-trained encoder.
+"""The paper's tables of downstream tasks (1 to 6, 8 and 9): random initialisation against the pre-trained encoder.
 
-Run from the repository's root: `python -m benchmarks.classification --table 1 --out results/table1`. Writes `OUT.csv`,
-a row per run, and `OUT.md`, the mean and standard deviation over seeds. A data set is read from `$UNIMEDI_DATA/<name>`
-with the paper's protocol where that folder is there, and made as phantoms for the small default otherwise.
+Run from the repository's root: `python -m benchmarks.tables --table 1 --out results/table1`. Writes `OUT.csv`, a row
+per run, and `OUT.md`, the mean and standard deviation over seeds. A data set is read from `$UNIMEDI_DATA/<name>` with
+the paper's protocol where that folder is there, and made as phantoms for the small default otherwise. Table 6 has
+MONAI's UNETR, trained for as long, as a peer.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import logging
 import os
 import statistics
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +23,55 @@ import fire
 import monai
 from monai.bundle import ConfigParser, ConfigWorkflow
 
-BUNDLES = {
-    "chexpert": "chest_xray_classification",
-    "rsna": "chest_xray_classification",
-    "covidx": "chest_xray_classification",
-    "cc_ccii": "chest_ct_classification",
-    "luna16": "chest_ct_classification",
+ONE_TO_ALL, FIFTH_TO_ALL = (0.01, 0.1, 1.0), (0.2, 0.4, 1.0)
+XRAY, CT = "chest_xray_classification", "chest_ct_classification"
+ORGANS = "abdomen_ct_segmentation"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One data set of a table.
+
+    Args:
+        bundle: folder below `bundles`.
+        data_set: the overlay's name, and that of the data.
+        metrics: headline values of `metrics.json`.
+        training: what is trained, for the table.
+        overlays: config files of the bundle between its default and the data set's.
+        fractions: of the labels.
+        peers: further networks to train beside the two encoders.
+    """
+
+    bundle: str
+    data_set: str
+    metrics: tuple[str, ...]
+    training: str = "probe"
+    overlays: tuple[str, ...] = ()
+    fractions: tuple[float, ...] = ONE_TO_ALL
+    peers: tuple[str, ...] = ()
+
+
+FINE_TUNING: dict[str, Any] = {"training": "fine-tuning", "overlays": ("fine_tune",), "fractions": (1.0,)}
+UNETR: dict[str, Any] = {"training": "UNETR", "fractions": FIFTH_TO_ALL}
+DETECTION = ("map_mgca", "map_coco", "ap_40")
+TABLES: dict[int, tuple[Cell, ...]] = {
+    1: (
+        Cell(XRAY, "chexpert", ("macro_auroc",)),
+        Cell(XRAY, "rsna", ("macro_auroc",)),
+        Cell(XRAY, "covidx", ("accuracy",)),
+    ),
+    2: (Cell(CT, "cc_ccii", ("accuracy",)),),
+    3: (
+        Cell(CT, "cc_ccii", ("accuracy",), fractions=(1.0,)),
+        Cell(CT, "cc_ccii", ("accuracy",), **FINE_TUNING),
+        Cell(CT, "luna16", ("macro_auroc",), **FINE_TUNING),
+    ),
+    4: (Cell("chest_xray_segmentation", "rsna", ("dice", "dice_positive"), "SETR-PUP, frozen encoder"),),
+    5: (Cell("chest_xray_detection", "rsna", DETECTION, "ViTDet, frozen encoder"),),
+    6: (Cell(ORGANS, "bcv", ("mean_dice",), **UNETR, peers=("MONAI UNETR",)),),
+    8: (Cell(ORGANS, "amos", ("mean_dice",), **UNETR),),
+    9: (Cell(XRAY, "covidx", ("accuracy", "macro_auroc")),),
 }
-# table -> data set, metrics, fine-tuned or not
-TABLES: dict[int, list[tuple[str, tuple[str, ...], bool]]] = {
-    1: [("chexpert", ("macro_auroc",), False), ("rsna", ("macro_auroc",), False), ("covidx", ("accuracy",), False)],
-    2: [("cc_ccii", ("accuracy",), False)],
-    3: [("cc_ccii", ("accuracy",), False), ("cc_ccii", ("accuracy",), True), ("luna16", ("macro_auroc",), True)],
-    9: [("covidx", ("accuracy", "macro_auroc"), False)],
-}
-FULL_DATA_ONLY = (3,)
 # what an overlay says of its data set, and not of the paper's sizes and schedule
 DATA_KEYS = ("data_set", "data_options", "task", "label_names", "preprocessing")
 COLUMNS = (
@@ -54,11 +90,11 @@ COLUMNS = (
 Row = dict[str, Any]
 
 
-def classification(
+def table(
     table: int,
     out: str | None = None,
     seeds: Any = (0, 1, 2),
-    fractions: Any = (0.01, 0.1, 1.0),
+    fractions: Any = None,
     phantoms: int | None = None,
     epochs: int | None = None,
     encoder_weights: str | None = None,
@@ -66,10 +102,10 @@ def classification(
     """Train and test every cell of a table.
 
     Args:
-        table: 1, 2, 3 or 9.
+        table: 1 to 6, 8 or 9.
         out: path of the table without its ending, `results/table<N>` by default.
         seeds: of head, shuffles and random initialisation.
-        fractions: of the labels; Table 3 uses all of them.
+        fractions: of the labels; None takes the paper's.
         phantoms: patients of each phantom set; None keeps the bundle's default.
         epochs: at most; None keeps the bundle's default.
         encoder_weights: pre-trained weights, instead of the pretrain bundle's.
@@ -79,15 +115,16 @@ def classification(
     logging.disable(logging.INFO)
     chosen = {"phantoms": phantoms, "epochs": epochs}
     rows: list[Row] = []
-    for data_set, metrics, fine_tune in TABLES[table]:
-        for fraction in (1.0,) if table in FULL_DATA_ONLY else _sequence(fractions):
-            for name, weights in (("random", "none"), ("UniMedI", encoder_weights)):
+    for cell in TABLES[table]:
+        for fraction in cell.fractions if fractions is None else _sequence(fractions):
+            for name, weights in (("random", "none"), ("UniMedI", encoder_weights), *((p, None) for p in cell.peers)):
                 for seed in _sequence(seeds):
                     over = {**chosen, "encoder_weights": weights, "label_fraction": fraction, "seed": seed}
-                    data, measured = _run(data_set, fine_tune, {k: v for k, v in over.items() if v is not None})
-                    cell = {"table": table, "data_set": data_set, "data": data, "encoder": name, "seed": seed}
-                    cell |= {"label_fraction": fraction, "training": "fine-tuning" if fine_tune else "probe"}
-                    rows += [{**cell, **_value(measured, metric)} for metric in metrics]
+                    over = {key: value for key, value in over.items() if value is not None}
+                    data, measured = _run(cell, over, peer=name in cell.peers)
+                    row = {"table": table, "data_set": cell.data_set, "data": data, "encoder": name, "seed": seed}
+                    row |= {"label_fraction": fraction, "training": cell.training}
+                    rows += [{**row, **_value(measured, metric)} for metric in cell.metrics]
     _write(rows, Path(out or f"results/table{table}"))
 
 
@@ -100,16 +137,16 @@ def _value(measured: Row, metric: str) -> Row:
     return {"metric": metric, "value": measured[metric], "low": low, "high": high}
 
 
-def _run(data_set: str, fine_tune: bool, overrides: Row) -> tuple[str, Row]:
+def _run(cell: Cell, overrides: Row, peer: bool = False) -> tuple[str, Row]:
     """Train once in a folder of its own; returns the kind of data and the content of metrics.json."""
-    configs = Path("bundles") / BUNDLES[data_set] / "configs"
-    files = [configs / "train.json", *([configs / "fine_tune.json"] if fine_tune else [])]
-    real = bool(os.environ.get("UNIMEDI_DATA")) and Path(os.environ["UNIMEDI_DATA"], data_set).is_dir()
+    configs = Path("bundles") / cell.bundle / "configs"
+    files = [configs / f"{name}.json" for name in ("train", *cell.overlays)]
+    real = bool(os.environ.get("UNIMEDI_DATA")) and Path(os.environ["UNIMEDI_DATA"], cell.data_set).is_dir()
     if real:
-        files.append(configs / f"{data_set}.json")
+        files.append(configs / f"{cell.data_set}.json")
         overrides = {key: value for key, value in overrides.items() if key != "phantoms"}
     else:
-        overlay = ConfigParser.load_config_file(str(configs / f"{data_set}.json"))
+        overlay = ConfigParser.load_config_file(str(configs / f"{cell.data_set}.json"))
         default = ConfigParser.load_config_file(str(configs / "train.json"))
         if overlay["data_set"] != default["data_set"]:
             overrides = {**{key: overlay[key] for key in DATA_KEYS if key in overlay}, **overrides}
@@ -158,4 +195,4 @@ def _cell(rows: list[Row]) -> str:
 
 
 if __name__ == "__main__":
-    fire.Fire(classification)
+    fire.Fire(table)

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Boxes of a film in the world of 3D Slicer and MONAI Label: centre and size in millimetres, and back to pixels.
+
+Slicer keeps a region of interest as centre and size along the axes of the patient, in the DICOM world (LPS: x to the
+left, y to the back, z to the head), and MONAI Label hands both over as [x, y, z, width, height, depth]. A film is one
+slice in that world: pixel (row, column) has its centre at origin + direction (column, row, 0) * spacing, as ITK and so
+Slicer read it from the file. A PNG or JPG has spacing 1 and origin 0, so that there millimetres are pixels; a DICOM
+film without a position has origin 0 and its pixel spacing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageOps
+
+from unimedi_components.data.itk_loading import load_itk
+from unimedi_components.errors import DataError
+
+__all__ = ["boxes_of_rois", "rois_of_boxes"]
+
+Array = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class _Plane:
+    """Where a film lies: index (column, row, slice) to LPS millimetres, and the thickness of the slice."""
+
+    matrix: Array
+    origin: Array
+    thickness: float
+
+
+def boxes_of_rois(path: str | Path, rois: Iterable[Sequence[float]]) -> list[list[float]]:
+    """Bring regions of interest to pixels of the file.
+
+    Args:
+        path: the film that they were drawn on.
+        rois: [x, y, z, width, height, depth] each: centre and size along the axes of the DICOM world (LPS), mm.
+
+    Returns:
+        [x0, y0, x1, y1] each, x along the columns, x1 and y1 just beyond the box; not clipped to the film. A region
+        that the film's axes are turned to gives the box around it.
+
+    Raises:
+        DataError: a region has not six finite numbers or no size, the film cannot be read, or its plane is upright in
+            the world, so that regions have no place in it.
+    """
+    plane = _plane(Path(path))
+    inverse = _inverse(plane, path)
+    boxes = []
+    for roi in rois:
+        numbers = np.asarray(roi, dtype=np.float64).reshape(-1)
+        if numbers.shape != (6,) or not np.isfinite(numbers).all() or (numbers[3:5] <= 0).any():
+            raise DataError(
+                f"{path}: the region of interest {list(roi)} is no box; it needs a centre and a size, "
+                "[x, y, z, width, height, depth] in mm"
+            )
+        corners = [(numbers[0] + i * numbers[3] / 2, numbers[1] + j * numbers[4] / 2) for i in (-1, 1) for j in (-1, 1)]
+        # the centre of the first pixel has index 0, its edge is box coordinate 0
+        pixels = (np.asarray(corners) - plane.origin[:2]) @ inverse.T + 0.5
+        boxes.append([float(v) for v in (*pixels.min(0), *pixels.max(0))])
+    return boxes
+
+
+def rois_of_boxes(path: str | Path, boxes: Iterable[Sequence[float]]) -> list[list[float]]:
+    """Bring boxes to the world: what `boxes_of_rois` undoes.
+
+    Args:
+        path: the film.
+        boxes: [x0, y0, x1, y1] each, in pixels of the file.
+
+    Returns:
+        [x, y, z, width, height, depth] each, LPS, mm; the depth is the slice's thickness, 1 where the file has none.
+
+    Raises:
+        DataError: as `boxes_of_rois`.
+    """
+    plane = _plane(Path(path))
+    _inverse(plane, path)
+    rois = []
+    for x0, y0, x1, y1 in boxes:
+        corners = np.asarray([(x, y) for x in (x0, x1) for y in (y0, y1)]) - 0.5
+        world = corners @ plane.matrix[:, :2].T + plane.origin
+        low, high = world.min(0), world.max(0)
+        size = [*(high - low)[:2], plane.thickness]
+        rois.append([float(v) for v in (*((low + high) / 2), *size)])
+    return rois
+
+
+def _inverse(plane: _Plane, path: str | Path) -> Array:
+    flat = plane.matrix[:2, :2]
+    scale = float(np.abs(plane.matrix[:, :2]).max())
+    if abs(np.linalg.det(flat)) < 1e-6 * scale**2:
+        raise DataError(
+            f"{path}: the film stands upright in its world (its rows or columns run from foot to head), where regions "
+            "of interest have no place in its plane; remove its position and orientation, or draw on a PNG of it"
+        )
+    return np.asarray(np.linalg.inv(flat))
+
+
+def _plane(path: Path) -> _Plane:
+    itk = load_itk()
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; correct the datalist")
+    reader = itk.ImageIOFactory.CreateImageIO(str(path), itk.CommonEnums.IOFileMode_ReadMode)
+    if reader is None:
+        return _picture(path)
+    reader.SetFileName(str(path))
+    reader.ReadImageInformation()
+    dims = range(min(3, reader.GetNumberOfDimensions()))
+    matrix, origin = np.eye(3), np.zeros(3)
+    for axis in dims:
+        direction = list(reader.GetDirection(axis))[:3]
+        matrix[: len(direction), axis] = np.asarray(direction) * reader.GetSpacing(axis)
+        origin[axis] = reader.GetOrigin(axis)
+    thickness = float(reader.GetSpacing(2)) if len(dims) > 2 else 1.0
+    return _Plane(matrix, origin, thickness)
+
+
+def _picture(path: Path) -> _Plane:
+    """A picture that ITK does not know: its pixels are millimetres, as of any picture."""
+    try:
+        with Image.open(path) as image:
+            ImageOps.exif_transpose(image)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read as a film ({error})") from error
+    return _Plane(np.eye(3), np.zeros(3), 1.0)
