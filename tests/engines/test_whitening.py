@@ -67,6 +67,17 @@ class Holder(torch.nn.Module):
         )
 
 
+def test_positions_are_scaled_in_student_and_teacher_but_not_that_of_cls():
+    holder = Holder()
+    before = {name: value.clone() for name, value in holder.encoder.state_dict().items()}
+    WhitenTokenizers(holder, Items(), position_std=0.3)(None)
+    table, volume = holder.encoder.pos_embed, holder.encoder.pos_embed_3d
+    assert torch.equal(table[:, :1], before["pos_embed"][:, :1])
+    for found, start in ((table[:, 1:], before["pos_embed"][:, 1:]), (volume, before["pos_embed_3d"])):
+        assert torch.allclose(found, start * 0.3 / start.std()) and abs(float(found.std()) - 0.3) < 1e-6
+    assert torch.equal(holder.teacher.pos_embed, table) and torch.equal(holder.teacher.pos_embed_3d, volume)
+
+
 def test_handler_sets_student_and_teacher_alike_or_nothing():
     holder, items = Holder(), Items()
     expected = PatchEmbed((8, 8), 1, 8)
