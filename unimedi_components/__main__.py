@@ -100,6 +100,38 @@ def evaluate(checkpoint: str, patients: int = 200, seed: int = 1000, json: str |
     )
 
 
+def embed(
+    *paths: str,
+    checkpoint: str = "bundles/pretrain/models/model.pt",
+    out: str = "embeddings.npz",
+    device: str = "auto",
+    **options: Any,
+) -> None:
+    """Embed X-rays and CT volumes: DICOM files and series folders, NIfTI, PNG and JPG, or folders of them.
+
+    The npz holds "embed", unit vectors of the space that images and reports share, "cls", "scores" and "selected" of
+    volumes' slices, "id", "dim", and as JSON text "entries", "card" (the preparation of the images) and "skipped".
+
+    Args:
+        paths: files, folders or patterns.
+        checkpoint: weights that a pre-training run left.
+        out: the npz to write.
+        device: cpu, cuda, or auto for a GPU where there is one.
+        options: --batch_2d, --batch_3d, --num_workers, --strict (an unreadable file is an error).
+    """
+    from unimedi_components.search import Embedder
+
+    if not paths:
+        raise ConfigError("embed: name at least one file or folder")
+    _check_options("embed", Embedder.images, options)
+    found = Embedder(str(checkpoint), str(device)).images([str(path) for path in paths], **options)
+    path = found.save(out if str(out).endswith(".npz") else f"{out}.npz")
+    for record in found.skipped:
+        print(f"skipped {record['file']}: {record['reason']}")
+    xrays = int((found.dims == 2).sum())
+    print(f"{path}: {xrays} X-rays and {len(found) - xrays} volumes, {len(found.skipped)} files could not be read")
+
+
 def check(*config: str, **overrides: Any) -> None:
     """Check a bundle's config without running it: unknown keys, overrides, arguments and references.
 
@@ -118,6 +150,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "prepare": prepare,
     "datasets": datasets,
     "evaluate": evaluate,
+    "embed": embed,
     "check": check,
 }
 

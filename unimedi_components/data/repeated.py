@@ -11,15 +11,10 @@ from torch.utils.data import Dataset
 
 from unimedi_components.data.dataset import PretrainDataset, Skipped
 
-__all__ = ["RepeatedDataset", "repeats_for"]
+__all__ = ["RepeatedDataset"]
 
 # seeds of the copies lie far apart, beyond any seed that a person would choose next
 _SEED_STEP = 1_000_003
-
-
-def repeats_for(cases: int, batch_size: int, steps: int) -> int:
-    """How often a data set must be repeated to give about `steps` batches, at least once."""
-    return max(1, round(steps * batch_size / max(1, cases)))
 
 
 class RepeatedDataset(Dataset[Any]):
@@ -30,13 +25,19 @@ class RepeatedDataset(Dataset[Any]):
 
     Args:
         dataset: what is repeated.
-        times: at least 1.
+        times: at least 1; None repeats it as often as comes closest to `steps` batches of `batch_size` items.
+        steps: of an epoch.
+        batch_size: items per batch.
 
     Raises:
         ValueError: less than 1.
     """
 
-    def __init__(self, dataset: PretrainDataset, times: int) -> None:
+    def __init__(
+        self, dataset: PretrainDataset, times: int | None = None, steps: int = 250, batch_size: int = 1
+    ) -> None:
+        if times is None:
+            times = max(1, round(steps * batch_size / max(1, len(dataset))))
         if times < 1:
             raise ValueError(f"times must be at least 1, not {times}")
         self.dataset, self.times = dataset, times

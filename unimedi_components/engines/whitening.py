@@ -3,10 +3,10 @@
 
 This is ours, not the paper's, which starts from pre-trained weights. Raw patches are dominated by a few directions
 (brightness, habitus), so that a randomly initialised tokenizer hardly passes on what reports speak of. Kernels set to
-the leading principal directions of real patches, scaled towards equal variance, cure it (whitening initialisation, as in
-K. Jordan, "94% on CIFAR-10 in 3.29 seconds on a single GPU", arXiv 2404.00498). How far is `eps`: small ones lift
-directions that hold only noise to the size of all others, and what segmentation and detection read from the tokens drowns
-in it.
+the leading principal directions of real patches, scaled towards equal variance, cure it (whitening initialisation, as
+in K. Jordan, "94% on CIFAR-10 in 3.29 seconds on a single GPU", arXiv 2404.00498). How far is `eps`: small ones lift
+directions that hold only noise to the size of all others, and what segmentation and detection read from the tokens
+drowns in it.
 """
 
 from __future__ import annotations

@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Segmentation of X-rays: SETR's progressive upsampling over the patch tokens of the unified encoder.
+
+Zheng et al., *Rethinking Semantic Segmentation from a Sequence-to-Sequence Perspective with Transformers*, CVPR 2021,
+in the form that MGCA gave it, which the paper follows (S7.2), or in its own.
+
+Letters: B batch, D width, C classes, h and w rows and columns of tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import zip_longest
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from unimedi_components.networks.export import scriptable
+from unimedi_components.networks.shared_norm import SharedBatchNorm2d
+from unimedi_components.networks.unified_vit import UnifiedViT
+
+__all__ = ["SETRPUP", "upsampling_factors"]
+
+VARIANTS = ("mgca", "original")
+_AUXILIARY_WIDTH = 256
+
+
+def upsampling_factors(patch_size: Sequence[int]) -> list[tuple[int, int]]:
+    """Stages (rows, columns) of upsampling from tokens to pixels, factors of 3 before those of 2.
+
+    Args:
+        patch_size: rows and columns of a patch.
+
+    Raises:
+        ValueError: a patch size that is no product of 2s and 3s.
+
+    Example:
+        >>> upsampling_factors((12, 16))
+        [(3, 2), (2, 2), (2, 2), (1, 2)]
+    """
+    rows, columns = (_factors(size) for size in patch_size)
+    return list(zip_longest(rows, columns, fillvalue=1))
+
+
+def _factors(size: int) -> list[int]:
+    found, left = [], size
+    for factor in (3, 2):
+        while left % factor == 0 and left > 1:
+            found.append(factor)
+            left //= factor
+    if left != 1:
+        raise ValueError(
+            f"SETR-PUP upsamples in stages of 2 and 3, so a patch of {size} pixels cannot be decoded; give an encoder "
+            "whose patch size is a product of 2s and 3s, such as 8, 12 or 16"
+        )
+    return found
+
+
+class SETRPUP(nn.Module):
+    """Progressive upsampling decoder: a stage of convolution and bilinear upsampling per factor of the patch size.
+
+    - `variant="mgca"`: a linear layer on the tokens, then stages of [3 x 3 convolution, batch norm, ReLU, upsampling],
+      of 512, 256, 128 and 64 channels for 16-pixel patches, and a 3 x 3 convolution to the classes.
+    - `variant="original"`: layer norm on the tokens, stages of 256 channels each, and a 1 x 1 convolution to the
+      classes; auxiliary heads on earlier blocks in training, where `auxiliary` names them.
+
+    Args:
+        encoder: its patch tokens after the final norm are decoded.
+        num_classes: outputs C, each against the background by a sigmoid.
+        freeze_encoder: the encoder gets no gradient and stays in evaluation mode (the paper), or is fine-tuned.
+        variant: "mgca" or "original".
+        widths: channels of each stage; None takes the variant's, halved from 512 on (mgca) or 256 (original).
+        auxiliary: indices of the encoder's blocks whose tokens get a head of their own in training ("original").
+        align_corners: of the upsampling; None takes the variant's, True for mgca.
+
+    Raises:
+        ValueError: no classes, an unknown variant, a patch size that is no product of 2s and 3s, another number of
+            widths than of stages, or auxiliary heads on blocks that are not there or in MGCA's variant.
+
+    Example:
+        >>> encoder = UnifiedViT(img_size=32, vol_size=(8, 32, 32), embed_dim=24, depth=2, num_heads=2)
+        >>> SETRPUP(encoder, widths=(16, 8, 8, 4))(torch.zeros(2, 1, 32, 48)).shape
+        torch.Size([2, 1, 32, 48])
+    """
+
+    kind = "setr_pup"
+
+    def __init__(
+        self,
+        encoder: UnifiedViT,
+        num_classes: int = 1,
+        *,
+        freeze_encoder: bool = True,
+        variant: str = "mgca",
+        widths: Sequence[int] | None = None,
+        auxiliary: Sequence[int] = (),
+        align_corners: bool | None = None,
+    ) -> None:
+        super().__init__()
+        if num_classes < 1:
+            raise ValueError(f"num_classes must be at least 1, not {num_classes}")
+        if variant not in VARIANTS:
+            raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, not {variant!r}")
+        factors = upsampling_factors(encoder.patch_embed.patch_size)
+        if widths is None:
+            widths = [max(512 >> i, 8) if variant == "mgca" else 256 for i in range(len(factors))]
+        if len(widths) != len(factors) or any(width < 1 for width in widths):
+            raise ValueError(
+                f"widths {list(widths)}: a patch of {tuple(encoder.patch_embed.patch_size)} pixels needs "
+                f"{len(factors)} stages, so give {len(factors)} positive numbers of channels"
+            )
+        _check_auxiliary(auxiliary, variant, len(encoder.blocks))
+        self.hparams: dict[str, Any] = {
+            "num_classes": num_classes,
+            "freeze_encoder": freeze_encoder,
+            "variant": variant,
+            "widths": [int(width) for width in widths],
+            "auxiliary": [int(index) for index in auxiliary],
+            "align_corners": variant == "mgca" if align_corners is None else align_corners,
+        }
+        self.card: dict[str, Any] = {}
+        self.encoder = encoder
+        dim, corners = encoder.embed_dim, self.hparams["align_corners"]
+        self.tokens: nn.Module = nn.Linear(dim, dim) if variant == "mgca" else nn.LayerNorm(dim, eps=1e-6)
+        channels = [dim, *widths]
+        self.stages = nn.Sequential(
+            *(
+                _stage(before, after, factor, corners)
+                for before, after, factor in zip(channels[:-1], channels[1:], factors, strict=True)
+            )
+        )
+        kernel = 3 if variant == "mgca" else 1
+        self.head = nn.Conv2d(channels[-1], num_classes, kernel, padding=kernel // 2)
+        self.auxiliary = nn.ModuleList(_AuxiliaryHead(dim, num_classes, corners) for _ in auxiliary)
+        self.freeze_encoder = freeze_encoder
+        if freeze_encoder:
+            encoder.requires_grad_(False).eval()
+        else:
+            # what X-rays never reach: DDP waits for a gradient of every parameter that may have one
+            tables = [encoder.mask_token, encoder.pos_embed_3d, encoder.segment_embed, encoder.depth_embed]
+            for parameter in (*tables, *encoder.patch_embed_3d.parameters()):
+                parameter.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> SETRPUP:
+        """Set the mode of the decoder, and of the encoder unless it is frozen."""
+        super().train(mode)
+        if self.freeze_encoder:
+            self.encoder.eval()
+        return self
+
+    def features(self, image: Tensor) -> list[Tensor]:
+        """Maps (B, D, h, w) of the encoder's last tokens, then of each auxiliary block; no gradient if it is frozen."""
+        _, rows, columns = self.encoder.token_grids(image)[0]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_encoder):
+            blocks = self.hparams["auxiliary"] if self.training else ()
+            output = self.encoder(image, hidden_states=blocks)
+        tokens = [self.tokens(output.patches), *(state[:, 1:] for state in _in_order(output.hidden_states, blocks))]
+        return [found.transpose(1, 2).unflatten(2, (rows, columns)) for found in tokens]
+
+    def forward(self, image: Tensor) -> Tensor | list[Tensor]:
+        """Segment X-rays.
+
+        Args:
+            image: (B, 1, H, W) in [-1, 1], each size a multiple of the patch's.
+
+        Returns:
+            logits (B, C, H, W); in training with auxiliary heads a list of them, the auxiliary ones last.
+
+        Raises:
+            ValueError: not a batch of 2D images, or a size that the patch does not divide.
+        """
+        if image.ndim != 4:
+            raise ValueError(f"expected X-rays (B, 1, H, W), got {tuple(image.shape)}")
+        last, *earlier = self.features(image)
+        logits = self.head(self.stages(last))
+        if not earlier:
+            return logits
+        size = image.shape[2:]
+        return [logits, *(head(found, size) for head, found in zip(self.auxiliary, earlier, strict=True))]
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What `torch.jit.script`, and so `monai.bundle ckpt_export`, compiles in place of this network."""
+        channels = self.encoder.patch_embed.proj.in_channels
+        # what its images are prepared to, which need not be the size of the pre-training
+        side = self.card.get("preprocessing", {}).get("film", {}).get("size")
+        size = self.encoder.img_size if side is None else (side, side)
+        return scriptable(self, torch.zeros(2, channels, *size, device=self.head.weight.device))
+
+
+def _check_auxiliary(auxiliary: Sequence[int], variant: str, blocks: int) -> None:
+    if auxiliary and variant != "original":
+        raise ValueError(f"auxiliary heads belong to variant 'original'; variant {variant!r} has none")
+    if any(not 0 <= index < blocks for index in auxiliary) or len(set(auxiliary)) != len(auxiliary):
+        raise ValueError(f"auxiliary {list(auxiliary)} must name different blocks from 0 to {blocks - 1}")
+
+
+def _in_order(states: Sequence[Tensor], blocks: Sequence[int]) -> list[Tensor]:
+    """The encoder returns hidden states by rising block, whatever order they were asked for in."""
+    found = dict(zip(sorted(blocks), states, strict=True))
+    return [found[block] for block in blocks]
+
+
+def _stage(before: int, after: int, factor: tuple[int, int], align_corners: bool) -> nn.Sequential:
+    # a bias before batch norm does nothing, but Adam would turn the rounding errors of its gradient into steps
+    return nn.Sequential(
+        nn.Conv2d(before, after, 3, padding=1, bias=False),
+        SharedBatchNorm2d(after),
+        nn.ReLU(),
+        nn.Upsample(scale_factor=factor, mode="bilinear", align_corners=align_corners),
+    )
+
+
+class _AuxiliaryHead(nn.Module):
+    """SETR's auxiliary head: layer norm, a 3 x 3 convolution with batch norm and ReLU, a classifier, resized."""
+
+    def __init__(self, dim: int, num_classes: int, align_corners: bool) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.stage = nn.Sequential(
+            nn.Conv2d(dim, _AUXILIARY_WIDTH, 3, padding=1, bias=False), SharedBatchNorm2d(_AUXILIARY_WIDTH), nn.ReLU()
+        )
+        self.head = nn.Conv2d(_AUXILIARY_WIDTH, num_classes, 1)
+        self.align_corners = align_corners
+
+    def forward(self, tokens: Tensor, size: Sequence[int]) -> Tensor:
+        normed = self.norm(tokens.movedim(1, -1)).movedim(-1, 1)
+        logits = self.head(self.stage(normed))
+        return F.interpolate(logits, list(size), mode="bilinear", align_corners=self.align_corners)

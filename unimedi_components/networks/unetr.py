@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Segmentation of volumes: UNETR's decoder over the unified encoder, for patches of any shape.
+
+Letters: B batch, D width of the tokens, C classes; n stages of upsampling, from the token grid to the voxels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from monai.networks.blocks.dynunet_block import UnetBasicBlock, UnetOutBlock, UnetResBlock, get_conv_layer
+from monai.networks.blocks.unetr_block import UnetrBasicBlock, UnetrUpBlock
+from torch import Tensor, nn
+
+from unimedi_components.networks.embed import interpolate_depth, resample_pos_embed_3d, to_tuple
+from unimedi_components.networks.export import scriptable
+from unimedi_components.networks.unified_vit import UnifiedViT
+
+__all__ = ["UnifiedUNETR", "resize_positions_3d", "upsampling_strides"]
+
+Stride = tuple[int, ...]
+
+
+def upsampling_strides(patch_size: Sequence[int]) -> list[Stride]:
+    """Strides of the stages that lead from tokens to voxels, the coarsest first.
+
+    Each side of the patch is taken apart into its prime factors, the largest first, so that the axis with the most of
+    them sets the number of stages, and a side with fewer is upsampled at the coarse stages alone (nnU-Net's and
+    UniMiSS's convention for thick slices).
+
+    Args:
+        patch_size: depth, height and width of the 3D patch.
+
+    Raises:
+        ValueError: a patch of one voxel, whose tokens need no decoder.
+
+    Example:
+        >>> upsampling_strides((4, 16, 16))
+        [(2, 2, 2), (2, 2, 2), (1, 2, 2), (1, 2, 2)]
+        >>> upsampling_strides((4, 12, 12))
+        [(2, 3, 3), (2, 2, 2), (1, 2, 2)]
+    """
+    axes = [_prime_factors(int(side)) for side in patch_size]
+    stages = max(map(len, axes))
+    if not stages:
+        raise ValueError("a patch of one voxel needs no upsampling; use larger patches (patch_size_3d)")
+    padded = [factors + [1] * (stages - len(factors)) for factors in axes]
+    return list(zip(*padded, strict=True))
+
+
+def _prime_factors(number: int) -> list[int]:
+    factors, divisor = [], 2
+    while number > 1:
+        while number % divisor == 0:
+            factors.append(divisor)
+            number //= divisor
+        divisor += 1
+    return factors[::-1]
+
+
+def resize_positions_3d(encoder: UnifiedViT, vol_size: Sequence[int]) -> UnifiedViT:
+    """Make an encoder's 3D tables for another size of volume, so that training at that size has its own positions.
+
+    Args:
+        encoder: changed in place; what it computes for volumes of `vol_size` stays the same.
+        vol_size: D, H, W.
+
+    Returns:
+        the encoder.
+
+    Raises:
+        ValueError: the patch does not divide the size.
+    """
+    size = to_tuple(vol_size, 3, "vol_size")
+    grid = encoder.patch_embed_3d.grid(size)
+    with torch.no_grad():
+        table = resample_pos_embed_3d(encoder.pos_embed_3d, encoder.grid_3d, grid)
+        centres = (torch.arange(grid[0], device=table.device) + 0.5)[None] / grid[0]
+        depths = interpolate_depth(encoder.depth_embed, centres)
+    encoder.pos_embed_3d, encoder.depth_embed = nn.Parameter(table.clone()), nn.Parameter(depths.clone())
+    encoder.vol_size, encoder.grid_3d = size, grid
+    encoder.hparams = {**encoder.hparams, "vol_size": size}
+    return encoder
+
+
+class TokenUpsampling(nn.Module):
+    """A hidden state on its way up to a skip connection: MONAI's `UnetrPrUpBlock` with a kernel for each layer.
+
+    Args:
+        in_channels: width D of the tokens.
+        out_channels: of the skip connection.
+        strides: of the layers, one or more; each doubles, triples or keeps an axis.
+        norm: MONAI's name of a norm, or (name, options).
+        res_block: convolve with a residual block after each layer but the first, else with a plain one.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, strides: Sequence[Stride], norm: Any, res_block: bool
+    ) -> None:
+        super().__init__()
+        block = UnetResBlock if res_block else UnetBasicBlock
+        channels = [in_channels] + [out_channels] * len(strides)
+        layers: list[nn.Module] = []
+        for index, stride in enumerate(strides):
+            up = get_conv_layer(
+                3, channels[index], out_channels, kernel_size=stride, stride=stride, conv_only=True, is_transposed=True
+            )
+            convolutions = [block(3, out_channels, out_channels, kernel_size=3, stride=1, norm_name=norm)]
+            layers.append(nn.Sequential(up, *(convolutions if index else [])))
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, grid: Tensor) -> Tensor:
+        """(B, D, d, h, w) to (B, out_channels, ...), larger by the product of the strides."""
+        return self.layers(grid)
+
+
+class UnifiedUNETR(nn.Module):
+    """UNETR (Hatamizadeh et al., WACV 2022) with the unified encoder in the transformer's place (supplement, 7.2).
+
+    The decoder is MONAI's, stage for stage, but its strides follow the 3D patch: `upsampling_strides`. n stages take
+    n - 1 hidden states beside the last tokens and the image itself.
+
+    Args:
+        encoder: reads volumes; its position table is resampled to `vol_size` once and learned there.
+        num_classes: classes C with the background.
+        vol_size: D, H, W of the volumes or crops that the network is trained on; None keeps the encoder's. Others can
+            be fed, their position table is interpolated.
+        hidden_states: blocks whose outputs reach the skip connections, 0 for the first, in rising order: the first
+            one joins the finest stage. MONAI's UNETR takes (3, 6, 9) of twelve for its four stages.
+        feature_size: channels of the finest stage, doubled at each coarser one.
+        norm: MONAI's name of a norm, or (name, options).
+        res_block: residual blocks of convolutions, else plain ones.
+        freeze_encoder: train the decoder alone; the paper trains the entire model.
+        deep_supervision: in training also return the scores of the coarser stages, which `OrganLoss` weighs in
+            (UniMiSS's protocol); organs are found in fewer steps.
+        background_prior: share of the voxels that a new network gives to the background (its output's bias); the rest
+            is shared evenly. None starts from no preference, as MONAI's UNETR.
+        stem_window: values of the input that the stem sees as -1 and 1, clipped beyond; None shows it the input. The
+            encoder always reads the input: with the input in the pre-training's window the encoder sees what it
+            learned from, and the stem the narrower window of the organs.
+
+    Raises:
+        ValueError: hidden states that the encoder lacks, or not one for each skip connection; too few classes.
+
+    Example:
+        >>> encoder = UnifiedViT(vol_size=(8, 32, 32), embed_dim=24, depth=4, num_heads=2)
+        >>> network = UnifiedUNETR(encoder, 14, hidden_states=(0, 1, 2), feature_size=4)
+        >>> network(torch.zeros(1, 1, 8, 32, 32)).shape
+        torch.Size([1, 14, 8, 32, 32])
+    """
+
+    kind = "unetr"
+
+    def __init__(
+        self,
+        encoder: UnifiedViT,
+        num_classes: int,
+        *,
+        vol_size: Sequence[int] | None = None,
+        hidden_states: Sequence[int] = (3, 6, 9),
+        feature_size: int = 16,
+        norm: str | Sequence[Any] = "instance",
+        res_block: bool = True,
+        freeze_encoder: bool = False,
+        deep_supervision: bool = False,
+        background_prior: float | None = None,
+        stem_window: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__()
+        if num_classes < 2:
+            raise ValueError(f"num_classes must be at least 2 with the background, not {num_classes}")
+        strides = upsampling_strides(encoder.patch_embed_3d.patch_size)
+        _check_hidden_states(hidden_states, len(strides), len(encoder.blocks), encoder.patch_embed_3d.patch_size)
+        if stem_window is not None and not stem_window[0] < stem_window[1]:
+            raise ValueError(f"stem_window must rise, not {tuple(stem_window)}")
+        if vol_size is not None and tuple(vol_size) != encoder.vol_size:
+            resize_positions_3d(encoder, vol_size)
+        self.hparams: dict[str, Any] = {
+            "num_classes": num_classes,
+            "vol_size": encoder.vol_size,
+            "hidden_states": tuple(hidden_states),
+            "feature_size": feature_size,
+            "norm": norm if isinstance(norm, str) else list(norm),
+            "res_block": res_block,
+            "freeze_encoder": freeze_encoder,
+            "deep_supervision": deep_supervision,
+            "background_prior": background_prior,
+            "stem_window": None if stem_window is None else tuple(stem_window),
+        }
+        self.card: dict[str, Any] = {}
+        self.encoder = encoder
+        self.hidden_states, self.freeze_encoder = tuple(hidden_states), freeze_encoder
+        self.stem_window = None if stem_window is None else tuple(map(float, stem_window))
+        norm_name: Any = norm if isinstance(norm, str) else tuple(norm)
+        width, channels = encoder.embed_dim, encoder.patch_embed_3d.proj.in_channels
+        features = [feature_size * 2**level for level in reversed(range(len(strides)))]
+        self.stem = UnetrBasicBlock(3, channels, feature_size, 3, 1, norm_name, res_block)
+        # the deepest hidden state meets the coarsest stage
+        self.skips = nn.ModuleList(
+            TokenUpsampling(width, features[level], strides[: level + 1], norm_name, res_block)
+            for level in range(len(strides) - 1)
+        )
+        self.stages = nn.ModuleList(
+            UnetrUpBlock(3, before, after, 3, stride, norm_name, res_block)
+            for before, after, stride in zip([width, *features], features, strides, strict=False)
+        )
+        self.out = UnetOutBlock(3, feature_size, num_classes)
+        coarser = features[:-1] if deep_supervision else []
+        self.coarse_outs = nn.ModuleList(UnetOutBlock(3, width_of_stage, num_classes) for width_of_stage in coarser)
+        if background_prior is not None:
+            _prefer_background([self.out, *self.coarse_outs], background_prior)
+        if freeze_encoder:
+            encoder.requires_grad_(False).eval()
+        else:
+            # what this task never reads: DDP waits for a gradient of every parameter that may have one
+            for parameter in (encoder.mask_token, *encoder.patch_embed.parameters(), encoder.depth_embed):
+                parameter.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> UnifiedUNETR:
+        """Set the mode of the decoder, and of the encoder unless it is frozen."""
+        super().train(mode)
+        if self.freeze_encoder:
+            self.encoder.eval()
+        return self
+
+    def forward(self, image: Tensor) -> Tensor | list[Tensor]:
+        """Segment volumes.
+
+        Args:
+            image: (B, 1, D, H, W) in [-1, 1], each side a multiple of the encoder's patch.
+
+        Returns:
+            logits (B, C, D, H, W); with deep supervision in training mode a list of them, the finest first, each
+            coarser one on its stage's grid.
+
+        Raises:
+            ValueError: other axes, or sides that the patch does not divide.
+        """
+        if image.ndim != 5:
+            raise ValueError(f"expected volumes (B, 1, D, H, W), got {tuple(image.shape)}")
+        hidden = self._tokens(image)
+        x = hidden[-1]
+        skips = [skip(state) for skip, state in zip(self.skips, hidden[-2::-1], strict=True)]
+        levels: list[Tensor] = []
+        for stage, skip in zip(self.stages, [*skips, self.stem(self._windowed(image))], strict=True):
+            x = stage(x, skip)
+            levels.append(x)
+        if not self.training or not self.coarse_outs:
+            return self.out(x)
+        coarse = [out(level) for out, level in zip(self.coarse_outs, levels[:-1], strict=True)]
+        return [self.out(x), *coarse[::-1]]
+
+    def _tokens(self, image: Tensor) -> list[Tensor]:
+        """The hidden states and the last tokens on their grid, each (B, D, d, h, w)."""
+        grid = self.encoder.token_grids(image)[0]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_encoder):
+            output = self.encoder(image, hidden_states=self.hidden_states)
+        states = [state[:, 1:] for state in output.hidden_states]
+        return [state.transpose(1, 2).unflatten(2, grid) for state in (*states, output.patches)]
+
+    def _windowed(self, image: Tensor) -> Tensor:
+        if self.stem_window is None:
+            return image
+        low, high = self.stem_window
+        return ((image - low) * (2 / (high - low)) - 1).clamp(-1, 1)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What `torch.jit.script`, and so `monai.bundle ckpt_export`, compiles in place of this network."""
+        encoder = self.encoder
+        channels = encoder.patch_embed_3d.proj.in_channels
+        return scriptable(self, torch.zeros(2, channels, *encoder.vol_size, device=encoder.cls_token.device))
+
+
+def _prefer_background(outs: Sequence[nn.Module], share: float) -> None:
+    """Set the biases of output layers so that equal features give the background this share (Lin et al., 2017)."""
+    if not 0 < share < 1:
+        raise ValueError(f"background_prior must lie between 0 and 1, not {share!r}")
+    for out in outs:
+        bias: Any = out.conv.conv.bias  # type: ignore[union-attr]
+        with torch.no_grad():
+            bias.fill_(math.log((1 - share) / (len(bias) - 1)))
+            bias[0] = math.log(share)
+
+
+def _check_hidden_states(wanted: Sequence[int], stages: int, blocks: int, patch: Sequence[int]) -> None:
+    rising = list(wanted) == sorted(set(wanted))
+    if len(wanted) != stages - 1 or not rising or (wanted and not 0 <= wanted[0] <= wanted[-1] < blocks):
+        raise ValueError(
+            f"hidden_states {tuple(wanted)}: patches of {'x'.join(map(str, patch))} are decoded in {stages} stages, "
+            f"which take {stages - 1} different blocks in rising order, of 0 to {blocks - 1}"
+        )
