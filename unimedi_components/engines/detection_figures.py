@@ -100,8 +100,8 @@ def _draw_one(axes: Axes, image: BoxImage) -> None:
         axes.add_patch(_rectangle(box, ec=TRUE, lw=1.8))
     for box, score in zip(np.reshape(image.found, (-1, 4)), np.ravel(image.scores), strict=True):
         axes.add_patch(_rectangle(box, ec=FOUND, lw=1.5, ls="--"))
-        place = {"fontsize": 7.5, "color": "white", "va": "bottom", "clip_on": True}
-        back = {"facecolor": FOUND, "edgecolor": "none", "pad": 1.0, "alpha": 0.85}
+        place: dict[str, Any] = {"fontsize": 7.5, "color": "white", "va": "bottom", "clip_on": True}
+        back: dict[str, Any] = {"facecolor": FOUND, "edgecolor": "none", "pad": 1.0, "alpha": 0.85}
         axes.text(box[0], box[1], f"{score:.2f}", bbox=back, **place)
     axes.set(xlim=(-0.5, image.image.shape[1] - 0.5), ylim=(image.image.shape[0] - 0.5, -0.5))
     axes.set_xticks([])

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["LEVEL", "patient_intervals", "resample_patients", "resampled_auroc"]
+__all__ = ["LEVEL", "patient_intervals", "percentile_interval", "resample_patients", "resampled_auroc"]
 
 Array = npt.NDArray[Any]
 
@@ -96,7 +96,7 @@ def patient_intervals(
     by_name = dict(zip([names[c] for c in defined], values[:, :-1].T, strict=True))
     macro = values[:, :-1].mean(1) if defined else np.empty(0)
     rows = [macro, values[:, -1], *(by_name.get(name, np.empty(0)) for name in names)]
-    limits = [None if count < 2 else _percentiles(row) for row in rows]
+    limits = [None if count < 2 else percentile_interval(row) for row in rows]
     used = [int(np.isfinite(row).sum()) for row in rows]
 
     def named(found: Sequence[Any]) -> dict[str, Any]:
@@ -105,7 +105,8 @@ def patient_intervals(
     return {"level": LEVEL, "resamples": resamples, **named(limits), "resamples_used": named(used)}
 
 
-def _percentiles(values: Array) -> list[float] | None:
+def percentile_interval(values: Array) -> list[float] | None:
+    """Central `LEVEL` percentile interval of a statistic's resamples; None where fewer than two are defined."""
     defined = values[np.isfinite(values)]
     if len(defined) < 2:
         return None

@@ -38,7 +38,7 @@ class SimpleFeaturePyramid(nn.Module):
         ValueError: no scale, or one that is not known.
 
     Example:
-        >>> maps = SimpleFeaturePyramid(32, 16)(torch.zeros(1, 32, 6, 6))
+        >>> maps = SimpleFeaturePyramid(32, 16)(nn.Parameter(Tensor(1, 32, 6, 6)))
         >>> [tuple(x.shape[2:]) for x in maps]
         [(24, 24), (12, 12), (6, 6), (3, 3), (2, 2)]
     """

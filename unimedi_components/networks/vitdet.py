@@ -110,7 +110,7 @@ class ViTDet(nn.Module):
         self.regression_head = RetinaNetRegressionHead(width, anchors, spatial_dims=2)
         for head in (self.classification_head, self.regression_head):
             # convolution, norm and activation each
-            head.conv = head.conv[: 3 * head_convs]
+            head.conv = nn.Sequential(*list(head.conv)[: 3 * head_convs])
         self.select_boxes(score_threshold, nms_threshold, max_boxes)
         if freeze_encoder:
             encoder.requires_grad_(False).eval()
