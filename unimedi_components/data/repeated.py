@@ -50,7 +50,7 @@ class RepeatedDataset(Dataset[Any]):
             self._copies.append(part)
 
     @property
-    def data(self) -> list[dict[str, Any]]:
+    def data(self) -> Sequence[Any]:
         """The items of one pass."""
         return self.dataset.data
 

@@ -51,7 +51,7 @@ class OrganInferer(SlidingWindowInferer):
         super().__init__(tuple(roi_size), sw_batch_size=sw_batch_size, overlap=overlap, **options)
         self.mirrors = list(chain.from_iterable(combinations(axes, count) for count in range(len(axes) + 1)))
 
-    def __call__(self, inputs: Tensor, network: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, inputs: Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
         """Scores (B, C, D, H, W) of volumes (B, 1, D, H, W)."""
         volume = inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs
         total: Any = None

@@ -66,10 +66,12 @@ def organ_scores(
         found, wanted = _cropped(prediction == organ + 1, truth == organ + 1)
         both = np.count_nonzero(found & wanted)
         scores["dice"][organ] = 2 * both / float(voxels[organ] + predicted[organ])
-        pair = [torch.from_numpy(mask)[None, None].float() for mask in (found, wanted)]
+        seen, true = (torch.from_numpy(mask)[None, None].float() for mask in (found, wanted))
         step = tuple(float(value) for value in spacing)
-        surface = compute_surface_dice(*pair, class_thresholds=[tolerance_mm], include_background=True, spacing=step)
-        distance = compute_hausdorff_distance(*pair, include_background=True, percentile=95, spacing=step)
+        surface = compute_surface_dice(
+            seen, true, class_thresholds=[tolerance_mm], include_background=True, spacing=step
+        )
+        distance = compute_hausdorff_distance(seen, true, include_background=True, percentile=95, spacing=step)
         scores["surface_dice"][organ], scores["hd95_mm"][organ] = float(surface), float(distance)
     return {
         **scores,

@@ -152,7 +152,9 @@ def _write(
     os.replace(temporary, folder / "cases.csv")
     means = [float(np.nanmean(row["scores"]["dice"])) if row["scores"]["voxels"].any() else 0.0 for row in rows]
     ranked = np.argsort(means)[::-1]
-    chosen = np.unique(np.linspace(0, len(rows) - 1, min(figures, len(rows))).round().astype(int)) if figures else []
+    chosen: Any = (
+        np.unique(np.linspace(0, len(rows) - 1, min(figures, len(rows))).round().astype(int)) if figures else []
+    )
     for place in chosen:
         row = rows[int(ranked[place])]
         truth: Any = truths[row["index"]]
