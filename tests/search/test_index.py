@@ -75,7 +75,7 @@ def test_files_come_back_and_refuse_other_models(embeddings, tmp_path):
     index = EmbeddingIndex.load(path)
     assert np.array_equal(index.embeddings.embed, embeddings.embed) and index.entries == embeddings.entries
     assert np.array_equal(index.embeddings.cls, embeddings.cls) and index.embeddings.card["a"] == 1
-    assert index.embeddings.scores is None and index.backend == "exact"
+    assert index.embeddings.scores is None
     with np.load(path) as content:
         assert content["id"].tolist() == embeddings.ids and content["dim"].tolist() == embeddings.dims.tolist()
     with pytest.raises(ConfigError, match="the index was made with model m1, the query with m2"):
@@ -92,8 +92,6 @@ def test_faults(embeddings, tmp_path):
     for query in (np.ones((1, WIDTH + 1)), np.full((1, WIDTH), np.nan)):
         with pytest.raises(DataError, match="not finite rows of 8 values"):
             index.query(query, "m1")
-    with pytest.raises(ConfigError, match="backend 'annoy' is unknown"):
-        EmbeddingIndex(embeddings, "annoy")
     with pytest.raises(DataError, match="no embedding to search"):
         EmbeddingIndex(Embeddings(np.zeros((0, WIDTH), np.float32), [], "m1"))
     with pytest.raises(DataError, match="no such file"):

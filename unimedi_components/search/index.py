@@ -14,10 +14,9 @@ import torch
 from unimedi_components.errors import ConfigError, DataError
 from unimedi_components.search.embeddings import KINDS, Embeddings
 
-__all__ = ["BACKENDS", "EmbeddingIndex", "Hit"]
+__all__ = ["EmbeddingIndex", "Hit"]
 
 Array = npt.NDArray[Any]
-BACKENDS = ("exact", "faiss")
 
 
 class Hit(NamedTuple):
@@ -30,37 +29,32 @@ class Hit(NamedTuple):
 class EmbeddingIndex:
     """Search by cosine similarity, within and across X-rays, volumes and reports.
 
-    The default is exact: one matrix product and the K largest, in torch, which takes a fifth of the time of
-    scikit-learn's brute force and gives numpy's result. "faiss" (extra `[faiss]`) searches an inverted file instead:
-    for millions of rows, approximately.
+    It is exact: one matrix product and the K largest, in torch, which is faster than scikit-learn's brute force and
+    gives numpy's result.
 
     Args:
         embeddings: what is searched; its model's hash is kept, and the queries of another model are refused.
-        backend: "exact" or "faiss".
 
     Raises:
-        ConfigError: an unknown backend, or FAISS is not installed.
         DataError: there is nothing to search, or a row is not finite.
     """
 
-    def __init__(self, embeddings: Embeddings, backend: str = "exact") -> None:
-        if backend not in BACKENDS:
-            raise ConfigError(f"index backend {backend!r} is unknown; use {' or '.join(BACKENDS)}")
+    def __init__(self, embeddings: Embeddings) -> None:
         if not len(embeddings):
             raise DataError("no embedding to search; embed at least one image or report")
         if not np.isfinite(embeddings.embed).all():
             raise DataError("an embedding is not finite; the network that made it diverged, train it again")
-        self.embeddings, self.backend = embeddings, backend
+        self.embeddings = embeddings
         self.model, self.entries = embeddings.model, embeddings.entries
         kinds = np.asarray([KINDS.index(entry["kind"]) for entry in self.entries])
         dims = embeddings.dims
         # one part per kind and dimension: a sentence has one vector for X-rays and another for volumes
-        self._parts: dict[tuple[str, int], tuple[Array, Any]] = {}
+        self._parts: dict[tuple[str, int], tuple[Array, _Exact]] = {}
         for kind in KINDS:
             for dim in (2, 3):
                 rows = np.flatnonzero((kinds == KINDS.index(kind)) & (dims == dim))
                 if len(rows):
-                    self._parts[kind, dim] = rows, _SEARCH[backend](embeddings.embed[rows])
+                    self._parts[kind, dim] = rows, _Exact(embeddings.embed[rows])
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -101,9 +95,8 @@ class EmbeddingIndex:
             if own_dim in by_dim and kind in (None, own_kind) and dim in (None, own_dim):
                 scores, places = search.nearest(self._queries(by_dim[own_dim]), min(wanted, len(rows)))
                 for query in range(queries):
-                    found[query] += [
-                        (float(s), int(rows[p])) for s, p in zip(scores[query], places[query], strict=True) if p >= 0
-                    ]
+                    pairs = zip(scores[query], places[query], strict=True)
+                    found[query] += [(float(score), int(rows[place])) for score, place in pairs]
         return [self._hits(pairs, k, None if exclude is None else exclude[query]) for query, pairs in enumerate(found)]
 
     def _hits(self, pairs: list[tuple[float, int]], k: int, exclude: str | None) -> list[Hit]:
@@ -130,19 +123,17 @@ class EmbeddingIndex:
         return array
 
     def save(self, path: str | Path) -> Path:
-        """Write the embeddings and the backend's name; the index itself is built again when loaded."""
-        self.embeddings.card = {**self.embeddings.card, "index": {"backend": self.backend}}
+        """Write the embeddings; the index itself is built again when loaded."""
         return self.embeddings.save(path)
 
     @classmethod
-    def load(cls, path: str | Path, backend: str | None = None) -> EmbeddingIndex:
+    def load(cls, path: str | Path) -> EmbeddingIndex:
         """Read what `save` or `Embeddings.save` wrote.
 
         Raises:
             DataError: missing or damaged.
         """
-        embeddings = Embeddings.load(path)
-        return cls(embeddings, backend or embeddings.card.get("index", {}).get("backend", "exact"))
+        return cls(Embeddings.load(path))
 
 
 class _Exact:
@@ -153,28 +144,3 @@ class _Exact:
         similarity = torch.from_numpy(queries) @ self.rows.T
         scores, places = similarity.topk(k, dim=1)
         return scores.numpy(), places.numpy()
-
-
-class _Faiss:
-    def __init__(self, rows: Array) -> None:
-        try:
-            import faiss  # type: ignore[import-not-found, import-untyped, unused-ignore]
-        except ImportError as error:
-            raise ConfigError(
-                "index backend 'faiss' needs FAISS: pip install 'unimedi-components[faiss]', or use backend 'exact'"
-            ) from error
-        rows = np.ascontiguousarray(rows, dtype=np.float32)
-        # FAISS's own advice: 4 to 16 sqrt(N) lists, and at least 39 rows to learn each from
-        lists = max(1, min(int(4 * len(rows) ** 0.5), len(rows) // 39))
-        self.index = faiss.IndexIVFFlat(
-            faiss.IndexFlatIP(rows.shape[1]), rows.shape[1], lists, faiss.METRIC_INNER_PRODUCT
-        )
-        self.index.train(rows)
-        self.index.add(rows)
-        self.index.nprobe = max(1, lists // 8)
-
-    def nearest(self, queries: Array, k: int) -> tuple[Array, Array]:
-        return self.index.search(queries, k)
-
-
-_SEARCH = {"exact": _Exact, "faiss": _Faiss}
