@@ -16,12 +16,13 @@ from sklearn.metrics import roc_curve
 from tqdm.auto import tqdm
 
 from unimedi_components.data.chains import task_transforms
-from unimedi_components.data.datalist import load_datalist, select, write_json
+from unimedi_components.data.datalist import load_datalist, write_json
 from unimedi_components.data.labelled import LabelledDataset, labelled_loader
 from unimedi_components.distributed import rank
 from unimedi_components.engines.classification_figures import RocCurve, draw_confusion, draw_roc
 from unimedi_components.errors import CheckpointError, DataError
 from unimedi_components.evaluation.classification import classification_metrics, predicted_labels
+from unimedi_components.evaluation.report_inputs import check_labels, split_items
 from unimedi_components.losses.classification import UNCERTAIN, probabilities
 from unimedi_components.networks.classifier import ImageClassifier, load_classifier
 
@@ -76,8 +77,8 @@ def evaluate_classifier(
     network = load_classifier(checkpoint, device)
     lists = datalist if isinstance(datalist, dict) else load_datalist(datalist, dataset_dir)
     shown = "the datalist" if isinstance(datalist, dict) else str(datalist)
-    _check_labels(network.card, lists, str(checkpoint), shown)
-    split, items = _items(lists, split, network.spatial_dims, shown)
+    check_labels(network.card, lists, str(checkpoint), shown)
+    split, items = split_items(lists, split, network.spatial_dims, shown)
     task, names = network.card["task"], network.card["label_names"]
     chain = task_transforms(network.card["preprocessing"]) if transform is None else transform
     dataset = LabelledDataset(items, chain, dataset_dir, names, task, network.spatial_dims, cache_dir=cache_dir)
@@ -97,26 +98,6 @@ def evaluate_classifier(
     if output_dir is not None:
         _write(Path(output_dir), values, cases)
     return values
-
-
-def _check_labels(card: Mapping[str, Any], lists: Datalist, checkpoint: str, datalist: str) -> None:
-    meta = lists.get("meta", {})
-    own = (card["task"], list(card["label_names"]))
-    other = (meta.get("task", own[0]), list(meta.get("label_names", own[1])))
-    if own != other:
-        raise DataError(
-            f"{checkpoint} was trained for the {own[0]} labels {', '.join(own[1])}, but {datalist} holds the "
-            f"{other[0]} labels {', '.join(other[1])}; prepare the data with the former, in this order, or train on "
-            "the latter"
-        )
-
-
-def _items(lists: Datalist, split: str, dim: int, datalist: str) -> tuple[str, list[dict[str, Any]]]:
-    tried = [split, "validation"] if split == "test" else [split]
-    for name in tried:
-        if items := select(lists, name, dim):
-            return name, items
-    raise DataError(f"{datalist}: no {dim}D item in the {' or '.join(tried)} split; prepare the data with one")
 
 
 @torch.no_grad()

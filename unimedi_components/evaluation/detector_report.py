@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from unimedi_components.data.boxes import boxes_to_file, boxes_to_image
 from unimedi_components.data.chains import task_transforms
-from unimedi_components.data.datalist import load_datalist, select, write_json
+from unimedi_components.data.datalist import load_datalist, write_json
 from unimedi_components.data.dense import DenseDataset
 from unimedi_components.data.labelled import labelled_loader
 from unimedi_components.data.roi_boxes import boxes_of_rois
@@ -30,6 +30,7 @@ from unimedi_components.evaluation.detection import (
     match_boxes,
     precision_recall,
 )
+from unimedi_components.evaluation.report_inputs import check_labels, split_items
 from unimedi_components.networks.cards import load_network
 
 __all__ = ["evaluate_detector"]
@@ -89,8 +90,8 @@ def evaluate_detector(
     network.select_boxes(min(lowest_score, own["score_threshold"]), own["nms_threshold"], own["max_boxes"])
     lists = datalist if isinstance(datalist, dict) else load_datalist(datalist, dataset_dir)
     shown = "the datalist" if isinstance(datalist, dict) else str(datalist)
-    _check_labels(network.card, lists, str(checkpoint), shown)
-    split, items = _items(lists, split, shown)
+    check_labels(network.card, lists, str(checkpoint), shown)
+    split, items = split_items(lists, split, 2, shown)
     chain = task_transforms(network.card["preprocessing"], target="boxes")
     dataset = DenseDataset(items, chain, dataset_dir, target="boxes", dim=2, cache_dir=cache_dir)
     cases = _run(network, dataset, device, batch_size, num_workers, f"{split} images")
@@ -112,25 +113,6 @@ def evaluate_detector(
     if output_dir is not None:
         _write(Path(output_dir), values, cases, dataset, own["score_threshold"])
     return values
-
-
-def _check_labels(card: Mapping[str, Any], lists: Datalist, checkpoint: str, datalist: str) -> None:
-    meta = lists.get("meta", {})
-    own = (card["task"], list(card["label_names"]))
-    other = (meta.get("task", own[0]), list(meta.get("label_names", own[1])))
-    if own != other:
-        raise DataError(
-            f"{checkpoint} was trained for {own[0]} of {', '.join(own[1])}, but {datalist} is for {other[0]} of "
-            f"{', '.join(other[1])}; prepare the data with --task detection, or train on the latter"
-        )
-
-
-def _items(lists: Datalist, split: str, datalist: str) -> tuple[str, list[dict[str, Any]]]:
-    tried = [split, "validation"] if split == "test" else [split]
-    for name in tried:
-        if items := select(lists, name, 2):
-            return name, items
-    raise DataError(f"{datalist}: no 2D item in the {' or '.join(tried)} split; prepare the data with one")
 
 
 @torch.no_grad()

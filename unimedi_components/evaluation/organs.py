@@ -18,7 +18,7 @@ from ignite.metrics.metric import reinit__is_reduced, sync_all_reduce
 from monai.metrics import compute_hausdorff_distance, compute_surface_dice
 from torch import Tensor
 
-from unimedi_components.evaluation.bootstrap import LEVEL, resample_patients
+from unimedi_components.evaluation.bootstrap import LEVEL, percentile_interval, resample_patients
 
 __all__ = ["METRICS", "OrganDice", "organ_metrics", "organ_scores"]
 
@@ -160,11 +160,7 @@ def _mean_over_organs(means: Array) -> Array:
 
 
 def _limits(values: Array, patients: int) -> list[float] | None:
-    defined = values[np.isfinite(values)]
-    if patients < 2 or len(defined) < 2:
-        return None
-    tail = 50 * (1 - LEVEL)
-    return [float(limit) for limit in np.percentile(defined, [tail, 100 - tail])]
+    return percentile_interval(values) if patients > 1 else None
 
 
 def _none(value: float) -> float | None:

@@ -14,7 +14,7 @@ import torch
 from tqdm.auto import tqdm
 
 from unimedi_components.data.chains import task_transforms
-from unimedi_components.data.datalist import load_datalist, select, write_json
+from unimedi_components.data.datalist import load_datalist, write_json
 from unimedi_components.data.dataset import Skipped
 from unimedi_components.data.dense import DenseDataset
 from unimedi_components.data.segmentation import segmentation_transforms
@@ -24,6 +24,7 @@ from unimedi_components.engines.organ_maps import OrganInferer, OrganMapd
 from unimedi_components.engines.save_organs import DISPLAY_WINDOW, displayed, voxel_spacing
 from unimedi_components.errors import CheckpointError, DataError
 from unimedi_components.evaluation.organs import METRICS, organ_metrics, organ_scores
+from unimedi_components.evaluation.report_inputs import split_items
 from unimedi_components.networks.cards import load_network
 
 __all__ = ["evaluate_organs"]
@@ -84,7 +85,7 @@ def evaluate_organs(
             f"{checkpoint} was trained for the labels {', '.join(names)}, but {shown} holds {', '.join(found)}; "
             "prepare the data set that it was trained for, or train on this one"
         )
-    split, items = _items(lists, split, shown)
+    split, items = split_items(lists, split, 3, shown)
     chain = task_transforms(network.card["preprocessing"], label_map=False)
     volumes = DenseDataset(items, chain, dataset_dir, target=None, dim=3, keep_meta=True, require_target=False)
     as_filed = segmentation_transforms(window=DISPLAY_WINDOW, num_classes=len(names))
@@ -127,14 +128,6 @@ def evaluate_organs(
     if output_dir is not None:
         _write(Path(output_dir), values, rows, truths, names[1:], figures)
     return values
-
-
-def _items(lists: Datalist, split: str, datalist: str) -> tuple[str, list[dict[str, Any]]]:
-    tried = [split, "validation"] if split == "test" else [split]
-    for name in tried:
-        if items := select(lists, name, 3):
-            return name, items
-    raise DataError(f"{datalist}: no volume in the {' or '.join(tried)} split; prepare the data with one")
 
 
 def _write(

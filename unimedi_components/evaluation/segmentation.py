@@ -17,7 +17,7 @@ from ignite.metrics import Metric
 from ignite.metrics.metric import reinit__is_reduced, sync_all_reduce
 from torch import Tensor
 
-from unimedi_components.evaluation.bootstrap import LEVEL, resample_patients
+from unimedi_components.evaluation.bootstrap import LEVEL, percentile_interval, resample_patients
 from unimedi_components.losses.segmentation import FocalDiceLoss
 
 __all__ = ["MaskLossMetric", "MaskScore", "mask_counts", "mask_metrics", "mask_scores"]
@@ -116,13 +116,9 @@ def _intervals(
         weights = resample_patients(number, min(step, resamples - start), rng)[:, index].astype(np.float64)
         for name in scores:
             values[name].append(_mean(scores[name], kept[name], weights))
-    tail = 50 * (1 - LEVEL)
     limits: dict[str, Any] = {}
     for name, parts in values.items():
-        row = np.concatenate(parts)
-        defined = row[np.isfinite(row)]
-        able = number > 1 and len(defined) > 1
-        limits[name] = [float(limit) for limit in np.percentile(defined, [tail, 100 - tail])] if able else None
+        limits[name] = percentile_interval(np.concatenate(parts)) if number > 1 else None
     return {"level": LEVEL, "resamples": resamples, **limits}
 
 

@@ -15,12 +15,13 @@ import torch
 from tqdm.auto import tqdm
 
 from unimedi_components.data.chains import task_transforms
-from unimedi_components.data.datalist import load_datalist, select, write_json
+from unimedi_components.data.datalist import load_datalist, write_json
 from unimedi_components.data.dense import DenseDataset
 from unimedi_components.data.labelled import labelled_loader
 from unimedi_components.distributed import rank
 from unimedi_components.engines.mask_figures import MaskView, draw_masks
 from unimedi_components.errors import CheckpointError, DataError
+from unimedi_components.evaluation.report_inputs import check_labels, split_items
 from unimedi_components.evaluation.segmentation import mask_counts, mask_metrics, mask_scores
 from unimedi_components.networks.cards import load_network
 
@@ -78,8 +79,8 @@ def evaluate_segmenter(
     network = load_network(checkpoint, device, kind="setr_pup")
     lists = datalist if isinstance(datalist, dict) else load_datalist(datalist, dataset_dir)
     shown = "the datalist" if isinstance(datalist, dict) else str(datalist)
-    _check_labels(network.card, lists, str(checkpoint), shown)
-    split, items = _items(lists, split, shown)
+    check_labels(network.card, lists, str(checkpoint), shown)
+    split, items = split_items(lists, split, 2, shown)
     chain = task_transforms(network.card["preprocessing"], target="mask")
     dataset = DenseDataset(items, chain, dataset_dir, target="mask", dim=2, cache_dir=cache_dir)
     cases = _run(network, dataset, device, batch_size, num_workers, threshold, f"{split} images")
@@ -98,25 +99,6 @@ def evaluate_segmenter(
     if output_dir is not None:
         _write(Path(output_dir), values, cases, network, dataset, device)
     return values
-
-
-def _check_labels(card: Mapping[str, Any], lists: Datalist, checkpoint: str, datalist: str) -> None:
-    meta = lists.get("meta", {})
-    own = (card["task"], list(card["label_names"]))
-    other = (meta.get("task", own[0]), list(meta.get("label_names", own[1])))
-    if own != other:
-        raise DataError(
-            f"{checkpoint} was trained for {own[0]} of {', '.join(own[1])}, but {datalist} is for {other[0]} of "
-            f"{', '.join(other[1])}; prepare the data with --task segmentation, or train on the latter"
-        )
-
-
-def _items(lists: Datalist, split: str, datalist: str) -> tuple[str, list[dict[str, Any]]]:
-    tried = [split, "validation"] if split == "test" else [split]
-    for name in tried:
-        if items := select(lists, name, 2):
-            return name, items
-    raise DataError(f"{datalist}: no 2D item in the {' or '.join(tried)} split; prepare the data with one")
 
 
 @torch.no_grad()
