@@ -177,4 +177,4 @@ def _bars(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    fire.Fire(segmentation)
+    fire.Fire(segmentation, serialize=lambda _: None)
