@@ -171,7 +171,9 @@ def test_data_for_another_task_or_without_boxes_is_refused(run: Any, data: Path)
     folder, _ = run
     checkpoint, lists = folder / "models" / "model.pt", read(folder / "data.json")
     other = {**lists, "meta": {**lists["meta"], "task": "segmentation"}}
-    with pytest.raises(DataError, match="trained for the detection labels background, pneumonia, but the datalist holds the"):
+    with pytest.raises(
+        DataError, match="trained for the detection labels background, pneumonia, but the datalist holds the"
+    ):
         evaluate_detector(checkpoint, other, data / "rsna")
     empty = {**lists, "test": [{**item, "boxes": []} for item in lists["test"]]}
     with pytest.raises(DataError, match="there is nothing to find"):
