@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,10 @@ import torch
 from monai.transforms import Transform
 from torch import Tensor
 
-from unimedi_components.data.datalist import write_json
 from unimedi_components.data.labelled import LabelledDataset
 from unimedi_components.engines.prediction_figures import draw_prediction
-from unimedi_components.errors import CheckpointError, DataError
+from unimedi_components.engines.predictions import check_any_read, prediction_rows, write_csv, write_predictions
+from unimedi_components.errors import CheckpointError
 from unimedi_components.networks.classifier import ImageClassifier
 
 __all__ = ["SavePredictions"]
@@ -97,13 +96,7 @@ class SavePredictions(Transform):
         Raises:
             DataError: not one input could be read.
         """
-        skipped = [record._asdict() for record in dataset.skipped]
-        rows = [
-            {"id": item["id"], "source": item["source"], **self.rows[item["id"]]}
-            for item in dataset.data
-            if item["id"] in self.rows
-        ]
-        self.folder.mkdir(parents=True, exist_ok=True)
+        rows = prediction_rows(dataset, self.rows)
         single = self.task != "multilabel"
         shown = [{**row, "predicted": row["predicted"][0] if single else row["predicted"]} for row in rows]
         about = {
@@ -111,19 +104,13 @@ class SavePredictions(Transform):
             "label_names": self.label_names,
             "threshold": None if self.task == "multiclass" else self.threshold,
         }
-        write_json({**about, "predictions": shown, "skipped": skipped}, self.folder / "predictions.json")
+        write_predictions(self.folder, about, shown, dataset)
         self._write_table(rows)
-        if not rows:
-            raise DataError(
-                f"none of {len(dataset)} inputs could be read, first {skipped[0]['file']}: {skipped[0]['reason']}; "
-                f"see {self.folder}/predictions.json"
-            )
-        logger.info("%s: predictions of %d inputs; %d could not be read", self.folder, len(rows), len(skipped))
+        check_any_read(self.folder, rows, dataset)
+        logger.info("%s: predictions of %d inputs; %d could not be read", self.folder, len(rows), len(dataset.skipped))
 
     def _write_table(self, rows: list[dict[str, Any]]) -> None:
         names = self.label_names[1:] if self.task == "binary" else self.label_names
         columns = ["id", "source", *(f"probability_{name}" for name in names), "predicted"]
         cells = [[row["id"], row["source"], *row["probability"].values(), "; ".join(row["predicted"])] for row in rows]
-        temporary = self.folder / f".predictions.csv.{os.getpid()}.tmp"
-        pd.DataFrame(cells, columns=columns).to_csv(temporary, index=False)
-        os.replace(temporary, self.folder / "predictions.csv")
+        write_csv(pd.DataFrame(cells, columns=columns), self.folder / "predictions.csv")

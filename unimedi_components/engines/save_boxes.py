@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,11 @@ from monai.data import MetaTensor
 from monai.transforms import Transform
 
 from unimedi_components.data.boxes import boxes_to_file
-from unimedi_components.data.datalist import write_json
 from unimedi_components.data.dense import DenseDataset
 from unimedi_components.data.transforms import XrayReader
 from unimedi_components.engines.detection_figures import BoxImage, draw_boxes
-from unimedi_components.errors import CheckpointError, DataError
+from unimedi_components.engines.predictions import check_any_read, prediction_rows, write_csv, write_predictions
+from unimedi_components.errors import CheckpointError
 
 __all__ = ["SaveBoxes", "boxes_in_file"]
 
@@ -120,31 +119,21 @@ class SaveBoxes(Transform):
         Raises:
             DataError: not one input could be read.
         """
-        skipped = [record._asdict() for record in dataset.skipped]
-        rows = [
-            {"id": item["id"], "source": item["source"], **self.rows[item["id"]]}
-            for item in dataset.data
-            if item["id"] in self.rows
-        ]
-        self.folder.mkdir(parents=True, exist_ok=True)
+        rows = prediction_rows(dataset, self.rows)
         about = {
             "label_names": self.label_names,
             "threshold": self.threshold,
             "boxes": "[x0, y0, x1, y1] in pixels of the upright file, x1 and y1 just beyond the box",
         }
-        write_json({**about, "predictions": rows, "skipped": skipped}, self.folder / "predictions.json")
+        write_predictions(self.folder, about, rows, dataset)
         cells = [
             [row["id"], row["source"], found["label"], found["score"], *found["box"]]
             for row in rows
             for found in row["boxes"]
         ]
         columns = ["id", "source", "label", "score", "x0", "y0", "x1", "y1"]
-        temporary = self.folder / f".predictions.csv.{os.getpid()}.tmp"
-        pd.DataFrame(cells, columns=columns).to_csv(temporary, index=False)
-        os.replace(temporary, self.folder / "predictions.csv")
-        if not rows:
-            raise DataError(
-                f"none of {len(dataset)} inputs could be read, first {skipped[0]['file']}: {skipped[0]['reason']}; "
-                f"see {self.folder}/predictions.json"
-            )
-        logger.info("%s: %d boxes in %d images; %d could not be read", self.folder, len(cells), len(rows), len(skipped))
+        write_csv(pd.DataFrame(cells, columns=columns), self.folder / "predictions.csv")
+        check_any_read(self.folder, rows, dataset)
+        logger.info(
+            "%s: %d boxes in %d images; %d could not be read", self.folder, len(cells), len(rows), len(dataset.skipped)
+        )

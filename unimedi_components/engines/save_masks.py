@@ -17,11 +17,11 @@ from monai.transforms import Transform
 from monai.transforms.utils import convert_applied_interp_mode
 from PIL import Image
 
-from unimedi_components.data.datalist import write_json
 from unimedi_components.data.dense import DenseDataset
 from unimedi_components.data.transforms import XrayReader
 from unimedi_components.engines.mask_figures import MaskView, draw_masks
-from unimedi_components.errors import CheckpointError, DataError
+from unimedi_components.engines.predictions import check_any_read, prediction_rows, write_csv, write_predictions
+from unimedi_components.errors import CheckpointError
 
 __all__ = ["SaveMasks", "ServedMaskd", "SmoothInverted"]
 
@@ -120,25 +120,13 @@ class SaveMasks(Transform):
         Raises:
             DataError: not one input could be read.
         """
-        skipped = [record._asdict() for record in dataset.skipped]
-        rows = [
-            {"id": item["id"], "source": item["source"], **self.rows[item["id"]]}
-            for item in dataset.data
-            if item["id"] in self.rows
-        ]
-        self.folder.mkdir(parents=True, exist_ok=True)
+        rows = prediction_rows(dataset, self.rows)
         about = {"label_names": self.label_names, "threshold": self.threshold}
-        write_json({**about, "predictions": rows, "skipped": skipped}, self.folder / "predictions.json")
+        write_predictions(self.folder, about, rows, dataset)
         columns = ["id", "source", "mask", "width", "height", "area", "share", "probability"]
-        temporary = self.folder / f".predictions.csv.{os.getpid()}.tmp"
-        pd.DataFrame(rows, columns=columns).to_csv(temporary, index=False)
-        os.replace(temporary, self.folder / "predictions.csv")
-        if not rows:
-            raise DataError(
-                f"none of {len(dataset)} inputs could be read, first {skipped[0]['file']}: {skipped[0]['reason']}; "
-                f"see {self.folder}/predictions.json"
-            )
-        logger.info("%s: masks of %d images; %d could not be read", self.folder, len(rows), len(skipped))
+        write_csv(pd.DataFrame(rows, columns=columns), self.folder / "predictions.csv")
+        check_any_read(self.folder, rows, dataset)
+        logger.info("%s: masks of %d images; %d could not be read", self.folder, len(rows), len(dataset.skipped))
 
 
 def _write_mask(mask: np.ndarray, path: Path) -> None:

@@ -15,12 +15,11 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import Compose, Orientation, Transform
 
-from unimedi_components.data.datalist import write_json
 from unimedi_components.data.dense import DenseDataset
 from unimedi_components.data.segmentation import segmentation_transforms
 from unimedi_components.data.transforms import RAS_LABELS
 from unimedi_components.engines.organ_figures import draw_organs
-from unimedi_components.errors import DataError
+from unimedi_components.engines.predictions import check_any_read, prediction_rows, write_predictions
 
 __all__ = ["SaveOrgans", "displayed", "voxel_spacing"]
 
@@ -82,21 +81,11 @@ class SaveOrgans(Transform):
         Raises:
             DataError: not one input could be read.
         """
-        skipped = [record._asdict() for record in dataset.skipped]
-        rows = [
-            {"id": item["id"], "source": item.get("source", item["image"]), **self.rows[item["id"]]}
-            for item in dataset.data
-            if item["id"] in self.rows
-        ]
-        self.folder.mkdir(parents=True, exist_ok=True)
-        content = {"task": "segmentation", "label_names": self.label_names, "predictions": rows, "skipped": skipped}
-        write_json(content, self.folder / "predictions.json")
-        if not rows:
-            raise DataError(
-                f"none of {len(dataset)} inputs could be read, first {skipped[0]['file']}: {skipped[0]['reason']}; "
-                f"see {self.folder}/predictions.json"
-            )
-        logger.info("%s: organs of %d inputs; %d could not be read", self.folder, len(rows), len(skipped))
+        rows = prediction_rows(dataset, self.rows)
+        about = {"task": "segmentation", "label_names": self.label_names}
+        write_predictions(self.folder, about, rows, dataset)
+        check_any_read(self.folder, rows, dataset)
+        logger.info("%s: organs of %d inputs; %d could not be read", self.folder, len(rows), len(dataset.skipped))
 
 
 def displayed(labels: MetaTensor) -> np.ndarray:

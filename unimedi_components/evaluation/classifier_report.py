@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from unimedi_components.data.datalist import load_datalist, write_json
 from unimedi_components.data.labelled import LabelledDataset, labelled_loader
 from unimedi_components.distributed import rank
 from unimedi_components.engines.classification_figures import RocCurve, draw_confusion, draw_roc
+from unimedi_components.engines.predictions import write_csv
 from unimedi_components.errors import CheckpointError, DataError
 from unimedi_components.evaluation.classification import classification_metrics, predicted_labels
 from unimedi_components.evaluation.report_inputs import check_labels, split_items
@@ -130,9 +130,7 @@ def _run(
 def _write(folder: Path, values: dict[str, Any], cases: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_json(values, folder / "metrics.json")
-    temporary = folder / f".cases.csv.{os.getpid()}.tmp"
-    _table(cases, values["task"], values["label_names"]).to_csv(temporary, index=False)
-    os.replace(temporary, folder / "cases.csv")
+    write_csv(_table(cases, values["task"], values["label_names"]), folder / "cases.csv")
     heading = f"{values['split']} split, {values['cases']} images of {values['patients']} patients"
     draw_roc(_curves(cases, values), folder / "roc.png", f"ROC, {heading}")
     matrix = values["confusion_matrix"]

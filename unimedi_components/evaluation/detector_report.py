@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from unimedi_components.data.labelled import labelled_loader
 from unimedi_components.data.roi_boxes import boxes_of_rois
 from unimedi_components.distributed import rank
 from unimedi_components.engines.detection_figures import BoxImage, draw_boxes, draw_precision_recall
+from unimedi_components.engines.predictions import write_csv
 from unimedi_components.errors import CheckpointError, DataError
 from unimedi_components.evaluation.detection import (
     Detections,
@@ -160,9 +160,7 @@ def _write(
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_json(values, folder / "metrics.json")
-    temporary = folder / f".cases.csv.{os.getpid()}.tmp"
-    _table(cases).to_csv(temporary, index=False)
-    os.replace(temporary, folder / "cases.csv")
+    write_csv(_table(cases), folder / "cases.csv")
     heading = f"{values['split']} split, {values['true_boxes']} boxes in {values['images']} images"
     found = Detections(cases["boxes"], cases["scores"], cases["truth"])
     curves = {}

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from unimedi_components.data.segmentation import segmentation_transforms
 from unimedi_components.distributed import rank
 from unimedi_components.engines.organ_figures import draw_organs
 from unimedi_components.engines.organ_maps import OrganInferer, OrganMapd
+from unimedi_components.engines.predictions import write_csv
 from unimedi_components.engines.save_organs import DISPLAY_WINDOW, displayed, voxel_spacing
 from unimedi_components.errors import CheckpointError, DataError
 from unimedi_components.evaluation.organs import METRICS, organ_metrics, organ_scores
@@ -140,9 +140,7 @@ def _write(
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_json(values, folder / "metrics.json")
-    temporary = folder / f".cases.csv.{os.getpid()}.tmp"
-    _table(rows, organs).to_csv(temporary, index=False)
-    os.replace(temporary, folder / "cases.csv")
+    write_csv(_table(rows, organs), folder / "cases.csv")
     means = [float(np.nanmean(row["scores"]["dice"])) if row["scores"]["voxels"].any() else 0.0 for row in rows]
     ranked = np.argsort(means)[::-1]
     chosen: Any = (

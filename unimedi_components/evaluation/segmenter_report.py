@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from unimedi_components.data.dense import DenseDataset
 from unimedi_components.data.labelled import labelled_loader
 from unimedi_components.distributed import rank
 from unimedi_components.engines.mask_figures import MaskView, draw_masks
+from unimedi_components.engines.predictions import write_csv
 from unimedi_components.errors import CheckpointError, DataError
 from unimedi_components.evaluation.report_inputs import check_labels, split_items
 from unimedi_components.evaluation.segmentation import mask_counts, mask_metrics, mask_scores
@@ -153,9 +153,7 @@ def _write(
             "probability": cases["probability"].round(6),
         }
     )
-    temporary = folder / f".cases.csv.{os.getpid()}.tmp"
-    table.to_csv(temporary, index=False)
-    os.replace(temporary, folder / "cases.csv")
+    write_csv(table, folder / "cases.csv")
     heading = f"{values['split']} split: Dice {values['dice']:.3f} over {values['cases']} images"
     if values["dice_positive"] is not None:
         heading += f", {values['dice_positive']:.3f} over the {values['positive']} with {values['label_names'][1]}"
