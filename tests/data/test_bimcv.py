@@ -79,10 +79,19 @@ ROWS = [
 ]
 
 
+LABELS = {
+    "ses-E00001": "['pneumonia', 'Pleural  effusion', 'loc left']",
+    "ses-E00002": "",
+    "ses-E00003": "pneumonia, nodule",
+    "ses-E00005": "['pneumonia']",
+}
+
+
 def write_labels(root, name="labels_covid19_posi.tsv", rows=ROWS):
     folder = root / "covid19_posi" / "derivatives" / "labels"
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [COLUMNS] + ["\t".join([*row, "['normal']", "[]", "[]", "[]", "[]"]) for row in rows]
+    cells = [LABELS.get(session, "['normal']") for _, session, _ in rows]
+    lines = [COLUMNS] + ["\t".join([*row, cell, "[]", "[]", "[]", "[]"]) for row, cell in zip(rows, cells, strict=True)]
     (folder / name).write_text("\r\n".join(lines) + "\r\n", newline="")
 
 
@@ -101,7 +110,7 @@ DROPPED = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*not English")
+@pytest.mark.filterwarnings("ignore:.*not English", "ignore:.*no list of names")
 @pytest.mark.parametrize("name", ["labels_covid19_posi.tsv", "labels_covid_posi.tsv"])
 @pytest.mark.parametrize("inside", [False, True], ids=["parent", "covid19_posi"])
 def test_conversion_by_hand(root, name, inside):
@@ -115,9 +124,12 @@ def test_conversion_by_hand(root, name, inside):
             "image": f"{prefix}sub-S03001/{session}/mod-rx/sub-S03001_{session}_run-{run}_bp-chest_ct.nii.gz",
             "dim": 3,
             "report": CLEAN,
+            **label,
         }
-        for session, run in (("ses-E00001", 1), ("ses-E00002", 2))
+        # an empty cell says nothing
+        for session, run, label in (("ses-E00001", 1, {"label": [1, 0, 1, 1]}), ("ses-E00002", 2, {}))
     ]
+    assert datalist["meta"]["label_names"] == ["loc left", "normal", "pleural effusion", "pneumonia"]
     assert datalist["meta"]["dropped"] == DROPPED
     items = datalist["meta"]["dropped_items"]
     assert items["other series of the session"] == ["sub-S03001_ses-E00001_run-1_bp-chest_acq-2_ct"]
@@ -129,6 +141,14 @@ def test_conversion_by_hand(root, name, inside):
     assert items["report not English"] == ["sub-S03007_ses-E00008"]
 
 
+@pytest.mark.filterwarnings("ignore:.*not English")
+def test_cells_that_are_no_lists_are_counted(root):
+    write_labels(root)
+    with pytest.warns(UserWarning, match=r"1 cells under Labels .*first sub-S03002 ses-E00003: 'pneumonia, nodule'"):
+        convert(root, min_megabytes=0.0)
+
+
+@pytest.mark.filterwarnings("ignore:.*no list of names")
 def test_bimcv_r_is_preferred_and_its_pairs_are_checked(root):
     write_labels(root, rows=[(*row[:2], SPANISH) for row in ROWS])
     rows = [
@@ -147,7 +167,10 @@ def test_bimcv_r_is_preferred_and_its_pairs_are_checked(root):
     assert [drop["id"] for drop in wrong] == ["sub-S03004_ses-E00005", "sub-S03005_ses-E00006"]
     assert "is paired with the report of sub-S03005 ses-E00006" in wrong[0]["detail"]
     assert "report not English" not in builder.dropped
-    assert list(builder.sources) == ["BIMCV-R.csv"]
+    # the Spanish table beside it still gives the labels
+    assert list(builder.sources) == ["BIMCV-R.csv", "covid19_posi/derivatives/labels/labels_covid19_posi.tsv"]
+    labelled = {entry["id"][:21]: entry.get("label") for items in builder.items.values() for entry in items}
+    assert labelled == {"sub-S03001_ses-E00001": [1, 0, 1, 1], "sub-S03007_ses-E00008": [0, 1, 0, 0]}
     assert len(builder.dropped["no report"]) == 4
 
 

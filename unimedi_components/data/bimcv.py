@@ -16,6 +16,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from unimedi_components.data.bimcv_labels import read_labels, session_key
 from unimedi_components.data.ct_checks import CTLimits, Fault, check_ct, read_ct_header
 from unimedi_components.data.datalist import DatalistBuilder
 from unimedi_components.data.registry import Dataset
@@ -95,7 +96,8 @@ def collect(
         progress: show progress bars.
 
     Returns:
-        The builder. Drop reasons: ``session without CT``, ``no report``, ``report of another patient``,
+        The builder; items have a label, 1 or 0 for each of ``meta.label_names``, where a table has the column Labels.
+        Drop reasons: ``session without CT``, ``no report``, ``report of another patient``,
         ``report not English``, ``fewer than N sentences``, ``fewer than N tokens``, ``scout``, ``other series
         of the session``, and those of :func:`~unimedi_components.data.ct_checks.check_ct`.
 
@@ -108,6 +110,7 @@ def collect(
     table = _report_table(base, report_csv)
     reports = _Reports(table, text_column)
     builder.add_source(table)
+    label_of = _add_labels(builder, base, table)
     limits = CTLimits(min_slices=min_slices, min_megabytes=min_megabytes)
     wanted: list[tuple[_Session, list[Path]]] = []
     texts: dict[_Session, str] = {}
@@ -130,14 +133,9 @@ def collect(
             builder.drop(fault.reason, _stem(other), fault.detail)
         if path is not None:
             image = path.relative_to(base).as_posix()
-            item = {
-                "id": _stem(path),
-                "patient": session[0],
-                "image": image,
-                "dim": 3,
-                "report": texts[session],
-            }
-            items.append(item)
+            own = {"label": label_of[session]} if session in label_of else {}
+            item = {"id": _stem(path), "patient": session[0], "image": image, "dim": 3, "report": texts[session]}
+            items.append({**item, **own})
     split_of = split_patients({item["patient"]: "3" for item in items}, validation_fraction, test_fraction, seed)
     for item in items:
         builder.add(split_of[item["patient"]], item)
@@ -181,7 +179,7 @@ class _Reports:
             )
         path_column = next((name for name in PATH_COLUMNS if name in frame.columns), None)
         for row in frame.to_dict("records"):
-            session = (_prefixed(row["PatientID"], "sub-"), _prefixed(row["ReportID"], "ses-"))
+            session = session_key(row["PatientID"], row["ReportID"])
             ids = _FILE_IDS.search(row[path_column]) if path_column else None
             if ids and ids.groups() != session:
                 paired = f"{path}: {row[path_column]} is paired with the report of {' '.join(session)}"
@@ -202,11 +200,6 @@ class _Reports:
         return (NOT_ENGLISH, "") if report_language(text) in self.refused else ("", text)
 
 
-def _prefixed(name: str, prefix: str) -> str:
-    name = name.strip()
-    return name if name.startswith(prefix) else prefix + name
-
-
 def _report_table(root: Path, report_csv: str | Path | None) -> Path:
     if report_csv is not None:
         return Path(report_csv).expanduser()
@@ -221,6 +214,16 @@ def _report_table(root: Path, report_csv: str | Path | None) -> Path:
             "Fetch BIMCV-R.csv (English), or give report_csv."
         )
     return found
+
+
+def _add_labels(builder: DatalistBuilder, root: Path, table: Path) -> dict[_Session, list[int]]:
+    """Session -> 1 or 0 for each name of the column Labels; names and source go into the meta block."""
+    more = (find_source(root, [name, f"covid19_posi/{name}"], "labels", required=False) for name in LABEL_TABLES)
+    names, labels, path = read_labels([table, *(path for path in more if path is not None and path != table)])
+    if path is not None:
+        builder.meta["label_names"] = names
+        builder.add_source(path)
+    return labels
 
 
 def _is_scout(path: Path) -> bool:
