@@ -25,7 +25,7 @@ _EXPORTS = {
     "load_network": "networks.cards",
     "load_pretrained": "networks.pretrained",
 }
-_SUBPACKAGES = ("data", "distributed", "engines", "errors", "evaluation", "losses", "networks", "selection")
+_SUBPACKAGES = ("data", "distributed", "engines", "errors", "evaluation", "losses", "networks", "search", "selection")
 
 __all__ = [
     "UniMedI",

@@ -53,7 +53,7 @@ class MixedCollate:
         Returns:
             "image2d" (B2, 1, H, W) and "image3d" (B3, 1, D, H, W), each where there are such items;
             "input_ids" and "attention_mask" int64 (B2 + B3, T), T the longest of the batch; "id" and "dim"
-            lists; "label" int64 (B2 + B3, ...) where every item has one.
+            lists.
 
         Raises:
             DataError: no item could be read.
@@ -74,8 +74,6 @@ class MixedCollate:
         batch["input_ids"], batch["attention_mask"] = self._text(good)
         batch["id"] = [item["id"] for item in good]
         batch["dim"] = [item["dim"] for item in good]
-        if all("label" in item for item in good):
-            batch["label"] = torch.as_tensor([item["label"] for item in good], dtype=torch.int64)
         return batch
 
     def _text(self, items: Sequence[dict[str, Any]]) -> tuple[Tensor, Tensor]:

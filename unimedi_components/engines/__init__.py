@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What Ignite and MONAI need beyond what they bring."""
 
+from unimedi_components.engines.calibration import CalibrateProjection
 from unimedi_components.engines.checkpoint import TaskCheckpoint, TrainingCheckpoint
 from unimedi_components.engines.detect import EarlyStopByScore, RoisOfBoxesd, ServedDetector, prepare_boxes
 from unimedi_components.engines.early_stop import EarlyStop
@@ -22,6 +23,7 @@ from unimedi_components.engines.progress import TrainingProgress
 from unimedi_components.engines.whitening import WhitenTokenizers
 
 __all__ = [
+    "CalibrateProjection",
     "EarlyStop",
     "EarlyStopByScore",
     "EndWithLoader",

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from monai.metrics import EmbeddingCollapseMetric
@@ -15,7 +15,14 @@ from unimedi_components.evaluation.retrieval import precision_at_k, recall_at_k,
 from unimedi_components.evaluation.slices import slice_metrics
 from unimedi_components.networks.pretrained import Pretrained
 
-__all__ = ["all_metrics", "collapse_metrics", "cross_modal_metrics", "retrieval_metrics", "selection_metrics"]
+__all__ = [
+    "PairedEmbeds",
+    "all_metrics",
+    "collapse_metrics",
+    "cross_modal_metrics",
+    "retrieval_metrics",
+    "selection_metrics",
+]
 
 KS = (1, 5, 10)
 Values = dict[str, Any]
@@ -42,11 +49,27 @@ def all_metrics(
     return result
 
 
-def retrieval_metrics(features: Mapping[int, Features]) -> Values:
+class PairedEmbeds(Protocol):
+    """Embeddings of N images and of their reports, (N, E), and the reports' texts, empty where there is none."""
+
+    @property
+    def image_embed(self) -> Tensor: ...
+
+    @property
+    def text_embed(self) -> Tensor: ...
+
+    @property
+    def reports(self) -> list[str]: ...
+
+
+def retrieval_metrics(features: Mapping[int, PairedEmbeds]) -> Values:
     """Report retrieval with the reports of both dimensions as candidates, and within each dimension.
 
     A report that is word for word the right one counts as right; "_strict" keys count the image's own report
     alone.
+
+    Args:
+        features: by dimension, `Features` or anything that holds the same pairs.
 
     Returns:
         "report_recall_at_K" (image to report, both dimensions pooled), "image_recall_at_K" (report to image),

@@ -126,7 +126,9 @@ def recall_chance(n: int, ks: Sequence[int] = (1, 5, 10), groups: Sequence[Hasha
     return {k: sum(count * chance_of_hit(size, n, k) for size, count in parts) / n for k in ks}
 
 
-def precision_at_k(query: Tensor, candidates: Tensor, correct: Tensor, k: int = 5) -> float:
+def precision_at_k(
+    query: Tensor, candidates: Tensor, correct: Tensor, k: int = 5, excluded: Tensor | None = None
+) -> float:
     """Mean share of correct ones among the K candidates most similar to a query (GLoRIA's and MGCA's P@K).
 
     Args:
@@ -134,12 +136,13 @@ def precision_at_k(query: Tensor, candidates: Tensor, correct: Tensor, k: int = 
         candidates: (M, E), normalised here.
         correct: which candidates are correct for which query, bool (N, M).
         k: candidates looked at; at most M. Ties count against the query.
+        excluded: which candidates a query does not look at, such as itself, bool (N, M); at least `k` must be left.
 
     Returns:
         the mean over the queries; a random order would give `correct.float().mean()`.
 
     Raises:
-        ValueError: the shapes do not fit together.
+        ValueError: the shapes do not fit together, or a query has fewer than `k` candidates left.
     """
     if correct.shape != (len(query), len(candidates)) or not correct.numel():
         raise ValueError(
@@ -148,6 +151,12 @@ def precision_at_k(query: Tensor, candidates: Tensor, correct: Tensor, k: int = 
     x, y = (F.normalize(embed.detach().cpu().double(), dim=-1) for embed in (query, candidates))
     correct = correct.cpu()
     similarity = (x @ y.T / _TIE).round()
+    if excluded is not None:
+        excluded = excluded.cpu()
+        if excluded.shape != correct.shape or int((~excluded).sum(1).min()) < k:
+            raise ValueError(f"excluded {tuple(excluded.shape)} leaves a query fewer than {k} candidates, or fits none")
+        similarity = similarity.masked_fill(excluded, -math.inf)
+        correct = correct & ~excluded
     # Wrong ones first, so that the stable sort by similarity keeps them in front of right ones that tie with
     # them.
     order = correct.long().sort(dim=1, stable=True).indices

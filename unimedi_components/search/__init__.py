@@ -5,6 +5,7 @@ from unimedi_components.search.embedder import Embedder, model_hash
 from unimedi_components.search.embeddings import Embeddings
 from unimedi_components.search.index import EmbeddingIndex, Hit
 from unimedi_components.search.prompts import PromptSet, load_prompts, shipped_prompts
+from unimedi_components.search.report import evaluate_search
 from unimedi_components.search.zero_shot import ZeroShot, zero_shot_scores
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "Hit",
     "PromptSet",
     "ZeroShot",
+    "evaluate_search",
     "load_prompts",
     "model_hash",
     "shipped_prompts",

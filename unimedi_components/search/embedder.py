@@ -18,7 +18,7 @@ from unimedi_components.data.datalist import load_datalist
 from unimedi_components.data.inputs import find_images, image_loader
 from unimedi_components.errors import DataError
 from unimedi_components.evaluation.features import make_dataset
-from unimedi_components.networks.pretrained import load_pretrained
+from unimedi_components.networks.pretrained import Pretrained, load_pretrained
 from unimedi_components.search.embeddings import Embeddings, entry_of
 
 __all__ = ["Embedder", "model_hash"]
@@ -40,7 +40,8 @@ class Embedder:
     """A trained network for embedding files and sentences.
 
     Args:
-        checkpoint: `models/model.pt` (or another weight file) of a pre-training run, with its card beside it.
+        checkpoint: `models/model.pt` (or another weight file) of a pre-training run, with its card beside it, or a
+            network that has been loaded.
         device: "cpu", "cuda", or "auto" for a GPU where there is one.
         use_slices: feed a volume's selected slices beside it, as in pre-training.
 
@@ -56,10 +57,15 @@ class Embedder:
         (1, 128)
     """
 
-    def __init__(self, checkpoint: str | Path, device: str | torch.device = "auto", use_slices: bool = True) -> None:
+    def __init__(
+        self, checkpoint: str | Path | Pretrained, device: str | torch.device = "auto", use_slices: bool = True
+    ) -> None:
         auto = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(auto if device == "auto" else device)
-        self.pretrained = load_pretrained(checkpoint, self.device)
+        if not isinstance(checkpoint, Pretrained):
+            checkpoint = load_pretrained(checkpoint, self.device)
+        self.pretrained = checkpoint
+        self.pretrained.network.to(self.device).eval()
         self.network, self.card, self.use_slices = self.pretrained.network, self.pretrained.card, use_slices
         self.model = model_hash(self.network)
 

@@ -81,6 +81,10 @@ class PromptSet:
                     )
         return known
 
+    def finding_of(self, name: str) -> str | None:
+        """The finding that a name or alias stands for; None where the set has no prompts for it."""
+        return self._by_name().get(_fold(name))
+
     def select(self, names: Sequence[str]) -> PromptSet:
         """The prompts of some findings.
 

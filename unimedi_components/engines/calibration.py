@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Statistics of the image projection as whole images give them.
+
+This is ours, not the paper's. In training L_vl sees masked images, and batch normalisation keeps running statistics of
+their features; whole images have others. What is then left in every embedding is a constant for each modality, which
+search across X-rays and volumes takes for likeness. Statistics measured anew on whole training images cure it (as
+"precise batch normalisation", Wu and Johnson, "Rethinking 'Batch' in BatchNorm", arXiv 2105.07576).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+from torch import Tensor, nn
+
+from unimedi_components.distributed import broadcast, rank
+from unimedi_components.engines.handlers import unwrap
+from unimedi_components.networks.heads import ProjectionHead
+from unimedi_components.networks.modality_norm import ModalityBatchNorm1d
+
+__all__ = ["CalibrateProjection", "calibrate_projection"]
+
+logger = logging.getLogger(__name__)
+
+
+@torch.no_grad()
+def calibrate_projection(head: ProjectionHead, features: Tensor, modality: Tensor) -> None:
+    """Set the running statistics of a head's batch normalisations, one after another, to those of given features.
+
+    Args:
+        head: changed in place; in evaluation mode.
+        features: CLS features, (N, D).
+        modality: 0 for X-rays and 1 for volumes, (N,). Statistics of a modality with fewer than two rows stay.
+    """
+    for norm in (module for module in head.modules() if isinstance(module, ModalityBatchNorm1d)):
+        seen: list[Tensor] = []
+        hook = norm.register_forward_pre_hook(lambda _, inputs, seen=seen: seen.append(inputs[0].double()))
+        head(features, modality)
+        hook.remove()
+        for index in range(norm.num_modalities):
+            rows = seen[0] if norm.num_modalities == 1 else seen[0][modality == index]
+            if len(rows) >= 2:
+                norm.running_mean[index] = rows.mean(0).to(norm.running_mean)
+                norm.running_var[index] = rows.var(0).to(norm.running_var)
+
+
+class CalibrateProjection:
+    """After the last epoch, before it is validated and saved, calibrate the image projection on training images.
+
+    Args:
+        network: `UniMedI`, or its distributed wrapper.
+        dataset: training data set; readable images of each dimension, evenly spaced over it, are used.
+        samples_2d: X-rays to use.
+        samples_3d: volumes to use.
+        batch_size: images at a time.
+        enabled: False does nothing.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        dataset: Any,
+        samples_2d: int = 512,
+        samples_3d: int = 512,
+        batch_size: int = 16,
+        enabled: bool = True,
+    ) -> None:
+        self.network = unwrap(network)
+        self.dataset, self.batch_size, self.enabled = dataset, batch_size, enabled
+        self.samples = {2: samples_2d, 3: samples_3d}
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+
+    def __call__(self, engine: Engine) -> None:
+        head: ProjectionHead = self.network.image_projection
+        measured = any(isinstance(module, ModalityBatchNorm1d) for module in head.modules())
+        if not self.enabled or not measured or engine.state.epoch != engine.state.max_epochs:
+            return
+        if rank() == 0:
+            training = self.network.training
+            self.network.eval()
+            rows = [(self._features(batch), dim - 2) for dim in (2, 3) for batch in self._batches(dim)]
+            if rows:
+                modality = [torch.full((len(part),), index, device=part.device) for part, index in rows]
+                calibrate_projection(head, torch.cat([part for part, _ in rows]), torch.cat(modality))
+            self.network.train(training)
+        broadcast(head.buffers())
+
+    @torch.no_grad()
+    def _features(self, image: Tensor) -> Tensor:
+        device = next(self.network.parameters()).device
+        return self.network.encode_image(image.to(device)).cls.float()
+
+    def _batches(self, dim: int) -> Iterator[Tensor]:
+        indices = [index for index, item in enumerate(self.dataset.dims) if item == dim]
+        wanted = self.samples[dim]
+        chosen = indices[:: max(1, len(indices) // max(wanted, 1))][:wanted]
+        for start in range(0, len(chosen), self.batch_size):
+            items = [self.dataset[index] for index in chosen[start : start + self.batch_size]]
+            if images := [item["image"] for item in items if isinstance(item, dict)]:
+                yield torch.stack(images)

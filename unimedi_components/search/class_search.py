@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Search by class within and across X-rays, CT volumes and their reports."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from unimedi_components.evaluation.class_retrieval import class_precision, same_findings_precision
+from unimedi_components.evaluation.label_tables import label_table
+from unimedi_components.search.embeddings import Embeddings
+from unimedi_components.search.prompts import PromptSet
+
+__all__ = ["Studies", "class_search", "gather_studies"]
+
+Array = npt.NDArray[Any]
+Values = dict[str, Any]
+KIND = {2: "xray", 3: "ct"}
+
+
+@dataclass(frozen=True)
+class Studies:
+    """The studies of one dimension that could be read, N of them, in the order of their items.
+
+    Args:
+        items: of the datalist.
+        image_embed: (N, E) of unit norm.
+        text_embed: of the reports, (N, E), zero where there is none.
+        names: F findings that the items are labelled for.
+        labels: as of `label_table`, (N, F).
+    """
+
+    items: list[dict[str, Any]]
+    image_embed: Tensor
+    text_embed: Tensor
+    names: list[str]
+    labels: Array
+
+    @property
+    def reports(self) -> list[str]:
+        return [item.get("report") or "" for item in self.items]
+
+    @property
+    def patients(self) -> list[str]:
+        return [item["patient"] for item in self.items]
+
+
+def gather_studies(
+    items: Sequence[dict[str, Any]], images: Embeddings, reports: Embeddings | None, meta: Mapping[str, Any]
+) -> dict[int, Studies]:
+    known = {item["id"]: item for item in items}
+    text_row = {} if reports is None else {name: row for row, name in enumerate(reports.ids)}
+    parts = {}
+    for dim in (2, 3):
+        rows = [row for row, entry in enumerate(images.entries) if entry["dim"] == dim]
+        if not rows:
+            continue
+        own = [known[images.ids[row]] for row in rows]
+        text = np.zeros((len(rows), images.embed.shape[1]), np.float32)
+        for place, item in enumerate(own):
+            if reports is not None and item["id"] in text_row:
+                text[place] = reports.embed[text_row[item["id"]]]
+        names, labels = label_table(own, meta)
+        parts[dim] = Studies(own, torch.from_numpy(images.embed[rows]), torch.from_numpy(text), names, labels)
+    return parts
+
+
+def class_search(parts: Mapping[int, Studies], sets: Mapping[int, PromptSet]) -> Values:
+    """P@K by finding for every pair of query and candidates, within and across dimensions."""
+    found: Values = {}
+    for dim, part in parts.items():
+        for other_dim, other in parts.items():
+            pairs = _common_findings(part, other, sets)
+            if not pairs:
+                continue
+            mine, theirs = part.labels[:, [a for _, a, _ in pairs]], other.labels[:, [b for _, _, b in pairs]]
+            names = [name for name, _, _ in pairs]
+            for query_kind, candidate_kind in (("", ""), ("", "_report"), ("_report", "")):
+                query, kept = _side(part, query_kind)
+                candidates, held = _side(other, candidate_kind)
+                if not kept.any() or not held.any():
+                    continue
+                values = class_precision(
+                    query[kept],
+                    candidates[held],
+                    mine[kept],
+                    theirs[held],
+                    names,
+                    [patient for patient, keep in zip(part.patients, kept, strict=True) if keep],
+                    [patient for patient, keep in zip(other.patients, held, strict=True) if keep],
+                )
+                if query_kind == candidate_kind == "" and dim != other_dim:
+                    values["same_findings"] = same_findings_precision(query, candidates, mine, theirs)
+                found[f"{KIND[dim]}{query_kind}_to_{KIND[other_dim]}{candidate_kind}"] = values
+    return found
+
+
+def _side(part: Studies, kind: str) -> tuple[Tensor, Array]:
+    """Embeddings of images or reports, and which of them there are."""
+    if not kind:
+        return part.image_embed, np.ones(len(part.items), bool)
+    return part.text_embed, np.asarray([bool(text) for text in part.reports])
+
+
+def _common_findings(part: Studies, other: Studies, sets: Mapping[int, PromptSet]) -> list[tuple[str, int, int]]:
+    """(name, column here, column there) of findings that both data sets label, by name or by a prompt set's aliases."""
+
+    def keys(name: str) -> set[str]:
+        found = {finding for prompts in sets.values() if (finding := prompts.finding_of(name))}
+        return found or {name.lower()}
+
+    theirs = [keys(name) for name in other.names]
+    pairs: list[tuple[str, int, int]] = []
+    for column, name in enumerate(part.names):
+        match = next((i for i, found in enumerate(theirs) if found & keys(name)), None)
+        if match is not None and other.names[match] not in {other.names[b] for _, _, b in pairs}:
+            pairs.append((name, column, match))
+    return pairs
