@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import difflib
-import inspect
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,7 +12,10 @@ from typing import Any
 import fire
 
 from unimedi_components import __version__
+from unimedi_components.command_options import check_options, whole_number
 from unimedi_components.errors import CheckpointError, ConfigError, DataError
+from unimedi_components.search_commands import embed, index, search
+from unimedi_components.zero_shot_command import zero_shot
 
 __all__ = ["main"]
 
@@ -32,10 +34,10 @@ def phantom(layout: str, out: str, patients: int = 200, seed: int = 0, workers: 
     """
     from unimedi_components.data.phantom import LAYOUTS, write_phantom
 
-    _whole_number("patients", patients, 1)
-    _whole_number("seed", seed, 0)
+    whole_number("patients", patients, 1)
+    whole_number("seed", seed, 0)
     if workers is not None:
-        _whole_number("workers", workers, 1)
+        whole_number("workers", workers, 1)
     folders = {str(layout): str(out)}
     if layout == "all":
         folders = {name: str(Path(str(out), name)) for name in LAYOUTS}
@@ -61,8 +63,8 @@ def prepare(
 
     if isinstance(fraction, bool) or not isinstance(fraction, (int, float)) or not 0 < fraction <= 1:
         raise ConfigError(f"--fraction must be in (0, 1], got {fraction!r}")
-    _whole_number("seed", seed, 0)
-    _check_options("prepare", prepare_datalist, options)
+    whole_number("seed", seed, 0)
+    check_options("prepare", prepare_datalist, options)
     # fire reads a folder called 2024 as a number
     source = [str(file) for file in root] if isinstance(root, (list, tuple)) else str(root)
     share = None if fraction == 1 else float(fraction)
@@ -92,44 +94,12 @@ def evaluate(checkpoint: str, patients: int = 200, seed: int = 1000, json: str |
     """
     from unimedi_components.evaluation.evaluate import evaluate as evaluate_checkpoint
 
-    _whole_number("patients", patients, 1)
-    _whole_number("seed", seed, 0)
-    _check_options("evaluate", evaluate_checkpoint, options)
+    whole_number("patients", patients, 1)
+    whole_number("seed", seed, 0)
+    check_options("evaluate", evaluate_checkpoint, options)
     evaluate_checkpoint(
         str(checkpoint), patients=patients, seed=seed, json=None if json is None else str(json), **options
     )
-
-
-def embed(
-    *paths: str,
-    checkpoint: str = "bundles/pretrain/models/model.pt",
-    out: str = "embeddings.npz",
-    device: str = "auto",
-    **options: Any,
-) -> None:
-    """Embed X-rays and CT volumes: DICOM files and series folders, NIfTI, PNG and JPG, or folders of them.
-
-    The npz holds "embed", unit vectors of the space that images and reports share, "cls", "scores" and "selected" of
-    volumes' slices, "id", "dim", and as JSON text "entries", "card" (the preparation of the images) and "skipped".
-
-    Args:
-        paths: files, folders or patterns.
-        checkpoint: weights that a pre-training run left.
-        out: the npz to write.
-        device: cpu, cuda, or auto for a GPU where there is one.
-        options: --batch_2d, --batch_3d, --num_workers, --strict (an unreadable file is an error).
-    """
-    from unimedi_components.search import Embedder
-
-    if not paths:
-        raise ConfigError("embed: name at least one file or folder")
-    _check_options("embed", Embedder.images, options)
-    found = Embedder(str(checkpoint), str(device)).images([str(path) for path in paths], **options)
-    path = found.save(out if str(out).endswith(".npz") else f"{out}.npz")
-    for record in found.skipped:
-        print(f"skipped {record['file']}: {record['reason']}")
-    xrays = int((found.dims == 2).sum())
-    print(f"{path}: {xrays} X-rays and {len(found) - xrays} volumes, {len(found.skipped)} files could not be read")
 
 
 def check(*config: str, **overrides: Any) -> None:
@@ -151,32 +121,18 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "datasets": datasets,
     "evaluate": evaluate,
     "embed": embed,
+    "index": index,
+    "search": search,
+    "zero_shot": zero_shot,
     "check": check,
 }
-
-
-def _whole_number(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"--{name} must be a whole number of at least {least}, got {value!r}")
-
-
-def _check_options(command: str, function: Callable[..., Any], options: Sequence[str] | dict[str, Any]) -> None:
-    """Raise for an option that ``function`` does not take: fire would say so only after the work is done."""
-    parameters = inspect.signature(function).parameters
-    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
-        return
-    for option in options:
-        if option not in parameters:
-            near = difflib.get_close_matches(option, parameters, n=1)
-            hint = f"did you mean '--{near[0]}'?" if near else f"it takes --{', --'.join(parameters)}"
-            raise ConfigError(f"unknown option '--{option}' of '{command}'; {hint}")
 
 
 def _run(words: list[str]) -> None:
     command = words[0] if words else ""
     if command in _COMMANDS:
         flags = [word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--")]
-        _check_options(command, _COMMANDS[command], [flag for flag in flags if flag not in ("", "help")])
+        check_options(command, _COMMANDS[command], [flag for flag in flags if flag not in ("", "help")])
     elif command and not command.startswith("-"):
         near = difflib.get_close_matches(command, _COMMANDS, n=1)
         hint = f"did you mean '{near[0]}'?" if near else f"there are: {', '.join(_COMMANDS)}"

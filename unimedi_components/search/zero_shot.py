@@ -54,7 +54,7 @@ class ZeroShot:
     def __init__(self, embedder: Embedder, prompts: PromptSet) -> None:
         self.prompts, self.names, self.dim = prompts, tuple(prompts.findings), prompts.dim
         self.model = embedder.model
-        self.logit_scale = float(embedder.network.logit_scale)
+        self.logit_scale = embedder.network.logit_scale.item()
         self.positive, self.negative = (self._side(embedder, side) for side in SIDES)
 
     def _side(self, embedder: Embedder, side: str) -> Tensor:
