@@ -66,12 +66,43 @@ def one_by_one(image, finding):
 
 
 def test_probabilities_equal_a_slow_loop(images):
-    zero_shot = ZeroShot(Stub(), PROMPTS)
+    zero_shot = ZeroShot(Stub(), PROMPTS, sentences=1)
     assert (zero_shot.names, zero_shot.dim, zero_shot.logit_scale) == (("effusion", "nodule"), 3, SCALE)
     found = zero_shot.probabilities(images)
     expected = [[one_by_one(image, finding) for finding in PROMPTS.findings] for image in images]
     assert found.dtype == np.float32 and np.ptp(found) > 0.2
     np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+JOINED = {
+    2: {
+        "effusion": ("fluid. much fluid.", "much fluid. an effusion.", "an effusion. fluid."),
+        "nodule": ("no nodule. no mass or nodule.", "no mass or nodule. no nodule."),
+    },
+    # no side is long enough for four different ones
+    4: {
+        "effusion": (
+            "fluid. much fluid. an effusion.",
+            "much fluid. an effusion. fluid.",
+            "an effusion. fluid. much fluid.",
+        ),
+        "nodule": ("no nodule. no mass or nodule.", "no mass or nodule. no nodule."),
+    },
+}
+
+
+@pytest.mark.parametrize("sentences", [2, 4])
+def test_phrasings_are_joined_with_the_next_ones(images, sentences):
+    written = PromptSet(
+        "own",
+        3,
+        {
+            "effusion": {"positive": JOINED[sentences]["effusion"], "negative": ("no fluid.",)},
+            "nodule": {"positive": ("a nodule.",), "negative": JOINED[sentences]["nodule"]},
+        },
+    )
+    found = ZeroShot(Stub(), PROMPTS, sentences=sentences).probabilities(images)
+    np.testing.assert_allclose(found, ZeroShot(Stub(), written, sentences=1).probabilities(images), atol=1e-6)
 
 
 def test_images_of_the_prompts_dimension_are_classified(images):

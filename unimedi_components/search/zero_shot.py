@@ -39,6 +39,8 @@ class ZeroShot:
     Args:
         embedder: the network; what it classifies must be embedded by the same weights.
         prompts: phrasings, see `load_prompts`.
+        sentences: each phrasing is embedded with the next ones, as a text of so many: the network has seen no report
+            of fewer than three sentences (S4.1.1). 1 embeds each alone.
 
     Attributes:
         names: the findings, in the order of the columns.
@@ -51,14 +53,16 @@ class ZeroShot:
         >>> ids, probabilities = zero_shot.classify(embedder.images("scans/"))  # doctest: +SKIP
     """
 
-    def __init__(self, embedder: Embedder, prompts: PromptSet) -> None:
+    def __init__(self, embedder: Embedder, prompts: PromptSet, sentences: int = 3) -> None:
+        if sentences < 1:
+            raise ConfigError(f"sentences is {sentences}; a text has at least 1")
         self.prompts, self.names, self.dim = prompts, tuple(prompts.findings), prompts.dim
         self.model = embedder.model
         self.logit_scale = embedder.network.logit_scale.item()
-        self.positive, self.negative = (self._side(embedder, side) for side in SIDES)
+        self.positive, self.negative = (self._side(embedder, side, sentences) for side in SIDES)
 
-    def _side(self, embedder: Embedder, side: str) -> Tensor:
-        groups = [sides[side] for sides in self.prompts.findings.values()]
+    def _side(self, embedder: Embedder, side: str, sentences: int) -> Tensor:
+        groups = [_texts(sides[side], sentences) for sides in self.prompts.findings.values()]
         rows = embedder.sentences([text for group in groups for text in group], self.dim)
         means = [part.mean(0) for part in rows.split([len(group) for group in groups])]
         return F.normalize(torch.stack(means), dim=-1)
@@ -101,6 +105,12 @@ class ZeroShot:
             what = "X-ray" if self.dim == 2 else "volume"
             raise DataError(f"no {what} among the embeddings; the prompt set {self.prompts.name!r} is for {what}s")
         return [entries[row]["id"] for row in rows], self.probabilities(embeddings.embed[rows])
+
+
+def _texts(phrasings: Sequence[str], sentences: int) -> list[str]:
+    """Every phrasing followed by the next ones of its side, from the first again after the last."""
+    count, length = len(phrasings), min(sentences, len(phrasings))
+    return [" ".join(phrasings[(start + i) % count] for i in range(length)) for start in range(count)]
 
 
 def zero_shot_scores(
