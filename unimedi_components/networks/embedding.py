@@ -24,6 +24,7 @@ class EmbeddingNetwork(nn.Module):
         use_slices: feed a volume's selected slices beside it, as in pre-training.
 
     Attributes:
+        pretrained: what was loaded, for an `Embedder` over the same weights.
         card: how the network was built, and under "preprocessing" how its input was prepared.
 
     Raises:
@@ -32,9 +33,9 @@ class EmbeddingNetwork(nn.Module):
 
     def __init__(self, checkpoint: str | Path, use_slices: bool = True) -> None:
         super().__init__()
-        pretrained = load_pretrained(checkpoint)
-        self.network = pretrained.network
-        self.card = pretrained.card
+        self.pretrained = load_pretrained(checkpoint)
+        self.network = self.pretrained.network
+        self.card = self.pretrained.card
         self.use_slices = use_slices
         self.eval()
 

@@ -4,18 +4,22 @@
 from unimedi_components.search.embedder import Embedder, model_hash
 from unimedi_components.search.embeddings import Embeddings
 from unimedi_components.search.index import EmbeddingIndex, Hit
-from unimedi_components.search.prompts import PromptSet, load_prompts, shipped_prompts
-from unimedi_components.search.report import evaluate_search
+from unimedi_components.search.prompts import PromptSet, load_prompt_sets, load_prompts, shipped_prompts
+from unimedi_components.search.report import HEADLINE, evaluate_search
+from unimedi_components.search.save_neighbours import SaveNeighbours
 from unimedi_components.search.zero_shot import ZeroShot, zero_shot_scores
 
 __all__ = [
+    "HEADLINE",
     "Embedder",
     "EmbeddingIndex",
     "Embeddings",
     "Hit",
     "PromptSet",
+    "SaveNeighbours",
     "ZeroShot",
     "evaluate_search",
+    "load_prompt_sets",
     "load_prompts",
     "model_hash",
     "shipped_prompts",

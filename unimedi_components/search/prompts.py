@@ -14,7 +14,7 @@ from typing import Any
 from unimedi_components.data.sources import nearest_hint
 from unimedi_components.errors import ConfigError, DataError
 
-__all__ = ["SIDES", "PromptSet", "load_prompts", "shipped_prompts"]
+__all__ = ["SIDES", "PromptSet", "load_prompt_sets", "load_prompts", "shipped_prompts"]
 
 SIDES = ("positive", "negative")
 _FORMAT = 1
@@ -148,6 +148,24 @@ def load_prompts(source: str | Path) -> PromptSet:
             f"{hint}there are {', '.join(shipped_prompts())}"
         ) from None
     return _read(text, str(source))
+
+
+def load_prompt_sets(sources: Sequence[str | Path]) -> dict[int, PromptSet]:
+    """Read prompt sets, see `load_prompts`, by the dimension that they are for.
+
+    Raises:
+        ConfigError: two are for one dimension.
+        DataError: as `load_prompts`.
+    """
+    sets: dict[int, PromptSet] = {}
+    for source in sources:
+        found = load_prompts(source)
+        if found.dim in sets:
+            raise ConfigError(
+                f"the prompt sets {sets[found.dim].name!r} and {found.name!r} are both for {found.dim}D; give one"
+            )
+        sets[found.dim] = found
+    return sets
 
 
 def _shipped() -> Iterator[Any]:

@@ -27,7 +27,7 @@ from unimedi_components.evaluation.protocols import exclusive_sample
 from unimedi_components.search.class_search import Studies, class_search, gather_studies
 from unimedi_components.search.embedder import Embedder
 from unimedi_components.search.embeddings import Embeddings
-from unimedi_components.search.prompts import PromptSet, load_prompts
+from unimedi_components.search.prompts import PromptSet, load_prompt_sets
 from unimedi_components.search.protocol_report import protocol_metrics
 from unimedi_components.search.zero_shot import ZeroShot, zero_shot_scores
 
@@ -95,7 +95,7 @@ def evaluate_search(
     """
     if rank() != 0:
         return {}
-    sets = _prompt_sets(prompts)
+    sets = load_prompt_sets(prompts)
     lists = load_datalist(datalist, dataset_dir)
     items, meta = _items(lists, split, str(datalist)), lists.get("meta", {})
     samples = []
@@ -128,16 +128,6 @@ def evaluate_search(
     if output_dir is not None:
         _write(Path(output_dir), values, table, Embeddings.join([images, *([reports] if reports else [])]))
     return values
-
-
-def _prompt_sets(prompts: Sequence[str | Path]) -> dict[int, PromptSet]:
-    sets: dict[int, PromptSet] = {}
-    for source in prompts:
-        found = load_prompts(source)
-        if found.dim in sets:
-            raise ConfigError(f"prompt sets {sets[found.dim].name!r} and {found.name!r} are both for {found.dim}D")
-        sets[found.dim] = found
-    return sets
 
 
 def _items(lists: Mapping[str, Any], split: str, shown: str) -> list[dict[str, Any]]:
@@ -193,7 +183,8 @@ def _write(folder: Path, values: Values, table: pd.DataFrame, index: Embeddings)
         write_csv(table, folder / "zero_shot.csv")
     for dim, scores in values["zero_shot"].items():
         own = table[table["dim"] == int(dim[0])]
-        title = f"Zero-shot ROC, {dim[0]}D, {values['split']} split, {len(own)} images"
+        shown = "all splits" if values["split"] == "all" else f"{values['split']} split"
+        title = f"Zero-shot ROC, {dim[0]}D, {shown}, {len(own)} images"
         draw_roc(_curves(own, scores), folder / f"roc_{dim}.png", title)
     write_json(values, folder / "metrics.json")
 
