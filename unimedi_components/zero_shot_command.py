@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unimedi_components.command_options import CHECKPOINT, LOADING, as_text, check_options
+from unimedi_components.command_options import CHECKPOINT, check_options
 from unimedi_components.errors import ConfigError
 from unimedi_components.search_commands import print_skipped
 
@@ -19,7 +19,6 @@ __all__ = ["zero_shot"]
 _LINE = 110
 
 
-@as_text(*LOADING)
 def zero_shot(
     *paths: str,
     prompts: str | None = None,
@@ -55,9 +54,9 @@ def zero_shot(
     if not paths:
         raise ConfigError("zero_shot: name at least one file or folder")
     check_options("zero_shot", Embedder.items, options)
-    sets = _prompt_sets(prompts, finding, positive, negative)
-    items = _fitting(find_images(paths), sets)
-    embedder = Embedder(checkpoint, device)
+    sets = _prompt_sets(*(None if word is None else str(word) for word in (prompts, finding, positive, negative)))
+    items = _fitting(find_images([str(path) for path in paths]), sets)
+    embedder = Embedder(str(checkpoint), str(device))
     images = embedder.items(items, ".", **options)
     print_skipped(images)
     table: list[dict[str, Any]] = []
@@ -69,8 +68,8 @@ def zero_shot(
             table.append({"id": entry["id"], "dim": dim, "source": entry["source"], **named})
             print("\n".join(_finding_lines(entry, named)))
     if out is not None:
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-        write_csv(pd.DataFrame(table), Path(out))
+        Path(str(out)).parent.mkdir(parents=True, exist_ok=True)
+        write_csv(pd.DataFrame(table), Path(str(out)))
 
 
 def _fitting(items: Sequence[dict[str, Any]], sets: Mapping[int, PromptSet]) -> list[dict[str, Any]]:
