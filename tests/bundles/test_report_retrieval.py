@@ -14,8 +14,11 @@ import pytest
 from monai.bundle import ConfigWorkflow
 from PIL import Image
 
+from unimedi_components.config_check import check_config
 from unimedi_components.data import pretraining_datalist
+from unimedi_components.data.phantom import write_phantom
 from unimedi_components.errors import ConfigError, DataError
+from unimedi_components.evaluation.protocols import PROTOCOLS
 from unimedi_components.search import Embedder, EmbeddingIndex, ZeroShot, load_prompts
 
 pytestmark = pytest.mark.usefixtures("in_process")
@@ -33,21 +36,10 @@ def heldout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def evaluated(trained: Any, heldout: Path, tmp_path: Path) -> Path:
     """The folder that evaluate.json has written to."""
     out = tmp_path / "eval"
-    workflow = ConfigWorkflow(
-        str(CONFIGS / "evaluate.json"),
-        workflow_type="infer",
-        logging_file=False,
-        checkpoint=str(trained.models / "model.pt"),
-        dataset_dir=str(heldout),
-        phantoms={"mimic_cxr": 30, "bimcv": 20},
-        output_dir=str(out),
-        # of thirty films too few show a single finding of the protocols
-        protocols=[],
-        bootstrap=20,
-        device="cpu",
-    )
-    workflow.initialize()
-    workflow.run()
+    overrides = {"checkpoint": str(trained.models / "model.pt"), "dataset_dir": str(heldout), "output_dir": str(out)}
+    # of thirty films too few show a single finding of the protocols
+    fast = {"phantoms": {"mimic_cxr": 30, "bimcv": 20}, "protocols": [], "bootstrap": 20, "device": "cpu"}
+    run([str(CONFIGS / "evaluate.json")], {**overrides, **fast})
     return out
 
 
@@ -143,3 +135,44 @@ def test_a_volume_alone_needs_no_prompts_for_films(trained: Any, tmp_path: Path)
     found = search(tmp_path / "out", trained, inputs=inputs, index=None, prompts=["chest_xray"])
     assert found["predictions"][0]["zero_shot"] == {} and found["prompts"] == {"2d": "chest_xray"}
     assert not list((tmp_path / "out").glob("*.png"))
+
+
+def test_the_protocols_on_chexperts_layout(trained: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNIMEDI_DATA", str(tmp_path / "data"))
+    write_phantom("chexpert", tmp_path / "data" / "chexpert", patients=90, seed=4, workers=1)
+    files = [str(CONFIGS / "evaluate.json"), str(CONFIGS / "chexpert.json")]
+    overrides: dict[str, Any] = {"checkpoint": str(trained.models / "model.pt"), "device": "cpu", "bootstrap": 0}
+    overrides |= {"output_dir": str(tmp_path / "out"), "protocol_queries": 1, "num_workers": 0}
+    with pytest.raises(Exception) as fault:
+        run(files, overrides)
+    assert isinstance(cause(fault.value), DataError) and "1 + 200 are needed" in str(cause(fault.value))
+    run(files, {**overrides, "exact": False})
+    values = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    datalist = json.loads((tmp_path / "data" / "chexpert_all.json").read_text())
+    names = datalist["meta"]["label_names"]
+    assert len(names) == 14
+    # of each class as many as the rarest has beside its query's patient
+    alone: dict[str, set[str]] = {}
+    for item in datalist["training"]:
+        found = [name for name in PROTOCOLS["5x200"] if item["label"][names.index(name)] == 1]
+        if len(found) == 1 and all(item["label"][names.index(name)] != -1 for name in PROTOCOLS["5x200"]):
+            alone.setdefault(found[0], set()).add(item["id"])
+    five = values["protocols"]["5x200"]
+    assert set(five["classes"]) == {name for name, ids in alone.items() if len(ids) >= 2}
+    assert five["per_class"] <= min(len(alone[name]) for name in five["classes"]) - 1
+    assert five["candidates"] == five["per_class"] * len(five["classes"])
+    assert "image_to_report" not in five and values["report_recall_at_5"] is None
+
+
+def test_every_overlay_is_spelled_right() -> None:
+    for overlay in ("mimic_cxr_bimcv.json", "chexpert.json"):
+        check_config([str(CONFIGS / "evaluate.json"), str(CONFIGS / overlay)], {})
+    check_config([str(CONFIGS / "inference.json")], {"inputs": "x", "index": "$None"})
+    with pytest.raises(ConfigError, match="protocol_queries"):
+        check_config([str(CONFIGS / "evaluate.json")], {"protocol_query": 1})
+
+
+def run(files: list[str], overrides: dict[str, Any]) -> None:
+    workflow = ConfigWorkflow(files, workflow_type="infer", logging_file=False, **overrides)
+    workflow.initialize()
+    workflow.run()
