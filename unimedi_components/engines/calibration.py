@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from unimedi_components.distributed import broadcast, rank
 from unimedi_components.engines.handlers import unwrap
+from unimedi_components.engines.samples import spread_images
 from unimedi_components.networks.heads import ProjectionHead
 from unimedi_components.networks.modality_norm import ModalityBatchNorm1d
 
@@ -97,10 +99,6 @@ class CalibrateProjection:
         return self.network.encode_image(image.to(device)).cls.float()
 
     def _batches(self, dim: int) -> Iterator[Tensor]:
-        indices = [index for index, item in enumerate(self.dataset.dims) if item == dim]
-        wanted = self.samples[dim]
-        chosen = indices[:: max(1, len(indices) // max(wanted, 1))][:wanted]
-        for start in range(0, len(chosen), self.batch_size):
-            items = [self.dataset[index] for index in chosen[start : start + self.batch_size]]
-            if images := [item["image"] for item in items if isinstance(item, dict)]:
-                yield torch.stack(images)
+        images = spread_images(self.dataset, dim, self.samples[dim])
+        while batch := list(islice(images, self.batch_size)):
+            yield torch.stack(batch)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from unimedi_components.distributed import broadcast, rank
 from unimedi_components.engines.handlers import unwrap
+from unimedi_components.engines.samples import spread_images
 from unimedi_components.networks.embed import PatchEmbed
 
 __all__ = ["WhitenTokenizers", "whiten_patch_embed"]
@@ -101,10 +102,7 @@ class WhitenTokenizers:
             self.network.teacher.load_state_dict(encoder.state_dict())
 
     def _images(self, dim: int) -> Tensor | None:
-        indices = [index for index, item in enumerate(self.dataset.dims) if item == dim]
-        step = max(1, len(indices) // self.samples[dim])
-        items = [self.dataset[index] for index in indices[::step][: self.samples[dim]]]
-        images = [item["image"] for item in items if isinstance(item, dict)]
+        images = list(spread_images(self.dataset, dim, self.samples[dim]))
         if len(images) < 2:
             logger.warning("the %dD tokenizer keeps its random start: fewer than two readable training images", dim)
             return None

@@ -109,13 +109,21 @@ class EmbeddingIndex:
         hits = [Hit(score, self.entries[row]) for score, row in ordered if self.entries[row]["id"] != exclude]
         return hits[:k]
 
-    def check_query(self, model: str, k: int, kind: str | None, dim: int | None) -> None:
-        """Raise what `query` would raise for these arguments, before the queries are embedded."""
+    def check_model(self, model: str) -> None:
+        """Pass where the weights are those that the index was made with.
+
+        Raises:
+            ConfigError: they are others.
+        """
         if model != self.model:
             raise ConfigError(
                 f"the index was made with model {self.model[:12]}, the query with {model[:12]}; embed the query with "
                 "the index's checkpoint, or make the index again"
             )
+
+    def check_query(self, model: str, k: int, kind: str | None, dim: int | None) -> None:
+        """Raise what `query` would raise for these arguments, before the queries are embedded."""
+        self.check_model(model)
         if isinstance(k, bool) or not isinstance(k, int) or k < 1:
             raise ConfigError(f"k must be a whole number of at least 1, not {k!r}")
         if kind not in (None, *KINDS) or dim not in (None, 2, 3):

@@ -65,11 +65,8 @@ class SaveNeighbours(Transform):
     ) -> None:
         self.folder, self.embedder, self.count, self.figures = Path(output_dir), embedder, neighbours, figures
         self.index = None if index is None else EmbeddingIndex.load(index)
-        if self.index is not None and self.index.model != embedder.model:
-            raise ConfigError(
-                f"{index}: was made with model {self.index.model[:12]}, the checkpoint is {embedder.model[:12]}; make "
-                "the index again with this checkpoint, or give the one that made it"
-            )
+        if self.index is not None:
+            self.index.check_model(embedder.model)
         if neighbours < 1:
             raise ConfigError(f"neighbours is {neighbours}; at least 1 is needed, and index None searches nothing")
         self.zero_shot = {dim: ZeroShot(embedder, found) for dim, found in load_prompt_sets(prompts).items()}

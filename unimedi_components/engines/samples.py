@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A sample of a data set for what is computed once from real images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["spread_images"]
+
+
+def spread_images(dataset: Any, dim: int, count: int) -> Iterator[Tensor]:
+    """Images of one dimension, evenly spaced over a data set; unreadable ones of the sample are left out.
+
+    Args:
+        dataset: `PretrainDataset`, or anything with its `dims` and items.
+        dim: 2 or 3.
+        count: images wanted; all where there are fewer.
+
+    Yields:
+        (1, H, W) or (1, D, H, W).
+    """
+    indices = [index for index, item in enumerate(dataset.dims) if item == dim]
+    step = max(1, len(indices) // max(count, 1))
+    for index in indices[::step][:count]:
+        item = dataset[index]
+        if isinstance(item, dict):
+            yield item["image"]
