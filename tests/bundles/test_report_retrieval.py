@@ -56,6 +56,7 @@ def search(out: Path, trained: Any, **overrides: Any) -> dict[str, Any]:
 
 
 def test_evaluation_and_search(evaluated: Path, heldout: Path, trained: Any, tmp_path: Path) -> None:
+    assert (evaluated / "neighbours.png").is_file()
     values = json.loads((evaluated / "metrics.json").read_text())
     items = json.loads((heldout / "pretrain.json").read_text())
     items = [item for split in ("training", "validation", "test") for item in items[split]]

@@ -3,6 +3,7 @@
 
 from unimedi_components.search.embedder import Embedder, model_hash
 from unimedi_components.search.embeddings import Embeddings
+from unimedi_components.search.examples import draw_examples
 from unimedi_components.search.index import EmbeddingIndex, Hit
 from unimedi_components.search.prompts import PromptSet, load_prompt_sets, load_prompts, shipped_prompts
 from unimedi_components.search.report import HEADLINE, evaluate_search
@@ -18,6 +19,7 @@ __all__ = [
     "PromptSet",
     "SaveNeighbours",
     "ZeroShot",
+    "draw_examples",
     "evaluate_search",
     "load_prompt_sets",
     "load_prompts",

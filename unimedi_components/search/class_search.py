@@ -17,7 +17,7 @@ from unimedi_components.evaluation.label_tables import label_table
 from unimedi_components.search.embeddings import Embeddings
 from unimedi_components.search.prompts import PromptSet
 
-__all__ = ["Studies", "class_search", "gather_studies"]
+__all__ = ["Studies", "class_search", "common_findings", "gather_studies"]
 
 Array = npt.NDArray[Any]
 Values = dict[str, Any]
@@ -76,7 +76,7 @@ def class_search(parts: Mapping[int, Studies], sets: Mapping[int, PromptSet]) ->
     found: Values = {}
     for dim, part in parts.items():
         for other_dim, other in parts.items():
-            pairs = _common_findings(part, other, sets)
+            pairs = common_findings(part.names, other.names, sets)
             if not pairs:
                 continue
             mine, theirs = part.labels[:, [a for _, a, _ in pairs]], other.labels[:, [b for _, _, b in pairs]]
@@ -108,17 +108,19 @@ def _side(part: Studies, kind: str) -> tuple[Tensor, Array]:
     return part.text_embed, np.asarray([bool(text) for text in part.reports])
 
 
-def _common_findings(part: Studies, other: Studies, sets: Mapping[int, PromptSet]) -> list[tuple[str, int, int]]:
-    """(name, column here, column there) of findings that both data sets label, by name or by a prompt set's aliases."""
+def common_findings(
+    names: Sequence[str], others: Sequence[str], sets: Mapping[int, PromptSet]
+) -> list[tuple[str, int, int]]:
+    """(name here, index here, index there) of findings that both have, by name or by a prompt set's aliases."""
 
     def keys(name: str) -> set[str]:
         found = {finding for prompts in sets.values() if (finding := prompts.finding_of(name))}
         return found or {name.lower()}
 
-    theirs = [keys(name) for name in other.names]
+    theirs = [keys(name) for name in others]
     pairs: list[tuple[str, int, int]] = []
-    for column, name in enumerate(part.names):
+    for column, name in enumerate(names):
         match = next((i for i, found in enumerate(theirs) if found & keys(name)), None)
-        if match is not None and other.names[match] not in {other.names[b] for _, _, b in pairs}:
+        if match is not None and match not in {taken for _, _, taken in pairs}:
             pairs.append((name, column, match))
     return pairs
