@@ -20,7 +20,7 @@ __all__ = ["Found", "draw_search"]
 Array = npt.NDArray[Any]
 
 _SIDE, _TITLE, _TEXT = 1.83, 0.24, 0.45
-_SHORT = 34
+_SHORT = 30
 
 
 @dataclass(frozen=True)
