@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Sequence
@@ -145,12 +146,61 @@ def check(*config: str, **overrides: Any) -> None:
     print(f"ok: {len(merged)} keys in {', '.join(str(file) for file in config)}")
 
 
+def serve(
+    checkpoint: str = "bundles/pretrain/models/model.pt",
+    index: str | None = None,
+    prompts: str | list[str] = "chest_xray,chest_ct",
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    max_upload_mb: int = 512,
+    device: str = "auto",
+    allow_remote: bool = False,
+) -> None:
+    """Open a page in your browser on this machine: drop an X-ray or a CT, see what the network makes of it.
+
+    It shows zero-shot findings, the selected slices and the attention, and with an index the nearest reports and
+    studies. Nothing leaves the machine, and nothing of an upload is kept. Needs the extra "serve".
+
+    Args:
+        checkpoint: weights that a pre-training run left.
+        index: the npz that the command index or embed has written with this checkpoint, to search in.
+        prompts: prompt sets for the findings, shipped names or JSON files, joined with a comma.
+        host: address to listen at.
+        port: port to listen at; 0 takes a free one.
+        max_upload_mb: largest upload in megabytes, all its files together.
+        device: cpu, cuda, or auto for a GPU where there is one.
+        allow_remote: needed for an address that other machines reach; there is no login.
+    """
+    for name, value, least in (("port", port, 0), ("max_upload_mb", max_upload_mb, 1)):
+        _whole_number(name, value, least)
+    missing = [name for name in _SERVE_NEEDS if importlib.util.find_spec(name) is None]
+    if missing:
+        lacking = ", ".join(missing)
+        raise ConfigError(f"serve needs the extra 'serve' ({lacking}): pip install 'unimedi-components[serve]'")
+    from unimedi_components.serve import serve as serve_page
+
+    named = [str(prompts)] if isinstance(prompts, (str, int)) else [str(name) for name in prompts]
+    sets = [name.strip() for joined in named for name in joined.split(",") if name.strip()]
+    serve_page(
+        str(checkpoint),
+        index=None if index is None else str(index),
+        prompts=sets,
+        host=str(host),
+        port=port,
+        max_upload_mb=max_upload_mb,
+        device=str(device),
+        allow_remote=bool(allow_remote),
+    )
+
+
+_SERVE_NEEDS = ("fastapi", "uvicorn", "python_multipart")
 _COMMANDS: dict[str, Callable[..., None]] = {
     "phantom": phantom,
     "prepare": prepare,
     "datasets": datasets,
     "evaluate": evaluate,
     "embed": embed,
+    "serve": serve,
     "check": check,
 }
 
