@@ -28,6 +28,8 @@ Array = npt.NDArray[Any]
 _THUMBNAIL, _KEPT = 160, 256
 _MAX_TEXT = 5000
 _MAX_PICTURES = 12
+# neighbours looked at for each one shown, where several are the same
+_SPARE = 8
 
 
 class Analyser:
@@ -37,7 +39,7 @@ class Analyser:
         embedder: the network.
         prompts: at most one set for X-rays and one for volumes.
         index: what is searched for neighbours; None for no search.
-        k: neighbours of each kind.
+        k: neighbours of each kind and dimension.
 
     Raises:
         ConfigError: the index is of another model, or two prompt sets are for the same dimension.
@@ -108,7 +110,7 @@ class Analyser:
         )
 
     def sentence(self, text: str) -> Neighbours:
-        """The reports, X-rays and volumes nearest to a sentence.
+        """The reports and studies nearest to a sentence.
 
         Raises:
             UploadError: there is no index, or no word in the text.
@@ -126,12 +128,18 @@ class Analyser:
     def _neighbours(self, vectors: Any) -> Neighbours:
         assert self.index is not None
 
-        def nearest(kind: str, dim: int | None = None) -> list[Neighbour]:
+        def nearest(kind: str, dim: int) -> list[Neighbour]:
             assert self.index is not None
-            (hits,) = self.index.query(vectors, self.embedder.model, self.k, kind, dim)
-            return [self._neighbour(hit) for hit in hits]
+            (hits,) = self.index.query(vectors, self.embedder.model, _SPARE * self.k, kind, dim)
+            found = [self._neighbour(hit) for hit in hits]
+            # one report of many images is shown once
+            texts = [hit.text if kind == "report" else hit.id for hit in found]
+            return [hit for place, hit in enumerate(found) if texts[place] not in texts[:place]][: self.k]
 
-        return Neighbours(nearest("report"), nearest("image", 2), nearest("image", 3))
+        def both(kind: str) -> list[Neighbour]:
+            return sorted((*nearest(kind, 2), *nearest(kind, 3)), key=lambda hit: -hit.similarity)
+
+        return Neighbours(both("report"), both("image"))
 
     def _neighbour(self, hit: Hit) -> Neighbour:
         entry = hit.entry

@@ -126,7 +126,7 @@ def create_app(analyser: Analyser, limits: Limits | None = None, hosts: Sequence
 
     @app.post("/api/search", responses=_FAULTS)
     async def search(sentence: Sentence) -> Neighbours:
-        """Find the reports, X-rays and volumes nearest to a sentence."""
+        """Find the reports and studies nearest to a sentence."""
         return await work(analyser.sentence, sentence.text)
 
     @app.get("/api/thumbnail/{row}", response_class=Response)

@@ -68,11 +68,13 @@ class Neighbour:
 
 @dataclass(frozen=True)
 class Neighbours:
-    """The nearest reports, and the nearest X-rays and the nearest volumes, each the nearest first."""
+    """The nearest reports and studies of X-rays and of CTs, some of each dimension, the nearest first.
+
+    Similarities compare within a dimension first: X-rays and volumes lie in parts of their own.
+    """
 
     reports: list[Neighbour]
-    xrays: list[Neighbour]
-    volumes: list[Neighbour]
+    studies: list[Neighbour]
 
 
 @dataclass(frozen=True)

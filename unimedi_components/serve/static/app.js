@@ -125,7 +125,7 @@ async function search(event) {
   try {
     const answer = await fetch("/api/search", { method: "POST", headers, body });
     const content = await answer.json();
-    if (answer.ok) showNeighbours(byId("hits"), content, "h3");
+    if (answer.ok) showNeighbours(byId("hits"), content);
     else showError("query-error", content.error);
   } catch {
     showError("query-error", "The server does not answer. Start it again, then reload this page.");

@@ -26,7 +26,7 @@ function showResult(analysis) {
   byId("seen").replaceChildren(
     ...Object.entries(analysis.seen).flatMap(([name, value]) => [element("dt", "", name), element("dd", "", value)]),
   );
-  showNeighbours(byId("neighbours"), analysis.neighbours, "h3");
+  showNeighbours(byId("neighbours"), analysis.neighbours, analysis.dim);
   byId("result").hidden = false;
 }
 
@@ -45,7 +45,7 @@ function picture(shown) {
     const place = `Slice ${shown.slice} of the input, about ${shown.file_slice} in the file, from the feet`;
     figure.append(element("figcaption", "", `${place}; slab score ${shown.score.toFixed(2)} × mean`));
   } else {
-    figure.append(element("figcaption", "", "The field that the network sees, in the film's own sharpness"));
+    figure.append(element("figcaption", "", "The field of view of the network, shown in more pixels than it gets"));
   }
   return figure;
 }
@@ -54,7 +54,7 @@ function showSlabs(slabs) {
   const figure = byId("slabs");
   figure.hidden = !slabs.length;
   if (!slabs.length) return figure.replaceChildren();
-  const [width, height, left, bottom] = [600, 150, 34, 24];
+  const [width, height, left, bottom] = [420, 130, 44, 24];
   const top = Math.max(...slabs.map((slab) => slab.score), 1) * 1.1;
   const y = (value) => (height - bottom) * (1 - value / top);
   const step = (width - left) / slabs.length;
@@ -109,19 +109,23 @@ function showFindings(analysis) {
     : `No prompt set is loaded for ${analysis.kind === "CT" ? "CT volumes" : "X-rays"}.`;
 }
 
-function showNeighbours(place, neighbours, heading) {
+// Those of the study's own dimension come first.
+function showNeighbours(place, neighbours, own = 2) {
   place.replaceChildren();
   if (!neighbours) return;
-  for (const [title, list] of [
-    ["Nearest reports", neighbours.reports],
-    ["Nearest X-rays", neighbours.xrays],
-    ["Nearest CTs", neighbours.volumes],
-  ]) {
+  const groups = [
+    ["Nearest X-ray reports", neighbours.reports, 2],
+    ["Nearest CT reports", neighbours.reports, 3],
+    ["Nearest X-rays", neighbours.studies, 2],
+    ["Nearest CTs", neighbours.studies, 3],
+  ];
+  for (const [title, all, dim] of own === 2 ? groups : [groups[1], groups[0], groups[3], groups[2]]) {
+    const list = all.filter((hit) => hit.dim === dim);
     if (!list.length) continue;
     const card = element("section", place.id === "neighbours" ? "card" : "");
     const items = element("ol");
     items.append(...list.map(neighbour));
-    card.append(element(heading, "", title), items);
+    card.append(element("h3", "", title), items);
     place.append(card);
   }
 }
@@ -137,8 +141,7 @@ function neighbour(hit) {
     item.append(image);
   }
   const head = element("div", "head");
-  const what = hit.dim === 2 ? "X-ray" : "CT";
-  const chip = element("span", "chip", hit.kind === "report" ? `${what} report` : what);
+  const chip = element("span", "chip", hit.dim === 2 ? "X-ray" : "CT");
   head.append(element("b", "", hit.id), chip, element("span", "muted", `similarity ${hit.similarity.toFixed(3)}`));
   item.append(head, reportText(hit.text));
   return item;
