@@ -77,7 +77,11 @@ def test_commands_pass_their_arguments_on(calls: list[tuple[Any, ...]]) -> None:
     ("words", "message"),
     [
         (["phantm"], "unknown command 'phantm'; did you mean 'phantom'?"),
-        (["train"], "unknown command 'train'; there are: phantom, prepare, datasets, evaluate, embed, check"),
+        (
+            ["train"],
+            "unknown command 'train'; there are: phantom, prepare, datasets, evaluate, embed, index, search, "
+            "zero_shot, serve, check",
+        ),
         (
             ["phantom", "all", "o", "--patient", "3"],
             "unknown option '--patient' of 'phantom'; did you mean '--patients'?",

@@ -69,7 +69,7 @@ def test_pins_satisfy_the_ranges(setup_cfg: configparser.ConfigParser) -> None:
     pinned = pins()
     ranges = requirements(setup_cfg["options"]["install_requires"])
     ranges += requirements(setup_cfg["options.extras_require"]["dev"])
-    assert len(ranges) == 25
+    assert len(ranges) == 31
     for requirement in ranges:
         version = pinned[canonicalize_name(requirement.name)]
         assert requirement.specifier.contains(version), f"{requirement} excludes the tested {version}"
@@ -80,7 +80,10 @@ def test_pins_satisfy_the_ranges(setup_cfg: configparser.ConfigParser) -> None:
 def test_imports_are_declared(setup_cfg: configparser.ConfigParser) -> None:
     declared = {
         canonicalize_name(requirement.name)
-        for text in (setup_cfg["options"]["install_requires"], setup_cfg["options.extras_require"]["timm"])
+        for text in (
+            setup_cfg["options"]["install_requires"],
+            *(setup_cfg["options.extras_require"][extra] for extra in ("serve", "timm")),
+        )
         for requirement in requirements(text)
     }
     distributions = packages_distributions()

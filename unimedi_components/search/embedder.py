@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from unimedi_components.data.datalist import load_datalist
+from unimedi_components.data.datalist import SPLITS, load_datalist, select
 from unimedi_components.data.inputs import find_images, image_loader
 from unimedi_components.errors import DataError
 from unimedi_components.evaluation.features import make_dataset
@@ -198,8 +198,21 @@ class Embedder:
         return Embeddings(embed, entries, self.model, card=self.card)
 
     def datalist(self, path: str | Path, root: str | Path, split: str = "test", **options: Any) -> Embeddings:
-        """Images and reports of one split of a datalist, the images first; `options` as of `images`."""
-        items = load_datalist(path, root)[split]
+        """Images and reports of a datalist, the images first.
+
+        Args:
+            path: the JSON file.
+            root: folder that its image paths are relative to.
+            split: "training", "validation", "test", or "all" of them.
+            options: as of `images`.
+
+        Raises:
+            DataError: the datalist cannot be used, the split is empty, or not one image could be read.
+        """
+        content = load_datalist(path, root)
+        items = [item for name in (SPLITS if split == "all" else (split,)) for item in select(content, name)]
+        if not items:
+            raise DataError(f"{path}: the split {split!r} is empty; choose another, or all")
         parts = [self.items(items, root, **options)]
         parts += [self.reports(items)] if any(item.get("report") for item in items) else []
         return Embeddings.join(parts)

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from unimedi_components.errors import ConfigError, DataError
 from unimedi_components.search.embeddings import KINDS, Embeddings
+from unimedi_components.search.neighbours import Neighbours, make_neighbours
 
 __all__ = ["EmbeddingIndex", "Hit"]
 
@@ -29,17 +29,22 @@ class Hit(NamedTuple):
 class EmbeddingIndex:
     """Search by cosine similarity, within and across X-rays, volumes and reports.
 
-    It is exact: one matrix product and the K largest, in torch, which is faster than scikit-learn's brute force and
-    gives numpy's result.
+    By default it is exact and gives numpy's result. For millions of entries there is FAISS, from the extra
+    `unimedi-components[faiss]`: its search is approximate, and may miss a neighbour.
 
     Args:
         embeddings: what is searched; its model's hash is kept, and the queries of another model are refused.
+        backend: "exact" or "faiss".
+        lists, probes: of FAISS, see `Approximate`; None chooses them by the number of entries.
 
     Raises:
+        ConfigError: an unknown backend, options that it does not have, or FAISS is not installed.
         DataError: there is nothing to search, or a row is not finite.
     """
 
-    def __init__(self, embeddings: Embeddings) -> None:
+    def __init__(
+        self, embeddings: Embeddings, backend: str = "exact", lists: int | None = None, probes: int | None = None
+    ) -> None:
         if not len(embeddings):
             raise DataError("no embedding to search; embed at least one image or report")
         if not np.isfinite(embeddings.embed).all():
@@ -49,12 +54,12 @@ class EmbeddingIndex:
         kinds = np.asarray([KINDS.index(entry["kind"]) for entry in self.entries])
         dims = embeddings.dims
         # one part per kind and dimension: a sentence has one vector for X-rays and another for volumes
-        self._parts: dict[tuple[str, int], tuple[Array, _Exact]] = {}
+        self._parts: dict[tuple[str, int], tuple[Array, Neighbours]] = {}
         for kind in KINDS:
             for dim in (2, 3):
                 rows = np.flatnonzero((kinds == KINDS.index(kind)) & (dims == dim))
                 if len(rows):
-                    self._parts[kind, dim] = rows, _Exact(embeddings.embed[rows])
+                    self._parts[kind, dim] = rows, make_neighbours(embeddings.embed[rows], backend, lists, probes)
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -83,7 +88,7 @@ class EmbeddingIndex:
             ConfigError: the queries are of another model, or `k`, `kind` or `dim` is none that there is.
             DataError: the queries have another width or are not finite.
         """
-        self._check(model, k, kind, dim)
+        self.check_query(model, k, kind, dim)
         by_dim = vectors if isinstance(vectors, Mapping) else {2: vectors, 3: vectors}
         count = {len(part) for part in by_dim.values()}
         if len(count) != 1:
@@ -96,7 +101,7 @@ class EmbeddingIndex:
                 scores, places = search.nearest(self._queries(by_dim[own_dim]), min(wanted, len(rows)))
                 for query in range(queries):
                     pairs = zip(scores[query], places[query], strict=True)
-                    found[query] += [(float(score), int(rows[place])) for score, place in pairs]
+                    found[query] += [(float(score), int(rows[place])) for score, place in pairs if place >= 0]
         return [self._hits(pairs, k, None if exclude is None else exclude[query]) for query, pairs in enumerate(found)]
 
     def _hits(self, pairs: list[tuple[float, int]], k: int, exclude: str | None) -> list[Hit]:
@@ -104,7 +109,8 @@ class EmbeddingIndex:
         hits = [Hit(score, self.entries[row]) for score, row in ordered if self.entries[row]["id"] != exclude]
         return hits[:k]
 
-    def _check(self, model: str, k: int, kind: str | None, dim: int | None) -> None:
+    def check_query(self, model: str, k: int, kind: str | None, dim: int | None) -> None:
+        """Raise what `query` would raise for these arguments, before the queries are embedded."""
         if model != self.model:
             raise ConfigError(
                 f"the index was made with model {self.model[:12]}, the query with {model[:12]}; embed the query with "
@@ -127,20 +133,11 @@ class EmbeddingIndex:
         return self.embeddings.save(path)
 
     @classmethod
-    def load(cls, path: str | Path) -> EmbeddingIndex:
-        """Read what `save` or `Embeddings.save` wrote.
+    def load(cls, path: str | Path, backend: str = "exact", **options: Any) -> EmbeddingIndex:
+        """Read what `save` or `Embeddings.save` wrote; `backend` and `options` as of the class.
 
         Raises:
+            ConfigError: see the class.
             DataError: missing or damaged.
         """
-        return cls(Embeddings.load(path))
-
-
-class _Exact:
-    def __init__(self, rows: Array) -> None:
-        self.rows = torch.from_numpy(np.ascontiguousarray(rows, dtype=np.float32))
-
-    def nearest(self, queries: Array, k: int) -> tuple[Array, Array]:
-        similarity = torch.from_numpy(queries) @ self.rows.T
-        scores, places = similarity.topk(k, dim=1)
-        return scores.numpy(), places.numpy()
+        return cls(Embeddings.load(path), backend, **options)

@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of what the command line is given, before a command works for minutes."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from fire.decorators import SetParseFn
+from fire.parser import DefaultParseValue
+
+from unimedi_components.errors import ConfigError
+
+__all__ = ["CHECKPOINT", "LOADING", "as_text", "check_options", "whole_number"]
+
+#: Where the default pre-training run leaves its weights.
+CHECKPOINT = "bundles/pretrain/models/model.pt"
+#: Options of `Embedder.images` that are numbers or switches.
+LOADING = ("batch_2d", "batch_3d", "num_workers", "strict", "progress")
+
+
+def as_text(*values: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Keep a command's words as they stand, but for these options: fire makes a tuple of the words "effusion, left"."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        kept: Callable[..., None] = SetParseFn(str)(command)
+        return SetParseFn(DefaultParseValue, *values)(kept) if values else kept
+
+    return decorate
+
+
+def whole_number(name: str, value: Any, least: int) -> None:
+    """Raise a ConfigError unless the option's value is a whole number of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"--{name} must be a whole number of at least {least}, got {value!r}")
+
+
+def check_options(command: str, function: Callable[..., Any], options: Sequence[str] | dict[str, Any]) -> None:
+    """Raise a ConfigError for an option that `function` does not take: fire would say so after the work is done."""
+    parameters = inspect.signature(function).parameters
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        return
+    for option in options:
+        if option not in parameters:
+            near = difflib.get_close_matches(option, parameters, n=1)
+            hint = f"did you mean '--{near[0]}'?" if near else f"it takes --{', --'.join(parameters)}"
+            raise ConfigError(f"unknown option '--{option}' of '{command}'; {hint}")

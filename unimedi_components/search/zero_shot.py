@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Zero-shot classification: is an image nearer to the sentences that affirm a finding, or to those that deny it?
+
+Letters: N images, F findings, E width of the common space.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from unimedi_components.errors import ConfigError, DataError
+from unimedi_components.evaluation.classification import classification_metrics
+from unimedi_components.losses.classification import UNCERTAIN
+from unimedi_components.search.embedder import Embedder
+from unimedi_components.search.embeddings import Embeddings
+from unimedi_components.search.prompts import SIDES, PromptSet
+
+__all__ = ["ZeroShot", "zero_shot_scores"]
+
+Array = npt.NDArray[Any]
+
+_SCORES = ("cases", "patients", "positives", "uncertain", "macro_auroc", "auroc", "skipped")
+
+
+class ZeroShot:
+    """Probabilities of findings without training on their labels.
+
+    The phrasings of each side are embedded, averaged and normalised again; a finding's probability is the softmax over
+    the image's cosines to the two sides, times the network's own logit scale (prompt pairs of CheXzero, prompt
+    ensembles of GLoRIA and CLIP).
+
+    Args:
+        embedder: the network; what it classifies must be embedded by the same weights.
+        prompts: phrasings, see `load_prompts`.
+
+    Attributes:
+        names: the findings, in the order of the columns.
+        dim: 2 or 3, what the prompts are for.
+        model: hash of the network's weights.
+        positive, negative: (F, E) float32 of unit norm, on the CPU.
+
+    Example:
+        >>> zero_shot = ZeroShot(embedder, load_prompts("chest_ct"))  # doctest: +SKIP
+        >>> ids, probabilities = zero_shot.classify(embedder.images("scans/"))  # doctest: +SKIP
+    """
+
+    def __init__(self, embedder: Embedder, prompts: PromptSet) -> None:
+        self.prompts, self.names, self.dim = prompts, tuple(prompts.findings), prompts.dim
+        self.model = embedder.model
+        self.logit_scale = embedder.network.logit_scale.item()
+        self.positive, self.negative = (self._side(embedder, side) for side in SIDES)
+
+    def _side(self, embedder: Embedder, side: str) -> Tensor:
+        groups = [sides[side] for sides in self.prompts.findings.values()]
+        rows = embedder.sentences([text for group in groups for text in group], self.dim)
+        means = [part.mean(0) for part in rows.split([len(group) for group in groups])]
+        return F.normalize(torch.stack(means), dim=-1)
+
+    def probabilities(self, embed: Array) -> Array:
+        """Probability of each finding in each image.
+
+        Args:
+            embed: (N, E) of unit norm, from images of the prompts' dimension.
+
+        Returns:
+            (N, F) float32 in [0, 1].
+
+        Raises:
+            DataError: another width, or values that are not finite.
+        """
+        array = np.ascontiguousarray(embed, dtype=np.float32)
+        width = self.positive.shape[1]
+        if array.ndim != 2 or array.shape[1] != width or not np.isfinite(array).all():
+            raise DataError(f"embeddings {array.shape} are not finite rows of {width} values")
+        rows = torch.from_numpy(array)
+        cosines = torch.stack([rows @ side.T for side in (self.positive, self.negative)])
+        return (self.logit_scale * cosines).softmax(0)[0].numpy()
+
+    def classify(self, embeddings: Embeddings) -> tuple[list[str], Array]:
+        """Ids and probabilities (N, F) of the images of the prompts' dimension; other rows are left out.
+
+        Raises:
+            ConfigError: the embeddings are of another model.
+            DataError: there is no such image.
+        """
+        if embeddings.model != self.model:
+            raise ConfigError(
+                f"the prompts were embedded with model {self.model[:12]}, the images with {embeddings.model[:12]}; "
+                "embed both with one checkpoint"
+            )
+        entries = embeddings.entries
+        rows = [i for i, e in enumerate(entries) if e["kind"] == "image" and e["dim"] == self.dim]
+        if not rows:
+            what = "X-ray" if self.dim == 2 else "volume"
+            raise DataError(f"no {what} among the embeddings; the prompt set {self.prompts.name!r} is for {what}s")
+        return [entries[row]["id"] for row in rows], self.probabilities(embeddings.embed[rows])
+
+
+def zero_shot_scores(
+    probabilities: npt.ArrayLike,
+    labels: npt.ArrayLike,
+    names: Sequence[str],
+    patients: Sequence[Hashable] | None = None,
+    bootstrap: int = 1000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """AUROC of zero-shot probabilities.
+
+    Args:
+        probabilities: (N, F).
+        labels: 1 present, 0 absent, negative not known, (N, F).
+        names: the F findings.
+        patients: of the N images; None: every image is a patient of its own.
+        bootstrap: resamples of the patients for the intervals; 0 gives none.
+        seed: of the resamples.
+
+    Returns:
+        plain values for JSON: "auroc" by finding, None where only one class occurs (the reason is under "skipped"),
+        their mean "macro_auroc", "intervals" of both, and counts, all as of `classification_metrics`.
+
+    Raises:
+        ValueError: shapes that do not fit, labels above 1, values that are not finite, or no known label.
+    """
+    known = np.maximum(np.asarray(labels, dtype=np.int64), UNCERTAIN)
+    found = classification_metrics(probabilities, known, "multilabel", names, patients, bootstrap, seed)
+    result = {name: found[name] for name in _SCORES}
+    if bootstrap > 0:
+        # no threshold is meant here, so nothing is said about accuracy
+        intervals = found["intervals"]
+        used = {name: value for name, value in intervals["resamples_used"].items() if name != "accuracy"}
+        result["intervals"] = {name: value for name, value in intervals.items() if name != "accuracy"}
+        result["intervals"]["resamples_used"] = used
+    return result

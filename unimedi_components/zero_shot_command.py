@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command zero_shot: probabilities of findings from sentences alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from unimedi_components.command_options import CHECKPOINT, LOADING, as_text, check_options
+from unimedi_components.errors import ConfigError
+from unimedi_components.search_commands import print_skipped
+
+if TYPE_CHECKING:
+    from unimedi_components.search import PromptSet
+
+__all__ = ["zero_shot"]
+
+_KINDS = {2: "X-ray", 3: "volume"}
+
+
+@as_text(*LOADING)
+def zero_shot(
+    *paths: str,
+    prompts: str | None = None,
+    finding: str | None = None,
+    positive: str | None = None,
+    negative: str | None = None,
+    checkpoint: str = CHECKPOINT,
+    device: str = "auto",
+    out: str | None = None,
+    **options: Any,
+) -> None:
+    """Say how probable findings are in X-rays and volumes, from sentences alone.
+
+    The values rank images; they are not calibrated probabilities.
+
+    Args:
+        paths: files, folders or patterns.
+        prompts: a shipped prompt set or a JSON file; by default chest_xray for X-rays and chest_ct for volumes.
+        finding: findings of the prompt sets, separated by |; or the name of one of your own.
+        positive: with it, sentences that affirm the finding of your own, separated by |.
+        negative: likewise, sentences that deny it.
+        checkpoint: weights that a pre-training run left.
+        device: cpu, cuda, or auto for a GPU where there is one.
+        out: csv to write: id, dim, source, and a column for each finding.
+        options: --batch_2d, --batch_3d, --num_workers, --strict (an unreadable file is an error).
+    """
+    import pandas as pd
+
+    from unimedi_components.engines.predictions import write_csv
+    from unimedi_components.search import Embedder, ZeroShot
+
+    if not paths:
+        raise ConfigError("zero_shot: name at least one file or folder")
+    check_options("zero_shot", Embedder.images, options)
+    sets = _prompt_sets(prompts, finding, positive, negative)
+    embedder = Embedder(checkpoint, device)
+    classifiers = {dim: ZeroShot(embedder, chosen) for dim, chosen in sets.items()}
+    images = embedder.images(paths, **options)
+    print_skipped(images)
+    table: list[dict[str, Any]] = []
+    for dim in (2, 3):
+        entries = [entry for entry in images.entries if entry["dim"] == dim]
+        if entries and dim not in classifiers:
+            what = _KINDS[next(iter(classifiers))]
+            print(f"left out {len(entries)} {_KINDS[dim]}s: the prompts are for {what}s")
+        elif entries:
+            _, found = classifiers[dim].classify(images)
+            for entry, row in zip(entries, found.tolist(), strict=True):
+                named = dict(zip(classifiers[dim].names, row, strict=True))
+                table.append({"id": entry["id"], "dim": dim, "source": entry["source"], **named})
+                print("\n".join(_finding_lines(entry, named)))
+    if not table:
+        raise ConfigError("zero_shot: the prompts fit none of the images; name a prompt set of their dimension")
+    if out is not None:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        write_csv(pd.DataFrame(table), Path(out))
+
+
+def _prompt_sets(
+    prompts: str | None, finding: str | None, positive: str | None, negative: str | None
+) -> Mapping[int, PromptSet]:
+    """Prompt sets by dimension."""
+    from unimedi_components.search import PromptSet, load_prompts
+
+    if positive is not None or negative is not None:
+        if prompts is not None or not (finding and positive and negative):
+            raise ConfigError("prompts of your own are --finding NAME --positive 'A.|B.' --negative 'C.|D.'")
+        sides = {"positive": _parts(positive), "negative": _parts(negative)}
+        return {dim: PromptSet("command line", dim, {finding: sides}) for dim in (2, 3)}
+    sets = [load_prompts(source) for source in (("chest_xray", "chest_ct") if prompts is None else (prompts,))]
+    if finding is None:
+        return {chosen.dim: chosen for chosen in sets}
+    faults, chosen = [], {}
+    for candidate in sets:
+        try:
+            chosen[candidate.dim] = candidate.select(_parts(finding))
+        except ConfigError as error:
+            faults.append(error)
+    if not chosen:
+        raise faults[0]
+    return chosen
+
+
+def _parts(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split("|") if part.strip())
+
+
+def _finding_lines(entry: Mapping[str, Any], probabilities: Mapping[str, float]) -> list[str]:
+    ordered = sorted(probabilities.items(), key=lambda pair: -pair[1])
+    cells = [f"{value:.3f} {name}" for name, value in ordered]
+    width = max(map(len, cells)) + 3
+    columns = max(1, 110 // width)
+    rows = [
+        "  " + "".join(f"{c:<{width}}" for c in cells[i : i + columns]).rstrip() for i in range(0, len(cells), columns)
+    ]
+    return [f"\n{entry['source']} ({_KINDS[entry['dim']]})", *rows]
