@@ -46,7 +46,9 @@ class Files:
     def film(self, height: int = 90, width: int = 70) -> np.ndarray:
         """Grey values of a smooth picture."""
         rows, columns = np.mgrid[0:height, 0:width] / max(height, width)
-        shade = np.sin(self.rng.uniform(2, 9) * rows + self.rng.uniform(0, 3)) * np.cos(self.rng.uniform(2, 9) * columns)
+        shade = np.sin(self.rng.uniform(2, 9) * rows + self.rng.uniform(0, 3)) * np.cos(
+            self.rng.uniform(2, 9) * columns
+        )
         return (127 + 100 * shade + self.rng.normal(0, 4, (height, width))).clip(0, 255).astype(np.uint8)
 
     def photo(self, height: int = 90, width: int = 70) -> np.ndarray:
@@ -127,7 +129,10 @@ def files(tmp_path: Path) -> Files:
 
 @pytest.fixture(scope="session")
 def prompts() -> list[PromptSet]:
-    return [load_prompts("chest_xray").select(["edema", "pleural effusion"]), load_prompts("chest_ct").select(["edema"])]
+    return [
+        load_prompts("chest_xray").select(["edema", "pleural effusion"]),
+        load_prompts("chest_ct").select(["edema"]),
+    ]
 
 
 @pytest.fixture(scope="session")

@@ -114,9 +114,9 @@ def read_dicom(file: Received) -> DicomFile:
             modality = _MODALITY.search(stream.read(_CHUNK))
         found = DicomFile(file, {"0008|0060": modality[1].decode() if modality else ""})
         if found.modality in XRAYS | {"CT"} and _holds_pixels(file):
-            reason = str(error).strip().splitlines()[-1].replace(str(file.path), file.name)[:160]
+            reason = str(error).strip().splitlines()[-1].rpartition("): ")[2].replace(str(file.path), file.name)[:160]
             raise unusable(
-                f"{file.name}: the DICOM is damaged or of an unknown kind ({reason}). Export it again."
+                f"{file.name}: the DICOM is cut off, damaged or of an unknown kind ({reason}). Export it again."
             ) from None
         return found
     tags = image_io.GetMetaDataDictionary()

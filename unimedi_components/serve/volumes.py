@@ -105,7 +105,7 @@ def _nifti(file: Received, folder: Path, limits: Limits) -> Path:
     check_voxels(shape, file.name, limits)
     kind = header.get_data_dtype()
     if kind.names or kind.kind not in "iuf":
-        raise unusable(f"{file.name}: its voxels are of type {kind}, colour or complex. Convert it to grey values.")
+        raise unusable(f"{file.name}: its voxels are colours or complex numbers. Convert them to grey values.")
     need = int(header["vox_offset"]) + math.prod(shape) * kind.itemsize
     if packed:
         _gunzip(file, path, need)
