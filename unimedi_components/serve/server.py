@@ -88,6 +88,9 @@ def _is_loopback(host: str) -> bool:
 
 
 def _listen(host: str, port: int) -> socket.socket:
+    # the resolver takes a larger number modulo 65536
+    if not 0 <= port < 2**16:
+        raise ConfigError(f"there is no port {port}; give one below 65536 with --port")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         taken = socket.socket(family, kind, protocol)
@@ -99,10 +102,10 @@ def _listen(host: str, port: int) -> socket.socket:
             taken.close()
             raise
         return taken
-    except (OSError, OverflowError) as error:
-        if getattr(error, "errno", None) == errno.EADDRINUSE:
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
             raise ConfigError(f"port {port} of {host} is in use; give another one with --port") from None
-        reason = getattr(error, "strerror", None) or error
+        reason = error.strerror or error
         raise ConfigError(
             f"cannot listen at {host}, port {port} ({reason}); give others with --host and --port"
         ) from None
