@@ -6,6 +6,9 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
+import subprocess
+import sys
 import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,6 +29,7 @@ from unimedi_components.networks.pretrained import make_card, student_state
 from unimedi_components.search import Embedder, EmbeddingIndex, Embeddings, PromptSet, load_prompts
 from unimedi_components.serve import Analyser, Limits, create_app
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 XRAY_SIZE, CT_SIZE = 32, (16, 24, 24)
 PREPROCESSING = {
     "xray": {"size": XRAY_SIZE},
@@ -214,3 +218,28 @@ def nothing_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
     monkeypatch.setattr("tempfile.tempdir", str(folder))
     yield
     assert os.listdir(folder) == []
+
+
+@pytest.fixture
+def started(checkpoint: Path, tmp_path: Path) -> Iterator[Any]:
+    """Start the command with more words; the process, its address and the folder of its temporary files."""
+    processes: list[subprocess.Popen[str]] = []
+
+    def start(*words: str) -> tuple[subprocess.Popen[str], str, Path]:
+        folder = tmp_path / "server-temporary"
+        folder.mkdir()
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "TMPDIR": str(folder)}
+        command = [sys.executable, "-m", "unimedi_components", "serve", "--checkpoint", str(checkpoint)]
+        options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        process = subprocess.Popen([*command, "--port", "0", "--device", "cpu", *words], env=environment, **options)
+        processes.append(process)
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        match = re.fullmatch(r"UniMedI is at (http://\S+) \(Ctrl-C ends it\)\n", line)
+        assert match, line + (process.stderr.read() if process.stderr else "")
+        return process, match[1], folder
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()

@@ -6,14 +6,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import re
 import signal
 import socket
-import subprocess
-import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +18,6 @@ import pytest
 
 from unimedi_components.__main__ import main
 from unimedi_components.search import Embeddings
-
-REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 def fault(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -69,31 +63,6 @@ def test_missing_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "uvicorn" else find(name))
     assert fault([], capsys) == "serve needs the extra 'serve' (uvicorn): pip install 'unimedi-components[serve]'"
-
-
-@pytest.fixture
-def started(checkpoint: Path, tmp_path: Path) -> Iterator[Any]:
-    """Start the command with more words; the process, its address and the folder of its temporary files."""
-    processes: list[subprocess.Popen[str]] = []
-
-    def start(*words: str) -> tuple[subprocess.Popen[str], str, Path]:
-        folder = tmp_path / "server-temporary"
-        folder.mkdir()
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), "TMPDIR": str(folder)}
-        command = [sys.executable, "-m", "unimedi_components", "serve", "--checkpoint", str(checkpoint)]
-        options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        process = subprocess.Popen([*command, "--port", "0", "--device", "cpu", *words], env=environment, **options)
-        processes.append(process)
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        match = re.fullmatch(r"UniMedI is at (http://\S+) \(Ctrl-C ends it\)\n", line)
-        assert match, line + (process.stderr.read() if process.stderr else "")
-        return process, match[1], folder
-
-    yield start
-    for process in processes:
-        process.kill()
-        process.communicate()
 
 
 def post(url: str, name: str, content: bytes) -> tuple[int, dict[str, Any]]:
