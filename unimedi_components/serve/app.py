@@ -120,9 +120,16 @@ def create_app(analyser: Analyser, limits: Limits | None = None, hosts: Sequence
             raise unsupported(
                 f"the upload is no form with files (multipart/form-data, field 'files'). Give {ACCEPTED}."
             )
-        async with request.form(max_files=limits.files, max_fields=8) as form:
+        try:
+            form = await request.form(max_files=limits.files, max_fields=8)
+        except StarletteHTTPException as error:
+            reason = str(error.detail).rstrip(".")
+            raise bad_request(f"the upload cannot be read ({reason}). Drop at most {limits.files} files.") from None
+        try:
             files = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
             return await work(_analyse, analyser, files, limits)
+        finally:
+            await form.close()
 
     @app.post("/api/search", responses=_FAULTS)
     async def search(sentence: Sentence) -> Neighbours:

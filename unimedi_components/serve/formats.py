@@ -131,6 +131,8 @@ def not_read(name: str, content: str) -> UploadError | None:
     holds = _WORDS[content]
     if held:
         return unsupported(f"{name}: is named as {_NAMED[named]} but holds {holds}. Give the file its right ending.")
+    if name.lower().endswith((".raw", ".zraw")):
+        return unusable(f"{name}: holds voxels without their header. Drop the .mhd file together with it.")
     if content == "nifti pair":
         return unsupported(f"{name}: is {holds}. Convert the pair to one .nii.gz file.")
     if named:

@@ -21,6 +21,7 @@ from unimedi_components.serve.guard import LOOPBACK
 __all__ = ["serve"]
 
 _GRACE = 5
+_OPEN_FILES = 16384
 
 
 def serve(
@@ -66,6 +67,7 @@ def serve(
             print(f"warning: other machines can reach {host}; there is no login and no encryption", file=sys.stderr)
         shown, number = f"[{host}]" if ":" in host else host, taken.getsockname()[1]
         print(f"UniMedI is at http://{shown}:{number} (Ctrl-C ends it)", flush=True)
+        _allow_many_files()
         config = uvicorn.Config(
             app,
             log_level="warning",
@@ -78,6 +80,19 @@ def serve(
         except KeyboardInterrupt:
             # uvicorn has ended the requests and hands the signal on
             print("ended")
+
+
+def _allow_many_files() -> None:
+    """Raise the number of files that may be open, as far as the system allows: an upload can be of thousands."""
+    try:
+        import resource
+    except ImportError:
+        # there is no such limit on Windows
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _is_loopback(host: str) -> bool:

@@ -84,7 +84,7 @@ def _one_study(contents: dict[Received, str], archive: str, folder: Path, limits
         fault = not_read(file.name, content)
         if fault is None:
             others[file] = content
-        elif len(contents) == 1 or family_of_name(file.name):
+        elif len(contents) == 1 or family_of_name(file.name) or content == "nifti pair":
             raise fault
         else:
             left_out.append(file)

@@ -18,7 +18,7 @@ from typing import Any
 
 import nibabel as nib
 
-from unimedi_components.data.ct_checks import CTLimits, check_ct, read_ct_header
+from unimedi_components.data.ct_checks import CTLimits, check_ct
 from unimedi_components.data.volume_io import check_metaimage
 from unimedi_components.serve.faults import Limits, UploadError, too_large, unusable
 from unimedi_components.serve.uploads import Received
@@ -93,7 +93,8 @@ def check_voxels(shape: Sequence[int], name: str, limits: Limits) -> None:
 
 
 def _nifti(file: Received, folder: Path, limits: Limits) -> Path:
-    packed = file.path.read_bytes()[:2] == b"\x1f\x8b"
+    with open(file.path, "rb") as stream:
+        packed = stream.read(2) == b"\x1f\x8b"
     path = folder / "volume.nii"
     with gzip.open(file.path) if packed else open(file.path, "rb") as stream:
         block = stream.read(540)
@@ -113,7 +114,6 @@ def _nifti(file: Received, folder: Path, limits: Limits) -> Path:
         file.path.rename(path)
     if (size := path.stat().st_size) < need:
         raise unusable(f"{file.name}: is cut off: {size:,} bytes where {need:,} are needed. Download it again.")
-    read_ct_header(path)
     return path
 
 
