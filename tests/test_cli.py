@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fire.parser import DefaultParseValue
 
 import unimedi_components
 from unimedi_components.__main__ import main
+from unimedi_components.command_options import exact_words
 from unimedi_components.errors import DataError
 
 
@@ -110,6 +112,13 @@ def test_faults_are_one_line(
 ) -> None:
     assert failure(words, capsys) == f"error: {message}\n"
     assert calls == []
+
+
+def test_words_arrive_as_they_stand() -> None:
+    words = ["effusion, left", "1.50", "[a]", "a # b", "'x'", "--finding=a, b", "--k=3", "--text", "3", "True", "a: b"]
+    quoted = exact_words(words)
+    assert [DefaultParseValue(word) for word in quoted[:5]] == words[:5]
+    assert quoted[5:] == ["--finding='a, b'", "--k=3", "--text", "3", "True", "a: b"]
 
 
 def test_missing_argument_is_a_usage_error(calls: list[tuple[Any, ...]], capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import fire
 
 from unimedi_components import __version__
-from unimedi_components.command_options import check_options, whole_number
+from unimedi_components.command_options import check_options, exact_words, whole_number
 from unimedi_components.errors import CheckpointError, ConfigError, DataError
 from unimedi_components.search_commands import embed, index, search
 from unimedi_components.serve_command import serve
@@ -128,6 +128,8 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "serve": serve,
     "check": check,
 }
+# of these, no word is a Python list
+_EXACT = ("embed", "index", "search", "zero_shot")
 
 
 def _run(words: list[str]) -> None:
@@ -139,7 +141,7 @@ def _run(words: list[str]) -> None:
         near = difflib.get_close_matches(command, _COMMANDS, n=1)
         hint = f"did you mean '{near[0]}'?" if near else f"there are: {', '.join(_COMMANDS)}"
         raise ConfigError(f"unknown command '{command}'; {hint}")
-    fire.Fire(_COMMANDS, command=words, name="unimedi")
+    fire.Fire(_COMMANDS, command=exact_words(words) if command in _EXACT else words, name="unimedi")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

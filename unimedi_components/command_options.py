@@ -8,27 +8,23 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from fire.decorators import SetParseFn
 from fire.parser import DefaultParseValue
 
 from unimedi_components.errors import ConfigError
 
-__all__ = ["CHECKPOINT", "LOADING", "as_text", "check_options", "whole_number"]
+__all__ = ["CHECKPOINT", "check_options", "exact_words", "whole_number"]
 
 #: Where the default pre-training run leaves its weights.
 CHECKPOINT = "bundles/pretrain/models/model.pt"
-#: Options of `Embedder.images` that are numbers or switches.
-LOADING = ("batch_2d", "batch_3d", "num_workers", "strict", "progress")
 
 
-def as_text(*values: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Keep a command's words as they stand, but for these options: fire makes a tuple of the words "effusion, left"."""
-
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        kept: Callable[..., None] = SetParseFn(str)(command)
-        return SetParseFn(DefaultParseValue, *values)(kept) if values else kept
-
-    return decorate
+def exact_words(words: Sequence[str]) -> list[str]:
+    """Quote what fire would not pass on as it stands: it makes a tuple of "effusion, left", and 1.5 of "1.50"."""
+    quoted = []
+    for word in words:
+        flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        quoted.append(word if str(DefaultParseValue(value)) == value else f"{flag}{equals}{value!r}")
+    return quoted
 
 
 def whole_number(name: str, value: Any, least: int) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unimedi_components.command_options import CHECKPOINT, LOADING, as_text, check_options, whole_number
+from unimedi_components.command_options import CHECKPOINT, check_options, whole_number
 from unimedi_components.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -24,7 +24,6 @@ _WORDS = 60
 _PATH_LIKE = re.compile(r"\S*/\S*|\S+\.\w+")
 
 
-@as_text(*LOADING)
 def embed(
     *paths: str, checkpoint: str = CHECKPOINT, out: str = "embeddings.npz", device: str = "auto", **options: Any
 ) -> None:
@@ -45,11 +44,10 @@ def embed(
     if not paths:
         raise ConfigError("embed: name at least one file or folder")
     check_options("embed", Embedder.images, options)
-    found = Embedder(checkpoint, device).images(paths, **options)
+    found = Embedder(str(checkpoint), str(device)).images([str(path) for path in paths], **options)
     _print_written(found.save(_npz(out)), found)
 
 
-@as_text("dim", *LOADING)
 def index(
     out: str,
     *paths: str,
@@ -85,20 +83,19 @@ def index(
         _check_dim(dim)
     check_options("index", Embedder.images, options)
     # what is wrong with the tables is said before minutes go into images
-    texts = read_reports(reports, dim) if reports is not None else []
-    embedder, parts = Embedder(checkpoint, device), []
+    texts = read_reports(str(reports), dim) if reports is not None else []
+    embedder, parts = Embedder(str(checkpoint), str(device)), []
     if datalist is not None:
-        folder = Path(datalist).absolute().parent if root is None else root
-        parts.append(embedder.datalist(datalist, folder, split, **options))
+        folder = Path(str(datalist)).absolute().parent if root is None else str(root)
+        parts.append(embedder.datalist(str(datalist), folder, str(split), **options))
     if paths:
-        parts.append(embedder.images(paths, **options))
+        parts.append(embedder.images([str(path) for path in paths], **options))
     if texts:
         parts.append(embedder.reports(texts))
     found = Embeddings.join(parts)
     _print_written(found.save(_npz(out)), found)
 
 
-@as_text("k", "dim", "text")
 def search(
     index: str,
     *queries: str,
@@ -133,9 +130,10 @@ def search(
     whole_number("k", k, 1)
     if dim is not None:
         _check_dim(dim)
-    sentences = [query for query in queries if text or not _is_file(query)]
-    files = [query for query in queries if query not in sentences]
-    searched, embedder = EmbeddingIndex.load(index, backend), Embedder(checkpoint, device)
+    words = [str(query) for query in queries]
+    sentences = [word for word in words if text or not _is_file(word)]
+    files = [word for word in words if word not in sentences]
+    searched, embedder = EmbeddingIndex.load(str(index), str(backend)), Embedder(str(checkpoint), str(device))
     searched.check_query(embedder.model, k, kind, dim)
     found: list[tuple[str, list[Hit]]] = []
     if sentences:
@@ -156,7 +154,7 @@ def search(
             }
             for query, hits in found
         ]
-        write_json(rows, json)
+        write_json(rows, str(json))
 
 
 def _is_file(query: str) -> bool:
@@ -174,7 +172,7 @@ def _check_dim(dim: Any) -> None:
 
 
 def _npz(out: str) -> str:
-    return out if out.endswith(".npz") else f"{out}.npz"
+    return str(out) if str(out).endswith(".npz") else f"{out}.npz"
 
 
 def print_skipped(found: Embeddings) -> None:
@@ -200,11 +198,11 @@ def _ranked(hits: Sequence[Hit]) -> list[tuple[int, Hit]]:
 
 
 def _hit_lines(query: str, hits: Sequence[Hit]) -> list[str]:
-    lines = [f"\n{query}", f"{'rank':>4}  {'similarity':>10}  {'kind':<6}  {'dim':>3}  {'id':<24}  report or file"]
+    width = max((len(hit.entry["id"]) for hit in hits), default=2)
+    lines = [f"\n{query}", f"rank  similarity  kind    dim  {'id':<{width}}  report or file"]
     for rank, hit in _ranked(hits):
         entry = hit.entry
         words = textwrap.shorten(entry["text"], _WORDS, placeholder=" ...") or entry["source"]
-        lines.append(
-            f"{rank:>4}  {hit.score:>10.4f}  {entry['kind']:<6}  {entry['dim']:>3}  {entry['id']:<24}  {words}"
-        )
+        place = f"{entry['kind']:<6}  {entry['dim']:>3}  {entry['id']:<{width}}"
+        lines.append(f"{rank:>4}  {hit.score:>10.4f}  {place}  {words}")
     return lines if hits else [*lines, "      nothing of this kind in the index"]

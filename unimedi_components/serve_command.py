@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 
-from unimedi_components.command_options import CHECKPOINT, as_text, whole_number
+from unimedi_components.command_options import CHECKPOINT, whole_number
 from unimedi_components.errors import ConfigError
 
 __all__ = ["serve"]
@@ -13,11 +14,10 @@ __all__ = ["serve"]
 _NEEDS = ("fastapi", "uvicorn", "python_multipart")
 
 
-@as_text("port", "max_upload_mb", "allow_remote")
 def serve(
     checkpoint: str = CHECKPOINT,
     index: str | None = None,
-    prompts: str = "chest_xray,chest_ct",
+    prompts: str | Sequence[str] = "chest_xray,chest_ct",
     host: str = "127.0.0.1",
     port: int = 8000,
     max_upload_mb: int = 512,
@@ -47,13 +47,15 @@ def serve(
         raise ConfigError(f"serve needs the extra 'serve' ({lacking}): pip install 'unimedi-components[serve]'")
     from unimedi_components.serve import serve as serve_page
 
+    # fire makes a tuple of words that a comma joins
+    named = [prompts] if isinstance(prompts, str) else list(prompts)
     serve_page(
-        checkpoint,
-        index=index,
-        prompts=[name.strip() for name in prompts.split(",") if name.strip()],
-        host=host,
+        str(checkpoint),
+        index=None if index is None else str(index),
+        prompts=[name.strip() for joined in named for name in str(joined).split(",") if name.strip()],
+        host=str(host),
         port=port,
         max_upload_mb=max_upload_mb,
-        device=device,
+        device=str(device),
         allow_remote=bool(allow_remote),
     )

@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unimedi_components.command_options import CHECKPOINT, LOADING, as_text, check_options
+from unimedi_components.command_options import CHECKPOINT, check_options
 from unimedi_components.errors import ConfigError
 from unimedi_components.search_commands import print_skipped
 
@@ -16,10 +16,9 @@ if TYPE_CHECKING:
 
 __all__ = ["zero_shot"]
 
-_KINDS = {2: "X-ray", 3: "volume"}
+_LINE = 110
 
 
-@as_text(*LOADING)
 def zero_shot(
     *paths: str,
     prompts: str | None = None,
@@ -48,34 +47,40 @@ def zero_shot(
     """
     import pandas as pd
 
+    from unimedi_components.data.inputs import find_images
     from unimedi_components.engines.predictions import write_csv
     from unimedi_components.search import Embedder, ZeroShot
 
     if not paths:
         raise ConfigError("zero_shot: name at least one file or folder")
-    check_options("zero_shot", Embedder.images, options)
-    sets = _prompt_sets(prompts, finding, positive, negative)
-    embedder = Embedder(checkpoint, device)
-    classifiers = {dim: ZeroShot(embedder, chosen) for dim, chosen in sets.items()}
-    images = embedder.images(paths, **options)
+    check_options("zero_shot", Embedder.items, options)
+    sets = _prompt_sets(*(None if word is None else str(word) for word in (prompts, finding, positive, negative)))
+    items = _fitting(find_images([str(path) for path in paths]), sets)
+    embedder = Embedder(str(checkpoint), str(device))
+    images = embedder.items(items, ".", **options)
     print_skipped(images)
     table: list[dict[str, Any]] = []
-    for dim in (2, 3):
+    for dim in sorted(set(images.dims.tolist())):
+        classifier = ZeroShot(embedder, sets[dim])
         entries = [entry for entry in images.entries if entry["dim"] == dim]
-        if entries and dim not in classifiers:
-            what = _KINDS[next(iter(classifiers))]
-            print(f"left out {len(entries)} {_KINDS[dim]}s: the prompts are for {what}s")
-        elif entries:
-            _, found = classifiers[dim].classify(images)
-            for entry, row in zip(entries, found.tolist(), strict=True):
-                named = dict(zip(classifiers[dim].names, row, strict=True))
-                table.append({"id": entry["id"], "dim": dim, "source": entry["source"], **named})
-                print("\n".join(_finding_lines(entry, named)))
-    if not table:
-        raise ConfigError("zero_shot: the prompts fit none of the images; name a prompt set of their dimension")
+        for entry, row in zip(entries, classifier.classify(images)[1].tolist(), strict=True):
+            named = dict(zip(classifier.names, row, strict=True))
+            table.append({"id": entry["id"], "dim": dim, "source": entry["source"], **named})
+            print("\n".join(_finding_lines(entry, named)))
     if out is not None:
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-        write_csv(pd.DataFrame(table), Path(out))
+        Path(str(out)).parent.mkdir(parents=True, exist_ok=True)
+        write_csv(pd.DataFrame(table), Path(str(out)))
+
+
+def _fitting(items: Sequence[dict[str, Any]], sets: Mapping[int, PromptSet]) -> list[dict[str, Any]]:
+    """The images that there are prompts for; says how many others there are."""
+    what = {2: "X-rays", 3: "volumes"}
+    kept = [item for item in items if item["dim"] in sets]
+    if not kept:
+        raise ConfigError(f"the prompts are for {what[min(sets)]}, and none was named; choose other prompts")
+    if len(kept) < len(items):
+        print(f"left out {len(items) - len(kept)} {what[5 - min(sets)]}: the prompts are for {what[min(sets)]}")
+    return kept
 
 
 def _prompt_sets(
@@ -108,11 +113,9 @@ def _parts(text: str) -> tuple[str, ...]:
 
 
 def _finding_lines(entry: Mapping[str, Any], probabilities: Mapping[str, float]) -> list[str]:
-    ordered = sorted(probabilities.items(), key=lambda pair: -pair[1])
-    cells = [f"{value:.3f} {name}" for name, value in ordered]
+    """The file, and below it its findings, the likeliest first, in columns."""
+    cells = [f"{value:.3f} {name}" for name, value in sorted(probabilities.items(), key=lambda pair: -pair[1])]
     width = max(map(len, cells)) + 3
-    columns = max(1, 110 // width)
-    rows = [
-        "  " + "".join(f"{c:<{width}}" for c in cells[i : i + columns]).rstrip() for i in range(0, len(cells), columns)
-    ]
-    return [f"\n{entry['source']} ({_KINDS[entry['dim']]})", *rows]
+    columns = max(1, _LINE // width)
+    rows = (cells[start : start + columns] for start in range(0, len(cells), columns))
+    return [f"\n{entry['source']}", *("  " + "".join(f"{cell:<{width}}" for cell in row).rstrip() for row in rows)]
