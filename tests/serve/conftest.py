@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -86,7 +87,7 @@ class Files:
         series = options.get("series", "1")
         tags: dict[Tag, tuple[str, str]] = {
             (0x0008, 0x0016): ("UI", "1.2.840.10008.5.1.4.1.1.2" if modality == "CT" else "1.2.840.10008.5.1.4.1.1.1"),
-            (0x0008, 0x0018): ("UI", f"{UID}.{series}.{abs(hash((name, series))) % 10**8}"),
+            (0x0008, 0x0018): ("UI", f"{UID}.{series}.{zlib.crc32(f'{name} {series}'.encode())}"),
             (0x0008, 0x0060): ("CS", modality),
             (0x0008, 0x103E): ("LO", f"series {series}"),
             (0x0020, 0x000D): ("UI", UID),

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import ipaddress
 import socket
@@ -75,11 +76,10 @@ def serve(
             proxy_headers=False,
             timeout_graceful_shutdown=_GRACE,
         )
-        try:
+        # uvicorn ends the requests and hands the signal on
+        with contextlib.suppress(KeyboardInterrupt):
             uvicorn.Server(config).run(sockets=[taken])
-        except KeyboardInterrupt:
-            # uvicorn has ended the requests and hands the signal on
-            print("ended")
+        print("ended")
 
 
 def _allow_many_files() -> None:

@@ -2,7 +2,6 @@
 // Takes files and sentences to the server, and says how that goes.
 "use strict";
 
-let about = null;
 let running = null;
 
 const megabytes = (bytes) => (bytes < 2 ** 20 ? `${Math.ceil(bytes / 1024)} kB` : `${(bytes / 2 ** 20).toFixed(1)} MB`);
@@ -27,7 +26,7 @@ async function start() {
     .map(([name, words]) => `${about.index[name]} ${words}`);
   byId("about").textContent = [
     `Checkpoint ${about.checkpoint}, ${about.model.slice(0, 12)}, on ${about.device}.`,
-    about.phantoms ? "It learned from synthetic phantoms: on real images its findings show how it works, no more." : "",
+    about.phantoms ? "It learned from synthetic phantoms: results on real images only show how it works." : "",
     searchable ? `Index: ${counts.join(", ")}.` : "",
   ].join(" ");
 }

@@ -2,6 +2,7 @@
 // Shows an answer of the server. All that comes from files or the index is put in as text, never as HTML.
 "use strict";
 
+let about = null;
 const byId = (id) => document.getElementById(id);
 
 function element(tag, className = "", text = "") {
@@ -104,8 +105,9 @@ function showFindings(analysis) {
       return item;
     }),
   );
+  const phantoms = about && about.phantoms ? " This checkpoint learned from synthetic phantoms alone." : "";
   byId("findings-note").textContent = sorted.length
-    ? `Nearer to sentences that affirm a finding (right) or deny it (left)? Prompts: ${analysis.prompts}; not calibrated.`
+    ? `Nearer to sentences that affirm a finding (right) or deny it (left)? Prompts: ${analysis.prompts}; not calibrated.${phantoms}`
     : `No prompt set is loaded for ${analysis.kind === "CT" ? "CT volumes" : "X-rays"}.`;
 }
 
