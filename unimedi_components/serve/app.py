@@ -75,12 +75,15 @@ def create_app(analyser: Analyser, limits: Limits | None = None, hosts: Sequence
     waiting = 0
 
     async def work(function: Callable[..., T], *args: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(worker, function, *args)
+
+    async def wait_for(function: Callable[..., T], *args: Any) -> T:
         nonlocal waiting
         if waiting >= _MAX_WAITING:
             raise HTTPException(503, "the server is busy with other studies. Try again in a minute.")
         waiting += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(worker, function, *args)
+            return await work(function, *args)
         finally:
             waiting -= 1
 
@@ -127,7 +130,7 @@ def create_app(analyser: Analyser, limits: Limits | None = None, hosts: Sequence
             raise bad_request(f"the upload cannot be read ({reason}). Drop at most {limits.files} files.") from None
         try:
             files = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
-            return await work(_analyse, analyser, files, limits)
+            return await wait_for(_analyse, analyser, files, limits)
         finally:
             await form.close()
 
