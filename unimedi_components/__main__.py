@@ -15,6 +15,7 @@ from unimedi_components import __version__
 from unimedi_components.command_options import check_options, exact_words, whole_number
 from unimedi_components.errors import CheckpointError, ConfigError, DataError
 from unimedi_components.search_commands import embed, index, search
+from unimedi_components.serve_command import serve
 from unimedi_components.zero_shot_command import zero_shot
 
 __all__ = ["main"]
@@ -124,6 +125,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "index": index,
     "search": search,
     "zero_shot": zero_shot,
+    "serve": serve,
     "check": check,
 }
 # of these, no word is a Python list

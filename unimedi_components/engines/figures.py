@@ -18,11 +18,21 @@ from matplotlib.ticker import MaxNLocator
 
 from unimedi_components.engines.curves import DPI, WIDTH, draw_loss_curves, save_png
 
-__all__ = ["CTView", "XrayView", "draw_loss_curves", "draw_selection", "draw_xrays"]
+__all__ = [
+    "COLOUR_MAP",
+    "CTView",
+    "XrayView",
+    "attention_opacity",
+    "attention_strength",
+    "draw_loss_curves",
+    "draw_selection",
+    "draw_xrays",
+]
 
 Array = npt.NDArray[Any]
 
 RIGHT, WRONG, NEUTRAL, LESION = "#2a9d4a", "#8a8f98", "#2f6fb2", "#d1495b"
+COLOUR_MAP = "inferno"
 _SHOWN = 4
 _MAX_LINES = 6
 # Attention that is nearly even is drawn faint instead of being stretched into a pattern.
@@ -199,18 +209,27 @@ def _panel(axes: Axes, image: Array, low: float, high: float, title: str, colour
     axes.set_title(title, fontsize=8.5, color=colour, pad=4, parse_math=False)
 
 
-def _overlay(axes: Axes, attention: Array, shape: tuple[int, ...], whole: Array) -> None:
-    """Attention over an image, transparent where it is at most what even attention would give.
+def attention_strength(attention: Array, whole: Array) -> Array:
+    """How strongly attention is drawn, from 0 where it is at most what even attention would give, to 1 at its peak.
 
     Args:
-        attention: of this image's tokens.
-        shape: of the image.
-        whole: attention of all tokens of the study; its mean is even attention, its peak the strongest colour.
+        attention: Eq. 1's **v** of some tokens, any shape.
+        whole: of all tokens of the study; its mean is even attention.
     """
     even = max(float(whole.mean()), 1e-12)
-    strength = np.clip((attention / even - 1) / max(float(whole.max()) / even - 1, _FAINT), 0.0, 1.0)
+    return np.clip((attention / even - 1) / max(float(whole.max()) / even - 1, _FAINT), 0.0, 1.0)
+
+
+def attention_opacity(strength: Array) -> Array:
+    """Opacity of attention that is drawn over an image."""
+    return 0.8 * strength**0.7
+
+
+def _overlay(axes: Axes, attention: Array, shape: tuple[int, ...], whole: Array) -> None:
+    """Attention over an image, see `attention_strength`; `shape` is the image's."""
+    strength = attention_strength(attention, whole)
     extent = (-0.5, shape[1] - 0.5, shape[0] - 0.5, -0.5)
-    colours: dict[str, Any] = {"cmap": "inferno", "vmin": 0, "vmax": 1, "alpha": 0.8 * strength**0.7}
+    colours: dict[str, Any] = {"cmap": COLOUR_MAP, "vmin": 0, "vmax": 1, "alpha": attention_opacity(strength)}
     axes.imshow(strength, extent=extent, interpolation="bilinear", **colours)
 
 
