@@ -162,7 +162,7 @@ def test_an_index_of_another_model_is_refused(embedder: Embedder, prompts: list[
     entry = {"id": "a", "kind": "report", "dim": 2, "source": "", "text": "clear."}
     other = EmbeddingIndex(Embeddings(np.eye(1, 16, dtype=np.float32), [entry], "f" * 64))
     with pytest.raises(
-        ConfigError, match=f"the index was made with model ffffffffffff, the checkpoint is {embedder.model[:12]}"
+        ConfigError, match=f"the index was made with model ffffffffffff, the query with {embedder.model[:12]}"
     ):
         Analyser(embedder, prompts, other)
     with pytest.raises(ConfigError, match="two are for the same dimension"):
