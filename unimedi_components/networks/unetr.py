@@ -143,8 +143,8 @@ class UnifiedUNETR(nn.Module):
             encoder always reads the input: with the input in the pre-training's window the encoder sees what it
             learned from, and the stem the narrower window of the organs.
         normalize_states: bring every token of the hidden states to zero mean and unit variance, as the encoder's last
-            norm does with the last tokens: in a pre-trained encoder they differ in size by orders of magnitude between
-            channels and blocks. MONAI's UNETR takes them as they are.
+            norm does with the last tokens, so that no skip connection is louder than another. MONAI's UNETR takes them
+            as they are.
 
     Raises:
         ValueError: hidden states that the encoder lacks, or not one for each skip connection; too few classes.
