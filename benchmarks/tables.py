@@ -118,6 +118,7 @@ def table(
         raise SystemExit(f"table {table} is none of {', '.join(map(str, TABLES))}")
     logging.disable(logging.INFO)
     chosen = {"phantoms": phantoms, "epochs": epochs}
+    path = Path(out or f"results/table{table}")
     rows: list[Row] = []
     for cell in TABLES[table]:
         for fraction in cell.fractions if fractions is None else _sequence(fractions):
@@ -129,10 +130,11 @@ def table(
                     row = {"table": table, "data_set": cell.data_set, "data": data, "encoder": name, "seed": seed}
                     row |= {"label_fraction": fraction, "training": cell.training}
                     rows += [{**row, **_value(measured, metric)} for metric in cell.metrics]
+                    _write(rows, path)
         minutes = cell.peer_minutes if peer_minutes is None else peer_minutes
         for seed in _sequence(seeds) if minutes else ():
             rows += [{"table": table, "data_set": cell.data_set, "seed": seed, **row} for row in _peers(minutes, seed)]
-    _write(rows, Path(out or f"results/table{table}"))
+    print(_write(rows, path))
 
 
 def _peers(minutes: float, seed: int) -> list[Row]:
@@ -183,7 +185,8 @@ def _run(cell: Cell, overrides: Row) -> tuple[str, Row]:
         return "real" if real else "phantom", json.loads(Path(folder, "eval", "metrics.json").read_text())
 
 
-def _write(rows: list[Row], path: Path) -> None:
+def _write(rows: list[Row], path: Path) -> str:
+    """Write what has been measured so far, so that a table that is interrupted leaves the runs that were finished."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_suffix(".csv"), "w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, COLUMNS)
@@ -200,7 +203,7 @@ def _write(rows: list[Row], path: Path) -> None:
         cells = [_cell([row for row in rows if _line(row) == key and row["label_fraction"] == f]) for f in fractions]
         lines.append("| " + " | ".join([*key, *cells]) + " |")
     path.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print("\n".join(lines))
+    return "\n".join(lines)
 
 
 def _line(row: Row) -> tuple[str, str, str, str]:

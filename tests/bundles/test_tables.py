@@ -43,6 +43,25 @@ def test_a_table_from_phantoms(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert text[2].endswith(f" | {sum(values) / 2:.3f} ± {spread:.3f} |")
 
 
+def test_an_interrupted_table_leaves_the_finished_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[dict[str, Any]] = []
+
+    def one_run(cell: Any, overrides: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        if done:
+            raise KeyboardInterrupt
+        done.append(overrides)
+        return "phantom", {"mean_dice": 0.5, "intervals": {"mean_dice": [0.4, 0.6]}}
+
+    monkeypatch.setattr(tables, "_run", one_run)
+    monkeypatch.setattr(logging, "disable", lambda level: None)
+    with pytest.raises(KeyboardInterrupt):
+        tables.table(6, str(tmp_path / "table6"), seeds=3)
+    assert done == [{"encoder_weights": "none", "label_fraction": 0.2, "seed": 3}]
+    assert (tmp_path / "table6.csv").read_text().splitlines()[1:] == [
+        "6,bcv,phantom,UNETR,random,0.2,3,mean_dice,0.5,0.4,0.6"
+    ]
+
+
 def test_an_unknown_table() -> None:
     with pytest.raises(SystemExit, match="table 7 is none of 1, 2, 3, 4, 5, 6, 8, 9"):
         tables.table(7)

@@ -134,6 +134,25 @@ def test_stem_sees_its_window_and_the_encoder_the_input():
     assert torch.allclose(seen["stem"], (2 * image).clamp(-1, 1), atol=1e-6)
 
 
+@pytest.mark.parametrize("normalize", [True, False])
+def test_tokens_of_hidden_states_are_normalized(normalize):
+    network = small(normalize_states=normalize).eval()
+    seen = {}
+    for level, skip in enumerate(network.skips):
+        skip.register_forward_pre_hook(lambda module, inputs, level=level: seen.update({level: inputs[0]}))
+    image = volume((2, 1, 8, 24, 24))
+    with torch.no_grad():
+        network(image)
+        states = network.encoder(image, hidden_states=(1, 2)).hidden_states
+    # the deepest hidden state meets the coarsest stage; tokens lie on a grid of 2 x 2 x 2
+    for level, state in zip((1, 0), states, strict=True):
+        tokens = state[:, 1:]
+        if normalize:
+            centred = tokens - tokens.mean(-1, keepdim=True)
+            tokens = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+        assert torch.allclose(seen[level], tokens.transpose(1, 2).reshape(2, 24, 2, 2, 2), atol=1e-5)
+
+
 def test_deep_supervision_in_training_alone():
     network = small(deep_supervision=True)
     image = volume((1, 1, 8, 24, 24))

@@ -14,6 +14,7 @@ import torch
 from monai.networks.blocks.dynunet_block import UnetBasicBlock, UnetOutBlock, UnetResBlock, get_conv_layer
 from monai.networks.blocks.unetr_block import UnetrBasicBlock, UnetrUpBlock
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from unimedi_components.networks.embed import interpolate_depth, resample_pos_embed_3d, to_tuple
 from unimedi_components.networks.export import scriptable
@@ -141,6 +142,9 @@ class UnifiedUNETR(nn.Module):
         stem_window: values of the input that the stem sees as -1 and 1, clipped beyond; None shows it the input. The
             encoder always reads the input: with the input in the pre-training's window the encoder sees what it
             learned from, and the stem the narrower window of the organs.
+        normalize_states: bring every token of the hidden states to zero mean and unit variance, as the encoder's last
+            norm does with the last tokens, so that no skip connection is louder than another. MONAI's UNETR takes them
+            as they are.
 
     Raises:
         ValueError: hidden states that the encoder lacks, or not one for each skip connection; too few classes.
@@ -168,6 +172,7 @@ class UnifiedUNETR(nn.Module):
         deep_supervision: bool = False,
         background_prior: float | None = None,
         stem_window: Sequence[float] | None = None,
+        normalize_states: bool = False,
     ) -> None:
         super().__init__()
         if num_classes < 2:
@@ -189,10 +194,12 @@ class UnifiedUNETR(nn.Module):
             "deep_supervision": deep_supervision,
             "background_prior": background_prior,
             "stem_window": None if stem_window is None else tuple(stem_window),
+            "normalize_states": normalize_states,
         }
         self.card: dict[str, Any] = {}
         self.encoder = encoder
         self.hidden_states, self.freeze_encoder = tuple(hidden_states), freeze_encoder
+        self.normalize_states = normalize_states
         self.stem_window = None if stem_window is None else tuple(map(float, stem_window))
         norm_name: Any = norm if isinstance(norm, str) else tuple(norm)
         width, channels = encoder.embed_dim, encoder.patch_embed_3d.proj.in_channels
@@ -259,6 +266,8 @@ class UnifiedUNETR(nn.Module):
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_encoder):
             output = self.encoder(image, hidden_states=self.hidden_states)
         states = [state[:, 1:] for state in output.hidden_states]
+        if self.normalize_states:
+            states = [F.layer_norm(state, state.shape[-1:]) for state in states]
         return [state.transpose(1, 2).unflatten(2, grid) for state in (*states, output.patches)]
 
     def _windowed(self, image: Tensor) -> Tensor:
