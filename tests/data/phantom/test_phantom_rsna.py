@@ -151,7 +151,7 @@ def test_a_set_of_the_earlier_version_is_refused(phantom, tmp_path):
     truth = json.loads((phantom / "truth.json").read_text())
     assert truth["version"] == 2
     (tmp_path / "truth.json").write_text(json.dumps({**truth, "version": 1}))
-    with pytest.raises(DataError, match="already holds the phantom set .*'version': 1.*choose another folder"):
+    with pytest.raises(DataError, match=r"already holds the phantom set .*'version': 1.*choose another folder"):
         write_phantom("rsna", tmp_path, PATIENTS, 4, workers=1, progress=False)
 
 
