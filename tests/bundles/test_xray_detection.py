@@ -352,6 +352,7 @@ def test_boxes_of_real_films_can_be_learned(data: Path, tmp_path: Path) -> None:
         batch_size=8,
         img_size=96,
         pyramid_width=32,
+        head_convs=1,
         lr=5e-3,
         flip_prob=0.0,
         zoom_prob=0.0,

@@ -14,9 +14,11 @@ import pytest
 from unimedi_components.data.boxes import boxes_to_file
 from unimedi_components.data.films import film_transforms
 from unimedi_components.data.phantom import LAYOUTS, write_phantom
-from unimedi_components.data.phantom.rsna import CLASSES, OPACITIES, SIDE
+from unimedi_components.data.phantom.findings import FINDINGS, ZONES
+from unimedi_components.data.phantom.rsna import CLASSES, OPACITIES, SIDE, _draw
 from unimedi_components.data.rsna import convert
 from unimedi_components.data.transforms import ByDimension, XrayReader
+from unimedi_components.errors import DataError
 
 PATIENTS = 60
 SPLITS = ("training", "validation", "test")
@@ -123,6 +125,34 @@ def test_transforms_give_the_truth(phantom, truth):
         assert np.array_equal(half["mask"](start)["mask"][0].numpy(), mask[1::2, 1::2])
         small = half["boxes"](start)
         assert boxes_to_file(small["boxes"], small["affine"]).tolist() == truth[item["id"]]["boxes"]
+
+
+def test_look_alikes_come_alone_and_beside_opacities():
+    """Who has what, over draws of 600 patients each: shares as the module says, every other finding in both."""
+    positive, negative = ([_draw(np.random.default_rng([7, i]), kind) for i in range(600)] for kind in (True, False))
+    others = set(FINDINGS) - set(OPACITIES)
+    assert {f.name for found in negative for f in found} == others
+    assert np.mean([not found for found in negative]) == pytest.approx(0.35, abs=0.06)
+    assert {f.name for found in positive for f in found} == set(FINDINGS)
+    mixed = [found for found in positive if len(found) > 1]
+    # half of them, less those whose other findings would hide the opacity
+    assert 0.35 < len(mixed) / len(positive) < 0.5
+    for found in positive:
+        ((opacity,), rest) = ([f for f in found if (f.name in OPACITIES) is kind] for kind in (True, False))
+        assert opacity.severity in ("moderate", "large") and opacity.zone in ZONES
+        assert [f.name for f in found] == sorted((f.name for f in found), key=FINDINGS.index)
+        for other in rest:
+            same_place = other.zone == opacity.zone and set(other.sides) & set(opacity.sides)
+            assert other.name in ("cardiomegaly", "edema") or not same_place
+
+
+def test_a_set_of_the_earlier_version_is_refused(phantom, tmp_path):
+    """Films of the first version had few look-alikes: they must not be taken for those of this one."""
+    truth = json.loads((phantom / "truth.json").read_text())
+    assert truth["version"] == 2
+    (tmp_path / "truth.json").write_text(json.dumps({**truth, "version": 1}))
+    with pytest.raises(DataError, match=r"already holds the phantom set .*'version': 1.*choose another folder"):
+        write_phantom("rsna", tmp_path, PATIENTS, 4, workers=1, progress=False)
 
 
 def test_boxes_hold_the_opacities(phantom, truth):

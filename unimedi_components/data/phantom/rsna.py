@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Phantom X-rays with boxes around opacities in the layout of RSNA Pneumonia stage 2."""
+"""Phantom X-rays with boxes around opacities in the layout of RSNA Pneumonia stage 2.
+
+The real films are a hospital's (NIH's ChestX-ray14): most of those without pneumonia are not normal but show effusion,
+atelectasis, edema, a mass, a large heart or air in the pleural space, and pneumonia often comes with one of these. Here
+too, so that a bright patch of the lung is not enough: a network must know which finding it is.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from .dicom import Tag, write_dicom
-from .findings import ZONES, Finding
+from .findings import FINDINGS, ZONES, Finding, draw_findings
 from .studies import XrayStudy, labels_of, lesion_record, make_patient, make_xray
 from .writer import Layout, PatientRecord, register
 
@@ -24,29 +29,37 @@ SIDE = 256
 CLASSES = ("Normal", "No Lung Opacity / Not Normal", "Lung Opacity")
 OPACITIES = ("consolidation", "ground_glass")
 _LABEL_COLUMNS = ("patientId", "x", "y", "width", "height", "Target")
-_OTHERS = ("nodule", "effusion", "pneumothorax", "cardiomegaly")
-_NORMAL_SHARE = 0.45
+_NORMAL_SHARE, _MIXED_SHARE = 0.35, 0.5
 _MONOCHROME1_SHARE = 0.06
 
 _Box = list[int]
 
 
 def _draw(rng: np.random.Generator, positive: bool) -> tuple[Finding, ...]:
-    """What a patient has: one opacity with or without a small effusion; else nothing, or no opacity."""
-    side = str(rng.choice(("left", "right", "bilateral"), p=(0.25, 0.25, 0.5)))
-    zone, severity = str(rng.choice(ZONES)), str(rng.choice(("moderate", "large")))
-    name, more = str(rng.choice(OPACITIES)), rng.random()
-    one = side if side != "bilateral" else str(rng.choice(("left", "right")))
-    if positive:
-        found = (Finding(name, side, zone, severity),)
-        return (*found, Finding("effusion", one, "lower", "small")) if more < 0.15 else found
-    if more < _NORMAL_SHARE:
-        return ()
-    other = str(rng.choice(_OTHERS))
-    if other == "nodule":
-        return (Finding(other, one, zone, "moderate", float(rng.integers(18, 29))),)
-    places = {"effusion": (one, "lower"), "pneumothorax": (one, "upper"), "cardiomegaly": (None, None)}
-    return (Finding(other, *places[other], severity),)
+    """What a patient has: an opacity, every second time with other findings; else nothing, or other findings alone."""
+    if not positive:
+        return () if rng.random() < _NORMAL_SHARE else _others(rng)
+    side = str(rng.choice(("left", "right", "bilateral"), p=(0.3, 0.3, 0.4)))
+    name, zone, severity = (str(rng.choice(values)) for values in (OPACITIES, ZONES, ("moderate", "large")))
+    opacity = Finding(name, side, zone, severity)
+    if rng.random() >= _MIXED_SHARE:
+        return (opacity,)
+    found = {name: opacity} | {other.name: other for other in _others(rng) if _apart(other, opacity)}
+    return tuple(found[name] for name in FINDINGS if name in found)
+
+
+def _others(rng: np.random.Generator) -> tuple[Finding, ...]:
+    """Findings of a patient of the pre-training sets, at least one, without the opacities."""
+    while True:
+        found = tuple(finding for finding in draw_findings(rng) if finding.name not in OPACITIES)
+        if found:
+            return found
+
+
+def _apart(other: Finding, opacity: Finding) -> bool:
+    """Whether both can be told apart on a film: another zone or side, or a finding of the heart or of both lungs."""
+    diffuse = other.name in ("cardiomegaly", "edema")
+    return diffuse or other.zone != opacity.zone or not set(other.sides) & set(opacity.sides)
 
 
 def _square(film: np.ndarray) -> np.ndarray:
@@ -155,4 +168,4 @@ def _write_csv(path: Path, columns: tuple[str, ...], rows: list[tuple[Any, ...]]
         writer.writerows(rows)
 
 
-RSNA = register(Layout("rsna", 4, _write_patient, _write_tables))
+RSNA = register(Layout("rsna", 4, _write_patient, _write_tables, version=2))

@@ -48,6 +48,7 @@ class Layout:
             JSON can hold: ``studies`` (the entries of truth.json) and whatever ``write_tables`` needs.
         write_tables: called as (root, records, seed) in the end; writes the csv, tsv or json files.
         most: how many patients the layout has numbers for; None for any number.
+        version: of what it writes; a folder with another one is refused, not reused.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Layout:
     write_patient: Callable[[Path, int, np.random.SeedSequence], PatientRecord]
     write_tables: Callable[[Path, list[PatientRecord], np.random.SeedSequence], None]
     most: int | None = None
+    version: int = VERSION
 
 
 LAYOUTS: dict[str, Layout] = {}
@@ -86,7 +88,7 @@ class PhantomFolder:
 
 
 def _key(layout: str, patients: int, seed: int) -> dict[str, Any]:
-    return {"layout": layout, "seed": seed, "patients": patients, "version": VERSION}
+    return {"layout": layout, "seed": seed, "patients": patients, "version": LAYOUTS[layout].version}
 
 
 def write_phantom(
