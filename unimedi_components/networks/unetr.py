@@ -6,7 +6,6 @@ Letters: B batch, D width of the tokens, C classes; n stages of upsampling, from
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch.nn import functional as F
 
 from unimedi_components.networks.embed import interpolate_depth, resample_pos_embed_3d, to_tuple
 from unimedi_components.networks.export import scriptable
+from unimedi_components.networks.output_bias import prefer_background
 from unimedi_components.networks.unified_vit import UnifiedViT
 
 __all__ = ["UnifiedUNETR", "resize_positions_3d", "upsampling_strides"]
@@ -218,7 +218,7 @@ class UnifiedUNETR(nn.Module):
         coarser = features[:-1] if deep_supervision else []
         self.coarse_outs = nn.ModuleList(UnetOutBlock(3, width_of_stage, num_classes) for width_of_stage in coarser)
         if background_prior is not None:
-            _prefer_background([self.out, *self.coarse_outs], background_prior)
+            prefer_background([self.out, *self.coarse_outs], background_prior)
         if freeze_encoder:
             encoder.requires_grad_(False).eval()
         else:
@@ -281,17 +281,6 @@ class UnifiedUNETR(nn.Module):
         encoder = self.encoder
         channels = encoder.patch_embed_3d.proj.in_channels
         return scriptable(self, torch.zeros(2, channels, *encoder.vol_size, device=encoder.cls_token.device))
-
-
-def _prefer_background(outs: Sequence[nn.Module], share: float) -> None:
-    """Set the biases of output layers so that equal features give the background this share (Lin et al., 2017)."""
-    if not 0 < share < 1:
-        raise ValueError(f"background_prior must lie between 0 and 1, not {share!r}")
-    for out in outs:
-        bias: Any = out.conv.conv.bias  # type: ignore[union-attr]
-        with torch.no_grad():
-            bias.fill_(math.log((1 - share) / (len(bias) - 1)))
-            bias[0] = math.log(share)
 
 
 def _check_hidden_states(wanted: Sequence[int], stages: int, blocks: int, patch: Sequence[int]) -> None:
