@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,14 @@ class Page:
         self.page.on("pageerror", lambda error: self.said.append(f"exception: {error}"))
         self.page.on("request", lambda request: self.asked.append(request.url))
         self.page.goto(url)
-        self.page.wait_for_function("document.getElementById('about').textContent")
+        self.until("document.getElementById('about').textContent")
+
+    def until(self, expression: str, argument: Any = None, seconds: float = 60) -> None:
+        """Wait until an expression holds; Playwright's own wait needs eval, which the page forbids."""
+        end = time.monotonic() + seconds
+        while not self.page.evaluate(expression, argument):
+            assert time.monotonic() < end, f"never held: {expression}"
+            self.page.wait_for_timeout(50)
 
     def drop(self, *paths: Path) -> None:
         """Drop files or folders from outside the browser, as a hand would."""
@@ -67,11 +75,11 @@ class Page:
 
     def result(self, name: str) -> None:
         """Wait for the result of this file."""
-        self.page.wait_for_function(
+        self.until(
             "name => !document.getElementById('result').hidden"
             " && document.getElementById('result-name').textContent === name",
-            arg=name,
-            timeout=120_000,
+            name,
+            120,
         )
 
     def error(self) -> str:
@@ -91,7 +99,7 @@ class Page:
         return {name: (value, width) for name, _, value, width in rows}
 
     def pictures_are_drawn(self) -> bool:
-        self.page.wait_for_function("[...document.querySelectorAll('#pictures img')].every(image => image.complete)")
+        self.until("[...document.querySelectorAll('#pictures img')].every(image => image.complete)")
         found = self.page.evaluate(
             "[...document.querySelectorAll('#pictures img')].map(image => image.naturalWidth * image.clientWidth)"
         )
@@ -268,5 +276,5 @@ def test_real_xray_and_real_ct(browser: Any, started: Callable[..., Any], embedd
     thumbnails = page.page.locator("#neighbours img")
     assert thumbnails.count() == 2
     thumbnails.first.scroll_into_view_if_needed()
-    page.page.wait_for_function("[...document.querySelectorAll('#neighbours img')].some(i => i.naturalWidth > 100)")
+    page.until("[...document.querySelectorAll('#neighbours img')].some(i => i.naturalWidth > 100)")
     page.close()
