@@ -7,9 +7,11 @@ import math
 import pytest
 import torch
 from monai.networks.nets import UNETR
+from torch.nn import functional as F
 
 from unimedi_components.networks import UnifiedViT, load_network, network_card
-from unimedi_components.networks.unetr import UnifiedUNETR, resize_positions_3d, upsampling_strides
+from unimedi_components.networks.token_upsampling import upsampling_strides
+from unimedi_components.networks.unetr import UnifiedUNETR, resize_positions_3d
 
 SIZES = {"img_size": 16, "patch_size": 8, "embed_dim": 24, "num_heads": 2}
 
@@ -108,7 +110,13 @@ def test_position_table_follows_other_sizes():
 
 
 def test_vol_size_of_the_task_is_kept_in_the_files(tmp_path):
-    network = small(vol_size=(16, 36, 24), deep_supervision=True, stem_window=(-0.2, 0.3), background_prior=0.9)
+    network = small(
+        vol_size=(16, 36, 24),
+        deep_supervision=True,
+        residual_scores=True,
+        stem_window=(-0.2, 0.3),
+        background_prior=0.9,
+    )
     card = network_card(network, "segmentation", list("abcde"), {"organs": {}})
     torch.save(network.state_dict(), tmp_path / "model.pt")
     (tmp_path / "model.json").write_text(json.dumps(card))
@@ -163,6 +171,37 @@ def test_deep_supervision_in_training_alone():
     assert torch.allclose(scores[0], network(image), atol=1e-5)
 
 
+@pytest.mark.parametrize("deep_supervision", [False, True])
+def test_residual_scores_add_up_from_the_tokens_to_the_voxels(deep_supervision):
+    network = small(residual_scores=True, deep_supervision=deep_supervision)
+    image, seen = volume((1, 1, 8, 24, 24)), []
+    outs = [*network.coarse_outs, network.out]
+    hooks = [out.register_forward_hook(lambda module, inputs, result: seen.append((inputs[0], result))) for out in outs]
+    returned = network.train()(image)
+    for hook in hooks:
+        hook.remove()
+    tokens = network.encoder(image).patches.transpose(1, 2).reshape(1, 24, 2, 2, 2)
+    assert torch.allclose(seen[0][0], tokens, atol=1e-5)
+    kernel, bias = outs[0].conv.conv.weight[..., 0, 0, 0], outs[0].conv.conv.bias
+    total = torch.einsum("cd,bdzyx->bczyx", kernel, tokens) + bias[:, None, None, None]
+    sums = [total]
+    for _, own in seen[1:]:
+        total = own + F.interpolate(total, size=own.shape[2:], mode="trilinear", align_corners=False)
+        sums.append(total)
+    assert [tuple(part.shape[2:]) for part in sums] == [(2, 2, 2), (4, 6, 6), (8, 12, 12), (8, 24, 24)]
+    returned = returned if deep_supervision else [returned]
+    assert len(returned) == (4 if deep_supervision else 1)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(returned, sums[::-1], strict=False))
+    assert torch.allclose(network.eval()(image), sums[-1], atol=1e-5)
+
+
+def test_residual_scores_start_from_one_background_prior():
+    network = small(background_prior=0.9, residual_scores=True)
+    outs = [*network.coarse_outs, network.out]
+    assert outs[0].conv.conv.bias.softmax(0).tolist() == pytest.approx([0.9, 0.025, 0.025, 0.025, 0.025], abs=1e-6)
+    assert not any(out.conv.conv.bias.any() for out in outs[1:])
+
+
 def test_background_prior():
     network = small(background_prior=0.9, deep_supervision=True)
     for out in (network.out, *network.coarse_outs):
@@ -170,10 +209,11 @@ def test_background_prior():
         assert share.tolist() == pytest.approx([0.9, 0.025, 0.025, 0.025, 0.025], abs=1e-6)
 
 
+@pytest.mark.parametrize("residual", [True, False])
 @pytest.mark.parametrize("freeze", [True, False])
-def test_every_parameter_that_may_learn_gets_a_gradient(freeze):
+def test_every_parameter_that_may_learn_gets_a_gradient(freeze, residual):
     """DDP hangs at a parameter that requires a gradient and gets none."""
-    network = small(freeze_encoder=freeze, deep_supervision=True).train()
+    network = small(freeze_encoder=freeze, deep_supervision=True, residual_scores=residual).train()
     assert network.encoder.training is not freeze
     sum(part.square().sum() for part in network(volume((2, 1, 8, 24, 24)))).backward()
     wanted = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
@@ -186,8 +226,9 @@ def test_every_parameter_that_may_learn_gets_a_gradient(freeze):
         assert inside == {f"encoder.{name}" for name, _ in network.encoder.named_parameters() if name not in unused}
 
 
-def test_torchscript_equals_eager_for_any_number_of_volumes():
-    network = small().eval()
+@pytest.mark.parametrize("residual", [True, False])
+def test_torchscript_equals_eager_for_any_number_of_volumes(residual):
+    network = small(residual_scores=residual).eval()
     script = torch.jit.script(network)
     for count in (1, 3):
         image = volume((count, 1, 8, 24, 24))

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from monai.networks.blocks.dynunet_block import UnetBasicBlock, UnetOutBlock, UnetResBlock, get_conv_layer
+from monai.networks.blocks.dynunet_block import UnetOutBlock
 from monai.networks.blocks.unetr_block import UnetrBasicBlock, UnetrUpBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -18,48 +18,10 @@ from torch.nn import functional as F
 from unimedi_components.networks.embed import interpolate_depth, resample_pos_embed_3d, to_tuple
 from unimedi_components.networks.export import scriptable
 from unimedi_components.networks.output_bias import prefer_background
+from unimedi_components.networks.token_upsampling import TokenUpsampling, upsampling_strides
 from unimedi_components.networks.unified_vit import UnifiedViT
 
-__all__ = ["UnifiedUNETR", "resize_positions_3d", "upsampling_strides"]
-
-Stride = tuple[int, ...]
-
-
-def upsampling_strides(patch_size: Sequence[int]) -> list[Stride]:
-    """Strides of the stages that lead from tokens to voxels, the coarsest first.
-
-    Each side of the patch is taken apart into its prime factors, the largest first, so that the axis with the most of
-    them sets the number of stages, and a side with fewer is upsampled at the coarse stages alone (nnU-Net's and
-    UniMiSS's convention for thick slices).
-
-    Args:
-        patch_size: depth, height and width of the 3D patch.
-
-    Raises:
-        ValueError: a patch of one voxel, whose tokens need no decoder.
-
-    Example:
-        >>> upsampling_strides((4, 16, 16))
-        [(2, 2, 2), (2, 2, 2), (1, 2, 2), (1, 2, 2)]
-        >>> upsampling_strides((4, 12, 12))
-        [(2, 3, 3), (2, 2, 2), (1, 2, 2)]
-    """
-    axes = [_prime_factors(int(side)) for side in patch_size]
-    stages = max(map(len, axes))
-    if not stages:
-        raise ValueError("a patch of one voxel needs no upsampling; use larger patches (patch_size_3d)")
-    padded = [factors + [1] * (stages - len(factors)) for factors in axes]
-    return list(zip(*padded, strict=True))
-
-
-def _prime_factors(number: int) -> list[int]:
-    factors, divisor = [], 2
-    while number > 1:
-        while number % divisor == 0:
-            factors.append(divisor)
-            number //= divisor
-        divisor += 1
-    return factors[::-1]
+__all__ = ["UnifiedUNETR", "resize_positions_3d"]
 
 
 def resize_positions_3d(encoder: UnifiedViT, vol_size: Sequence[int]) -> UnifiedViT:
@@ -87,37 +49,6 @@ def resize_positions_3d(encoder: UnifiedViT, vol_size: Sequence[int]) -> Unified
     return encoder
 
 
-class TokenUpsampling(nn.Module):
-    """A hidden state on its way up to a skip connection: MONAI's `UnetrPrUpBlock` with a kernel for each layer.
-
-    Args:
-        in_channels: width D of the tokens.
-        out_channels: of the skip connection.
-        strides: of the layers, one or more; each doubles, triples or keeps an axis.
-        norm: MONAI's name of a norm, or (name, options).
-        res_block: convolve with a residual block after each layer but the first, else with a plain one.
-    """
-
-    def __init__(
-        self, in_channels: int, out_channels: int, strides: Sequence[Stride], norm: Any, res_block: bool
-    ) -> None:
-        super().__init__()
-        block = UnetResBlock if res_block else UnetBasicBlock
-        channels = [in_channels] + [out_channels] * len(strides)
-        layers: list[nn.Module] = []
-        for index, stride in enumerate(strides):
-            up = get_conv_layer(
-                3, channels[index], out_channels, kernel_size=stride, stride=stride, conv_only=True, is_transposed=True
-            )
-            convolutions = [block(3, out_channels, out_channels, kernel_size=3, stride=1, norm_name=norm)]
-            layers.append(nn.Sequential(up, *(convolutions if index else [])))
-        self.layers = nn.Sequential(*layers)
-
-    def forward(self, grid: Tensor) -> Tensor:
-        """(B, D, d, h, w) to (B, out_channels, ...), larger by the product of the strides."""
-        return self.layers(grid)
-
-
 class UnifiedUNETR(nn.Module):
     """UNETR (Hatamizadeh et al., WACV 2022) with the unified encoder in the transformer's place (supplement, 7.2).
 
@@ -142,6 +73,9 @@ class UnifiedUNETR(nn.Module):
         stem_window: values of the input that the stem sees as -1 and 1, clipped beyond; None shows it the input. The
             encoder always reads the input: with the input in the pre-training's window the encoder sees what it
             learned from, and the stem the narrower window of the organs.
+        residual_scores: a linear layer reads scores from the last tokens, and every stage adds its own to those of the
+            coarser one, upsampled, so that a stage learns what the coarser ones cannot know (Kayalibay et al., arXiv
+            1701.03056); False takes the last stage's alone, as UNETR does.
         normalize_states: bring every token of the hidden states to zero mean and unit variance, as the encoder's last
             norm does with the last tokens, so that no skip connection is louder than another. MONAI's UNETR takes them
             as they are.
@@ -172,6 +106,7 @@ class UnifiedUNETR(nn.Module):
         deep_supervision: bool = False,
         background_prior: float | None = None,
         stem_window: Sequence[float] | None = None,
+        residual_scores: bool = False,
         normalize_states: bool = False,
     ) -> None:
         super().__init__()
@@ -194,11 +129,13 @@ class UnifiedUNETR(nn.Module):
             "deep_supervision": deep_supervision,
             "background_prior": background_prior,
             "stem_window": None if stem_window is None else tuple(stem_window),
+            "residual_scores": residual_scores,
             "normalize_states": normalize_states,
         }
         self.card: dict[str, Any] = {}
         self.encoder = encoder
         self.hidden_states, self.freeze_encoder = tuple(hidden_states), freeze_encoder
+        self.deep_supervision, self.residual_scores = deep_supervision, residual_scores
         self.normalize_states = normalize_states
         self.stem_window = None if stem_window is None else tuple(map(float, stem_window))
         norm_name: Any = norm if isinstance(norm, str) else tuple(norm)
@@ -215,10 +152,10 @@ class UnifiedUNETR(nn.Module):
             for before, after, stride in zip([width, *features], features, strides, strict=False)
         )
         self.out = UnetOutBlock(3, feature_size, num_classes)
-        coarser = features[:-1] if deep_supervision else []
-        self.coarse_outs = nn.ModuleList(UnetOutBlock(3, width_of_stage, num_classes) for width_of_stage in coarser)
+        coarser = [width] * residual_scores + features[:-1] * (deep_supervision or residual_scores)
+        self.coarse_outs = nn.ModuleList(UnetOutBlock(3, channels, num_classes) for channels in coarser)
         if background_prior is not None:
-            prefer_background([self.out, *self.coarse_outs], background_prior)
+            prefer_background([*self.coarse_outs, self.out], background_prior, together=residual_scores)
         if freeze_encoder:
             encoder.requires_grad_(False).eval()
         else:
@@ -249,16 +186,18 @@ class UnifiedUNETR(nn.Module):
         if image.ndim != 5:
             raise ValueError(f"expected volumes (B, 1, D, H, W), got {tuple(image.shape)}")
         hidden = self._tokens(image)
-        x = hidden[-1]
         skips = [skip(state) for skip, state in zip(self.skips, hidden[-2::-1], strict=True)]
-        levels: list[Tensor] = []
+        levels = [hidden[-1]]
         for stage, skip in zip(self.stages, [*skips, self.stem(self._windowed(image))], strict=True):
-            x = stage(x, skip)
-            levels.append(x)
-        if not self.training or not self.coarse_outs:
-            return self.out(x)
-        coarse = [out(level) for out, level in zip(self.coarse_outs, levels[:-1], strict=True)]
-        return [self.out(x), *coarse[::-1]]
+            levels.append(stage(levels[-1], skip))
+        outs = [*self.coarse_outs, self.out] if self.training or self.residual_scores else [self.out]
+        scores: list[Tensor] = []
+        for out, level in zip(outs, levels[-len(outs) :], strict=True):
+            score = out(level)
+            if self.residual_scores and scores:
+                score = score + F.interpolate(scores[-1], size=score.shape[2:], mode="trilinear")
+            scores.append(score)
+        return scores[::-1] if self.training and self.deep_supervision else scores[-1]
 
     def _tokens(self, image: Tensor) -> list[Tensor]:
         """The hidden states and the last tokens on their grid, each (B, D, d, h, w)."""
