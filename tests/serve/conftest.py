@@ -133,11 +133,11 @@ def files(tmp_path: Path) -> Files:
 
 
 @pytest.fixture(scope="session")
-def prompts() -> list[PromptSet]:
-    return [
-        load_prompts("chest_xray").select(["edema", "pleural effusion"]),
-        load_prompts("chest_ct").select(["edema"]),
-    ]
+def prompts() -> dict[int, PromptSet]:
+    return {
+        2: load_prompts("chest_xray").select(["edema", "pleural effusion"]),
+        3: load_prompts("chest_ct").select(["edema"]),
+    }
 
 
 @pytest.fixture(scope="session")
@@ -187,7 +187,7 @@ def index(embedder: Embedder, tmp_path_factory: pytest.TempPathFactory) -> Embed
 
 
 @pytest.fixture(scope="session")
-def analyser(embedder: Embedder, prompts: list[PromptSet], index: EmbeddingIndex) -> Analyser:
+def analyser(embedder: Embedder, prompts: dict[int, PromptSet], index: EmbeddingIndex) -> Analyser:
     return Analyser(embedder, prompts, index)
 
 

@@ -140,13 +140,13 @@ def test_thumbnails_are_of_the_index_alone(
     rows = np.eye(2, 16, dtype=np.float32)
     sources = [str(tmp_path / "gone.png"), str(files.raw("notes.png", b"text"))]
     entries = [{"id": s, "kind": "image", "dim": 2, "source": s, "text": ""} for s in sources]
-    other = Analyser(embedder, [], EmbeddingIndex(Embeddings(rows, entries, embedder.model)))
+    other = Analyser(embedder, {}, EmbeddingIndex(Embeddings(rows, entries, embedder.model)))
     hits = {hit.id: hit.thumbnail for hit in other.sentence("effusion").studies}
     assert hits == {sources[0]: "", sources[1]: "/api/thumbnail/1"} and other.thumbnail(1) is None
 
 
-def test_without_index_and_prompts(embedder: Embedder, files: Any, prompts: list[PromptSet]) -> None:
-    with TestClient(create_app(Analyser(embedder, prompts[:1])), base_url="http://localhost") as client:
+def test_without_index_and_prompts(embedder: Embedder, files: Any, prompts: dict[int, PromptSet]) -> None:
+    with TestClient(create_app(Analyser(embedder, {2: prompts[2]})), base_url="http://localhost") as client:
         about = client.get("/api/about").json()
         assert about["index"] == {} and about["prompts"] == {"2": "chest_xray"} and not about["phantoms"]
         assert about["model"] == embedder.model and about["max_upload_bytes"] == 512 * 2**20
@@ -158,12 +158,10 @@ def test_without_index_and_prompts(embedder: Embedder, files: Any, prompts: list
         assert refused.status_code == 400 and "Start the server with --index" in refused.json()["error"]
 
 
-def test_an_index_of_another_model_is_refused(embedder: Embedder, prompts: list[PromptSet]) -> None:
+def test_an_index_of_another_model_is_refused(embedder: Embedder, prompts: dict[int, PromptSet]) -> None:
     entry = {"id": "a", "kind": "report", "dim": 2, "source": "", "text": "clear."}
     other = EmbeddingIndex(Embeddings(np.eye(1, 16, dtype=np.float32), [entry], "f" * 64))
     with pytest.raises(
         ConfigError, match=f"the index was made with model ffffffffffff, the query with {embedder.model[:12]}"
     ):
         Analyser(embedder, prompts, other)
-    with pytest.raises(ConfigError, match="two are for the same dimension"):
-        Analyser(embedder, [prompts[0], prompts[0]])

@@ -50,6 +50,7 @@ def test_faults_are_one_line(
     other = Embeddings(np.eye(1, 16, dtype=np.float32), [entry], "f" * 64).save(tmp_path / "other.npz")
     assert "the index was made with model ffffffffffff" in fault([*free, "--index", str(other)], capsys)
     assert "chest_ctt" in fault([*free, "--prompts", "chest_xray,chest_ctt"], capsys)
+    assert "are both for 2D; give one" in fault([*free, "--prompts", "chest_xray,chest_xray"], capsys)
     for host in ("0.0.0.0", "192.168.0.1", "::"):
         message = fault([*free, "--host", host], capsys)
         assert message.startswith(f"--host {host} is reached by other machines, and the page has no login")

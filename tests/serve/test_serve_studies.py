@@ -14,10 +14,9 @@ import pytest
 from unimedi_components.search import Embedder, PromptSet, ZeroShot
 
 
-def expected(embedder: Embedder, prompts: list[PromptSet], path: Path, dim: int) -> dict[str, float]:
+def expected(embedder: Embedder, prompts: dict[int, PromptSet], path: Path, dim: int) -> dict[str, float]:
     """Zero-shot probabilities of a file on disk, without the page."""
-    (chosen,) = (one for one in prompts if one.dim == dim)
-    zero_shot = ZeroShot(embedder, chosen)
+    zero_shot = ZeroShot(embedder, prompts[dim])
     row = zero_shot.probabilities(embedder.images(path, progress=False).embed)[0]
     return dict(zip(zero_shot.names, row.tolist(), strict=True))
 
@@ -31,7 +30,7 @@ def same(found: dict[str, float], wanted: dict[str, float], tolerance: float = 1
 
 
 @pytest.mark.parametrize("name", ["film.png", "film.jpg", "film.bmp", "film.tif", "FILM.JPEG"])
-def test_pictures(name: str, files: Any, upload: Any, embedder: Embedder, prompts: list[PromptSet]) -> None:
+def test_pictures(name: str, files: Any, upload: Any, embedder: Embedder, prompts: dict[int, PromptSet]) -> None:
     path = files.picture(name)
     status, answer = upload(path)
     assert status == 200 and (answer["kind"], answer["dim"], answer["name"]) == ("X-ray", 2, name)
@@ -53,7 +52,7 @@ def test_grey_as_rgb_and_other_depths_give_the_same(files: Any, upload: Any) -> 
     assert status == 200 and answer["warnings"] == []
 
 
-def test_dicom_xrays(files: Any, upload: Any, embedder: Embedder, prompts: list[PromptSet]) -> None:
+def test_dicom_xrays(files: Any, upload: Any, embedder: Embedder, prompts: dict[int, PromptSet]) -> None:
     pixels = files.film().astype(np.uint16) * 16
     for name, more in (("film.dcm", {}), ("IM0001", {}), ("knee", {(0x18, 0x15): ("CS", "KNEE")})):
         path = files.dicom(name, pixels, "CR", more=more)
@@ -67,7 +66,7 @@ def test_dicom_xrays(files: Any, upload: Any, embedder: Embedder, prompts: list[
 
 
 def test_volumes_of_every_format_give_the_same(
-    files: Any, upload: Any, embedder: Embedder, prompts: list[PromptSet]
+    files: Any, upload: Any, embedder: Embedder, prompts: dict[int, PromptSet]
 ) -> None:
     voxels = files.voxels()
     plain, packed = files.nifti("scan.nii", voxels), files.nifti("scan.nii.gz", voxels)
@@ -104,7 +103,7 @@ def test_volumes_of_every_format_give_the_same(
         assert answer["warnings"] == (["Left out, no image: read.me."] if what == "zip" else []), what
 
 
-def test_dicom_series(files: Any, upload: Any, embedder: Embedder, prompts: list[PromptSet]) -> None:
+def test_dicom_series(files: Any, upload: Any, embedder: Embedder, prompts: dict[int, PromptSet]) -> None:
     slices = files.series(count=24)
     wanted = expected(embedder, prompts, files.folder, 3)
     status, answer = upload(*slices)

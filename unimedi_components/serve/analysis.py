@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch.nn import functional as F
 
-from unimedi_components.errors import ConfigError, DataError
+from unimedi_components.errors import DataError
 from unimedi_components.search import Embedder, EmbeddingIndex, Hit, PromptSet, ZeroShot
 from unimedi_components.serve.faults import bad_request
 from unimedi_components.serve.results import Analysis, Finding, Neighbour, Neighbours, Picture, Slab
@@ -37,25 +37,26 @@ class Analyser:
 
     Args:
         embedder: the network.
-        prompts: at most one set for X-rays and one for volumes.
+        prompts: sets by the dimension that they are for, as `search.load_prompt_sets` gives them.
         index: what is searched for neighbours; None for no search.
         k: neighbours of each kind and dimension.
 
     Raises:
-        ConfigError: the index is of another model, or two prompt sets are for the same dimension.
+        ConfigError: the index is of another model.
     """
 
     def __init__(
-        self, embedder: Embedder, prompts: Sequence[PromptSet] = (), index: EmbeddingIndex | None = None, k: int = 5
+        self,
+        embedder: Embedder,
+        prompts: Mapping[int, PromptSet] | None = None,
+        index: EmbeddingIndex | None = None,
+        k: int = 5,
     ) -> None:
         if index is not None:
             index.check_model(embedder.model)
         self.embedder, self.index, self.k = embedder, index, k
-        self.prompts = {one.dim: one for one in prompts}
-        if len(self.prompts) < len(prompts):
-            names = ", ".join(one.name for one in prompts)
-            raise ConfigError(f"prompt sets {names}: two are for the same dimension; give one for each")
-        self.zero_shot = {one.dim: ZeroShot(embedder, one) for one in prompts}
+        self.prompts = dict(prompts or {})
+        self.zero_shot = {dim: ZeroShot(embedder, one) for dim, one in self.prompts.items()}
         entries = [] if index is None else index.entries
         # hits hold these very entries
         self._rows = {id(entry): row for row, entry in enumerate(entries)}

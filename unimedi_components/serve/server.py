@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import uvicorn
 
 from unimedi_components.errors import ConfigError
-from unimedi_components.search import Embedder, EmbeddingIndex, load_prompts
+from unimedi_components.search import Embedder, EmbeddingIndex, load_prompt_sets
 from unimedi_components.serve.analysis import Analyser
 from unimedi_components.serve.app import create_app
 from unimedi_components.serve.faults import Limits
@@ -49,7 +49,8 @@ def serve(
 
     Raises:
         CheckpointError: the checkpoint does not load.
-        ConfigError: an address that other machines reach, a port that is taken, or an index of another model.
+        ConfigError: an address that other machines reach, a port that is taken, an index of another model, or two
+            prompt sets for one dimension.
         DataError: the index or a prompt set cannot be read.
     """
     remote = not _is_loopback(host)
@@ -62,7 +63,7 @@ def serve(
     with _listen(host, port) as taken:
         embedder = Embedder(checkpoint, device)
         found = None if index is None else EmbeddingIndex.load(index)
-        analyser = Analyser(embedder, [load_prompts(source) for source in prompts], found)
+        analyser = Analyser(embedder, load_prompt_sets(prompts), found)
         app = create_app(analyser, Limits(upload_bytes=max_upload_mb * 2**20), () if remote else LOOPBACK)
         if remote:
             print(f"warning: other machines can reach {host}; there is no login and no encryption", file=sys.stderr)
