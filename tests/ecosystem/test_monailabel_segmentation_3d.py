@@ -52,6 +52,7 @@ def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         hidden_states=(0, 1),
         feature_size=4,
         deep_supervision=True,
+        residual_scores=True,
         background_prior=0.9,
         stem_window=(-0.175, 0.25),
     )
