@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,26 @@ import torch
 from torch import nn
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+REAL_TABLES = ("xray_text/xray_text.csv", "ct3d/ct3d.csv")
+
+
+@pytest.fixture(scope="session")
+def real_root() -> Path:
+    """UNIMEDI_REAL_DATA, where it holds real X-rays and CTs with tables of their texts."""
+    root = os.environ.get("UNIMEDI_REAL_DATA", "")
+    if not root or not all((Path(root) / table).is_file() for table in REAL_TABLES):
+        pytest.skip(f"UNIMEDI_REAL_DATA does not name a folder with {' and '.join(REAL_TABLES)}")
+    return Path(root)
+
+
+@pytest.fixture(scope="session")
+def real_datalist(real_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`prepare table` on both tables."""
+    from unimedi_components.__main__ import main
+
+    out = tmp_path_factory.mktemp("real") / "own.json"
+    main(["prepare", "table", ",".join(str(real_root / table) for table in REAL_TABLES), str(out)])
+    return out
 
 
 @pytest.fixture(scope="session")

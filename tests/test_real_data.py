@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -23,40 +22,23 @@ import torch
 from monai.bundle import ConfigWorkflow
 from PIL import Image
 
-from unimedi_components.__main__ import main
 from unimedi_components.networks.pretrained import load_pretrained
 
 CONFIG = Path(__file__).resolve().parents[1] / "bundles" / "pretrain" / "configs" / "train.json"
-TABLES = ("xray_text/xray_text.csv", "ct3d/ct3d.csv")
 EPOCHS = 2
-REAL = os.environ.get("UNIMEDI_REAL_DATA", "")
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        not REAL or not all((Path(REAL) / table).is_file() for table in TABLES),
-        reason=f"UNIMEDI_REAL_DATA does not name a folder with {' and '.join(TABLES)}",
-    ),
-]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def datalist(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`prepare table` on both tables."""
-    out = tmp_path_factory.mktemp("real") / "own.json"
-    main(["prepare", "table", ",".join(str(Path(REAL) / table) for table in TABLES), str(out)])
-    return out
-
-
-@pytest.fixture(scope="module")
-def run(datalist: Path) -> Iterator[Any]:
+def run(real_root: Path, real_datalist: Path) -> Iterator[Any]:
     """Two epochs with the README's overrides, and what a run changes for the whole process put back."""
     precision, path = torch.get_float32_matmul_precision(), sys.path[:]
     flash, cudnn = torch.backends.cuda.flash_sdp_enabled(), torch.backends.cudnn
     flags = cudnn.deterministic, cudnn.benchmark
-    folder = datalist.parent / "run"
+    folder = real_datalist.parent / "run"
     folders = {"cache_dir": folder / "cache", "ckpt_dir": folder / "models", "output_dir": folder / "eval"}
-    overrides = {"datalist": datalist, "dataset_dir": REAL, **folders}
+    overrides = {"datalist": real_datalist, "dataset_dir": real_root, **folders}
     words = {**{name: str(place) for name, place in overrides.items()}, "epochs": EPOCHS, "device": "cpu"}
     workflow = ConfigWorkflow(str(CONFIG), workflow_type="train", logging_file=False, **words)
     workflow.initialize()
@@ -69,16 +51,16 @@ def run(datalist: Path) -> Iterator[Any]:
     torch.backends.cuda.enable_flash_sdp(flash)
 
 
-def rows(table: str) -> list[dict[str, str]]:
-    with open(Path(REAL) / table, newline="", encoding="utf-8-sig") as stream:
+def rows(table: Path) -> list[dict[str, str]]:
+    with open(table, newline="", encoding="utf-8-sig") as stream:
         return list(csv.DictReader(stream))
 
 
-def test_every_row_is_kept_and_no_patient_crosses_splits(datalist: Path) -> None:
-    content = json.loads(datalist.read_text())
+def test_every_row_is_kept_and_no_patient_crosses_splits(real_root: Path, real_datalist: Path) -> None:
+    content = json.loads(real_datalist.read_text())
     items = [(split, item) for split in ("training", "validation", "test") for item in content[split]]
     dropped = sum(content["meta"]["dropped"].values())
-    xrays, volumes = (rows(table) for table in TABLES)
+    xrays, volumes = (rows(real_root / folder / f"{folder}.csv") for folder in ("xray_text", "ct3d"))
     assert len(items) + dropped == len(xrays) + len(volumes) == 184
     assert content["meta"]["dropped"] == {}
     counts = Counter((split, item["dim"]) for split, item in items)
@@ -90,7 +72,7 @@ def test_every_row_is_kept_and_no_patient_crosses_splits(datalist: Path) -> None
     splits: dict[str, set[str]] = {}
     for split, item in items:
         splits.setdefault(item["patient"], set()).add(split)
-        assert (Path(REAL) / item["image"]).is_file() and len(item["report"].split()) >= 3
+        assert (real_root / item["image"]).is_file() and len(item["report"].split()) >= 3
     assert splits.keys() == patient_of and all(len(own) == 1 for own in splits.values())
 
 
@@ -106,10 +88,10 @@ def test_two_epochs_of_pre_training_learn(run: Any) -> None:
     assert run.parser.get_parsed_content("train#dataset").skipped == []
 
 
-def test_what_the_run_leaves(run: Any, datalist: Path) -> None:
-    out, models = datalist.parent / "run" / "eval", datalist.parent / "run" / "models"
+def test_what_the_run_leaves(run: Any, real_datalist: Path) -> None:
+    out, models = real_datalist.parent / "run" / "eval", real_datalist.parent / "run" / "models"
     metrics = json.loads((out / "metrics.json").read_text())
-    content = json.loads(datalist.read_text())
+    content = json.loads(real_datalist.read_text())
     assert metrics["split"] == "test"
     tested = Counter(item["dim"] for item in content["test"])
     assert (metrics["studies_2d"], metrics["studies_3d"]) == (tested[2], tested[3])

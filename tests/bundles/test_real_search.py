@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +19,9 @@ from unimedi_components.__main__ import main
 from unimedi_components.data.datalist import SPLITS, write_json
 from unimedi_components.search import Embeddings, load_prompts
 
-TABLES = ("xray_text/xray_text.csv", "ct3d/ct3d.csv")
 XRAYS, VOLUMES = 12, 5
-REAL = os.environ.get("UNIMEDI_REAL_DATA", "")
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        not REAL or not all((Path(REAL) / table).is_file() for table in TABLES),
-        reason=f"UNIMEDI_REAL_DATA does not name a folder with {' and '.join(TABLES)}",
-    ),
-]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -39,20 +30,20 @@ def weights(trained: Any) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def items(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def items(real_datalist: Path) -> list[dict[str, Any]]:
     """The first X-rays and volumes of the prepared tables."""
-    out = tmp_path_factory.mktemp("real") / "all.json"
-    main(["prepare", "table", ",".join(str(Path(REAL) / table) for table in TABLES), str(out)])
-    content = json.loads(out.read_text())
+    content = json.loads(real_datalist.read_text())
     found = [item for split in SPLITS for item in content[split]]
     return [item for dim, n in ((2, XRAYS), (3, VOLUMES)) for item in [i for i in found if i["dim"] == dim][:n]]
 
 
 @pytest.fixture(scope="module")
-def index(items: list[dict[str, Any]], weights: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def index(
+    items: list[dict[str, Any]], weights: list[str], real_root: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     folder = tmp_path_factory.mktemp("index")
     write_json({"training": items, "validation": [], "test": []}, folder / "some.json")
-    main(["index", str(folder / "i.npz"), "--datalist", str(folder / "some.json"), "--root", REAL, *weights])
+    main(["index", str(folder / "i.npz"), "--datalist", str(folder / "some.json"), "--root", str(real_root), *weights])
     return folder / "i.npz"
 
 
@@ -73,10 +64,10 @@ def test_every_file_and_text_is_in_the_index(index: Path, items: list[dict[str, 
 
 
 def test_texts_films_and_scans_find_themselves_and_each_other(
-    index: Path, items: list[dict[str, Any]], weights: list[str], tmp_path: Path
+    index: Path, items: list[dict[str, Any]], weights: list[str], real_root: Path, tmp_path: Path
 ) -> None:
     film, scan = items[0], items[-1]
-    queries = [str(Path(REAL) / item["image"]) for item in (film, scan)]
+    queries = [str(real_root / item["image"]) for item in (film, scan)]
     of_text, of_film, of_scan = hits([str(index), film["report"], *queries, *weights], tmp_path)
     assert of_text[0]["text"] == film["report"] and of_text[0]["kind"] == "report"
     assert (of_film[0]["id"], of_scan[0]["id"]) == (film["id"], scan["id"])
@@ -91,9 +82,11 @@ def test_texts_films_and_scans_find_themselves_and_each_other(
         np.testing.assert_allclose([hit["similarity"] for hit in across], -np.sort(-similarity)[:3], atol=1e-4)
 
 
-def test_zero_shot_of_real_files(items: list[dict[str, Any]], weights: list[str], tmp_path: Path) -> None:
+def test_zero_shot_of_real_files(
+    items: list[dict[str, Any]], weights: list[str], real_root: Path, tmp_path: Path
+) -> None:
     chosen = [items[0], items[1], items[-1]]
-    main(["zero_shot", *(str(Path(REAL) / i["image"]) for i in chosen), "--out", str(tmp_path / "o.csv"), *weights])
+    main(["zero_shot", *(str(real_root / i["image"]) for i in chosen), "--out", str(tmp_path / "o.csv"), *weights])
     with open(tmp_path / "o.csv", newline="") as stream:
         rows = list(csv.DictReader(stream))
     assert sorted(row["dim"] for row in rows) == ["2", "2", "3"]
