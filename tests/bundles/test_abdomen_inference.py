@@ -42,11 +42,11 @@ def make_bundle(folder: Path, seed: int = 0) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         encoder = UnifiedViT(64, SIZE, patch_size_3d=(4, 12, 12), embed_dim=32, depth=2, num_heads=2)
-        network = UnifiedUNETR(encoder, 14, hidden_states=(0, 1), feature_size=4, stem_window=(-0.175, 0.25))
+        network = UnifiedUNETR(encoder, 14, hidden_states=(0, 1), feature_size=4)
         torch.nn.init.normal_(network.out.conv.conv.weight, std=1.0)
     (bundle / "models").mkdir()
     torch.save(network.state_dict(), bundle / "models" / "model.pt")
-    organs = {"spatial_size": SIZE, "spacing": None, "window": (-1000, 1000), "num_classes": 14}
+    organs = {"spatial_size": SIZE, "spacing": None, "window": (-175, 250), "num_classes": 14}
     write_json(
         network_card(network, "segmentation", train["label_names"], {"organs": organs}),
         bundle / "models" / "model.json",
@@ -138,7 +138,7 @@ def test_labels_come_back_to_the_voxels_they_were_seen_at(tmp_path: Path) -> Non
     values = np.select([truth == 1, truth == 2], [600, -600], 0).astype(np.int16)
     nib.save(nib.Nifti1Image(values, affine), tmp_path / "a.nii.gz")
     for options in ({"spatial_size": (16, 40, 40)}, {"spacing": (3.0, 1.5, 1.4)}, {}):
-        chain = Compose(segmentation_transforms(window=(-1000, 1000), label_map=False, **options))
+        chain = Compose(segmentation_transforms(window=(-175, 250), label_map=False, **options))
         image = chain({"image": str(tmp_path / "a.nii.gz")})["image"]
         scores = OrganInferer((16, 24, 24))(image[None], Marks())[0]
         found = OrganMapd(chain)({"image": image, "pred": scores})["pred"]

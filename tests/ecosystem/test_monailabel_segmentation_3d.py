@@ -54,12 +54,11 @@ def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         deep_supervision=True,
         residual_scores=True,
         background_prior=0.9,
-        stem_window=(-0.175, 0.25),
     )
     torch.nn.init.normal_(network.out.conv.conv.weight, std=5.0)
     (made / "models").mkdir()
     torch.save(network.state_dict(), made / "models" / "model.pt")
-    organs = {"spatial_size": SIZE, "spacing": None, "window": (-1000, 1000), "num_classes": 14}
+    organs = {"spatial_size": SIZE, "spacing": None, "window": (-175, 250), "num_classes": 14}
     card = network_card(network, "segmentation", config["label_names"], {"organs": organs})
     write_json(card, made / "models" / "model.json")
     return made

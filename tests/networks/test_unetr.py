@@ -114,7 +114,6 @@ def test_vol_size_of_the_task_is_kept_in_the_files(tmp_path):
         vol_size=(16, 36, 24),
         deep_supervision=True,
         residual_scores=True,
-        stem_window=(-0.2, 0.3),
         background_prior=0.9,
     )
     card = network_card(network, "segmentation", list("abcde"), {"organs": {}})
@@ -128,18 +127,6 @@ def test_vol_size_of_the_task_is_kept_in_the_files(tmp_path):
         assert again(image[..., :12]).shape == (1, 5, 16, 36, 12)
     assert again.encoder.vol_size == (16, 36, 24)
     assert again.card["label_names"] == list("abcde")
-
-
-def test_stem_sees_its_window_and_the_encoder_the_input():
-    network = small(stem_window=(-0.5, 0.5)).eval()
-    image = volume((1, 1, 8, 24, 24))
-    seen = {}
-    network.stem.register_forward_pre_hook(lambda module, args: seen.update(stem=args[0]))
-    network.encoder.register_forward_pre_hook(lambda module, args: seen.update(encoder=args[0]))
-    with torch.no_grad():
-        network(image)
-    assert torch.equal(seen["encoder"], image)
-    assert torch.allclose(seen["stem"], (2 * image).clamp(-1, 1), atol=1e-6)
 
 
 @pytest.mark.parametrize("normalize", [True, False])
@@ -242,7 +229,6 @@ def test_torchscript_equals_eager_for_any_number_of_volumes(residual):
         ({"hidden_states": (1,)}, "decoded in 3 stages, which take 2 different blocks"),
         ({"hidden_states": (2, 1)}, "rising order, of 0 to 3"),
         ({"hidden_states": (1, 4)}, "of 0 to 3"),
-        ({"stem_window": (1, 0)}, "stem_window must rise"),
         ({"background_prior": 1.0}, "background_prior"),
         ({"vol_size": (8, 20, 24)}, "cannot be cut into patches"),
     ],

@@ -70,9 +70,6 @@ class UnifiedUNETR(nn.Module):
             (UniMiSS's protocol); organs are found in fewer steps.
         background_prior: share of the voxels that a new network gives to the background (its output's bias); the rest
             is shared evenly. None starts from no preference, as MONAI's UNETR.
-        stem_window: values of the input that the stem sees as -1 and 1, clipped beyond; None shows it the input. The
-            encoder always reads the input: with the input in the pre-training's window the encoder sees what it
-            learned from, and the stem the narrower window of the organs.
         residual_scores: a linear layer reads scores from the last tokens, and every stage adds its own to those of the
             coarser one, upsampled, so that a stage learns what the coarser ones cannot know (Kayalibay et al., arXiv
             1701.03056); False takes the last stage's alone, as UNETR does.
@@ -105,7 +102,6 @@ class UnifiedUNETR(nn.Module):
         freeze_encoder: bool = False,
         deep_supervision: bool = False,
         background_prior: float | None = None,
-        stem_window: Sequence[float] | None = None,
         residual_scores: bool = False,
         normalize_states: bool = False,
     ) -> None:
@@ -114,8 +110,6 @@ class UnifiedUNETR(nn.Module):
             raise ValueError(f"num_classes must be at least 2 with the background, not {num_classes}")
         strides = upsampling_strides(encoder.patch_embed_3d.patch_size)
         _check_hidden_states(hidden_states, len(strides), len(encoder.blocks), encoder.patch_embed_3d.patch_size)
-        if stem_window is not None and not stem_window[0] < stem_window[1]:
-            raise ValueError(f"stem_window must rise, not {tuple(stem_window)}")
         if vol_size is not None and tuple(vol_size) != encoder.vol_size:
             resize_positions_3d(encoder, vol_size)
         self.hparams: dict[str, Any] = {
@@ -128,7 +122,6 @@ class UnifiedUNETR(nn.Module):
             "freeze_encoder": freeze_encoder,
             "deep_supervision": deep_supervision,
             "background_prior": background_prior,
-            "stem_window": None if stem_window is None else tuple(stem_window),
             "residual_scores": residual_scores,
             "normalize_states": normalize_states,
         }
@@ -137,7 +130,6 @@ class UnifiedUNETR(nn.Module):
         self.hidden_states, self.freeze_encoder = tuple(hidden_states), freeze_encoder
         self.deep_supervision, self.residual_scores = deep_supervision, residual_scores
         self.normalize_states = normalize_states
-        self.stem_window = None if stem_window is None else tuple(map(float, stem_window))
         norm_name: Any = norm if isinstance(norm, str) else tuple(norm)
         width, channels = encoder.embed_dim, encoder.patch_embed_3d.proj.in_channels
         features = [feature_size * 2**level for level in reversed(range(len(strides)))]
@@ -188,7 +180,7 @@ class UnifiedUNETR(nn.Module):
         hidden = self._tokens(image)
         skips = [skip(state) for skip, state in zip(self.skips, hidden[-2::-1], strict=True)]
         levels = [hidden[-1]]
-        for stage, skip in zip(self.stages, [*skips, self.stem(self._windowed(image))], strict=True):
+        for stage, skip in zip(self.stages, [*skips, self.stem(image)], strict=True):
             levels.append(stage(levels[-1], skip))
         outs = [*self.coarse_outs, self.out] if self.training or self.residual_scores else [self.out]
         scores: list[Tensor] = []
@@ -208,12 +200,6 @@ class UnifiedUNETR(nn.Module):
         if self.normalize_states:
             states = [F.layer_norm(state, state.shape[-1:]) for state in states]
         return [state.transpose(1, 2).unflatten(2, grid) for state in (*states, output.patches)]
-
-    def _windowed(self, image: Tensor) -> Tensor:
-        if self.stem_window is None:
-            return image
-        low, high = self.stem_window
-        return ((image - low) * (2 / (high - low)) - 1).clamp(-1, 1)
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What `torch.jit.script`, and so `monai.bundle ckpt_export`, compiles in place of this network."""
