@@ -126,7 +126,7 @@ def table(
                 for seed in _sequence(seeds):
                     over = {**chosen, "encoder_weights": weights, "label_fraction": fraction, "seed": seed}
                     over = {key: value for key, value in over.items() if value is not None}
-                    data, measured = _run(cell, over)
+                    data, measured = run_bundle(cell, over)
                     row = {"table": table, "data_set": cell.data_set, "data": data, "encoder": name, "seed": seed}
                     row |= {"label_fraction": fraction, "training": cell.training}
                     rows += [{**row, **_value(measured, metric)} for metric in cell.metrics]
@@ -160,7 +160,7 @@ def _value(measured: Row, metric: str) -> Row:
     return {"metric": metric, "value": measured[metric], "low": low, "high": high}
 
 
-def _run(cell: Cell, overrides: Row) -> tuple[str, Row]:
+def run_bundle(cell: Cell, overrides: Row) -> tuple[str, Row]:
     """Train once in a folder of its own; returns the kind of data and the content of metrics.json."""
     configs = Path("bundles") / cell.bundle / "configs"
     files = [configs / f"{name}.json" for name in ("train", *cell.overlays)]
