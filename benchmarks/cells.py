@@ -33,7 +33,7 @@ from unimedi_components.evaluation.evaluate import evaluate, heldout_items
 from unimedi_components.evaluation.features import Features, extract_features, labels_of, make_dataset
 from unimedi_components.evaluation.probe import linear_probe, transfer_scores
 from unimedi_components.networks.pretrained import Pretrained, load_pretrained
-from unimedi_components.provenance import provenance
+from unimedi_components.provenance import commit, provenance
 from unimedi_components.report.failures import write_failures
 
 CONFIGS = Path("bundles/pretrain/configs")
@@ -114,14 +114,13 @@ def run_cell(cell: Mapping[str, Any]) -> None:
 
 
 def _measured(cell: Mapping[str, Any], folder: Path, lock: int) -> Json:
-    settings, started = cell["settings"], time.monotonic()
-    command = train_command(cell)
-    origin = provenance(["python", *command[1:]])
+    settings = cell["settings"]
     if cell["kind"] == "train":
-        _train(cell, folder, command, lock)
+        origin = _train(cell, folder, lock)
     else:
         _save_untrained(cell)
-    trained_s = time.monotonic() - started
+        origin = provenance()
+    measured_from = time.monotonic()
     network = load_pretrained(folder / "models" / "model.pt", _device(cell))
     test = {dim: _studies(cell, network, dim, settings["eval_seed"], settings["patients"]) for dim in (2, 3)}
     measures: Json = {}
@@ -151,7 +150,8 @@ def _measured(cell: Mapping[str, Any], folder: Path, lock: int) -> Json:
         "config": config_files(cell),
         "overrides": overrides(cell),
         **origin,
-        "seconds": {"training": round(trained_s, 1), "all": round(time.monotonic() - started, 1)},
+        "measured_at": commit(),
+        "measuring_s": round(time.monotonic() - measured_from, 1),
         "measures": measures,
     }
 
@@ -171,17 +171,20 @@ def train_command(cell: Mapping[str, Any]) -> list[str]:
     return [sys.executable, "-m", "monai.bundle", "run", "--config_file", config, *words]
 
 
-def _train(cell: Mapping[str, Any], folder: Path, command: list[str], lock: int) -> None:
-    key = training_key(cell)
+def _train(cell: Mapping[str, Any], folder: Path, lock: int) -> Json:
+    """Train, or go on where an interrupted training stopped; returns the command, commit and machine of its start."""
+    key, command = training_key(cell), train_command(cell)
     stamp = read_json(folder / STAMP)
     if stamp.get("key") != key:
         for name in ("models", "eval"):
             shutil.rmtree(folder / name, ignore_errors=True)
-        write_json({"key": key, "done": False}, folder / STAMP)
-    if not stamp.get("done") or stamp.get("key") != key:
+        stamp = {"key": key, "done": False, "run": provenance(["python", *command[1:]])}
+        write_json(stamp, folder / STAMP)
+    if not stamp["done"]:
         again = ["--resume", "True"] if (folder / "models" / "last.pt").is_file() else []
         subprocess.run([*command, *again], check=True, pass_fds=(lock,))
-        write_json({"key": key, "done": True}, folder / STAMP)
+        write_json({**stamp, "done": True}, folder / STAMP)
+    return stamp["run"]
 
 
 def _save_untrained(cell: Mapping[str, Any]) -> None:

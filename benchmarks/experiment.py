@@ -301,14 +301,21 @@ def summarised(cells: Sequence[Json], size: str, settings: Json) -> Json:
     for name, variant in VARIANTS.items():
         own = {result["seed"]: result["measures"] for result in results if result["variant"] == name}
         if own:
-            keys = sorted({key for values in own.values() for key, value in values.items() if _is_number(value)})
+            keys = sorted(
+                {key for values in own.values() for key, value in values.items() if _is_number(value)} - {*_SETTINGS}
+            )
             variants[name] = {
                 "title": variant.title,
                 "seeds": list(own),
                 **{key: _over_seeds(own, key) for key in keys},
             }
     kept = {key: value for key, value in settings.items() if key != "phantoms"}
-    return {"size": size, "settings": kept, "run": provenance(), "variants": variants, "cells": results}
+    about = [{key: value for key, value in result.items() if key != "measures"} for result in results]
+    return {"size": size, "settings": kept, "run": provenance(), "variants": variants, "cells": about}
+
+
+# of an evaluation, but no measures
+_SETTINGS = ("patients", "seed", "training_phantom_seed")
 
 
 def _is_number(value: Any) -> bool:
