@@ -121,7 +121,7 @@ class Gallery:
             text = ", ".join(numbers)
             alt = f"t-SNE of CLS features of X-rays and CT, {title}; centroid distance: {text}"
             parts.append(self._figure(path, alt, f"{title}; centroid distance: {text}."))
-        return _row(parts)
+        return f"<p>{_COMMON}</p>{_row(parts)}"
 
     def bars(self, experiment: Experiment) -> str:
         """Fig. 6: separate, joint and the whole method, with intervals over seeds."""
@@ -136,7 +136,11 @@ class Gallery:
             draw_bars(list(SHARES.values()), bars, path, name, label)
             ends = (f"{title} {values[-1]['mean']:.3f}" for title, values in bars.items() if values[-1])
             alt = f"{name}, {label} at 1, 10 and 100% of the labels; at 100%: {', '.join(ends)}"
-            parts.append(self._figure(path, alt, f"{alt}. Lines are 95% intervals over training seeds."))
+            parts.append(
+                self._figure(
+                    path, alt, f"{alt}. Lines are 95% intervals over training seeds; the axis does not begin at 0."
+                )
+            )
         return _row(parts) if parts else _not_run("Fig. 6 needs the cells 2d_only, 3d_only, joint and ours")
 
     def curves(self, name: str, folder: Path) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 from unimedi_components.errors import ConfigError
 from unimedi_components.provenance import provenance
 from unimedi_components.report.gallery import Gallery
-from unimedi_components.report.orderings import Ordering, orderings
+from unimedi_components.report.orderings import orderings, orderings_html
 from unimedi_components.report.sources import Experiment, Run, collect
 from unimedi_components.report.tables import (
     COLLAPSED,
@@ -69,7 +69,9 @@ def report(run_dirs: Sequence[str | Path], out: str | Path, tables: str | Path =
     gallery = Gallery(folder)
     sections: list[Section] = []
     for experiment in experiments:
-        sections += _experiment_sections(experiment, gallery)
+        # which of several experiments
+        among = f" ({experiment.content.get('size')})" if len(experiments) > 1 else ""
+        sections += _experiment_sections(experiment, gallery, among)
     sections += [_run_section(run, gallery) for run in runs]
     sections.append(("tables", "Tables of downstream tasks", _downstream(Path(tables))))
     sections += [_origin_section(experiment) for experiment in experiments]
@@ -81,14 +83,14 @@ def report(run_dirs: Sequence[str | Path], out: str | Path, tables: str | Path =
     return page
 
 
-def _experiment_sections(experiment: Experiment, gallery: Gallery) -> list[Section]:
-    size, found = experiment.content.get("size", "experiment"), orderings(experiment)
+def _experiment_sections(experiment: Experiment, gallery: Gallery, among: str) -> list[Section]:
+    size = experiment.content.get("size", "experiment")
     ours = experiment.cell("ours")
     theirs = paper_table("7", paper_tables()["tables"]["7"], None)
     parts: list[tuple[str, str, str]] = [
         ("measures", "What each part moves", f"<p>{_INTERVALS}</p>{measure_tables(experiment)}"),
         ("table7", "Table 7: ablation", f"<h3>The paper's</h3>{theirs}<h3>Ours</h3>{ablation_table(experiment)}"),
-        ("orderings", "Do the orderings of Table 7 and Fig. 6 come out?", _verdicts(found)),
+        ("orderings", "Do the paper's orderings come out?", orderings_html(orderings(experiment))),
         ("figure6", "Fig. 6: separate, joint, whole method", gallery.bars(experiment)),
         ("figure2", "Fig. 2: X-rays and CT with one finding", gallery.spaces(experiment, _FINDINGS[:1])),
         ("figure7", "Fig. 7: two findings", gallery.spaces(experiment, _FINDINGS)),
@@ -97,7 +99,7 @@ def _experiment_sections(experiment: Experiment, gallery: Gallery) -> list[Secti
         ("failures", "Failures", gallery.failures(ours)),
         ("curves", "Learning curves", _curves(experiment, gallery)),
     ]
-    return [(f"{size}-{name}", f"{title} ({size} experiment)", html) for name, title, html in parts]
+    return [(f"{size}-{name}", f"{title}{among}", html) for name, title, html in parts]
 
 
 def _curves(experiment: Experiment, gallery: Gallery) -> str:
@@ -108,29 +110,6 @@ def _curves(experiment: Experiment, gallery: Gallery) -> str:
             title = escape(measures["title"])
             parts.append(f"<h3>{title}, seed {measures['seeds'][0]}</h3>{gallery.curves(measures['title'], folder)}")
     return "".join(parts) or '<p class="none">The cells\' folders are not here.</p>'
-
-
-def _verdicts(found: Sequence[Ordering]) -> str:
-    if not found:
-        return '<p class="none">Not measured: no probes with few labels.</p>'
-    counts = {name: sum(o.verdict == name for o in found) for name in ("holds", "undecided", "fails", "not measured")}
-    words = {
-        "holds": "come out",
-        "undecided": "are undecided",
-        "fails": "do not come out",
-        "not measured": "not measured",
-    }
-    line = ", ".join(f"{count} {words[name]}" for name, count in counts.items() if count)
-    items = "".join(
-        f'<li><span class="verdict {o.verdict.split()[0]}">{o.verdict}</span>'
-        f"<span>{o.place}: {escape(o.text)}{escape(f' ({o.why})' if o.why else '')}</span></li>"
-        for o in found
-    )
-    lead = (
-        f"Of {len(found)} orderings {line}. An ordering holds or fails where the 95% interval of the difference, "
-        "paired by seed, lies on one side of 0."
-    )
-    return f'<p>{lead}</p><ul class="verdicts">{items}</ul>'
 
 
 def _run_section(run: Run, gallery: Gallery) -> Section:
@@ -178,7 +157,7 @@ def _origin_section(experiment: Experiment) -> Section:
             for cell in cells
         )
         parts.append(f'<h3 id="{anchor(experiment, name)}">{escape(measures["title"])}</h3><ul>{lines}</ul>')
-    return f"{size}-origin", f"Where the numbers come from ({size} experiment)", "".join(parts)
+    return f"{size}-origin", f"Where the numbers of the {size} experiment come from", "".join(parts)
 
 
 def _alarms(runs: Sequence[Run], experiments: Sequence[Experiment]) -> str:
@@ -190,7 +169,7 @@ def _alarms(runs: Sequence[Run], experiments: Sequence[Experiment]) -> str:
         for measures in experiment.variants.values()
     ]
     lines = [
-        f"{name}: {kind} CLS targets carry {value:.2f} nats of information, fewer than {COLLAPSED}."
+        f"{name}: {kind} CLS targets carry {value:.2f} nats of information, less than {COLLAPSED}."
         for name, metrics in values
         for dim, kind in ((2, "X-ray"), (3, "CT"))
         if isinstance(value := metrics.get(f"sd_cls_information_{dim}d"), float | int) and value < COLLAPSED

@@ -22,6 +22,7 @@ COLLAPSED = 0.5
 SHARES = {"1pct": "1%", "10pct": "10%", "100pct": "100%"}
 _DATA_SETS = {"chexpert_macro_auroc": "CheXpert AUROC", "rsna_macro_auroc": "RSNA AUROC", "cc_ccii_accuracy": "CC-CCII"}
 _PHANTOMS = {"probe_auroc_2d": "phantom X-rays, AUROC", "probe_auroc_3d": "phantom CT, AUROC"}
+_NAMES = {"pixels": "pixels and voxels", "literal": "the paper's literal reading"}
 # what a network that saw one dimension alone is not asked
 _HIDDEN = {"2d_only": ("3d", "slice", "ct_", "centroid", "modality"), "3d_only": ("2d", "xray", "centroid", "modality")}
 _MEASURES: dict[str, dict[str, str]] = {
@@ -212,7 +213,10 @@ def ablation_table(experiment: Experiment) -> str:
             cells = [_summary_cell(experiment, variant, f"{p}_{share}", 100, 1) for p in prefixes for share in SHARES]
             label = _label(experiment, variant)
         else:
-            label, cells = f"<th>{variant}</th>", [f'<td colspan="{3 * max(len(prefixes), 1)}">not run</td>']
+            label, cells = (
+                f"<th>{_NAMES.get(variant, variant)}</th>",
+                [f'<td colspan="{3 * max(len(prefixes), 1)}">not run</td>'],
+            )
         body.append(f'<tr class="ours">{label}{"".join(cells)}</tr>')
     return boxed_table(_head({name: list(SHARES.values()) for name in prefixes.values()}, "Variant"), body)
 
@@ -226,9 +230,10 @@ def measure_tables(experiment: Experiment) -> str:
     parts, missing = [], []
     for title, columns in _MEASURES.items():
         kept = {k: n for k, n in columns.items() if any(k in measures for measures in experiment.variants.values())}
-        missing += [f"{title.lower()}: {name}" for key, name in columns.items() if key not in kept]
         if not kept:
+            missing.append(title)
             continue
+        missing += [f"{title}: {name}" for key, name in columns.items() if key not in kept]
         head = "<th>Variant</th>" + "".join(f"<th>{escape(name)}</th>" for name in kept.values())
         body = [
             f'<tr class="ours">{_label(experiment, name)}'
