@@ -2,9 +2,10 @@
 """The paper's tables of downstream tasks (1 to 6, 8 and 9): random initialisation against the pre-trained encoder.
 
 Run from the repository's root: `python -m benchmarks.tables --table 1 --out results/table1`. Writes `OUT.csv`, a row
-per run, `OUT.md`, the mean and standard deviation over seeds, and `OUT.json`, the same with the command. A data set is read from `$UNIMEDI_DATA/<name>` with
-the paper's protocol where that folder is there, and made as phantoms for the small default otherwise. Table 6 ends with
-MONAI's UNETR as a peer of the same training time on phantoms, see `benchmarks.segmentation`.
+per run, `OUT.md`, the mean and standard deviation over seeds, and `OUT.json`, the same with the command. A data set is
+read from `$UNIMEDI_DATA/<name>` with the paper's protocol where that folder is there, and made as phantoms for the
+small default otherwise. Table 6 ends with MONAI's UNETR as a peer of the same training time on phantoms, see
+`benchmarks.segmentation`.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
+from unimedi_components.report.page import report
 from unimedi_components.report.statistics import summarise
 
 FINDINGS = ("nodule", "consolidation", "cardiomegaly")
@@ -90,8 +91,20 @@ def write_run(folder: Path) -> None:
     (folder / "metrics.json").write_text(json.dumps({"report_recall_at_5": 0.25, "sd_cls_information_3d": 0.2}))
 
 
-@pytest.fixture
-def experiment_folder(tmp_path: Path) -> Path:
-    folder = tmp_path / "experiment"
-    folder.mkdir()
-    return fill(folder)
+@pytest.fixture(scope="session")
+def experiment_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fill(tmp_path_factory.mktemp("experiment"))
+
+
+@pytest.fixture(scope="session")
+def page_file(experiment_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of the experiment, of a plain run and of one table that was measured."""
+    root = tmp_path_factory.mktemp("page")
+    write_run(root / "pretrain" / "eval")
+    lines = ["table,data_set,data,training,encoder,label_fraction,seed,metric,value,low,high"]
+    lines += [f"2,cc_ccii,phantom,probe,UniMedI,0.1,{seed},accuracy,{0.8 + seed / 10},0.7,0.9" for seed in (0, 1)]
+    lines += ["2,cc_ccii,phantom,elsewhere,UniMedI,0.1,0,accuracy,0.33,,"]
+    (root / "tables").mkdir()
+    (root / "tables/table2.csv").write_text("\n".join(lines) + "\n")
+    (root / "tables/table2.json").write_text(json.dumps({"command": "make table2", "commit": "abc"}))
+    return report([experiment_folder, root / "pretrain"], root / "page", root / "tables")
