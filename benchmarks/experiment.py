@@ -68,6 +68,7 @@ VARIANTS: dict[str, Variant] = {
 }
 #: Epochs, and whether Table 7's own data sets are probed, by size.
 SIZES: dict[str, Json] = {"small": {"epochs": 5, "data_sets": False}, "full": {"epochs": None, "data_sets": True}}
+PROGRAM = (sys.executable, "-m", "benchmarks.cells")
 # seconds of one epoch and of measuring, on one thread: only a first guess of the end, scaled by what is measured
 _EPOCH_S, _MEASURE_S, _DATA_SETS_S = 60, 90, 600
 _SHOW_EVERY_S = 60
@@ -115,7 +116,7 @@ def run(
     print(f"{len(cells)} cells, {len(cells) - len(pending)} finished, {count} at a time", flush=True)
     if pending:
         _prepare(pending, settings)
-    failed = _Pool(pending, count).run()
+    failed = Pool(pending, count).run()
     # also of variants that this call did not ask for
     every = [_cell(name, seed, folder, settings) for seed in settings["seeds"] for name in VARIANTS]
     summary = summarised(every, size, settings)
@@ -185,15 +186,17 @@ def _prepare(pending: Sequence[Json], settings: Json) -> None:
             heldout_items(dim, Path(settings["phantoms"], f"seed_{seed}"), settings[patients], seed)
 
 
-class _Pool:
+class Pool:
     """Cells as processes, some at a time, with a line about each end and the expected end of all.
 
     Args:
         pending: cells to run, in order.
         count: processes at a time.
+        program: what runs a cell, given the path of its description.
     """
 
-    def __init__(self, pending: Sequence[Json], count: int) -> None:
+    def __init__(self, pending: Sequence[Json], count: int, program: Sequence[str] = PROGRAM) -> None:
+        self.program = list(program)
         self.waiting, self.count, self.total = list(pending), count, len(pending)
         self.running: list[tuple[subprocess.Popen[bytes], Json, float]] = []
         self.guessed = self.measured = 0.0
@@ -229,7 +232,7 @@ class _Pool:
         environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
         with open(folder / "log.txt", "ab") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.cells", str(spec)],
+                [*self.program, str(spec)],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=environment,
