@@ -16,7 +16,7 @@ from monai.handlers import TensorBoardStatsHandler
 from torch import Tensor, nn
 
 from unimedi_components.data.datalist import write_json
-from unimedi_components.distributed import rank
+from unimedi_components.distributed import rank, unwrap
 
 __all__ = [
     "EndWithLoader",
@@ -46,11 +46,6 @@ def prepare_mixed_batch(
         for name, value in batchdata.items()
     }
     return moved, None
-
-
-def unwrap(network: nn.Module) -> Any:
-    """The network behind `DistributedDataParallel`, or the network itself."""
-    return network.module if isinstance(network, nn.parallel.DistributedDataParallel) else network
 
 
 class EpochSeed:

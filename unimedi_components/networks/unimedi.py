@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from unimedi_components import selection
 from unimedi_components.networks.heads import DINOHead, ProjectionHead
-from unimedi_components.networks.masking import masked_pass
+from unimedi_components.networks.masking import Compared, masked_pass
 from unimedi_components.networks.output import EncoderOutput, ImageFeatures, UniMediOutput
 from unimedi_components.networks.report_encoder import ReportEncoder
 from unimedi_components.networks.unified_vit import UnifiedViT
@@ -25,6 +25,8 @@ from unimedi_components.networks.unified_vit import UnifiedViT
 __all__ = ["UniMedI"]
 
 MODALITIES = ("image2d", "image3d")
+# Kinds of token that the distillation head centers and the loss balances each for itself.
+KINDS = ("image2d_cls", "image3d_cls", "image2d_patches", "image3d_patches", "slices_patches")
 
 
 @dataclass(frozen=True)
@@ -32,9 +34,7 @@ class _View:
     """One modality's share of a step: the student's CLS, and what distillation compares."""
 
     cls: Tensor
-    student: EncoderOutput | None = None
-    teacher: EncoderOutput | None = None
-    patch_weight: Tensor | None = None
+    compared: list[Compared] = field(default_factory=list)
     selected: Tensor | None = None
     scores: Tensor | None = None
 
@@ -63,6 +63,8 @@ class UniMedI(nn.Module):
         mask_mode: "mask_token" replaces masked tokens, "drop" leaves them out (about half the cost at ratio 0.5).
         mask_block: see `selection.keep_tokens`.
         patch_loss_on: "all", "masked" or "visible" patch tokens; "drop" sees the visible ones only.
+        segment_dropout: share of the volumes whose student sees one segment of the pseudo-pair alone, half of them the
+            volume and half the slices, while the teacher sees both: "recover 2D images from 3D ones and vice versa".
         vl_on_full: take L_vl from a second, unmasked student pass (about twice the cost) instead of the masked one.
         init_temperature: start of the learnable temperature of L_vl.
         learn_temperature: False keeps it fixed (MGCA).
@@ -88,6 +90,7 @@ class UniMedI(nn.Module):
         mask_mode: str = "mask_token",
         mask_block: int = 1,
         patch_loss_on: str | None = None,
+        segment_dropout: float = 0.0,
         vl_on_full: bool = False,
         init_temperature: float = 0.07,
         learn_temperature: bool = True,
@@ -101,6 +104,8 @@ class UniMedI(nn.Module):
             raise ValueError(
                 f"mask_mode 'drop' leaves only visible tokens; patch_loss_on={patch_loss_on!r} needs 'mask_token'"
             )
+        if not 0.0 <= segment_dropout <= 1.0:
+            raise ValueError(f"segment_dropout must be in [0, 1], not {segment_dropout}")
         head = dino_head if self_distillation else None
         if self_distillation and head is None:
             raise ValueError("self_distillation needs a dino_head")
@@ -117,7 +122,7 @@ class UniMedI(nn.Module):
         )
         self.self_distillation = self_distillation
         self.mask_ratio, self.mask_mode, self.mask_block = mask_ratio, mask_mode, mask_block
-        self.patch_loss_on, self.vl_on_full = patch_loss_on, vl_on_full
+        self.patch_loss_on, self.segment_dropout, self.vl_on_full = patch_loss_on, segment_dropout, vl_on_full
         self.log_temperature = nn.Parameter(
             torch.tensor(math.log(1.0 / init_temperature)), requires_grad=learn_temperature
         )
@@ -128,8 +133,13 @@ class UniMedI(nn.Module):
 
     @property
     def logit_scale(self) -> Tensor:
-        """1 / temperature, at most 100 as in CLIP."""
-        return self.log_temperature.clamp(max=math.log(100.0)).exp()
+        """1 / temperature."""
+        return self.log_temperature.exp()
+
+    @torch.no_grad()
+    def clamp_temperature(self) -> None:
+        """After an optimizer step keep 1 / temperature in [1, 100], as CLIP: a clamp in the loss ends its gradient."""
+        self.log_temperature.clamp_(0.0, math.log(100.0))
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
@@ -173,7 +183,7 @@ class UniMedI(nn.Module):
             modality=modality,
             selected=volume.selected if volume else None,
             slice_scores=volume.scores if volume else None,
-            **self._distillation(list(views.values())),
+            **self._distillation(views),
         )
 
     def encode_image(self, image: Tensor, use_slices: bool = True) -> ImageFeatures:
@@ -230,29 +240,69 @@ class UniMedI(nn.Module):
         assert self.teacher is not None
         with torch.no_grad():
             teacher = self.teacher(*inputs, return_attention=True)
+        compared = self._masked(inputs, teacher)
+        cls = self.encoder(*inputs).cls if self.vl_on_full else torch.cat([part.student.cls for part in compared])
+        return _View(cls, compared, selected, scores)
+
+    def _masked(self, inputs: tuple[Tensor, ...], teacher: EncoderOutput) -> list[Compared]:
+        """The student's masked passes over one modality, consecutive samples in each."""
+        assert teacher.attention is not None
         grids = self.encoder.token_grids(*inputs[:2])
         keep = selection.keep_tokens(teacher.attention, grids, self.mask_ratio, block=self.mask_block)
-        student, teacher, weight = masked_pass(
-            self.encoder, inputs, keep, teacher, drop=self.mask_mode == "drop", loss_on=self.patch_loss_on
-        )
-        cls = self.encoder(*inputs).cls if self.vl_on_full else student.cls
-        return _View(cls, student, teacher, weight, selected, scores)
+        alone = int(len(keep) * self.segment_dropout / 2) if len(grids) > 1 else 0
+        compared, start = [], 0
+        for segment, count in ((0, alone), (1, alone), (None, len(keep) - 2 * alone)):
+            if count == 0:
+                continue
+            rows = slice(start, start + count)
+            start += count
+            compared.append(
+                masked_pass(
+                    self.encoder,
+                    tuple(tensor[rows] for tensor in inputs),
+                    keep[rows],
+                    EncoderOutput(teacher.cls[rows], teacher.patches[rows]),
+                    grids,
+                    self.mask_ratio,
+                    drop=self.mask_mode == "drop",
+                    block=self.mask_block,
+                    loss_on=self.patch_loss_on,
+                    segment=segment,
+                )
+            )
+        return compared
 
-    def _distillation(self, views: list[_View]) -> dict[str, Tensor]:
-        """DINO bottleneck features of CLS and patch tokens over all modalities."""
+    def _distillation(self, views: Mapping[str, _View]) -> dict[str, Any]:
+        """DINO bottleneck features of CLS and patch tokens over all modalities, in the order of `KINDS`."""
         if self.dino_head is None or self.teacher_head is None or not self.training:
             return {}
-        students = [view.student for view in views if view.student is not None]
-        teachers = [view.teacher for view in views if view.teacher is not None]
-        result = {
-            "student_cls": self.dino_head(torch.cat([s.cls for s in students])),
-            "student_patches": self.dino_head(torch.cat([s.patches.flatten(0, 1) for s in students])),
-            "student_prototypes": self.dino_head.prototypes,
-            "patch_weight": torch.cat([view.patch_weight for view in views if view.patch_weight is not None]),
-        }
+        found: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {kind: [] for kind in KINDS}
+        for name, part in ((name, part) for name, view in views.items() for part in view.compared):
+            found[f"{name}_cls"].append((part.student.cls, part.teacher.cls, part.weight[:, 0]))
+            triple = (part.student.patches, part.teacher.patches, part.weight)
+            segments = zip(*(tensor.split(part.segments, dim=1) for tensor in triple), strict=True)
+            for kind, rows in zip((name, "slices"), segments, strict=False):
+                student, teacher, weight = (tensor.flatten(0, 1) for tensor in rows)
+                found[f"{kind}_patches"].append((student, teacher, weight))
+        result: dict[str, Any] = {}
+        for name, kinds in (("cls", KINDS[:2]), ("patches", KINDS[2:])):
+            sizes = [sum(len(rows[0]) for rows in found[kind]) for kind in kinds]
+            student, teacher, weight = (
+                torch.cat(parts) for parts in zip(*(rows for kind in kinds for rows in found[kind]), strict=True)
+            )
+            index = torch.cat(
+                [
+                    torch.full((size,), KINDS.index(kind), device=student.device)
+                    for kind, size in zip(kinds, sizes, strict=True)
+                ]
+            )
+            result[f"student_{name}"] = self.dino_head(student, index)
+            with torch.no_grad():
+                result[f"teacher_{name}"] = self.teacher_head(teacher, index)
+            result["cls_groups" if name == "cls" else "patch_groups"] = tuple(sizes)
+            result["patch_weight"] = weight.flatten()
+        result["student_prototypes"] = self.dino_head.prototypes
         with torch.no_grad():
-            result["teacher_cls"] = self.teacher_head(torch.cat([t.cls for t in teachers]))
-            result["teacher_patches"] = self.teacher_head(torch.cat([t.patches.flatten(0, 1) for t in teachers]))
             result["teacher_prototypes"] = self.teacher_head.prototypes
         return result
 
