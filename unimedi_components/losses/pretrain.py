@@ -98,6 +98,13 @@ class UniMediLoss(nn.Module):
         """Set the teacher's temperature for `epoch`, from 0: DINO's linear warm-up, then constant."""
         self.teacher_temp = float(self._warmup[epoch]) if epoch < len(self._warmup) else self._teacher_temp_end
 
+    def get_extra_state(self) -> dict[str, float]:
+        """The teacher's temperature, which the targets of a finished run are computed with."""
+        return {"teacher_temp": self.teacher_temp}
+
+    def set_extra_state(self, state: dict[str, float]) -> None:
+        self.teacher_temp = state["teacher_temp"]
+
     def forward(self, output: UniMediOutput, targets: Any = None) -> Tensor:
         """Loss of one batch; its unweighted parts stay, detached, in `last` ("vl", "icl", "pcl").
 

@@ -1,20 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The student's masked pass, and which patch tokens of the teacher stand against it (section 3.4)."""
+"""The student's masked pass, and which tokens of the teacher stand against it (section 3.4)."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from unimedi_components.networks.heads import DINOHead
 from unimedi_components.networks.output import EncoderOutput
 from unimedi_components.networks.unified_vit import UnifiedViT
 from unimedi_components.selection import Grid, kept_counts
 
-__all__ = ["Compared", "masked_pass"]
+__all__ = ["KINDS", "MODALITIES", "Compared", "compare", "masked_pass"]
+
+MODALITIES = ("image2d", "image3d")
+# Kinds of token that the distillation head centers and the loss balances each for itself.
+KINDS = ("image2d_cls", "image3d_cls", "image2d_patches", "image3d_patches", "slices_patches")
 
 
 @dataclass(frozen=True)
@@ -91,3 +97,40 @@ def masked_pass(
     rows = rows if loss_on == "masked" else ~rows
     compared = EncoderOutput(out.cls, out.patches[rows].view(len(rows), -1, width))
     return Compared(compared, EncoderOutput(teacher.cls, target[rows].view(len(rows), -1, width)), segments)
+
+
+def compare(compared: Mapping[str, Sequence[Compared]], head: DINOHead, teacher_head: DINOHead) -> dict[str, Any]:
+    """DINO bottleneck features of CLS and patch tokens, rows in the order of `KINDS`.
+
+    Args:
+        compared: the masked passes of each of `MODALITIES`.
+        head: of the student.
+        teacher_head: of the teacher; without gradient.
+
+    Returns:
+        the fields of `UniMediOutput` from `student_cls` to `teacher_prototypes`.
+    """
+    found: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {kind: [] for kind in KINDS}
+    for name, part in ((name, part) for name, parts in compared.items() for part in parts):
+        found[f"{name}_cls"].append((part.student.cls, part.teacher.cls, part.weight[:, 0]))
+        triple = (part.student.patches, part.teacher.patches, part.weight)
+        segments = zip(*(tensor.split(part.segments, dim=1) for tensor in triple), strict=True)
+        for kind, rows in zip((name, "slices"), segments, strict=False):
+            student, teacher, weight = (tensor.flatten(0, 1) for tensor in rows)
+            found[f"{kind}_patches"].append((student, teacher, weight))
+    result: dict[str, Any] = {}
+    for name, groups, kinds in (("cls", "cls_groups", KINDS[:2]), ("patches", "patch_groups", KINDS[2:])):
+        sizes = tuple(sum(len(rows[0]) for rows in found[kind]) for kind in kinds)
+        columns = zip(*(rows for kind in kinds for rows in found[kind]), strict=True)
+        student, teacher, weight = (torch.cat(column) for column in columns)
+        parts = [
+            torch.full((size,), KINDS.index(kind), device=student.device)
+            for kind, size in zip(kinds, sizes, strict=True)
+        ]
+        result[f"student_{name}"] = head(student, torch.cat(parts))
+        with torch.no_grad():
+            result[f"teacher_{name}"] = teacher_head(teacher, torch.cat(parts))
+        result |= {groups: sizes, "patch_weight": weight.flatten()}
+    with torch.no_grad():
+        result["teacher_prototypes"] = teacher_head.prototypes
+    return {**result, "student_prototypes": head.prototypes}

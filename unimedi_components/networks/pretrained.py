@@ -45,6 +45,7 @@ class Pretrained:
 
 def make_card(network: UniMedI, preprocessing: Mapping[str, Any], **extra: Any) -> dict[str, Any]:
     """Describe a network so that `load_pretrained` can build it: sizes, selection, and the input's preparation."""
+    head = {} if network.dino_head is None else {"dino_head": network.dino_head.hparams}
     return {
         "format": 1,
         "encoder": network.encoder.hparams,
@@ -57,6 +58,7 @@ def make_card(network: UniMedI, preprocessing: Mapping[str, Any], **extra: Any) 
             "pseudo_pairs": network.pseudo_pairs,
         },
         "preprocessing": dict(preprocessing),
+        **head,
         **extra,
     }
 

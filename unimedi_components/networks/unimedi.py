@@ -17,16 +17,13 @@ from torch import Tensor, nn
 
 from unimedi_components import selection
 from unimedi_components.networks.heads import DINOHead, ProjectionHead
-from unimedi_components.networks.masking import Compared, masked_pass
+from unimedi_components.networks.masking import MODALITIES, Compared, compare, masked_pass
 from unimedi_components.networks.output import EncoderOutput, ImageFeatures, UniMediOutput
 from unimedi_components.networks.report_encoder import ReportEncoder
 from unimedi_components.networks.unified_vit import UnifiedViT
 
 __all__ = ["UniMedI"]
 
-MODALITIES = ("image2d", "image3d")
-# Kinds of token that the distillation head centers and the loss balances each for itself.
-KINDS = ("image2d_cls", "image3d_cls", "image2d_patches", "image3d_patches", "slices_patches")
 
 
 @dataclass(frozen=True)
@@ -212,13 +209,18 @@ class UniMedI(nn.Module):
         return self.text_projection(self.report_encoder(input_ids, attention_mask), modality)
 
     @torch.no_grad()
-    def select(self, volume: Tensor) -> tuple[Tensor, Tensor]:
-        """Slices that the selector chooses and the slab scores of Eq. 2: (B3, k) and (B3, S)."""
+    def select(self, volume: Tensor, by: UnifiedViT | None = None) -> tuple[Tensor, Tensor]:
+        """Slices that the selector chooses and the slab scores of Eq. 2: (B3, k) and (B3, S).
+
+        Args:
+            volume: (B3, C, D, H, W).
+            by: encoder whose attention decides, instead of that of `selector`.
+        """
         grid = self.encoder.token_grids(volume)[0]
-        if self.selector == "random" or self.num_slices == 0:
+        if by is None and (self.selector == "random" or self.num_slices == 0):
             scores = selection.random_scores(len(volume), grid[0], volume.device)
         else:
-            selector = self.teacher if self.selector == "teacher" else self.encoder
+            selector = by or (self.teacher if self.selector == "teacher" else self.encoder)
             assert selector is not None
             attention = selector(volume, return_attention=True).attention
             scores = selection.slice_scores(attention, grid)
@@ -273,38 +275,10 @@ class UniMedI(nn.Module):
         return compared
 
     def _distillation(self, views: Mapping[str, _View]) -> dict[str, Any]:
-        """DINO bottleneck features of CLS and patch tokens over all modalities, in the order of `KINDS`."""
+        """What the self-distillation losses compare over all modalities; empty in evaluation mode."""
         if self.dino_head is None or self.teacher_head is None or not self.training:
             return {}
-        found: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {kind: [] for kind in KINDS}
-        for name, part in ((name, part) for name, view in views.items() for part in view.compared):
-            found[f"{name}_cls"].append((part.student.cls, part.teacher.cls, part.weight[:, 0]))
-            triple = (part.student.patches, part.teacher.patches, part.weight)
-            segments = zip(*(tensor.split(part.segments, dim=1) for tensor in triple), strict=True)
-            for kind, rows in zip((name, "slices"), segments, strict=False):
-                student, teacher, weight = (tensor.flatten(0, 1) for tensor in rows)
-                found[f"{kind}_patches"].append((student, teacher, weight))
-        result: dict[str, Any] = {}
-        for name, kinds in (("cls", KINDS[:2]), ("patches", KINDS[2:])):
-            sizes = [sum(len(rows[0]) for rows in found[kind]) for kind in kinds]
-            student, teacher, weight = (
-                torch.cat(parts) for parts in zip(*(rows for kind in kinds for rows in found[kind]), strict=True)
-            )
-            index = torch.cat(
-                [
-                    torch.full((size,), KINDS.index(kind), device=student.device)
-                    for kind, size in zip(kinds, sizes, strict=True)
-                ]
-            )
-            result[f"student_{name}"] = self.dino_head(student, index)
-            with torch.no_grad():
-                result[f"teacher_{name}"] = self.teacher_head(teacher, index)
-            result["cls_groups" if name == "cls" else "patch_groups"] = tuple(sizes)
-            result["patch_weight"] = weight.flatten()
-        result["student_prototypes"] = self.dino_head.prototypes
-        with torch.no_grad():
-            result["teacher_prototypes"] = self.teacher_head.prototypes
-        return result
+        return compare({name: view.compared for name, view in views.items()}, self.dino_head, self.teacher_head)
 
     def _unused(self, views: Mapping[str, _View]) -> Tensor:
         """Zero that touches the parameters which this batch leaves out, so that DDP finds a gradient for each."""
