@@ -48,16 +48,16 @@ class Teacher:
         Returns:
             of the CLS tokens, (B, K), and of the patch tokens of X-ray or volume, (B, P, K).
         """
-        dim = image.ndim - 3
+        group = image.ndim - 4
         inputs: tuple[Tensor, ...] = (image,)
-        if dim == 1 and self.network.pseudo_pairs:
+        if group == 1 and self.network.pseudo_pairs:
             selected, _ = self.network.select(image, self.encoder)
             inputs = (image, *self.network.take_slices(image, selected))
         out = self.encoder(*inputs)
         depth, rows, columns = self.encoder.token_grids(image)[0]
         patches = out.patches[:, : depth * rows * columns]
-        cls = self._targets(out.cls, KINDS[dim], dim, False)
-        return cls, self._targets(patches.flatten(0, 1), KINDS[2 + dim], dim, True).view(*patches.shape[:2], -1)
+        cls = self._targets(out.cls, KINDS[group], group, False)
+        return cls, self._targets(patches.flatten(0, 1), KINDS[2 + group], group, True).view(*patches.shape[:2], -1)
 
     def _targets(self, rows: Tensor, kind: str, group: int, patches: bool) -> Tensor:
         index = torch.full((len(rows),), KINDS.index(kind), device=rows.device)
@@ -121,8 +121,8 @@ def self_distillation_metrics(
         return {}
     found = {(kind, dim): TargetInformation() for dim in (2, 3) for kind in ("cls", "patch")}
     for image in _images(pretrained, items, root, cache_dir=cache_dir):
-        for kind, targets in zip(("cls", "patch"), teacher.targets(image), strict=True):
-            found[kind, image.ndim - 2].add(targets)
+        for kind, part in zip(("cls", "patch"), teacher.targets(image), strict=True):
+            found[kind, image.ndim - 2].add(part)
     result: dict[str, Any] = {}
     for (kind, dim), targets in found.items():
         if not targets.count:
