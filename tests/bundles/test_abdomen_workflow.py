@@ -230,7 +230,7 @@ def test_overlays_hold_the_papers_numbers(name: str) -> None:
     random = [step["_target_"].rsplit(".", 1)[-1] for step in parser["train#random_transforms"]]
     # the list of the supplement, 7.2
     assert set(random) == {
-        "RandAffined",
+        "RandSimilarityd",
         "RandFlipd",
         "RandGaussianNoised",
         "RandGaussianSmoothd",
