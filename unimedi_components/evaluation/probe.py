@@ -14,7 +14,7 @@ from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-__all__ = ["ProbeResult", "linear_probe"]
+__all__ = ["ProbeResult", "linear_probe", "transfer_scores"]
 
 
 @dataclass(frozen=True)
@@ -101,3 +101,26 @@ def _probe_one(
             model = make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=2000)).fit(x[train], y[train])
             scores.append(roc_auc_score(y[test], model.decision_function(x[test])))
     return float(np.mean(scores)) if scores else "no fold holds patients with and without it"
+
+
+def transfer_scores(
+    train: npt.ArrayLike, labels: npt.ArrayLike, test: npt.ArrayLike, c: float = 0.1
+) -> npt.NDArray[np.float64]:
+    """Decision values on other images of probes trained on these, one logistic regression per finding.
+
+    Args:
+        train: features to train on, (N, D); they alone set the standardisation.
+        labels: 0 or 1 for each finding, (N, F).
+        test: features to score, (M, D).
+        c: inverse strength of the L2 penalty, as in `linear_probe`.
+
+    Returns:
+        (M, F); a finding that the N images all have or all lack scores 0 everywhere, an AUROC of 0.5.
+    """
+    x, y, x_test = np.asarray(train, np.float64), np.asarray(labels), np.asarray(test, np.float64)
+    scores = np.zeros((len(x_test), y.shape[1]))
+    for column in range(y.shape[1]):
+        if len(np.unique(y[:, column])) == 2:
+            model = make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=2000)).fit(x, y[:, column])
+            scores[:, column] = model.decision_function(x_test)
+    return scores
