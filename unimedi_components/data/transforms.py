@@ -25,6 +25,8 @@ from monai.transforms import (
     Orientationd,
     Randomizable,
     RandomizableTrait,
+    RandScaleIntensityd,
+    RandShiftIntensityd,
     RandSpatialCropd,
     Resized,
     ScaleIntensityRanged,
@@ -155,7 +157,9 @@ def _stored_affine(name: str, volume: Any) -> Any:
     return volume.affine
 
 
-def xray_transforms(size: int = 224, long_side: int | None = None, random_crop: bool = False) -> list[Transform]:
+def xray_transforms(
+    size: int = 224, long_side: int | None = None, random_crop: bool = False, jitter: float = 0.0
+) -> list[Transform]:
     """Transforms of one X-ray item: file to "image", (1, size, size) in [-1, 1], black and padding at -1.
 
     The long side is resized (area), the short side padded with black on both sides to a square, and a square
@@ -166,6 +170,7 @@ def xray_transforms(size: int = 224, long_side: int | None = None, random_crop: 
         size: pixels per side of the result.
         long_side: pixels of the padded square; None keeps the ratio of 256 to 224.
         random_crop: crop at a random place (training) instead of the centre.
+        jitter: random contrast and brightness (training), as a share and as an offset of at most this much.
 
     Raises:
         DataError: `size` is larger than `long_side`.
@@ -188,6 +193,16 @@ def xray_transforms(size: int = 224, long_side: int | None = None, random_crop: 
         ScaleIntensityRanged("image", a_min=0, a_max=1, b_min=-1, b_max=1, clip=True),
         crop,
         EnsureTyped("image", dtype=torch.float32, track_meta=False),
+        *_intensity_jitter(jitter),
+    ]
+
+
+def _intensity_jitter(amount: float) -> list[Transform]:
+    if amount == 0:
+        return []
+    return [
+        RandScaleIntensityd("image", factors=amount, prob=1.0),
+        RandShiftIntensityd("image", offsets=amount, prob=1.0),
     ]
 
 
@@ -195,6 +210,8 @@ def ct_transforms(
     spatial_size: Sequence[int] = (32, 128, 128),
     window: tuple[float, float] = (-1000.0, 1000.0),
     spacing: Sequence[float] | None = None,
+    random_shift: int = 0,
+    jitter: float = 0.0,
 ) -> list[Transform]:
     """Transforms of one CT item: file or DICOM folder to "image", (1, D, H, W) in [-1, 1].
 
@@ -205,6 +222,8 @@ def ct_transforms(
         spatial_size: D, H, W of the result; the whole field of view is resized to it by averaging areas.
         window: Hounsfield units that become -1 and 1; values beyond are clipped before any averaging.
         spacing: mm along D, H, W to resample to first; None (the paper only resizes) skips this.
+        random_shift: move the volume in the plane by up to this many voxels (training), with air behind it.
+        jitter: see `xray_transforms`.
     """
     steps: list[Transform] = [
         LoadImaged("image", image_only=True),
@@ -214,11 +233,21 @@ def ct_transforms(
     ]
     if spacing is not None:
         steps.append(Spacingd("image", pixdim=tuple(spacing), mode="bilinear"))
+    shift: list[Transform] = []
+    if random_shift:
+        size = tuple(spatial_size)
+        padded = (size[0], size[1] + 2 * random_shift, size[2] + 2 * random_shift)
+        shift = [
+            SpatialPadd("image", spatial_size=padded, value=-1.0),
+            RandSpatialCropd("image", roi_size=size, random_size=False),
+        ]
     return [
         *steps,
         ScaleIntensityRanged("image", a_min=window[0], a_max=window[1], b_min=-1, b_max=1, clip=True),
         Resized("image", spatial_size=tuple(spatial_size), mode="area"),
         EnsureTyped("image", dtype=torch.float32, track_meta=False),
+        *shift,
+        *_intensity_jitter(jitter),
     ]
 
 

@@ -85,7 +85,8 @@ def evaluate(
     random = untrained(trained)
     with tempfile.TemporaryDirectory(prefix="unimedi-evaluate-") as scratch:
         folder = Path(keep) if keep is not None else Path(scratch)
-        sets = {dim: heldout_items(dim, folder, patients, seed, workers, progress) for dim in _LAYOUTS}
+        punct = trained.keep_punct
+        sets = {dim: heldout_items(dim, folder, patients, seed, workers, progress, punct) for dim in _LAYOUTS}
         findings = sets[2][2]["findings"]
         studies = {**sets[2][2]["studies"], **sets[3][2]["studies"]}
         options: dict[str, Any] = {"cache_dir": Path(scratch) / "cache", "progress": progress}
@@ -121,7 +122,13 @@ def _check_seed(pretrained: Pretrained, seed: int) -> None:
 
 
 def heldout_items(
-    dim: int, folder: Path, patients: int, seed: int, workers: int | None = None, progress: bool = True
+    dim: int,
+    folder: Path,
+    patients: int,
+    seed: int,
+    workers: int | None = None,
+    progress: bool = True,
+    keep_punct: bool = True,
 ) -> tuple[list[dict[str, Any]], Path, Mapping[str, Any]]:
     """Write phantoms of one dimension, convert them, take the first `patients` usable studies of all splits.
 
@@ -129,6 +136,7 @@ def heldout_items(
         dim: 2 for X-rays in MIMIC-CXR-JPG's layout, 3 for CT in BIMCV's.
         folder: the phantoms go into a folder of the layout's name in it.
         patients, seed, workers, progress: as in `evaluate`.
+        keep_punct: of the reports, as the network's training had it.
 
     Returns:
         the items, the root of their image paths, and the truth.
@@ -140,7 +148,7 @@ def heldout_items(
     root = folder / layout
     # Some patients have no usable study, as in the real sets.
     write_phantom(layout, root, patients=math.ceil(patients * 1.05) + 2, seed=seed, workers=workers, progress=progress)
-    datalist, truth = convert(root, progress=progress), load_truth(root)
+    datalist, truth = convert(root, keep_punct=keep_punct, progress=progress), load_truth(root)
     assert truth is not None
     by_id = {item["id"]: item for split in SPLITS for item in datalist[split]}
     items = [by_id[name] for name in truth["studies"] if name in by_id][:patients]

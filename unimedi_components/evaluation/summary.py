@@ -12,7 +12,7 @@ import numpy as np
 from unimedi_components.data.datalist import load_datalist, select, write_json
 from unimedi_components.distributed import rank
 from unimedi_components.engines.figures import CTView, XrayView, draw_loss_curves, draw_selection, draw_xrays
-from unimedi_components.evaluation.features import Features, extract_features, load_truth, make_dataset
+from unimedi_components.evaluation.features import Features, check_punct, extract_features, load_truth, make_dataset
 from unimedi_components.evaluation.metrics import all_metrics
 from unimedi_components.evaluation.slices import is_focal, lesion_mask
 from unimedi_components.networks.pretrained import Pretrained, load_pretrained
@@ -52,8 +52,9 @@ def evaluate_datalist(
     Raises:
         DataError: the datalist or the truth is unreadable, or the split unknown.
     """
-    items = select(_parsed(datalist), split)
-    features = extract_features(pretrained, items, root, **options)
+    lists = _parsed(datalist)
+    check_punct(pretrained, lists)
+    features = extract_features(pretrained, select(lists, split), root, **options)
     return {"split": split, **all_metrics(pretrained, features, _studies(truth or root))}
 
 
