@@ -110,7 +110,6 @@ def run_cell(cell: Mapping[str, Any]) -> None:
         if not finished(cell):
             (folder / RESULT).unlink(missing_ok=True)
             write_json(_measured(cell, folder, lock.fileno()), folder / RESULT)
-            _clean(cell, folder)
 
 
 def _measured(cell: Mapping[str, Any], folder: Path, lock: int) -> Json:
@@ -295,12 +294,6 @@ def _data_sets(cell: Mapping[str, Any], folder: Path) -> Json:
             result[key] = measured[part.metrics[0]]
             result["intervals"][key] = measured["intervals"][part.metrics[0]]
     return result
-
-
-def _clean(cell: Mapping[str, Any], folder: Path) -> None:
-    """Of all seeds but the first, keep what evaluates again, not what trains on."""
-    for name in ("last.pt", "model_best.pt") if cell["seed"] != cell["settings"]["seeds"][0] else ():
-        (folder / "models" / name).unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

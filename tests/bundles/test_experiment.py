@@ -182,9 +182,6 @@ def test_a_tiny_experiment(trained: Any, tmp_path: Path, capsys: pytest.CaptureF
     # networks that are not trained have another start for every seed
     starts = [torch.load(folder / f"untrained/{seed}/models/model.pt", weights_only=True) for seed in (0, 1)]
     assert not torch.equal(starts[0]["cls_token"], starts[1]["cls_token"])
-    # of further seeds no training state is kept
-    assert (folder / "ours/0/models/last.pt").is_file()
-    assert not (folder / "ours/1/models/last.pt").exists()
     assert (folder / "page/index.html").is_file()
     with open(folder / "experiment.csv", newline="") as stream:
         rows = {(row["variant"], row["measure"]): row for row in csv.DictReader(stream)}

@@ -25,7 +25,6 @@ from unimedi_components.networks.unified_vit import UnifiedViT
 __all__ = ["UniMedI"]
 
 
-
 @dataclass(frozen=True)
 class _View:
     """One modality's share of a step: the student's CLS, and what distillation compares."""

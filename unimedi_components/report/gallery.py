@@ -150,7 +150,7 @@ class Gallery:
         parts = []
         panels: list[tuple[str, Mapping[str, Any], str]] = [
             ("parts of the loss, unweighted", losses, "iteration"),
-            ("information of the targets, nats", {t: c for t, c in curves.items() if t.startswith("sd_")}, "epoch"),
+            ("information of the targets, nats", {t: c for t, c in curves.items() if "information" in t}, "epoch"),
             ("validation", {t: c for t, c in curves.items() if t.startswith("val_")}, "epoch"),
         ]
         for title, lines, x in panels:
