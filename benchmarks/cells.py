@@ -30,7 +30,7 @@ from unimedi_components.data.splits import nested_fraction
 from unimedi_components.engines import TrainingCheckpoint
 from unimedi_components.evaluation.bootstrap import patient_intervals
 from unimedi_components.evaluation.evaluate import evaluate, heldout_items
-from unimedi_components.evaluation.features import Features, extract_features, labels_of, make_dataset
+from unimedi_components.evaluation.features import Features, extract_features, labels_of, load_truth, make_dataset
 from unimedi_components.evaluation.probe import linear_probe, transfer_scores
 from unimedi_components.networks.pretrained import Pretrained, load_pretrained
 from unimedi_components.provenance import commit, provenance
@@ -204,15 +204,36 @@ def _device(cell: Mapping[str, Any]) -> str:
     return str(cell["settings"]["overrides"].get("device") or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
+def held_out(phantoms: str | Path, dim: int, seed: int, patients: int, workers: int | None = None) -> Path:
+    """Write phantoms that no cell trains on, and beside them their items, which takes as long to find as to use.
+
+    Args:
+        phantoms: folder of the experiment's phantoms.
+        dim, seed, patients, workers: as in `heldout_items`.
+
+    Returns:
+        path of a JSON file with "items".
+    """
+    folder = Path(phantoms, f"seed_{seed}")
+    items, root, _ = heldout_items(dim, folder, patients, seed, workers)
+    return write_json({"root": str(root), "items": items}, _items_file(phantoms, dim, seed, patients))
+
+
+def _items_file(phantoms: str | Path, dim: int, seed: int, patients: int) -> Path:
+    return Path(phantoms, f"seed_{seed}", f"{dim}d_{patients}.json")
+
+
 Part = tuple[Features, np.ndarray, Path, Mapping[str, Any]]
 
 
 def _studies(cell: Mapping[str, Any], network: Pretrained, dim: int, seed: int, patients: int) -> Part:
     """Features of held-out studies, their labels (N, F), the folder of their images and the truth."""
     phantoms = Path(cell["settings"]["phantoms"])
-    items, root, truth = heldout_items(dim, phantoms / f"seed_{seed}", patients, seed, 1, progress=False)
+    found = json.loads(_items_file(phantoms, dim, seed, patients).read_text(encoding="utf-8"))
+    root, truth = Path(found["root"]), load_truth(found["root"])
+    assert truth is not None
     options: Json = {"cache_dir": phantoms / "cache", "progress": False}
-    features = extract_features(network, items, root, **options)[dim]
+    features = extract_features(network, found["items"], root, **options)[dim]
     return features, labels_of(features.items, truth["studies"]), root, truth
 
 
@@ -287,9 +308,15 @@ def _data_sets(cell: Mapping[str, Any], folder: Path) -> Json:
     result: Json = {"intervals": {}}
     weights = str((folder / "models" / "model.pt").resolve())
     for part in (TABLES[1][0], TABLES[1][1], TABLES[2][0]):
+        made = Path(cell["settings"]["phantoms"], f"{part.data_set}.made")
         for name, fraction in FRACTIONS.items():
             over = {"encoder_weights": weights, "label_fraction": fraction, "seed": cell["seed"]}
-            _, measured = run_bundle(part, over)
+            with open(made.with_suffix(".lock"), "w") as lock:
+                # of cells side by side, the first writes the data set's phantoms
+                if not made.is_file():
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+                _, measured = run_bundle(part, over)
+                made.touch()
             key = f"{part.data_set}_{part.metrics[0]}_{name}"
             result[key] = measured[part.metrics[0]]
             result["intervals"][key] = measured["intervals"][part.metrics[0]]

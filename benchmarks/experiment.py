@@ -27,7 +27,6 @@ import torch
 
 from benchmarks.cells import RESULT, finished, read_json, training_datalist
 from unimedi_components.data.datalist import write_json
-from unimedi_components.evaluation.evaluate import heldout_items
 from unimedi_components.provenance import provenance
 from unimedi_components.report.statistics import summarise
 
@@ -183,7 +182,7 @@ def _prepare(pending: Sequence[Json], settings: Json) -> None:
     training_datalist(pending[0])
     for seed, patients in ((settings["eval_seed"], "patients"), (settings["pool_seed"], "pool")):
         for dim in (2, 3):
-            heldout_items(dim, Path(settings["phantoms"], f"seed_{seed}"), settings[patients], seed)
+            held_out(settings["phantoms"], dim, seed, settings[patients])
 
 
 class Pool:
