@@ -25,7 +25,7 @@ from typing import Any
 import fire
 import torch
 
-from benchmarks.cells import RESULT, finished, read_json, training_datalist
+from benchmarks.cells import RESULT, finished, held_out, read_json, training_datalist
 from unimedi_components.data.datalist import write_json
 from unimedi_components.provenance import provenance
 from unimedi_components.report.statistics import summarise
