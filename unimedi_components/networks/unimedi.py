@@ -25,7 +25,6 @@ from unimedi_components.networks.unified_vit import UnifiedViT
 __all__ = ["UniMedI"]
 
 
-
 @dataclass(frozen=True)
 class _View:
     """One modality's share of a step: the student's CLS, and what distillation compares."""
@@ -252,26 +251,17 @@ class UniMedI(nn.Module):
         grids = self.encoder.token_grids(*inputs[:2])
         keep = selection.keep_tokens(teacher.attention, grids, self.mask_ratio, block=self.mask_block)
         alone = int(len(keep) * self.segment_dropout / 2) if len(grids) > 1 else 0
+        options: dict[str, Any] = {"mask_ratio": self.mask_ratio, "block": self.mask_block}
+        options |= {"drop": self.mask_mode == "drop", "loss_on": self.patch_loss_on}
         compared, start = [], 0
         for segment, count in ((0, alone), (1, alone), (None, len(keep) - 2 * alone)):
             if count == 0:
                 continue
             rows = slice(start, start + count)
             start += count
-            compared.append(
-                masked_pass(
-                    self.encoder,
-                    tuple(tensor[rows] for tensor in inputs),
-                    keep[rows],
-                    EncoderOutput(teacher.cls[rows], teacher.patches[rows]),
-                    grids,
-                    self.mask_ratio,
-                    drop=self.mask_mode == "drop",
-                    block=self.mask_block,
-                    loss_on=self.patch_loss_on,
-                    segment=segment,
-                )
-            )
+            part = EncoderOutput(teacher.cls[rows], teacher.patches[rows])
+            shown = tuple(tensor[rows] for tensor in inputs)
+            compared.append(masked_pass(self.encoder, shown, keep[rows], part, grids, segment=segment, **options))
         return compared
 
     def _distillation(self, views: Mapping[str, _View]) -> dict[str, Any]:
