@@ -1,10 +1,12 @@
-# Every target works in a fresh clone. PYTHON chooses the interpreter that makes .venv, JOBS the test processes.
+# Every target works in a fresh clone. PYTHON chooses the interpreter that makes .venv, JOBS the test processes,
+# EXPERIMENT the size of the ablation.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 SHELL := /bin/bash
 
 PYTHON ?= $(shell python3.11 -c '' >/dev/null 2>&1 && echo python3.11 || echo python3)
 JOBS ?= 2
+EXPERIMENT ?= small
 VENV := .venv
 VENV_PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
@@ -12,7 +14,7 @@ ECOSYSTEM := .venv-ecosystem
 ECOSYSTEM_PYTHON := $(ECOSYSTEM)/bin/python
 ECOSYSTEM_STAMP := $(ECOSYSTEM)/.installed
 
-.PHONY: help venv pretrain table1 table2 table3 table4 table5 table6 table7 table8 table9 test test-ecosystem lint format clean
+.PHONY: help venv pretrain table1 table2 table3 table4 table5 table6 table7 table8 table9 experiment publish test test-ecosystem lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9 -]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9 -]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -33,8 +35,14 @@ pretrain: venv ## pre-train the embedded default of bundles/pretrain
 table1 table2 table3 table4 table5 table6 table8 table9: venv ## the paper's tables on phantoms, or on UNIMEDI_DATA, to results/
 	$(VENV_PYTHON) -m benchmarks.tables --table $(@:table%=%) --out results/$@
 
-table7: venv ## the paper's ablation on phantoms, to results/table7.csv and .md; EPOCHS=9 each
-	$(VENV_PYTHON) -m benchmarks.ablation --epochs $(or $(EPOCHS),9) --out results/table7
+experiment: venv ## all variants, three seeds, and the page; EXPERIMENT=small (90 minutes on two cores) or full (hours)
+	$(VENV_PYTHON) -m benchmarks.experiment run --size $(EXPERIMENT) $(if $(EPOCHS),--epochs $(EPOCHS))
+
+table7: venv ## the rows of the paper's ablation alone, as cells of the experiment
+	$(VENV_PYTHON) -m benchmarks.experiment run --size $(EXPERIMENT) --variants vl,vl_sd,ours $(if $(EPOCHS),--epochs $(EPOCHS))
+
+publish: venv ## copy the numbers of experiment and tables to results/published
+	$(VENV_PYTHON) -m benchmarks.experiment publish --size $(EXPERIMENT)
 
 test: lint ## lint, type checks and tests
 	OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -n $(JOBS)

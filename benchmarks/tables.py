@@ -2,9 +2,10 @@
 """The paper's tables of downstream tasks (1 to 6, 8 and 9): random initialisation against the pre-trained encoder.
 
 Run from the repository's root: `python -m benchmarks.tables --table 1 --out results/table1`. Writes `OUT.csv`, a row
-per run, and `OUT.md`, the mean and standard deviation over seeds. A data set is read from `$UNIMEDI_DATA/<name>` with
-the paper's protocol where that folder is there, and made as phantoms for the small default otherwise. Table 6 ends with
-MONAI's UNETR as a peer of the same training time on phantoms, see `benchmarks.segmentation`.
+per run, `OUT.md`, the mean and standard deviation over seeds, and `OUT.json`, the same with the command. A data set is
+read from `$UNIMEDI_DATA/<name>` with the paper's protocol where that folder is there, and made as phantoms for the
+small default otherwise. Table 6 ends with MONAI's UNETR as a peer of the same training time on phantoms, see
+`benchmarks.segmentation`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ import monai
 from monai.bundle import ConfigParser, ConfigWorkflow
 
 from benchmarks.segmentation import segmentation
+from unimedi_components.data.datalist import write_json
+from unimedi_components.provenance import provenance
 
 ONE_TO_ALL, FIFTH_TO_ALL = (0.01, 0.1, 1.0), (0.2, 0.4, 1.0)
 XRAY, CT = "chest_xray_classification", "chest_ct_classification"
@@ -126,7 +129,7 @@ def table(
                 for seed in _sequence(seeds):
                     over = {**chosen, "encoder_weights": weights, "label_fraction": fraction, "seed": seed}
                     over = {key: value for key, value in over.items() if value is not None}
-                    data, measured = _run(cell, over)
+                    data, measured = run_bundle(cell, over)
                     row = {"table": table, "data_set": cell.data_set, "data": data, "encoder": name, "seed": seed}
                     row |= {"label_fraction": fraction, "training": cell.training}
                     rows += [{**row, **_value(measured, metric)} for metric in cell.metrics]
@@ -160,7 +163,7 @@ def _value(measured: Row, metric: str) -> Row:
     return {"metric": metric, "value": measured[metric], "low": low, "high": high}
 
 
-def _run(cell: Cell, overrides: Row) -> tuple[str, Row]:
+def run_bundle(cell: Cell, overrides: Row) -> tuple[str, Row]:
     """Train once in a folder of its own; returns the kind of data and the content of metrics.json."""
     configs = Path("bundles") / cell.bundle / "configs"
     files = [configs / f"{name}.json" for name in ("train", *cell.overlays)]
@@ -203,7 +206,26 @@ def _write(rows: list[Row], path: Path) -> str:
         cells = [_cell([row for row in rows if _line(row) == key and row["label_fraction"] == f]) for f in fractions]
         lines.append("| " + " | ".join([*key, *cells]) + " |")
     path.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_json({**provenance(), "values": _means(rows)}, path.with_suffix(".json"))
     return "\n".join(lines)
+
+
+def _means(rows: list[Row]) -> Row:
+    """Mean and deviation over seeds, by data set, training, metric, encoder and share of the labels."""
+    values: Row = {}
+    for row in rows:
+        place = values
+        for key in ("data_set", "training", "metric", "encoder"):
+            place = place.setdefault(row[key], {})
+        found = [other["value"] for other in rows if _line(other) == _line(row) and _share(other) == _share(row)]
+        if None not in found:
+            sd = statistics.stdev(found) if len(found) > 1 else None
+            place[_share(row)] = {"mean": statistics.fmean(found), "sd": sd, "seeds": len(found)}
+    return values
+
+
+def _share(row: Row) -> str:
+    return f"{row['label_fraction']:.0%}"
 
 
 def _line(row: Row) -> tuple[str, str, str, str]:

@@ -103,6 +103,19 @@ def evaluate(checkpoint: str, patients: int = 200, seed: int = 1000, json: str |
     )
 
 
+def report(*run_dirs: str, out: str, tables: str = "results") -> None:
+    """Write one static page with figures from finished runs and experiments, beside the paper's numbers.
+
+    Args:
+        run_dirs: folders of runs, such as bundles/pretrain, and of experiments, such as results/experiment/small.
+        out: folder that the page is written to.
+        tables: folder where `make tableN` left its tables.
+    """
+    from unimedi_components.report.page import report as write_page
+
+    write_page([str(folder) for folder in run_dirs], str(out), str(tables))
+
+
 def check(*config: str, **overrides: Any) -> None:
     """Check a bundle's config without running it: unknown keys, overrides, arguments and references.
 
@@ -126,6 +139,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "search": search,
     "zero_shot": zero_shot,
     "serve": serve,
+    "report": report,
     "check": check,
 }
 # of these, no word is a Python list

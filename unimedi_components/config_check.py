@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from functools import cache
+from itertools import combinations
 from pathlib import Path
 from pydoc import ErrorDuringImport, locate
 from typing import Any
@@ -34,6 +35,8 @@ _READ_BY_MONAI = frozenset(
         *("displayable_configs", "detector", "detector_ops", "pre_transforms", "post_transforms"),
     )
 )
+# what two overlays of a bundle set differently if they are of two data sets
+_DATA_KEYS = ("data_set", "dataset_dir", "datalist_file", "datalist")
 _MISSING = object()
 
 Config = Mapping[str, Any] | str | Path
@@ -53,6 +56,7 @@ def check_config(
       it or it is an argument of the component that it lies in;
     - an argument that the ``_target_`` does not take, and a ``_target_`` that does not exist;
     - a reference ``@id`` to nothing;
+    - two overlays of two data sets, from the folder of the first config;
     - an override ``true``, ``false`` or ``null``, which MONAI takes as a word, and ``None``, which it drops.
 
     Args:
@@ -71,6 +75,7 @@ def check_config(
     if not sources:
         raise ConfigError("no config file: name one with --config_file bundles/NAME/configs/train.json")
     layers = [_load(source) for source in sources]
+    _check_one_data_set(sources, layers)
     overrides = dict(overrides or {})
     referenced = {target for _, content in [*layers, ("", overrides)] for _, _, target in _references(content)}
     used: set[str] = {*referenced, *_PROPERTY_IDS, *_READ_BY_MONAI, *run_ids}
@@ -116,6 +121,18 @@ def _load(source: Config) -> tuple[str, dict[str, Any]]:
     if not isinstance(content, dict):
         raise ConfigError(f"config file '{source}' holds a {type(content).__name__}, not a dictionary")
     return name, content
+
+
+def _check_one_data_set(sources: Sequence[Config], layers: Sequence[tuple[str, dict[str, Any]]]) -> None:
+    """Raise if two overlays beside the first config are of two data sets: a mixture of both would be run."""
+    homes = [None if isinstance(source, Mapping) else Path(source).resolve().parent for source in sources]
+    own = [layer for home, layer in zip(homes[1:], layers[1:], strict=True) if home and home == homes[0]]
+    for (first, one), (second, two) in combinations(own, 2):
+        for key in _DATA_KEYS:
+            if key in one and key in two and one[key] != two[key]:
+                raise ConfigError(
+                    f"{first} and {second} are of two data sets ({key} {one[key]!r} and {two[key]!r}); give one of them"
+                )
 
 
 def _references(config: Any, id_: str = "") -> Iterator[tuple[str, str, str]]:

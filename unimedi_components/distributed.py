@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from unimedi_components.errors import ConfigError
 
@@ -30,6 +30,7 @@ __all__ = [
     "local_device",
     "rank",
     "start",
+    "unwrap",
     "world_size",
 ]
 
@@ -74,6 +75,11 @@ def start(device: torch.device | str) -> None:
     if on_gpu:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if on_gpu else "gloo")
+
+
+def unwrap(network: nn.Module) -> Any:
+    """The network behind `DistributedDataParallel`, or the network itself."""
+    return network.module if isinstance(network, nn.parallel.DistributedDataParallel) else network
 
 
 def gather_objects(value: T) -> list[T]:

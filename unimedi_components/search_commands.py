@@ -82,9 +82,9 @@ def index(
     if dim is not None:
         _check_dim(dim)
     check_options("index", Embedder.images, options)
-    # what is wrong with the tables is said before minutes go into images
-    texts = read_reports(str(reports), dim) if reports is not None else []
     embedder, parts = Embedder(str(checkpoint), str(device)), []
+    # what is wrong with the tables is said before minutes go into images
+    texts = read_reports(str(reports), dim, embedder.pretrained.keep_punct) if reports is not None else []
     if datalist is not None:
         folder = Path(str(datalist)).absolute().parent if root is None else str(root)
         parts.append(embedder.datalist(str(datalist), folder, str(split), **options))

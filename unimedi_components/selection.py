@@ -13,8 +13,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 __all__ = [
+    "Grid",
     "cls_attention",
     "keep_tokens",
+    "kept_counts",
     "random_scores",
     "select_slices",
     "slab_to_slices",
@@ -158,22 +160,28 @@ def keep_tokens(attention: Tensor, grids: Sequence[Grid], mask_ratio: float, *, 
     if sum(sizes) != attention.shape[1]:
         raise ValueError(f"token grids {list(grids)} hold {sum(sizes)} tokens, attention has {attention.shape[1]}")
     kept, start = [], 0
-    for grid, size in zip(grids, sizes, strict=True):
+    for grid, size, count in zip(grids, sizes, kept_counts(grids, mask_ratio, block=block), strict=True):
         segment = attention[:, start : start + size]
-        kept.append(start + _keep_in_segment(segment, grid, mask_ratio, block))
+        kept.append(start + _keep_in_segment(segment, grid, count, block))
         start += size
     return torch.cat(kept, dim=1)
 
 
-def _keep_in_segment(attention: Tensor, grid: Grid, mask_ratio: float, block: int) -> Tensor:
+def kept_counts(grids: Sequence[Grid], mask_ratio: float, *, block: int = 1) -> list[int]:
+    """How many tokens of each segment `keep_tokens` keeps; arguments as there."""
+    blocks = [depth * rows * columns / block**2 for depth, rows, columns in grids]
+    return [max(1, round((1.0 - mask_ratio) * count)) * block**2 for count in blocks]
+
+
+def _keep_in_segment(attention: Tensor, grid: Grid, count: int, block: int) -> Tensor:
     depth, rows, columns = grid
-    batch, size = attention.shape
+    batch = attention.shape[0]
     if block == 1:
-        return _top(attention, max(1, round((1.0 - mask_ratio) * size)))
+        return _top(attention, count)
     if rows % block or columns % block:
         raise ValueError(f"block {block} does not divide the token grid {rows}x{columns}")
     pooled = F.avg_pool2d(attention.view(batch, depth, rows, columns), block)
-    best = _top(pooled.flatten(1), max(1, round((1.0 - mask_ratio) * size / block**2)))
+    best = _top(pooled.flatten(1), count // block**2)
     blocks = torch.zeros_like(pooled.flatten(1), dtype=torch.bool).scatter_(1, best, True).view_as(pooled)
     tokens = blocks.repeat_interleave(block, 2).repeat_interleave(block, 3).flatten(1)
     return tokens.nonzero()[:, 1].view(batch, -1)

@@ -159,13 +159,25 @@ def test_without_validation_the_newest_epoch_counts(trained: Any) -> None:
 
 def test_the_best_epoch_of_a_split_with_validation_cases(data: Path, tmp_path: Path) -> None:
     names = ["background", *amos.ORGANS]
-    train(data, tmp_path, data_set="amos", label_names=names, lr=0.02, epochs=2, bootstrap=0)
+    options = {"data_set": "amos", "label_names": names, "lr": 0.02, "epochs": 2, "bootstrap": 0}
+    train(data, tmp_path, **options, data_options={"split": "official"})
     rows = [row["val_dice"] for row in last(tmp_path)["history"]["rows"] if "val_dice" in row]
     assert len(rows) == 2
     assert last(tmp_path)["best"] == max(rows)
     metrics = read(tmp_path / "eval" / "metrics.json")
     assert metrics["split"] == "validation"
     assert list(metrics["dice"]) == list(amos.ORGANS)
+
+
+def test_amos_reports_the_last_weights_on_cases_that_chose_nothing(data: Path, tmp_path: Path) -> None:
+    names = ["background", *amos.ORGANS]
+    train(data, tmp_path, data_set="amos", label_names=names, lr=0.02, epochs=2, bootstrap=0)
+    state = last(tmp_path)
+    assert state["best"] is None and not any("val_dice" in row for row in state["history"]["rows"])
+    assert same(state["network"], torch.load(tmp_path / "models" / "model.pt", weights_only=True))
+    metrics = read(tmp_path / "eval" / "metrics.json")
+    truth = read(data / "amos" / "dataset.json")
+    assert (metrics["split"], metrics["cases"]) == ("test", len(truth["validation"]))
 
 
 def test_evaluate_reproduces_the_runs_metrics(trained: Any, data: Path, tmp_path: Path, capsys: Any) -> None:
@@ -227,10 +239,12 @@ def test_overlays_hold_the_papers_numbers(name: str) -> None:
     organs = {"bcv": bcv.ORGANS, "amos": amos.ORGANS}[name]
     assert parser["label_names"] == ["background", *organs]
     assert parser["data_set"] == name and parser["phantoms"] is None
+    # neither protocol chooses an epoch on the cases that it reports
+    assert parser["data_options"] == {"bcv": {}, "amos": {"split": "paper"}}[name]
     random = [step["_target_"].rsplit(".", 1)[-1] for step in parser["train#random_transforms"]]
     # the list of the supplement, 7.2
     assert set(random) == {
-        "RandAffined",
+        "RandSimilarityd",
         "RandFlipd",
         "RandGaussianNoised",
         "RandGaussianSmoothd",

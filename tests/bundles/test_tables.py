@@ -52,7 +52,7 @@ def test_an_interrupted_table_leaves_the_finished_runs(tmp_path: Path, monkeypat
         done.append(overrides)
         return "phantom", {"mean_dice": 0.5, "intervals": {"mean_dice": [0.4, 0.6]}}
 
-    monkeypatch.setattr(tables, "_run", one_run)
+    monkeypatch.setattr(tables, "run_bundle", one_run)
     monkeypatch.setattr(logging, "disable", lambda level: None)
     with pytest.raises(KeyboardInterrupt):
         tables.table(6, str(tmp_path / "table6"), seeds=3)

@@ -70,7 +70,7 @@ def test_images_and_augmentation(recipe: ConfigParser) -> None:
     shift, affine, back = chain[len(deterministic) :]
     assert affine.prob == 0.5
     parameters = affine.rand_affine.rand_affine_grid
-    assert parameters.rotate_range == (math.radians(10),) and parameters.scale_range == (0.1, 0.1)
+    assert parameters.rotate_range == (math.radians(10),) and parameters.scale_range == ((-0.1, 0.1),)
     assert (parameters.translate_range, parameters.shear_range) == ((None,), (None,))
     assert shift.shifter.offset == -back.shifter.offset == 1
 

@@ -258,7 +258,7 @@ def test_voxels_that_only_a_full_check_sees(tmp_path):
 
 @pytest.mark.parametrize(
     ("layout", "convert", "split"),
-    [(phantom_bcv.BCV, bcv.convert, (4, 0, 1)), (phantom_amos.AMOS, amos.convert, (4, 1, 0))],
+    [(phantom_bcv.BCV, bcv.convert, (4, 0, 1)), (phantom_amos.AMOS, amos.convert, (4, 0, 1))],
     ids=["bcv", "amos"],
 )
 def test_phantom_truth_is_what_arrives(tmp_path, layout, convert, split):

@@ -244,7 +244,7 @@ def test_after_training_without_held_out_items_says_so(checkpoint, datalist, fol
     only = {split: [] for split in SPLITS} | {"training": [i for i in datalist["training"] if i["dim"] == 3]}
     values = after_training(checkpoint, only, folder, tmp_path, progress=False)
     assert (values["split"], values["studies_3d"]) == ("validation", 0)
-    assert {path.name for path in tmp_path.iterdir()} == {"metrics.json", "slice_selection.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.json", "run.json", "slice_selection.png"}
 
 
 def test_truth_files(folder, tmp_path):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from unimedi_components.losses import center_batch_mean, distillation_loss, update_center
+from unimedi_components.losses import balanced_center, distillation_loss, update_center
 
 ROWS, PROTOTYPES, WIDTH = 11, 6, 4
 STUDENT_TEMP, TEACHER_TEMP = 0.1, 0.05
@@ -122,11 +122,11 @@ def test_computed_in_fp32_under_autocast() -> None:
     inputs = make_inputs(dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = distillation_loss(*inputs, STUDENT_TEMP, TEACHER_TEMP)
-        mean = center_batch_mean(inputs[1], inputs[3])
+        center = balanced_center(inputs[4], inputs[1], inputs[3], TEACHER_TEMP)
     assert loss.dtype == torch.float32
     expected = distillation_loss(*make_inputs(), STUDENT_TEMP, TEACHER_TEMP)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    torch.testing.assert_close(mean, center_batch_mean(inputs[1], inputs[3]))
+    torch.testing.assert_close(center, balanced_center(inputs[4], inputs[1], inputs[3], TEACHER_TEMP))
 
 
 @pytest.mark.parametrize("weighted", [False, True])
@@ -160,10 +160,67 @@ def test_bad_shapes() -> None:
 def test_center_equals_the_mean_of_the_logits() -> None:
     _, teacher, _, prototypes, center = make_inputs()
     logits = torch.stack([prototypes @ row for row in teacher])
-    torch.testing.assert_close(center_batch_mean(teacher, prototypes), logits.mean(0))
     expected = 0.9 * center + 0.1 * logits.mean(0)
     update_center(center, teacher, prototypes, momentum=0.9)
     torch.testing.assert_close(center, expected)
+
+
+def test_center_is_weighted_as_the_loss() -> None:
+    _, teacher, _, prototypes, center = make_inputs()
+    weight = torch.arange(1.0, len(teacher) + 1)
+    logits = torch.stack([prototypes @ row for row in teacher])
+    expected = 0.8 * center + 0.2 * (weight[:, None] * logits).sum(0) / weight.sum()
+    update_center(center, teacher, prototypes, momentum=0.8, weight=weight)
+    torch.testing.assert_close(center, expected)
+
+
+def sinkhorn_reference(teacher: Tensor, prototypes: Tensor, temp: float, rounds: int) -> Tensor:
+    """Sinkhorn-Knopp on the whole matrix: rows to 1, then columns to their share, `rounds` times, and rows last."""
+    q = torch.exp(teacher @ prototypes.T / temp)
+    for _ in range(rounds):
+        q = q / q.sum(1, keepdim=True)
+        q = q / q.sum(0, keepdim=True) * len(q) / q.shape[1]
+    return q / q.sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize(("rounds", "chunk_size"), [(1, 4), (3, 128), (3, 3)])
+def test_balanced_center_is_sinkhorn_knopp(rounds: int, chunk_size: int) -> None:
+    _, teacher, _, prototypes, _ = make_inputs()
+    start = torch.zeros(PROTOTYPES, dtype=teacher.dtype)
+    center = balanced_center(start, teacher, prototypes, TEACHER_TEMP, rounds, chunk_size)
+    found = torch.softmax((teacher @ prototypes.T - center) / TEACHER_TEMP, 1)
+    torch.testing.assert_close(found, sinkhorn_reference(teacher, prototypes, TEACHER_TEMP, rounds), atol=1e-5, rtol=0)
+    assert center.mean().item() == pytest.approx(0, abs=1e-6)
+
+
+def test_balanced_center_converges_to_equal_shares_from_any_start() -> None:
+    _, teacher, _, prototypes, center = make_inputs()
+    for start in (center, center * 3):
+        found = balanced_center(start, teacher, prototypes, TEACHER_TEMP, rounds=300)
+        share = torch.softmax((teacher @ prototypes.T - found) / TEACHER_TEMP, 1).mean(0)
+        torch.testing.assert_close(share, torch.full_like(share, 1 / PROTOTYPES), atol=1e-4, rtol=0)
+
+
+def test_balanced_center_without_rows_stays() -> None:
+    _, teacher, _, prototypes, center = make_inputs()
+    center = center - center.mean()
+    torch.testing.assert_close(balanced_center(center, teacher[:0], prototypes, TEACHER_TEMP), center)
+
+
+def test_groups_are_scored_with_a_center_each() -> None:
+    student, teacher, w_student, w_teacher, center = make_inputs()
+    centers = torch.stack([center, center.flip(0)])
+    weight = torch.rand(ROWS, dtype=student.dtype, generator=torch.Generator().manual_seed(3))
+    options = {"student_temp": STUDENT_TEMP, "teacher_temp": TEACHER_TEMP, "chunk_size": 3}
+    loss = distillation_loss(student, teacher, w_student, w_teacher, centers, **options, weight=weight, groups=(4, 7))
+    total = sum(
+        distillation_loss(student[rows], teacher[rows], w_student, w_teacher, row, **options, weight=weight[rows])
+        * weight[rows].sum()
+        for rows, row in ((slice(4), centers[0]), (slice(4, None), centers[1]))
+    )
+    torch.testing.assert_close(loss, total / weight.sum())
+    with pytest.raises(ValueError, match="groups"):
+        distillation_loss(student, teacher, w_student, w_teacher, centers, **options, groups=(4, 6))
 
 
 def test_center_without_rows_stays() -> None:
@@ -171,7 +228,6 @@ def test_center_without_rows_stays() -> None:
     before = center.clone()
     update_center(center, teacher[:0], prototypes)
     assert torch.equal(center, before)
-    assert torch.equal(center_batch_mean(teacher[:0], prototypes), torch.zeros_like(center))
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from unimedi_components.errors import ConfigError
-from unimedi_components.losses import UniMediLoss, contrastive_loss, distillation_loss
+from unimedi_components.losses import UniMediLoss, balanced_center, contrastive_loss, distillation_loss
 from unimedi_components.networks.output import UniMediOutput
 
 K, WIDTH = 12, 5
@@ -40,7 +40,7 @@ def make_output(patches: int = 9) -> UniMediOutput:
 
 def test_weighted_sum_of_its_parts() -> None:
     out = make_output()
-    loss = UniMediLoss(vl_weight=0.5, icl_weight=2.0, pcl_weight=3.0, out_dim=K, chunk_size=4)
+    loss = UniMediLoss(vl_weight=0.5, icl_weight=2.0, pcl_weight=3.0, out_dim=K, chunk_size=4, targets="center")
     total = loss(out, {"ignored": None})
     heads = (out.student_prototypes, out.teacher_prototypes, torch.zeros(K), 0.1, 0.04)
     vl = contrastive_loss(out.image_embed, out.text_embed, out.logit_scale)
@@ -54,22 +54,49 @@ def test_weighted_sum_of_its_parts() -> None:
 
 def test_each_center_follows_its_own_tokens_after_the_loss() -> None:
     out = make_output()
-    loss = UniMediLoss(out_dim=K, center_momentum=0.8)
+    loss = UniMediLoss(out_dim=K, center_momentum=0.8, targets="center")
     first = loss(out)
     cls_mean = (out.teacher_cls @ out.teacher_prototypes.T).mean(0)
-    patch_mean = (out.teacher_patches @ out.teacher_prototypes.T).mean(0)
-    torch.testing.assert_close(loss.center_cls, 0.2 * cls_mean)
-    torch.testing.assert_close(loss.center_patch, 0.2 * patch_mean)
+    # patches weigh in the center what they weigh in the loss
+    patch_mean = out.patch_weight @ (out.teacher_patches @ out.teacher_prototypes.T) / out.patch_weight.sum()
+    torch.testing.assert_close(loss.center_cls, 0.2 * cls_mean[None])
+    torch.testing.assert_close(loss.center_patch, 0.2 * patch_mean[None])
     second = loss(out)
     assert second.item() != first.item()
-    torch.testing.assert_close(loss.center_cls, 0.36 * cls_mean)
+    torch.testing.assert_close(loss.center_cls, 0.36 * cls_mean[None])
+
+
+def test_sinkhorn_balances_each_kind_of_token_and_follows_it_with_a_running_center() -> None:
+    out = replace(make_output(), cls_groups=(1, 3), patch_groups=(2, 0, 7))
+    loss = UniMediLoss(out_dim=K, center_momentum=0.8, vl_weight=0.0, pcl_weight=0.0)
+    total = loss(out)
+    centers = [
+        balanced_center(torch.zeros(K), part, out.teacher_prototypes, 0.04) for part in out.teacher_cls.split((1, 3))
+    ]
+    expected = distillation_loss(
+        out.student_cls,
+        out.teacher_cls,
+        out.student_prototypes,
+        out.teacher_prototypes,
+        torch.stack(centers),
+        0.1,
+        0.04,
+        groups=(1, 3),
+    )
+    torch.testing.assert_close(total, expected)
+    torch.testing.assert_close(loss.center_cls, 0.2 * torch.stack(centers))
+    # no token of slot 1 (volumes): its center stays
+    assert loss.center_patch[1].abs().max() < 1e-6 < loss.center_patch[2].abs().max()
+    found = loss.targets_of(out.teacher_cls[1:], out.teacher_prototypes, group=1)
+    logits = out.teacher_cls[1:] @ out.teacher_prototypes.T - loss.center_cls[1]
+    torch.testing.assert_close(found, torch.softmax(logits / 0.04, 1))
 
 
 def test_evaluation_leaves_the_centers() -> None:
     loss = UniMediLoss(out_dim=K).eval()
     loss(make_output())
     assert loss.center_cls.abs().sum() == 0 and loss.center_patch.abs().sum() == 0
-    assert set(loss.state_dict()) == {"center_cls", "center_patch"}
+    assert set(loss.state_dict()) == {"center_cls", "center_patch", "_extra_state"}
 
 
 def test_without_self_distillation_only_the_contrastive_loss() -> None:

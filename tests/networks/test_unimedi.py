@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from unimedi_components import selection
+from unimedi_components.engines import build_optimizer
 from unimedi_components.losses import UniMediLoss
 from unimedi_components.networks import DINOHead, ProjectionHead, ReportEncoder, UnifiedViT, UniMedI
 
@@ -97,9 +98,12 @@ def test_outputs_equal_the_passes_written_out(mask_mode):
             student = network.encoder(*inputs, mask=mask)
             target = teacher.patches
         cls.append((student.cls, teacher.cls))
-        student_rows.append(student.patches.flatten(0, 1))
-        teacher_rows.append(target.flatten(0, 1))
-        weights += [1 / student.patches.shape[1]] * len(student_rows[-1])
+        # the volume's tokens of all samples stand before their slices'
+        sizes = [math.prod(grid) // (2 if mask_mode == "drop" else 1) for grid in grids]
+        for student_part, target_part in zip(student.patches.split(sizes, 1), target.split(sizes, 1), strict=True):
+            student_rows.append(student_part.flatten(0, 1))
+            teacher_rows.append(target_part.flatten(0, 1))
+            weights += [1 / student.patches.shape[1]] * len(student_rows[-1])
     student_cls = torch.cat([c[0] for c in cls])
     assert torch.allclose(out.student_cls, network.dino_head(student_cls), atol=1e-5)
     assert torch.allclose(out.teacher_cls, network.teacher_head(torch.cat([c[1] for c in cls])), atol=1e-5)
@@ -107,6 +111,7 @@ def test_outputs_equal_the_passes_written_out(mask_mode):
     assert torch.allclose(out.teacher_patches, network.teacher_head(torch.cat(teacher_rows)), atol=1e-5)
     assert torch.allclose(out.patch_weight, torch.tensor(weights), atol=1e-7)
     assert out.modality.tolist() == [0, 0, 0, 1, 1]
+    assert out.cls_groups == (3, 2) and out.patch_groups == tuple(len(rows) for rows in student_rows)
     network.image_projection.eval()
     assert not out.teacher_patches.requires_grad
 
@@ -119,6 +124,53 @@ def test_patch_loss_rows(where, rows):
     out = network(batch)
     assert len(out.student_patches) == len(out.teacher_patches) == len(out.patch_weight) == rows
     assert out.patch_weight.sum().item() == pytest.approx(5.0)  # each of the five samples counts once
+
+
+@pytest.mark.parametrize("mask_mode", ["mask_token", "drop"])
+def test_segment_dropout_shows_the_volume_alone_then_the_slices_alone(mask_mode):
+    network, batch = build(mask_mode=mask_mode, segment_dropout=0.7).train(), make_batch(two_d=0, three_d=3)
+    out = network(batch)
+    volume = batch["image3d"]
+    inputs = (volume, *network.take_slices(volume, out.selected))
+    teacher = network.teacher(*inputs, return_attention=True)
+    keep = selection.keep_tokens(teacher.attention, [(4, 2, 2), (2, 4, 4)], 0.5)
+    # floor(3 * 0.7 / 2) = 1 volume alone, 1 pair of slices alone, the rest whole
+    segments = [range(16), range(16, 48), range(48)]
+    rows = {0: [], 1: []}
+    for i, segment in enumerate(segments):
+        one = tuple(tensor[i : i + 1] for tensor in inputs)
+        visible = [t for t in keep[i].tolist() if t in segment]
+        if mask_mode == "drop":
+            student = network.encoder(*one, keep=torch.tensor([visible]))
+            seen = visible
+        else:
+            mask = torch.tensor([[t not in visible for t in range(48)]])
+            student = network.encoder(*one, mask=mask, keep=torch.tensor([list(segment)]))
+            seen = list(segment)
+        assert torch.allclose(out.student_cls[i], network.dino_head(student.cls)[0], atol=1e-5)
+        for position, token in enumerate(seen):
+            rows[int(token >= 16)].append((student.patches[0, position], teacher.patches[i, token]))
+    assert out.patch_groups == (0, len(rows[0]), len(rows[1]))
+    student, target = (torch.stack(part) for part in zip(*rows[0], *rows[1], strict=True))
+    assert torch.allclose(out.student_patches, network.dino_head(student), atol=1e-5)
+    assert torch.allclose(out.teacher_patches, network.teacher_head(target), atol=1e-5)
+
+
+def test_segment_dropout_out_of_range():
+    with pytest.raises(ValueError, match="segment_dropout"):
+        build(segment_dropout=1.5)
+
+
+def test_the_head_centers_each_kind_of_token_by_its_own_mean():
+    network, batch = build(), make_batch()
+    network.dino_head = DINOHead(16, 20, 24, 12, center_kinds=5)
+    network.teacher_head = DINOHead(16, 20, 24, 12, center_kinds=5)
+    out = network.train()(batch)
+    cls = torch.cat([network.teacher(batch["image2d"]).cls] * 1)
+    raw = network.teacher_head.mlp(cls)
+    assert torch.allclose(out.teacher_cls[:3], F.normalize(raw - raw.mean(0), dim=1), atol=1e-5)
+    running = network.teacher_head.center.running_mean
+    assert torch.allclose(running[0], 0.1 * raw.mean(0), atol=1e-6) and running[2:].abs().sum(1).min() > 0
 
 
 def test_vl_on_full_projects_the_unmasked_student():
@@ -184,11 +236,20 @@ def test_teacher_moves_by_the_momentum():
     assert not any(p.requires_grad for p in [*network.teacher.parameters(), *network.teacher_head.parameters()])
 
 
-def test_temperature_starts_at_007_and_is_clamped_at_100():
+def test_temperature_starts_at_007_and_is_clamped_after_the_step():
     network = build()
     assert network.logit_scale.item() == pytest.approx(1 / 0.07)
+    optimizer = build_optimizer(network, lr=0.1, weight_decay=0.0)
     network.log_temperature.data.fill_(math.log(1000))
-    assert network.logit_scale.item() == pytest.approx(100.0)
+    # beyond the clamp the loss still has a gradient, which is what brings it back
+    network.logit_scale.mul(0.01).backward()
+    assert network.log_temperature.grad.item() == pytest.approx(10.0, rel=1e-5)
+    optimizer.step()
+    assert network.logit_scale.item() == pytest.approx(100.0, rel=1e-6)
+    network.log_temperature.data.fill_(-1.0)
+    network.log_temperature.grad.zero_()
+    optimizer.step()
+    assert network.logit_scale.item() == pytest.approx(1.0)
     assert not build(learn_temperature=False).log_temperature.requires_grad
 
 

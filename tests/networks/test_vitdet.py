@@ -197,6 +197,20 @@ def test_boxes_are_decoded_clipped_and_suppressed() -> None:
     assert len(network.detector.boxes(image, {"classification": [logits], "box_regression": [codes]})[0]["boxes"]) == 1
 
 
+def test_with_targets_unlikely_boxes_count_too() -> None:
+    network = make(score_threshold=0.5, lowest_score=0.005, width=8).eval()
+    image = torch.randn(2, 1, 64, 64)
+    with torch.no_grad():
+        shown = network(image)
+        counted = network(image, [target([4.0, 6, 30, 40]), target()])
+        after = network(image)
+        network.select_boxes(0.005, 0.5)
+        expected = network(image)
+    for one, two, three, four in zip(shown, counted, after, expected, strict=True):
+        assert len(one["boxes"]) == len(three["boxes"]) == 0 < len(two["boxes"])
+        assert two["scores"].min() > 0.005 and torch.equal(two["boxes"], four["boxes"])
+
+
 def test_it_learns_where_squares_are() -> None:
     """Bright squares on noise: after some training the likeliest box of each image is the square."""
     generator = torch.Generator().manual_seed(0)

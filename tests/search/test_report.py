@@ -25,6 +25,7 @@ class Known:
 
     model = "known"
     network = SimpleNamespace(logit_scale=torch.tensor(10.0))
+    pretrained = SimpleNamespace(keep_punct=True)
 
     def items(self, items: Any, root: Any, **options: Any) -> Embeddings:
         entries = [entry_of(item["id"], "image", item["dim"], item["image"]) for item in items]

@@ -18,6 +18,7 @@ _EXPORTS = {
     "MixedCollate": "loading",
     "MixedDataLoader": "loading",
     "PretrainDataset": "dataset",
+    "RandSimilarityd": "similarity",
     "RowsFirstBoxesd": "box_augment",
     "ToInputBoxesd": "box_augment",
     "build_loader": "loading",

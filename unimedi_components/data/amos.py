@@ -16,11 +16,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from unimedi_components.data.datalist import SPLITS, DatalistBuilder
+from unimedi_components.data.datalist import DatalistBuilder
 from unimedi_components.data.label_maps import BACKGROUND, Case, add_cases
 from unimedi_components.data.registry import Dataset
-from unimedi_components.data.sources import existing_root, find_source
-from unimedi_components.errors import DataError
+from unimedi_components.data.sources import existing_root, find_source, nearest_hint
+from unimedi_components.errors import ConfigError, DataError
 
 __all__ = ["ORGANS", "collect", "convert"]
 
@@ -46,6 +46,12 @@ ORGANS = (
 OWN_SPELLING = {"arota": "aorta"}
 #: CT volumes have numbers up to this one (nnU-Net's conversion), MRI volumes above.
 LAST_CT = 500
+#: Split -> what each list of dataset.json is in it.
+SPLITS_OF = {
+    "paper": {"training": "training", "validation": "test", "test": ""},
+    "official": {"training": "training", "validation": "validation", "test": "test"},
+}
+_ELSEWHERE = "not in the paper's split"
 
 
 def convert(root: str | Path, **options: Any) -> dict[str, Any]:
@@ -57,19 +63,20 @@ def collect(
     root: str | Path,
     *,
     strict: bool = False,
+    split: str = "paper",
     check_images: str = "quick",
     num_workers: int = 4,
     progress: bool = True,
 ) -> DatalistBuilder:
     """Read AMOS22.
 
-    The official lists are kept: training (200 CT volumes) and validation (100, which the paper reports on). An
-    entry of the test list is kept if it names a label map that is on disk, which the release does not have;
-    this alone is looked up whatever ``check_images`` says.
-
     Args:
         root: folder with ``dataset.json``, or the one above; item paths are relative to it.
         strict: raise at the first broken or missing file.
+        split: ``"paper"``, 200 training cases and the 100 of the validation list for testing, none for validation:
+            the paper reports on them, so they choose no epoch, and the protocol trains for a fixed number of
+            iterations; or ``"official"``, the three lists as they are, where an entry of the test list is kept if it
+            names a label map that is on disk (looked up whatever ``check_images`` says), which the release lacks.
         check_images: ``"quick"``, ``"full"``, ``"exists"`` or ``"none"``; see
             :func:`~unimedi_components.data.label_maps.pair_fault`.
         num_workers: threads that read files.
@@ -77,16 +84,20 @@ def collect(
 
     Returns:
         The builder. Drop reasons: ``not CT`` (MRI, by number), ``no case number``, ``no label map``,
-        ``duplicate id``, ``patient in another split`` and those of
+        ``duplicate id``, ``not in the paper's split``, ``patient in another split`` and those of
         :func:`~unimedi_components.data.label_maps.pair_fault`.
 
     Raises:
-        ConfigError: ``check_images`` is unknown.
+        ConfigError: ``split`` or ``check_images`` is unknown.
         DataError: ``dataset.json`` is missing or malformed, or its organs are not these 15 in this order; or
             a fault under ``strict``.
     """
+    if split not in SPLITS_OF:
+        hint = nearest_hint(str(split), SPLITS_OF)
+        raise ConfigError(f"split={split!r} is unknown. {hint}Use one of {', '.join(SPLITS_OF)}.")
     base = existing_root(root, "AMOS22")
     builder = DatalistBuilder("amos", root, strict)
+    builder.meta["split"] = split
     path = find_source(base, ["dataset.json", "amos22/dataset.json", "*/dataset.json"], "list of cases")
     assert path is not None  # find_source raises when a required table is missing
     content = _read_json(path)
@@ -94,17 +105,18 @@ def collect(
     _check_labels(content.get("labels"), path)
     folder = path.parent.relative_to(base).as_posix()
     cases = []
-    for split in SPLITS:
+    for listed, part in SPLITS_OF[split].items():
         seen: set[str] = set()
-        for image, mask in _entries(content, split, path):
+        for image, mask in _entries(content, listed, path):
             name = posixpath.basename(image).split(".")[0]
-            image, mask = (posixpath.normpath(f"{folder}/{part}") if part else "" for part in (image, mask))
-            reason = _reason(name, seen, mask, split == "test" and not (base / mask).is_file())
+            image, mask = (posixpath.normpath(f"{folder}/{file}") if file else "" for file in (image, mask))
+            reason = _reason(name, seen, mask, listed == "test" and not (base / mask).is_file())
+            reason = reason or ("" if part else _ELSEWHERE)
             if reason:
                 builder.drop(reason, name)
             else:
                 seen.add(name)
-                cases.append(Case(split, name, image, mask))
+                cases.append(Case(part, name, image, mask))
     add_cases(builder, base, cases, ORGANS, check_images, num_workers, progress)
     builder.meta["own_spelling"] = {name: own for own, name in OWN_SPELLING.items()}
     builder.keep_apart()
@@ -196,5 +208,6 @@ imagesVa/amos_0008.nii.gz  labelsVa/amos_0008.nii.gz
 imagesTs/amos_0002.nii.gz                    (without labels)""",
     collect=collect,
     notes="200 training and 100 validation CT volumes; numbers above 500 are MRI and left out. The paper reports on "
-    "the validation volumes. The file's own names are kept but for its misspelt aorta.",
+    "the validation volumes, which are the test split unless --split official. The file's own names are kept but "
+    "for its misspelt aorta.",
 )

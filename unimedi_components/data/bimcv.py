@@ -111,6 +111,7 @@ def collect(
     reports = _Reports(table, text_column)
     builder.add_source(table)
     label_of = _add_labels(builder, base, table)
+    builder.meta["keep_punct"] = keep_punct
     limits = CTLimits(min_slices=min_slices, min_megabytes=min_megabytes)
     wanted: list[tuple[_Session, list[Path]]] = []
     texts: dict[_Session, str] = {}

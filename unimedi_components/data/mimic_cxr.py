@@ -83,6 +83,7 @@ def collect(
     """
     base = existing_root(root, "MIMIC-CXR-JPG")
     builder = DatalistBuilder("mimic_cxr", root, strict)
+    builder.meta["keep_punct"] = keep_punct
     frame = _frontal_images(builder, base)
     studies = frame[["subject_id", "study_id"]].drop_duplicates()
     raw = (

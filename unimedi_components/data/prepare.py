@@ -147,7 +147,7 @@ def merge_datalists(datalists: Mapping[str, str | Path], out: str | Path, root: 
 
     Raises:
         DataError: a datalist is invalid, or its images are neither below ``root/NAME`` nor below its recorded
-            root, or not below ``root``.
+            root, or not below ``root``; or some have reports with punctuation and some without.
     """
     parts = {name: load_datalist(path) for name, path in datalists.items()}
     prefixes = {name: _prefix(name, Path(datalists[name]), part, Path(root)) for name, part in parts.items()}
@@ -196,6 +196,9 @@ def _joined_meta(parts: dict[str, Any], joined: dict[str, Any], root: str | Path
         for reason, count in meta.get("dropped", {}).items():
             dropped[reason] = dropped.get(reason, 0) + count
             listed[reason] = (listed.get(reason, []) + meta.get("dropped_items", {}).get(reason, []))[:LISTED_DROPS]
+    punct = {name: meta["keep_punct"] for name, meta in metas.items() if "keep_punct" in meta}
+    if len(set(punct.values())) > 1:
+        raise DataError(f"reports with punctuation beside some without ({punct}); prepare all with one --keep_punct")
     return {
         "dataset": "+".join(parts),
         "root": str(root),
@@ -206,5 +209,6 @@ def _joined_meta(parts: dict[str, Any], joined: dict[str, Any], root: str | Path
         "kept": {split: len(joined[split]) for split in SPLITS},
         "dropped": dropped,
         "dropped_items": listed,
+        **({"keep_punct": next(iter(punct.values()))} if punct else {}),
         "label_names": {name: meta["label_names"] for name, meta in metas.items() if "label_names" in meta},
     }

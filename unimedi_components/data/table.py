@@ -129,6 +129,7 @@ def collect(
     rows = [row for table in tables for row in _read_rows(table, image_column, report_column, label_column)]
     base = _common_folder(tables, rows)
     builder = DatalistBuilder("table", base, strict)
+    builder.meta["keep_punct"] = keep_punct
     for table in tables:
         builder.add_source(table)
     limits = CTLimits(min_slices=min_slices, min_megabytes=min_megabytes, hounsfield=hounsfield)

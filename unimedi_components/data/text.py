@@ -7,7 +7,7 @@ import re
 import unicodedata
 from typing import NamedTuple
 
-__all__ = ["CleanReport", "clean_report", "looks_english", "report_language", "split_sections"]
+__all__ = ["CleanReport", "as_trained", "clean_report", "looks_english", "report_language", "split_sections"]
 
 # A header starts a line after one blank and ends with a colon (the layout of MIMIC-CXR 2.0.0 report files).
 _HEADER = re.compile(r"\n ([A-Z ()/,-]+):\s")
@@ -103,7 +103,7 @@ def split_sections(text: str) -> dict[str, str]:
     return found
 
 
-def clean_report(text: str, keep_punct: bool = False) -> CleanReport:
+def clean_report(text: str, keep_punct: bool = False, min_tokens: int = 2) -> CleanReport:
     """Clean a report as MGCA does, without the headers ``Findings:`` and ``Impression:`` that begin its sections.
 
     Line ends become blanks, the text is cut at ``[0-9]+\\.`` and at ``.``, each piece is lower-cased and
@@ -114,6 +114,7 @@ def clean_report(text: str, keep_punct: bool = False) -> CleanReport:
         text: report or sections.
         keep_punct: keep the punctuation within sentences and decimal points, and end each sentence with a
             period, as BERT's own training text has it.
+        min_tokens: fewest tokens of a piece that is kept.
 
     Returns:
         The cleaned text with its number of sentences and of word tokens.
@@ -131,11 +132,31 @@ def clean_report(text: str, keep_punct: bool = False) -> CleanReport:
         pieces = [piece for part in _ENUMERATION.split(text) for piece in part.split(".")]
     for piece in pieces:
         tokens = _TOKEN.findall(piece.lower())
-        if len(tokens) <= 1:
+        if len(tokens) < min_tokens:
             continue
         num_tokens += len(tokens)
         sentences.append(piece.strip().lower() + "." if keep_punct else " ".join(tokens))
     return CleanReport(" ".join(sentences), len(sentences), num_tokens)
+
+
+def as_trained(text: str, keep_punct: bool, min_tokens: int = 2) -> str:
+    """A report or typed text in the form of a network's training reports.
+
+    What `clean_report` made with the same `keep_punct` stays as it is; punctuation that it left out does not come back.
+
+    Args:
+        text: any text.
+        keep_punct: whether the training reports kept their punctuation, see `Pretrained.keep_punct`.
+        min_tokens: see `clean_report`; 1 keeps single words, which a query may be.
+
+    Example:
+        >>> as_trained("Cardiomegaly, mild", True), as_trained("cardiomegaly, mild.", False)
+        ('cardiomegaly, mild.', 'cardiomegaly mild')
+    """
+    text = " ".join(text.lower().split())
+    if not keep_punct:
+        return clean_report(text, min_tokens=min_tokens).text or " ".join(_TOKEN.findall(text))
+    return text if not text or text.endswith(".") else text.rstrip("!?") + "."
 
 
 def report_language(text: str) -> str | None:

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.data import ImageReader
 from monai.transforms import (
     CenterSpatialCropd,
     Compose,
@@ -25,6 +24,8 @@ from monai.transforms import (
     Orientationd,
     Randomizable,
     RandomizableTrait,
+    RandScaleIntensityd,
+    RandShiftIntensityd,
     RandSpatialCropd,
     Resized,
     ScaleIntensityRanged,
@@ -32,97 +33,16 @@ from monai.transforms import (
     SpatialPadd,
     Transform,
 )
-from PIL import Image, ImageOps
 
 from unimedi_components.data.ct_checks import NIFTI_ENDINGS, read_ct_header
 from unimedi_components.data.fingerprint import fingerprint
-from unimedi_components.data.itk_loading import load_itk, monochrome1_values
+from unimedi_components.data.xray_reader import XrayReader
 from unimedi_components.errors import DataError
 
 __all__ = ["ByDimension", "CheckVolumed", "XrayReader", "ct_transforms", "xray_transforms"]
 
 # nibabel's letter pairs, spelled out because MONAI otherwise follows each reader's own `space`
 RAS_LABELS = (("L", "R"), ("P", "A"), ("I", "S"))
-
-
-class XrayReader(ImageReader):
-    """Read a projection image of any common format as an upright grey array (H, W) in [0, 1], 0 black.
-
-    JPG, PNG, BMP and TIFF go through PIL: colour becomes ITU-R 601 luma, an alpha channel is ignored, the
-    EXIF rotation is applied. DICOM goes through ITK, which applies the rescale slope and inverts MONOCHROME1.
-    8-bit values are divided by 255; deeper ones by the image's own maximum, since 16-bit files commonly hold
-    10 or 12 bits (RSNA's scaling in the MGCA repository), after negative values were shifted to start at 0.
-
-    Args:
-        draft_size: JPEG files may be decoded at a reduced DCT scale, never below this many pixels per side;
-            None decodes all pixels. Twice the size that they are resized to later costs no visible detail.
-    """
-
-    def __init__(self, draft_size: int | None = None) -> None:
-        super().__init__()
-        self.draft_size = draft_size
-
-    def verify_suffix(self, filename: Any) -> bool:
-        """Whether `filename` names one file; its content decides about the format."""
-        return not isinstance(filename, Sequence) or isinstance(filename, str) or len(filename) == 1
-
-    def read(self, data: Any, **kwargs: Any) -> str:
-        """Return the path alone: `LoadImage` would hand a file whose opening fails to its next reader."""
-        if not isinstance(data, (str, Path)):
-            if len(data) != 1:
-                raise DataError(f"an X-ray item must name one file, got {len(data)}: {data}")
-            data = data[0]
-        return str(data)
-
-    def get_data(self, img: str) -> tuple[np.ndarray, dict]:
-        """Decode the file at path `img`.
-
-        Returns:
-            float32 (H, W) in [0, 1], and its meta data.
-
-        Raises:
-            DataError: the file holds more than one frame or is of one constant value, which is no X-ray.
-            OSError: the file is missing, truncated or of an unknown format.
-        """
-        with open(img, "rb") as file:
-            is_dicom = file.read(132)[128:] == b"DICM"
-        scaled = self._read_dicom(img) if is_dicom else _scale_to_unit(self._read_pil(img), img)
-        return scaled, {"spatial_shape": np.asarray(scaled.shape), "original_channel_dim": float("nan")}
-
-    def _read_pil(self, path: str) -> np.ndarray:
-        with Image.open(path) as image:
-            if self.draft_size is not None:
-                image.draft("L", (self.draft_size, self.draft_size))
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode[0] not in "IF":
-                # a palette or CMYK image has to become RGB before its luma can be taken
-                upright = upright if upright.mode in ("L", "LA", "RGB", "RGBA", "1") else upright.convert("RGB")
-                upright = upright.convert("L")
-            return np.asarray(upright)
-
-    def _read_dicom(self, path: str) -> np.ndarray:
-        itk = load_itk()
-        image = itk.imread(path)
-        array = itk.array_from_image(image)
-        if image.GetNumberOfComponentsPerPixel() > 1:
-            array = array[..., :3].astype(np.float32) @ np.asarray([0.299, 0.587, 0.114], np.float32)
-            array = np.round(array).astype(np.uint8) if array.max() < 256 else array
-        if len(frames := array.reshape(-1, *array.shape[-2:])) != 1:
-            raise DataError(f"{path}: {len(frames)} frames where one X-ray was expected")
-        if (film := monochrome1_values(image, frames[0])) is not None:
-            return 1 - _scale_to_unit(film, path)
-        return _scale_to_unit(frames[0], path)
-
-
-def _scale_to_unit(array: np.ndarray, path: str) -> np.ndarray:
-    scaled = array.astype(np.float32)
-    low, high = float(scaled.min()), float(scaled.max())
-    if not np.isfinite([low, high]).all() or low == high:
-        raise DataError(f"{path}: all pixels have the value {low:g}, or some are not finite; this is no X-ray")
-    if array.dtype == np.uint8:
-        return scaled / 255
-    low = min(low, 0.0)
-    return (scaled - low) / (high - low)
 
 
 class CheckVolumed(MapTransform):
@@ -155,7 +75,9 @@ def _stored_affine(name: str, volume: Any) -> Any:
     return volume.affine
 
 
-def xray_transforms(size: int = 224, long_side: int | None = None, random_crop: bool = False) -> list[Transform]:
+def xray_transforms(
+    size: int = 224, long_side: int | None = None, random_crop: bool = False, jitter: float = 0.0
+) -> list[Transform]:
     """Transforms of one X-ray item: file to "image", (1, size, size) in [-1, 1], black and padding at -1.
 
     The long side is resized (area), the short side padded with black on both sides to a square, and a square
@@ -166,6 +88,7 @@ def xray_transforms(size: int = 224, long_side: int | None = None, random_crop: 
         size: pixels per side of the result.
         long_side: pixels of the padded square; None keeps the ratio of 256 to 224.
         random_crop: crop at a random place (training) instead of the centre.
+        jitter: random contrast and brightness (training), as a share and as an offset of at most this much.
 
     Raises:
         DataError: `size` is larger than `long_side`.
@@ -188,6 +111,16 @@ def xray_transforms(size: int = 224, long_side: int | None = None, random_crop: 
         ScaleIntensityRanged("image", a_min=0, a_max=1, b_min=-1, b_max=1, clip=True),
         crop,
         EnsureTyped("image", dtype=torch.float32, track_meta=False),
+        *_intensity_jitter(jitter),
+    ]
+
+
+def _intensity_jitter(amount: float) -> list[Transform]:
+    if amount == 0:
+        return []
+    return [
+        RandScaleIntensityd("image", factors=amount, prob=1.0),
+        RandShiftIntensityd("image", offsets=amount, prob=1.0),
     ]
 
 
@@ -195,6 +128,8 @@ def ct_transforms(
     spatial_size: Sequence[int] = (32, 128, 128),
     window: tuple[float, float] = (-1000.0, 1000.0),
     spacing: Sequence[float] | None = None,
+    random_shift: int = 0,
+    jitter: float = 0.0,
 ) -> list[Transform]:
     """Transforms of one CT item: file or DICOM folder to "image", (1, D, H, W) in [-1, 1].
 
@@ -205,6 +140,8 @@ def ct_transforms(
         spatial_size: D, H, W of the result; the whole field of view is resized to it by averaging areas.
         window: Hounsfield units that become -1 and 1; values beyond are clipped before any averaging.
         spacing: mm along D, H, W to resample to first; None (the paper only resizes) skips this.
+        random_shift: move the volume in the plane by up to this many voxels (training), with air behind it.
+        jitter: see `xray_transforms`.
     """
     steps: list[Transform] = [
         LoadImaged("image", image_only=True),
@@ -214,11 +151,21 @@ def ct_transforms(
     ]
     if spacing is not None:
         steps.append(Spacingd("image", pixdim=tuple(spacing), mode="bilinear"))
+    shift: list[Transform] = []
+    if random_shift:
+        size = tuple(spatial_size)
+        padded = (size[0], size[1] + 2 * random_shift, size[2] + 2 * random_shift)
+        shift = [
+            SpatialPadd("image", spatial_size=padded, value=-1.0),
+            RandSpatialCropd("image", roi_size=size, random_size=False),
+        ]
     return [
         *steps,
         ScaleIntensityRanged("image", a_min=window[0], a_max=window[1], b_min=-1, b_max=1, clip=True),
         Resized("image", spatial_size=tuple(spatial_size), mode="area"),
         EnsureTyped("image", dtype=torch.float32, track_meta=False),
+        *shift,
+        *_intensity_jitter(jitter),
     ]
 
 

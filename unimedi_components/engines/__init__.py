@@ -20,6 +20,7 @@ from unimedi_components.engines.handlers import (
 from unimedi_components.engines.inference import SaveEmbeddings, embed_batch, finish_embedding
 from unimedi_components.engines.optim import build_optimizer, warmup_cosine
 from unimedi_components.engines.progress import TrainingProgress
+from unimedi_components.engines.target_information import WatchTargets
 from unimedi_components.engines.whitening import WhitenTokenizers
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "TensorBoardLosses",
     "TrainingCheckpoint",
     "TrainingProgress",
+    "WatchTargets",
     "WhitenTokenizers",
     "build_optimizer",
     "defined_handler",

@@ -15,8 +15,7 @@ from ignite.engine import Engine, Events
 from torch import nn
 
 from unimedi_components.data.datalist import write_json
-from unimedi_components.distributed import rank
-from unimedi_components.engines.handlers import unwrap
+from unimedi_components.distributed import rank, unwrap
 from unimedi_components.errors import CheckpointError
 from unimedi_components.networks.pretrained import CARD, FULL, TEXT, make_card, student_state
 from unimedi_components.networks.weights import load_strict

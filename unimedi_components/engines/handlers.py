@@ -16,7 +16,7 @@ from monai.handlers import TensorBoardStatsHandler
 from torch import Tensor, nn
 
 from unimedi_components.data.datalist import write_json
-from unimedi_components.distributed import rank
+from unimedi_components.distributed import rank, unwrap
 
 __all__ = [
     "EndWithLoader",
@@ -46,11 +46,6 @@ def prepare_mixed_batch(
         for name, value in batchdata.items()
     }
     return moved, None
-
-
-def unwrap(network: nn.Module) -> Any:
-    """The network behind `DistributedDataParallel`, or the network itself."""
-    return network.module if isinstance(network, nn.parallel.DistributedDataParallel) else network
 
 
 class EpochSeed:
@@ -172,7 +167,7 @@ class GradientCare:
 
 
 class History:
-    """Loss, its parts and the learning rate of every iteration, and the validation metrics of every epoch.
+    """Loss, its parts and the learning rate of every iteration, and the metrics of every epoch.
 
     Kept in the training checkpoint, so that a resumed run's curves begin at its first epoch.
 
@@ -188,6 +183,7 @@ class History:
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self.validated)
         if self.evaluator is not None:
             self.evaluator.add_event_handler(Events.COMPLETED, self.validated)
 
@@ -201,10 +197,10 @@ class History:
             }
         )
 
-    def validated(self, evaluator: Engine) -> None:
-        """Add the evaluator's scalar metrics to the newest row."""
+    def validated(self, engine: Engine) -> None:
+        """Add the scalar metrics of the trainer or the evaluator to the newest row."""
         if self.rows:
-            scalars = {k: float(v) for k, v in evaluator.state.metrics.items() if isinstance(v, float | int)}
+            scalars = {k: float(v) for k, v in engine.state.metrics.items() if isinstance(v, float | int)}
             self.rows[-1].update(scalars)
 
     def state_dict(self) -> dict[str, list[dict[str, float]]]:

@@ -9,6 +9,8 @@ import torch
 from monai.optimizers import WarmupCosineSchedule
 from torch import nn
 
+from unimedi_components.distributed import unwrap
+
 __all__ = ["build_optimizer", "warmup_cosine"]
 
 NO_DECAY = (
@@ -25,6 +27,8 @@ NO_DECAY = (
 def build_optimizer(network: nn.Module, lr: float, weight_decay: float, **kwargs: Any) -> torch.optim.AdamW:
     """AdamW with weight decay on matrices alone: not on biases, norms, tokens, position tables and temperature.
 
+    A learnable temperature is clamped after every step, as in CLIP.
+
     Args:
         network: its trainable parameters are optimised; the teacher has none.
         lr: peak learning rate.
@@ -38,7 +42,11 @@ def build_optimizer(network: nn.Module, lr: float, weight_decay: float, **kwargs
             flat = parameter.ndim < 2 or name.rsplit(".", 1)[-1] in NO_DECAY
             (rest if flat else decay).append(parameter)
     groups = [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=lr, **kwargs)
+    optimizer = torch.optim.AdamW(groups, lr=lr, **kwargs)
+    clamp = getattr(unwrap(network), "clamp_temperature", None)
+    if clamp is not None:
+        optimizer.register_step_post_hook(lambda *_: clamp())
+    return optimizer
 
 
 def warmup_cosine(

@@ -18,8 +18,7 @@ import torch
 from ignite.engine import Engine, Events
 from torch import Tensor, nn
 
-from unimedi_components.distributed import broadcast, rank
-from unimedi_components.engines.handlers import unwrap
+from unimedi_components.distributed import broadcast, rank, unwrap
 from unimedi_components.engines.samples import spread_images
 from unimedi_components.networks.embed import PatchEmbed
 

@@ -38,7 +38,6 @@ __all__ = ["evaluate_detector"]
 Array = npt.NDArray[Any]
 Datalist = dict[str, Any]
 
-LOWEST_SCORE = 0.02
 CASE_IOU = 0.4
 _SHOWN = 8
 
@@ -55,7 +54,7 @@ def evaluate_detector(
     cache_dir: str | Path | None = None,
     bootstrap: int = 1000,
     seed: int = 0,
-    lowest_score: float = LOWEST_SCORE,
+    lowest_score: float | None = None,
 ) -> dict[str, Any]:
     """Measure a trained detector on one split, its boxes in pixels of the files; on rank 0, the others return at once.
 
@@ -72,7 +71,7 @@ def evaluate_detector(
         cache_dir: folder to keep prepared images in.
         bootstrap: resamples of the patients for intervals.
         seed: of the resamples.
-        lowest_score: boxes of lower score are not looked at.
+        lowest_score: boxes of lower score are not looked at; None: the network's own, as in its validation.
 
     Returns:
         the content of `metrics.json`: "split", "task", "checkpoint", "skipped_files" (images that could not be read)
@@ -87,7 +86,8 @@ def evaluate_detector(
         return {}
     network = load_network(checkpoint, device, kind="vitdet")
     own = network.hparams
-    network.select_boxes(min(lowest_score, own["score_threshold"]), own["nms_threshold"], own["max_boxes"])
+    lowest = own["lowest_score"] if lowest_score is None else lowest_score
+    network.select_boxes(min(lowest, own["score_threshold"]), own["nms_threshold"], own["max_boxes"])
     lists = datalist if isinstance(datalist, dict) else load_datalist(datalist, dataset_dir)
     shown = "the datalist" if isinstance(datalist, dict) else str(datalist)
     check_labels(network.card, lists, str(checkpoint), shown)
@@ -107,7 +107,7 @@ def evaluate_detector(
         "checkpoint": Path(checkpoint).name,
         "skipped_files": len(items) - len(cases["id"]),
         "unit": "pixels of the files",
-        "lowest_score": lowest_score,
+        "lowest_score": lowest,
         **detection_metrics(found, bootstrap=bootstrap, seed=seed),
     }
     if output_dir is not None:

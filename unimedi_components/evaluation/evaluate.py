@@ -100,7 +100,8 @@ def evaluate(
     random = untrained(trained)
     with tempfile.TemporaryDirectory(prefix="unimedi-evaluate-") as scratch:
         folder = Path(keep) if keep is not None else Path(scratch)
-        sets = {dim: heldout_items(dim, folder, patients, seed, workers, progress) for dim in _LAYOUTS}
+        punct = trained.keep_punct
+        sets = {dim: heldout_items(dim, folder, patients, seed, workers, progress, punct) for dim in _LAYOUTS}
         truth = {"findings": sets[2][2]["findings"], "studies": {**sets[2][2]["studies"], **sets[3][2]["studies"]}}
         options: dict[str, Any] = {"cache_dir": Path(scratch) / "cache", "progress": progress}
         found = {}
@@ -114,7 +115,7 @@ def evaluate(
         resamples = PatientResamples(patient for part in found["trained"].values() for patient in part.patients)
         common = (truth, resamples, folder / "paired_xrays")
         values = all_metrics(trained, found["trained"], *common, **options)
-        baseline = all_metrics(random, found["untrained"], *common, pixels=False, **options)
+        baseline = all_metrics(random, found["untrained"], *common, untrained=True, **options)
     intervals = {**values.pop("intervals"), **_untrained(baseline.pop("intervals"))}
     result = {**dict.fromkeys(HEADLINE), **values, **_untrained(baseline), "intervals": intervals}
     result.update({"checkpoint": str(checkpoint), "patients": patients, "seed": seed})
@@ -140,7 +141,13 @@ def _check_seed(pretrained: Pretrained, seed: int) -> None:
 
 
 def heldout_items(
-    dim: int, folder: Path, patients: int, seed: int, workers: int | None = None, progress: bool = True
+    dim: int,
+    folder: Path,
+    patients: int,
+    seed: int,
+    workers: int | None = None,
+    progress: bool = True,
+    keep_punct: bool = True,
 ) -> tuple[list[dict[str, Any]], Path, Mapping[str, Any]]:
     """Write phantoms of one dimension, convert them, take the first `patients` usable studies of all splits.
 
@@ -148,6 +155,7 @@ def heldout_items(
         dim: 2 for X-rays in MIMIC-CXR-JPG's layout, 3 for CT in BIMCV's.
         folder: the phantoms go into a folder of the layout's name in it.
         patients, seed, workers, progress: as in `evaluate`.
+        keep_punct: of the reports, as the network's training had it.
 
     Returns:
         the items, the root of their image paths, and the truth.
@@ -159,7 +167,7 @@ def heldout_items(
     root = folder / layout
     # Some patients have no usable study, as in the real sets.
     write_phantom(layout, root, patients=math.ceil(patients * 1.05) + 2, seed=seed, workers=workers, progress=progress)
-    datalist, truth = convert(root, progress=progress), load_truth(root)
+    datalist, truth = convert(root, keep_punct=keep_punct, progress=progress), load_truth(root)
     assert truth is not None
     by_id = {item["id"]: item for split in SPLITS for item in datalist[split]}
     items = [by_id[name] for name in truth["studies"] if name in by_id][:patients]

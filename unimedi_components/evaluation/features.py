@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +20,13 @@ from tqdm.auto import tqdm
 from unimedi_components.data.dataset import PretrainDataset
 from unimedi_components.data.loading import eval_loader
 from unimedi_components.data.phantom.paired import PAIRED
+from unimedi_components.data.text import as_trained
 from unimedi_components.data.transforms import ByDimension, ct_transforms, xray_transforms
 from unimedi_components.errors import DataError
 from unimedi_components.networks.output import ImageFeatures
 from unimedi_components.networks.pretrained import Pretrained
 
-__all__ = ["Features", "extract_features", "labels_of", "load_truth", "make_dataset", "pool"]
+__all__ = ["Features", "check_punct", "extract_features", "labels_of", "load_truth", "make_dataset", "pool"]
 
 Truth = Mapping[str, Mapping[str, Any]]
 
@@ -75,16 +77,33 @@ class Features:
         return [self.root / item["image"] for item in self.items]
 
 
+def check_punct(pretrained: Pretrained, lists: Mapping[str, Any]) -> None:
+    """Warn where a datalist's reports lack the punctuation that the network's training reports had.
+
+    Args:
+        pretrained: the network.
+        lists: the datalist; those of before meta.keep_punct pass.
+    """
+    meta = lists.get("meta", {})
+    if pretrained.keep_punct and meta.get("keep_punct") is False:
+        warnings.warn(
+            f"{meta.get('dataset', 'the datalist')}: its reports lost their punctuation, which those that the network "
+            "was trained on kept; prepare the data with --keep_punct for the values that it can reach",
+            stacklevel=3,
+        )
+
+
 def make_dataset(
     pretrained: Pretrained,
     items: Sequence[dict[str, Any]],
     root: str | Path,
     cache_dir: str | Path | None = None,
 ) -> PretrainDataset:
-    """The items as the network was trained to see them, by its card, without random transforms.
+    """The items as the network was trained to see them, by its card, reports as well, without random transforms.
 
     Args:
-        pretrained: its card holds "preprocessing": arguments of `xray_transforms` and `ct_transforms`.
+        pretrained: its card holds "preprocessing": arguments of `xray_transforms` and `ct_transforms`, and
+            "keep_punct".
         items: datalist items.
         root: folder of the data set.
         cache_dir: folder to keep prepared images in.
@@ -92,7 +111,9 @@ def make_dataset(
     preprocessing = pretrained.card["preprocessing"]
     two_d = {**preprocessing["xray"], "random_crop": False}
     transform = ByDimension(xray_transforms(**two_d), ct_transforms(**preprocessing["ct"]))
-    return PretrainDataset(items, transform, root, cache_dir, require_report=False)
+    texts = [as_trained(item.get("report") or "", pretrained.keep_punct) for item in items]
+    read = [{**item, "report": text} if text else item for item, text in zip(items, texts, strict=True)]
+    return PretrainDataset(read, transform, root, cache_dir, require_report=False)
 
 
 def extract_features(

@@ -17,6 +17,7 @@ from unimedi_components.evaluation.common_space import cross_search_metrics, pai
 from unimedi_components.evaluation.features import Features, labels_of
 from unimedi_components.evaluation.probe import linear_probe
 from unimedi_components.evaluation.retrieval import first_correct_rank, recall_chance
+from unimedi_components.evaluation.self_distillation import self_distillation_metrics
 from unimedi_components.evaluation.slices import slice_metrics
 from unimedi_components.evaluation.xray_attention import xray_attention_metrics
 from unimedi_components.metrics.bootstrap import PatientResamples
@@ -43,7 +44,7 @@ def all_metrics(
     truth: Mapping[str, Any] | None = None,
     resamples: PatientResamples | None = None,
     films: str | Path | None = None,
-    pixels: bool = True,
+    untrained: bool = False,
     **options: Any,
 ) -> Values:
     """All that can be measured on these features, with 95% intervals over patients under "intervals".
@@ -54,7 +55,7 @@ def all_metrics(
         truth: of `load_truth`, or None: then without what needs labels, boxes or lesions.
         resamples: of the patients; None gives no intervals.
         films: folder for the X-rays of the volumes' patients, reused if they are there; None for a temporary one.
-        pixels: probe the input beside the features.
+        untrained: the network has random weights: its run's self-distillation and the input's own probe are left out.
         options: of `extract_features`, for these X-rays.
     """
     kept = Measures(resamples)
@@ -63,9 +64,17 @@ def all_metrics(
     retrieval_metrics(features, kept)
     kept.values.update(collapse_metrics(features))
     network_metrics(pretrained, features, kept)
+    if not untrained and features:
+        items = [
+            {**item, "image": str(file.resolve())}
+            for p in features.values()
+            for item, file in zip(p.items, p.files, strict=True)
+        ]
+        root = next(iter(features.values())).root
+        kept.values.update(self_distillation_metrics(pretrained, items, root, options.get("cache_dir")))
     if truth is not None:
         studies = truth["studies"]
-        probe_metrics(features, truth, kept, pixels)
+        probe_metrics(features, truth, kept, pixels=not untrained)
         selection_metrics(pretrained, features, studies, kept)
         cross_search_metrics(features, studies, measures=kept)
         separation_metrics(features, studies, truth["findings"], kept)

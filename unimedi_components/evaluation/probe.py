@@ -19,7 +19,7 @@ from sklearn.preprocessing import StandardScaler
 
 from unimedi_components.metrics.bootstrap import resampled_auroc
 
-__all__ = ["STRENGTHS", "Fold", "LogisticProbe", "ProbeResult", "linear_probe"]
+__all__ = ["STRENGTHS", "Fold", "LogisticProbe", "ProbeResult", "linear_probe", "transfer_scores"]
 
 Array = npt.NDArray[Any]
 
@@ -231,3 +231,25 @@ def _probe_one(
             probe = LogisticProbe(strengths, seed=seed).fit(x[fit], y[fit], groups[fit])
             parts.append(Fold(held, probe.decision(x[held]), y[held]))
     return parts or "no fold holds patients with and without it"
+
+
+def transfer_scores(
+    train: npt.ArrayLike, labels: npt.ArrayLike, test: npt.ArrayLike, strengths: Sequence[float] = STRENGTHS
+) -> npt.NDArray[np.float64]:
+    """Decision values on other images of probes trained on these, one logistic regression per finding.
+
+    Args:
+        train: features to train on, (N, D), of a patient each; they alone set the standardisation and the penalty.
+        labels: 0 or 1 for each finding, (N, F).
+        test: features to score, (M, D).
+        strengths: values of C, see `LogisticProbe`.
+
+    Returns:
+        (M, F); a finding that the N images all have or all lack scores 0 everywhere, an AUROC of 0.5.
+    """
+    x, y, x_test = np.asarray(train, np.float64), np.asarray(labels), np.asarray(test, np.float64)
+    scores = np.zeros((len(x_test), y.shape[1]))
+    for column in range(y.shape[1]):
+        if len(np.unique(y[:, column])) == 2:
+            scores[:, column] = LogisticProbe(strengths).fit(x, y[:, column]).decision(x_test)
+    return scores

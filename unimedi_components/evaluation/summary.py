@@ -12,11 +12,12 @@ import numpy as np
 from unimedi_components.data.datalist import load_datalist, select, write_json
 from unimedi_components.distributed import rank
 from unimedi_components.engines.figures import CTView, XrayView, draw_loss_curves, draw_selection, draw_xrays
-from unimedi_components.evaluation.features import Features, extract_features, load_truth, make_dataset
+from unimedi_components.evaluation.features import Features, check_punct, extract_features, load_truth, make_dataset
 from unimedi_components.evaluation.metrics import all_metrics
 from unimedi_components.evaluation.slices import is_focal, lesion_mask
 from unimedi_components.metrics.bootstrap import PatientResamples
 from unimedi_components.networks.pretrained import Pretrained, load_pretrained
+from unimedi_components.provenance import provenance
 
 __all__ = ["after_training", "ct_views", "evaluate_datalist", "xray_views"]
 
@@ -52,8 +53,9 @@ def evaluate_datalist(
     Raises:
         DataError: the datalist or the truth is unreadable, or the split unknown.
     """
-    items = select(_parsed(datalist), split)
-    features = extract_features(pretrained, items, root, **options)
+    lists = _parsed(datalist)
+    check_punct(pretrained, lists)
+    features = extract_features(pretrained, select(lists, split), root, **options)
     return {"split": split, **_measured(pretrained, features, load_truth(truth or root), options)}
 
 
@@ -68,7 +70,8 @@ def after_training(
 ) -> dict[str, Any]:
     """Write what a finished training run has to show; on rank 0, the others return at once.
 
-    `metrics.json` holds the values of the test split, or of the validation split if there is no test item.
+    `metrics.json` holds the values of the test split, or of the validation split if there is no test item, `run.json`
+    the command, commit and machine.
     The figures show items of the first split that has any, in that order and training last; their titles say
     which: `loss_curves.png`, `slice_selection.png` (the paper's Fig. 5) and `xray_attention.png`.
 
@@ -99,6 +102,7 @@ def after_training(
     if history:
         values["training"] = {"iterations": history[-1]["iteration"], "loss": history[-1]["loss"]}
         draw_loss_curves(history, out / "loss_curves.png")
+    write_json(provenance(), out / "run.json")
     write_json(values, out / "metrics.json")
     if shown := _shown(pretrained, lists, root, 3, split, features, studies, options):
         views = ct_views(pretrained, shown[1], root, studies)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from unimedi_components.losses.classification import ClassificationLoss, probabilities
 from unimedi_components.losses.contrastive import contrastive_loss
 from unimedi_components.losses.detection import DetectionLoss
-from unimedi_components.losses.distillation import center_batch_mean, distillation_loss, update_center
+from unimedi_components.losses.distillation import balanced_center, distillation_loss, update_center
 from unimedi_components.losses.pretrain import UniMediLoss
 from unimedi_components.losses.segmentation import FocalDiceLoss
 
@@ -15,7 +15,7 @@ __all__ = [
     "DetectionLoss",
     "FocalDiceLoss",
     "UniMediLoss",
-    "center_batch_mean",
+    "balanced_center",
     "contrastive_loss",
     "distillation_loss",
     "probabilities",

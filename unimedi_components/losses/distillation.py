@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DINO / iBOT self-distillation loss computed in chunks of rows, and the centers of the teacher's logits.
+"""DINO / iBOT self-distillation loss computed in chunks of rows, and the centers that balance the teacher's targets.
 
 The direct computation holds about five N x K matrices (logits, soft targets, log-probabilities, gradients).
 Here each chunk of rows is scored, differentiated and forgotten, so what grows with N are the (N, b) gradients
@@ -8,6 +8,7 @@ alone.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from unimedi_components.distributed import all_reduce_sum, is_distributed, world_size
 
-__all__ = ["center_batch_mean", "distillation_loss", "update_center"]
+__all__ = ["balanced_center", "distillation_loss", "update_center"]
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -32,16 +33,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         teacher_bias: Tensor,
         teacher_temp: float,
         weight: Tensor | None,
+        groups: Sequence[int],
         chunk_size: int,
     ) -> Tensor:
         need_rows, need_prototypes = ctx.needs_input_grad[:2]
         grad_rows = torch.empty_like(student) if need_rows else None
         grad_prototypes = torch.zeros_like(student_prototypes) if need_prototypes else None
         total = student.new_zeros(())
-        for start in range(0, student.shape[0], chunk_size):
-            part = slice(start, start + chunk_size)
+        for bias, part in _chunks(teacher_bias, groups, chunk_size):
             rows = student[part]
-            target = torch.addmm(teacher_bias, teacher[part], teacher_prototypes.T, alpha=1 / teacher_temp)
+            target = torch.addmm(bias, teacher[part], teacher_prototypes.T, alpha=1 / teacher_temp)
             target = torch.softmax(target, dim=1)
             log_prob = torch.log_softmax(rows @ student_prototypes.T, dim=1)
             grad_logits = log_prob.exp().sub_(target) if need_rows or need_prototypes else None
@@ -64,7 +65,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_rows, grad_prototypes = ctx.saved_tensors
         rows = None if grad_rows is None else grad_rows * grad
         prototypes = None if grad_prototypes is None else grad_prototypes * grad
-        return rows, prototypes, None, None, None, None, None, None
+        return rows, prototypes, *[None] * 7
+
+
+def _chunks(bias: Tensor, groups: Sequence[int], chunk_size: int) -> Iterator[tuple[Tensor, slice]]:
+    """The bias and the rows of every chunk; no chunk crosses from one group into the next."""
+    end = 0
+    for row, size in zip(bias, groups, strict=True):
+        start, end = end, end + size
+        for first in range(start, end, chunk_size):
+            yield row, slice(first, min(first + chunk_size, end))
 
 
 def distillation_loss(
@@ -77,6 +87,7 @@ def distillation_loss(
     teacher_temp: float,
     weight: Tensor | None = None,
     chunk_size: int = 128,
+    groups: Sequence[int] | None = None,
 ) -> Tensor:
     """DINO's cross-entropy between the centered, sharpened teacher and the student, averaged over rows.
 
@@ -89,11 +100,12 @@ def distillation_loss(
     Args:
         student, teacher: bottleneck features, (N, b).
         student_prototypes, teacher_prototypes: last-layer weights, (K, b).
-        center: running mean of the teacher's logits, (K,).
+        center: what is taken off the teacher's logits, (K,), or one row for each of `groups`, (G, K).
         student_temp, teacher_temp: softmax temperatures.
         weight: weight of each row, (N,); the mean is then sum(weight * loss) / sum(weight). None for equal
             weights.
         chunk_size: rows at a time; 128 rows of 65,536 prototypes are 32 MiB per buffer.
+        groups: how many rows each row of `center` is for, one after another; None for all rows, with one center.
 
     Returns:
         Scalar; zero, still connected to its inputs, if no rank has a row.
@@ -101,7 +113,9 @@ def distillation_loss(
     Raises:
         ValueError: shapes do not fit together, or a chunk without rows.
     """
-    _check_shapes(student, teacher, student_prototypes, teacher_prototypes, center, weight)
+    center = center if center.ndim == 2 else center[None]
+    groups = [student.shape[0]] if groups is None else list(groups)
+    _check_shapes(student, teacher, student_prototypes, teacher_prototypes, center, weight, groups)
     if chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
     dtype = torch.promote_types(student.dtype, torch.float32)
@@ -115,6 +129,7 @@ def distillation_loss(
             center.detach().to(dtype) / -teacher_temp,
             teacher_temp,
             row_weight,
+            groups,
             chunk_size,
         )
     weight_sum = loss_sum.new_tensor(student.shape[0]) if row_weight is None else row_weight.sum()
@@ -134,55 +149,84 @@ def _check_shapes(
     teacher_prototypes: Tensor,
     center: Tensor,
     weight: Tensor | None,
+    groups: Sequence[int],
 ) -> None:
     if student.ndim != 2 or student.shape != teacher.shape:
         raise ValueError(f"student {tuple(student.shape)} and teacher {tuple(teacher.shape)} must both be (N, b)")
-    shape = (center.shape[0], student.shape[1])
+    shape = (center.shape[1], student.shape[1])
     for name, prototypes in (("student", student_prototypes), ("teacher", teacher_prototypes)):
         if tuple(prototypes.shape) != shape:
             raise ValueError(f"{name}_prototypes are {tuple(prototypes.shape)}, expected (K, b) = {shape}")
+    if len(groups) != len(center) or sum(groups) != student.shape[0]:
+        raise ValueError(f"groups of {groups} rows do not share {student.shape[0]} rows among {len(center)} centers")
     if weight is not None and tuple(weight.shape) != (student.shape[0],):
         raise ValueError(f"weight is {tuple(weight.shape)}, expected (N,) = ({student.shape[0]},)")
 
 
 @torch.no_grad()
-def _feature_sum(teacher: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Sum of the rows of all ranks, (b,), and their number."""
-    rows = teacher.to(torch.promote_types(teacher.dtype, dtype))
-    packed = all_reduce_sum(torch.cat([rows.sum(0), rows.new_tensor([rows.shape[0]])]))
-    return packed[:-1], packed[-1]
+def update_center(
+    center: Tensor, teacher: Tensor, teacher_prototypes: Tensor, momentum: float = 0.9, weight: Tensor | None = None
+) -> None:
+    """Move `center` in place to momentum * center + (1 - momentum) * mean of the teacher's logits, as in DINO.
 
-
-@torch.no_grad()
-def center_batch_mean(teacher: Tensor, teacher_prototypes: Tensor) -> Tensor:
-    """Mean of the teacher's logits over the rows of all ranks, by linearity the logits of the mean row.
-
-    Args:
-        teacher: bottleneck features, (N, b); N may differ between ranks.
-        teacher_prototypes: (K, b).
-
-    Returns:
-        (K,), in fp32 at least; zeros if no rank has a row.
-    """
-    with torch.autocast(teacher.device.type, enabled=False):
-        total, count = _feature_sum(teacher, torch.float32)
-        return teacher_prototypes.to(total.dtype) @ (total / count.clamp(min=1))
-
-
-@torch.no_grad()
-def update_center(center: Tensor, teacher: Tensor, teacher_prototypes: Tensor, momentum: float = 0.9) -> None:
-    """Move `center` in place to momentum * center + (1 - momentum) * batch mean, as in DINO.
-
-    Without a row on any rank it stays as it is.
+    The mean is over the rows of all ranks; by linearity it is the logits of the mean row. Without a row on any rank
+    the center stays as it is.
 
     Args:
         center: (K,).
-        teacher: bottleneck features, (N, b).
+        teacher: bottleneck features, (N, b); N may differ between ranks.
         teacher_prototypes: (K, b).
         momentum: share of the old center that is kept.
+        weight: weight of each row, (N,), as in the loss; None for equal weights.
     """
     with torch.autocast(teacher.device.type, enabled=False):
-        total, count = _feature_sum(teacher, torch.float32)
-        mean = teacher_prototypes.to(total.dtype) @ (total / count.clamp(min=1))
-        # A select instead of a branch on the count, which would make the GPU wait.
-        center.copy_(torch.where(count > 0, center.to(mean.dtype).lerp(mean, 1 - momentum), center.to(mean.dtype)))
+        rows = teacher.to(torch.promote_types(teacher.dtype, torch.float32))
+        weight = rows.new_ones(len(rows)) if weight is None else weight.to(rows.dtype)
+        packed = all_reduce_sum(torch.cat([weight @ rows, weight.sum()[None]]))
+        mean = teacher_prototypes.to(rows.dtype) @ (packed[:-1] / torch.where(packed[-1] > 0, packed[-1], 1.0))
+        # A select instead of a branch on the weight, which would make the GPU wait.
+        moved = center.to(mean.dtype).lerp(mean, 1 - momentum)
+        center.copy_(torch.where(packed[-1] > 0, moved, center.to(mean.dtype)))
+
+
+@torch.no_grad()
+def balanced_center(
+    center: Tensor,
+    teacher: Tensor,
+    teacher_prototypes: Tensor,
+    teacher_temp: float,
+    rounds: int = 3,
+    chunk_size: int = 128,
+) -> Tensor:
+    """Center with which every prototype gets its share of a batch: Sinkhorn-Knopp (SwAV, DINOv2) as a center.
+
+    Sinkhorn-Knopp scales the rows and columns of exp(logits / teacher_temp) in turn. The scale of a row is what
+    softmax does anyway, and that of a column is a shift of its logits, so that the balanced assignment is
+    softmax((logits - center) / teacher_temp) with the center returned here. It begins at the center given, so that a
+    running one lets few rounds do, and never holds an N x K matrix.
+
+    Args:
+        center: where to begin, (K,).
+        teacher: bottleneck features, (N, b); N may differ between ranks.
+        teacher_prototypes: (K, b).
+        teacher_temp: the teacher's temperature.
+        rounds: of both scalings.
+        chunk_size: rows at a time.
+
+    Returns:
+        (K,) in fp32 at least; `center` if no rank has a row.
+    """
+    with torch.autocast(teacher.device.type, enabled=False):
+        rows = teacher.to(torch.promote_types(teacher.dtype, torch.float32)) / teacher_temp
+        prototypes = teacher_prototypes.to(rows.dtype)
+        shift = center.to(rows.dtype) / -teacher_temp
+        for _ in range(rounds):
+            share = torch.cat([torch.zeros_like(shift), shift.new_tensor([len(rows)])])
+            for part in rows.split(chunk_size) if len(rows) else ():
+                share[:-1] += torch.softmax(torch.addmm(shift, part, prototypes.T), dim=1).sum(0)
+            share = all_reduce_sum(share)
+            # A prototype that no row is near gets a finite lift; without rows nothing moves.
+            step = torch.log(share[:-1] * (len(shift) / share[-1].clamp(min=1)) + 1e-8)
+            shift = shift - torch.where(share[-1] > 0, step, torch.zeros_like(step))
+        # softmax ignores a common shift; without one the running center stays bounded
+        return (shift - shift.mean()) * -teacher_temp

@@ -113,12 +113,24 @@ class BoxDetector(RetinaNetDetector):
             found.append(torch.stack(list(losses.values())).sum())
         return found
 
-    def boxes(self, images: Tensor, maps: Mapping[str, Sequence[Tensor]]) -> list[dict[str, Tensor]]:
-        """Selected boxes of each image: "boxes" (n, 4) clipped to it, "labels" (n,), "scores" (n,), highest first."""
+    def boxes(
+        self, images: Tensor, maps: Mapping[str, Sequence[Tensor]], lowest_score: float | None = None
+    ) -> list[dict[str, Tensor]]:
+        """Selected boxes of each image: "boxes" (n, 4) clipped to it, "labels" (n,), "scores" (n,), highest first.
+
+        Args:
+            images, maps: see `losses`.
+            lowest_score: for this call in place of the selector's threshold, where it is lower.
+        """
         # MONAI's suppression copies the boxes, which those with a history refuse
         rows, anchors, places = self.read(images, {key: [x.detach() for x in value] for key, value in maps.items()})
         size = [images.shape[-1], images.shape[-2]]
-        found = self.postprocess_detections(rows, anchors, [size] * len(images), places)
+        usual = self.box_selector.score_thresh
+        self.box_selector.score_thresh = usual if lowest_score is None else min(lowest_score, usual)
+        try:
+            found = self.postprocess_detections(rows, anchors, [size] * len(images), places)
+        finally:
+            self.box_selector.score_thresh = usual
         names = {self.target_box_key: "boxes", self.target_label_key: "labels", self.pred_score_key: "scores"}
         return [{names[key]: value for key, value in row.items()} for row in found]
 

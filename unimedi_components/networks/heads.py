@@ -111,6 +111,9 @@ class DINOHead(nn.Module):
         bottleneck_dim: width b of the output.
         nlayers: number of linear layers before the prototypes.
         norm_last_layer: keep the prototypes at unit norm.
+        center_kinds: number of kinds of token whose bottleneck features are centered each by their own mean, before
+            they get unit norm; 0 centers nothing, as DINO. What all tokens of a kind share says nothing about their
+            image, and where it is large it alone decides which prototype is nearest.
     """
 
     def __init__(
@@ -121,8 +124,18 @@ class DINOHead(nn.Module):
         bottleneck_dim: int = 256,
         nlayers: int = 3,
         norm_last_layer: bool = True,
+        center_kinds: int = 0,
     ) -> None:
         super().__init__()
+        self.hparams = {
+            "in_dim": in_dim,
+            "out_dim": out_dim,
+            "hidden_dim": hidden_dim,
+            "bottleneck_dim": bottleneck_dim,
+            "nlayers": nlayers,
+            "norm_last_layer": norm_last_layer,
+            "center_kinds": center_kinds,
+        }
         widths = [in_dim, *[hidden_dim] * (max(nlayers, 1) - 1), bottleneck_dim]
         layers: list[nn.Module] = []
         for before, after in pairwise(widths):
@@ -134,20 +147,27 @@ class DINOHead(nn.Module):
         # DINO holds a single layer without a container, which decides its state keys.
         self.mlp = nn.Sequential(*layers) if len(layers) > 1 else layers[0]
         self.last_layer = _Prototypes(bottleneck_dim, out_dim, norm_last_layer)
+        self.center = (
+            ModalityBatchNorm1d(bottleneck_dim, center_kinds, affine=False, scale=False) if center_kinds else None
+        )
 
     @property
     def prototypes(self) -> Tensor:
         """Weights of the last layer, (out_dim, bottleneck_dim); rows of unit norm if `norm_last_layer`."""
         return self.last_layer.weight
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, kind: Tensor | None = None) -> Tensor:
         """Bottleneck features.
 
         Args:
-            x: tokens, (..., in_dim).
+            x: tokens, (..., in_dim); (N, in_dim) where kinds are centered.
+            kind: index of each row's kind of token, (N,); needed with `center_kinds` above 1 alone.
 
         Returns:
             (..., bottleneck_dim), rows of unit norm, in fp32 at least.
         """
         x = self.mlp(x)
-        return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        if self.center is not None:
+            x = self.center(x, kind)
+        return F.normalize(x, dim=-1)

@@ -29,6 +29,7 @@ class ModalityBatchNorm1d(nn.Module):
         affine: learn a scale and a shift.
         eps: added to the variance.
         momentum: weight of the batch in the running statistics.
+        scale: divide by the standard deviation; False only takes the mean off.
     """
 
     running_mean: Tensor
@@ -42,14 +43,11 @@ class ModalityBatchNorm1d(nn.Module):
         affine: bool = True,
         eps: float = 1e-5,
         momentum: float = 0.1,
+        scale: bool = True,
     ) -> None:
         super().__init__()
-        self.num_features, self.num_modalities, self.eps, self.momentum = (
-            num_features,
-            num_modalities,
-            eps,
-            momentum,
-        )
+        self.num_features, self.num_modalities, self.scale = num_features, num_modalities, scale
+        self.eps, self.momentum = eps, momentum
         self.weight = nn.Parameter(torch.ones(num_features)) if affine else None
         self.bias = nn.Parameter(torch.zeros(num_features)) if affine else None
         self.register_buffer("running_mean", torch.zeros(num_modalities, num_features))
@@ -83,7 +81,9 @@ class ModalityBatchNorm1d(nn.Module):
                 mean, var = self._training_statistics(rows, modality)
             else:
                 mean, var = self.running_mean, self.running_var
-            out = (rows - mean[modality]) * torch.rsqrt(var + self.eps)[modality]
+            out = rows - mean[modality]
+            if self.scale:
+                out = out * torch.rsqrt(var + self.eps)[modality]
             if self.weight is not None and self.bias is not None:
                 out = out * self.weight + self.bias
         return out.to(x.dtype)

@@ -64,6 +64,8 @@ class UniMediOutput:
             self-distillation.
         student_patches, teacher_patches: the same for the patch tokens in the loss, flattened over batch, (N, b).
         patch_weight: weight of each patch row, (N,); None for equal weights.
+        cls_groups: how many of the CLS rows are X-rays and volumes, in this order.
+        patch_groups: how many of the patch rows are of X-rays, volumes and slices, in this order.
         student_prototypes, teacher_prototypes: unit-norm last-layer weights of the DINO heads, (K, b).
         selected: indices of the slices chosen for each volume, (B3, k), or None.
         slice_scores: Eq. 2 scores of each slab, (B3, S), or None.
@@ -78,6 +80,8 @@ class UniMediOutput:
     student_patches: Tensor | None = None
     teacher_patches: Tensor | None = None
     patch_weight: Tensor | None = None
+    cls_groups: tuple[int, ...] | None = None
+    patch_groups: tuple[int, ...] | None = None
     student_prototypes: Tensor | None = None
     teacher_prototypes: Tensor | None = None
     selected: Tensor | None = None

@@ -42,9 +42,15 @@ class Pretrained:
     card: dict[str, Any]
     path: Path
 
+    @property
+    def keep_punct(self) -> bool:
+        """Whether its training reports kept their punctuation; cards without the key are of runs that kept it."""
+        return bool(self.card["preprocessing"].get("keep_punct", True))
+
 
 def make_card(network: UniMedI, preprocessing: Mapping[str, Any], **extra: Any) -> dict[str, Any]:
     """Describe a network so that `load_pretrained` can build it: sizes, selection, and the input's preparation."""
+    head = {} if network.dino_head is None else {"dino_head": network.dino_head.hparams}
     return {
         "format": 1,
         "encoder": network.encoder.hparams,
@@ -57,6 +63,7 @@ def make_card(network: UniMedI, preprocessing: Mapping[str, Any], **extra: Any) 
             "pseudo_pairs": network.pseudo_pairs,
         },
         "preprocessing": dict(preprocessing),
+        **head,
         **extra,
     }
 

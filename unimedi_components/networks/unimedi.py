@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,14 +17,12 @@ from torch import Tensor, nn
 
 from unimedi_components import selection
 from unimedi_components.networks.heads import DINOHead, ProjectionHead
-from unimedi_components.networks.masking import masked_pass
+from unimedi_components.networks.masking import MODALITIES, Compared, compare, masked_pass
 from unimedi_components.networks.output import EncoderOutput, ImageFeatures, UniMediOutput
 from unimedi_components.networks.report_encoder import ReportEncoder
 from unimedi_components.networks.unified_vit import UnifiedViT
 
 __all__ = ["UniMedI"]
-
-MODALITIES = ("image2d", "image3d")
 
 
 @dataclass(frozen=True)
@@ -32,9 +30,7 @@ class _View:
     """One modality's share of a step: the student's CLS, and what distillation compares."""
 
     cls: Tensor
-    student: EncoderOutput | None = None
-    teacher: EncoderOutput | None = None
-    patch_weight: Tensor | None = None
+    compared: list[Compared] = field(default_factory=list)
     selected: Tensor | None = None
     scores: Tensor | None = None
 
@@ -63,6 +59,8 @@ class UniMedI(nn.Module):
         mask_mode: "mask_token" replaces masked tokens, "drop" leaves them out (about half the cost at ratio 0.5).
         mask_block: see `selection.keep_tokens`.
         patch_loss_on: "all", "masked" or "visible" patch tokens; "drop" sees the visible ones only.
+        segment_dropout: share of the volumes whose student sees one segment of the pseudo-pair alone, half of them the
+            volume and half the slices, while the teacher sees both: "recover 2D images from 3D ones and vice versa".
         vl_on_full: take L_vl from a second, unmasked student pass (about twice the cost) instead of the masked one.
         init_temperature: start of the learnable temperature of L_vl.
         learn_temperature: False keeps it fixed (MGCA).
@@ -88,6 +86,7 @@ class UniMedI(nn.Module):
         mask_mode: str = "mask_token",
         mask_block: int = 1,
         patch_loss_on: str | None = None,
+        segment_dropout: float = 0.0,
         vl_on_full: bool = False,
         init_temperature: float = 0.07,
         learn_temperature: bool = True,
@@ -101,6 +100,8 @@ class UniMedI(nn.Module):
             raise ValueError(
                 f"mask_mode 'drop' leaves only visible tokens; patch_loss_on={patch_loss_on!r} needs 'mask_token'"
             )
+        if not 0.0 <= segment_dropout <= 1.0:
+            raise ValueError(f"segment_dropout must be in [0, 1], not {segment_dropout}")
         head = dino_head if self_distillation else None
         if self_distillation and head is None:
             raise ValueError("self_distillation needs a dino_head")
@@ -117,7 +118,7 @@ class UniMedI(nn.Module):
         )
         self.self_distillation = self_distillation
         self.mask_ratio, self.mask_mode, self.mask_block = mask_ratio, mask_mode, mask_block
-        self.patch_loss_on, self.vl_on_full = patch_loss_on, vl_on_full
+        self.patch_loss_on, self.segment_dropout, self.vl_on_full = patch_loss_on, segment_dropout, vl_on_full
         self.log_temperature = nn.Parameter(
             torch.tensor(math.log(1.0 / init_temperature)), requires_grad=learn_temperature
         )
@@ -128,8 +129,13 @@ class UniMedI(nn.Module):
 
     @property
     def logit_scale(self) -> Tensor:
-        """1 / temperature, at most 100 as in CLIP."""
-        return self.log_temperature.clamp(max=math.log(100.0)).exp()
+        """1 / temperature."""
+        return self.log_temperature.exp()
+
+    @torch.no_grad()
+    def clamp_temperature(self) -> None:
+        """After an optimizer step keep 1 / temperature in [1, 100], as CLIP: a clamp in the loss ends its gradient."""
+        self.log_temperature.clamp_(0.0, math.log(100.0))
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
@@ -173,7 +179,7 @@ class UniMedI(nn.Module):
             modality=modality,
             selected=volume.selected if volume else None,
             slice_scores=volume.scores if volume else None,
-            **self._distillation(list(views.values())),
+            **self._distillation(views),
         )
 
     def encode_image(self, image: Tensor, use_slices: bool = True) -> ImageFeatures:
@@ -203,13 +209,18 @@ class UniMedI(nn.Module):
         return self.text_projection(self.report_encoder(input_ids, attention_mask), modality)
 
     @torch.no_grad()
-    def select(self, volume: Tensor) -> tuple[Tensor, Tensor]:
-        """Slices that the selector chooses and the slab scores of Eq. 2: (B3, k) and (B3, S)."""
+    def select(self, volume: Tensor, by: UnifiedViT | None = None) -> tuple[Tensor, Tensor]:
+        """Slices that the selector chooses and the slab scores of Eq. 2: (B3, k) and (B3, S).
+
+        Args:
+            volume: (B3, C, D, H, W).
+            by: encoder whose attention decides, instead of that of `selector`.
+        """
         grid = self.encoder.token_grids(volume)[0]
-        if self.selector == "random" or self.num_slices == 0:
+        if by is None and (self.selector == "random" or self.num_slices == 0):
             scores = selection.random_scores(len(volume), grid[0], volume.device)
         else:
-            selector = self.teacher if self.selector == "teacher" else self.encoder
+            selector = by or (self.teacher if self.selector == "teacher" else self.encoder)
             assert selector is not None
             attention = selector(volume, return_attention=True).attention
             scores = selection.slice_scores(attention, grid)
@@ -231,31 +242,34 @@ class UniMedI(nn.Module):
         assert self.teacher is not None
         with torch.no_grad():
             teacher = self.teacher(*inputs, return_attention=True)
+        compared = self._masked(inputs, teacher)
+        cls = self.encoder(*inputs).cls if self.vl_on_full else torch.cat([part.student.cls for part in compared])
+        return _View(cls, compared, selected, scores)
+
+    def _masked(self, inputs: tuple[Tensor, ...], teacher: EncoderOutput) -> list[Compared]:
+        """The student's masked passes over one modality, consecutive samples in each."""
+        assert teacher.attention is not None
         grids = self.encoder.token_grids(*inputs[:2])
         keep = selection.keep_tokens(teacher.attention, grids, self.mask_ratio, block=self.mask_block)
-        student, teacher, weight = masked_pass(
-            self.encoder, inputs, keep, teacher, drop=self.mask_mode == "drop", loss_on=self.patch_loss_on
-        )
-        cls = self.encoder(*inputs).cls if self.vl_on_full else student.cls
-        return _View(cls, student, teacher, weight, selected, scores)
+        alone = int(len(keep) * self.segment_dropout / 2) if len(grids) > 1 else 0
+        options: dict[str, Any] = {"mask_ratio": self.mask_ratio, "block": self.mask_block}
+        options |= {"drop": self.mask_mode == "drop", "loss_on": self.patch_loss_on}
+        compared, start = [], 0
+        for segment, count in ((0, alone), (1, alone), (None, len(keep) - 2 * alone)):
+            if count == 0:
+                continue
+            rows = slice(start, start + count)
+            start += count
+            part = EncoderOutput(teacher.cls[rows], teacher.patches[rows])
+            shown = tuple(tensor[rows] for tensor in inputs)
+            compared.append(masked_pass(self.encoder, shown, keep[rows], part, grids, segment=segment, **options))
+        return compared
 
-    def _distillation(self, views: list[_View]) -> dict[str, Tensor]:
-        """DINO bottleneck features of CLS and patch tokens over all modalities."""
+    def _distillation(self, views: Mapping[str, _View]) -> dict[str, Any]:
+        """What the self-distillation losses compare over all modalities; empty in evaluation mode."""
         if self.dino_head is None or self.teacher_head is None or not self.training:
             return {}
-        students = [view.student for view in views if view.student is not None]
-        teachers = [view.teacher for view in views if view.teacher is not None]
-        result = {
-            "student_cls": self.dino_head(torch.cat([s.cls for s in students])),
-            "student_patches": self.dino_head(torch.cat([s.patches.flatten(0, 1) for s in students])),
-            "student_prototypes": self.dino_head.prototypes,
-            "patch_weight": torch.cat([view.patch_weight for view in views if view.patch_weight is not None]),
-        }
-        with torch.no_grad():
-            result["teacher_cls"] = self.teacher_head(torch.cat([t.cls for t in teachers]))
-            result["teacher_patches"] = self.teacher_head(torch.cat([t.patches.flatten(0, 1) for t in teachers]))
-            result["teacher_prototypes"] = self.teacher_head.prototypes
-        return result
+        return compare({name: view.compared for name, view in views.items()}, self.dino_head, self.teacher_head)
 
     def _unused(self, views: Mapping[str, _View]) -> Tensor:
         """Zero that touches the parameters which this batch leaves out, so that DDP finds a gradient for each."""

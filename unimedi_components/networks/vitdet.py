@@ -41,6 +41,7 @@ class ViTDet(nn.Module):
         aspect_ratios: height over width of the anchors.
         candidates, alpha, gamma: see `BoxDetector`.
         score_threshold: boxes of lower score are left out.
+        lowest_score: the same where targets are given: average precision counts unlikely boxes too.
         nms_threshold: of boxes that overlap by a larger IoU the likelier stays.
         max_boxes: at most so many per image.
 
@@ -72,6 +73,7 @@ class ViTDet(nn.Module):
         alpha: float = 0.25,
         gamma: float = 2.0,
         score_threshold: float = 0.05,
+        lowest_score: float = 0.02,
         nms_threshold: float = 0.5,
         max_boxes: int = 100,
     ) -> None:
@@ -99,6 +101,7 @@ class ViTDet(nn.Module):
             "alpha": alpha,
             "gamma": gamma,
             "score_threshold": score_threshold,
+            "lowest_score": lowest_score,
             "nms_threshold": nms_threshold,
             "max_boxes": max_boxes,
         }
@@ -171,9 +174,9 @@ class ViTDet(nn.Module):
         if self.training:
             assert targets is not None
             return self.detector.losses(image, maps, targets)
-        found = self.detector.boxes(image, maps)
         if targets is None:
-            return found
+            return self.detector.boxes(image, maps)
+        found = self.detector.boxes(image, maps, self.hparams["lowest_score"])
         losses = self.detector.losses_per_image(image, maps, targets)
         return [{**row, "loss": loss} for row, loss in zip(found, losses, strict=True)]
 

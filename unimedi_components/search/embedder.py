@@ -16,8 +16,9 @@ from tqdm.auto import tqdm
 
 from unimedi_components.data.datalist import SPLITS, load_datalist, select
 from unimedi_components.data.inputs import find_images, image_loader
+from unimedi_components.data.text import as_trained
 from unimedi_components.errors import DataError
-from unimedi_components.evaluation.features import make_dataset
+from unimedi_components.evaluation.features import check_punct, make_dataset
 from unimedi_components.networks.pretrained import Pretrained, load_pretrained
 from unimedi_components.search.embeddings import Embeddings, entry_of
 
@@ -155,7 +156,7 @@ class Embedder:
 
     @torch.no_grad()
     def sentences(self, texts: Sequence[str], dim: int) -> Tensor:
-        """Embed sentences or reports as they stand.
+        """Embed sentences or reports in the form of the network's training reports, see `data.text.as_trained`.
 
         Args:
             texts: any number.
@@ -168,14 +169,13 @@ class Embedder:
             DataError: a text holds no word.
         """
         length = self.card["preprocessing"].get("max_length", 112)
-        # as datalists hold reports; whole sentences are not asked for, unlike there
-        lowered = [" ".join(text.lower().split()) for text in texts]
-        for text in lowered:
+        for text in texts:
             if not any(letter.isalpha() for letter in text):
-                raise DataError(f"the text {text!r} holds no word")
+                raise DataError(f"the text {' '.join(text.lower().split())!r} holds no word")
+        read = [as_trained(text, self.pretrained.keep_punct, min_tokens=1) for text in texts]
         rows = [torch.empty(0, self.network.text_projection.output.out_features)]
-        for start in range(0, len(lowered), _BATCH):
-            part = lowered[start : start + _BATCH]
+        for start in range(0, len(read), _BATCH):
+            part = read[start : start + _BATCH]
             tokens = self.pretrained.tokenizer(
                 part, truncation=True, max_length=length, padding=True, return_tensors="pt"
             ).to(self.device)
@@ -197,7 +197,8 @@ class Embedder:
         for dim in (2, 3):
             own = [i for i, item in enumerate(known) if item["dim"] == dim]
             if own:
-                found = self.sentences([known[i]["report"] for i in own], dim).numpy()
+                texts = [as_trained(known[i]["report"], self.pretrained.keep_punct) for i in own]
+                found = self.sentences(texts, dim).numpy()
                 embed = embed if embed.shape[1] else np.zeros((len(known), found.shape[1]), np.float32)
                 embed[own] = found
         entries = [dict(entry_of(item["id"], "report", item["dim"], text=item["report"])) for item in known]
@@ -216,6 +217,7 @@ class Embedder:
             DataError: the datalist cannot be used, the split is empty, or not one image could be read.
         """
         content = load_datalist(path, root)
+        check_punct(self.pretrained, content)
         items = [item for name in (SPLITS if split == "all" else (split,)) for item in select(content, name)]
         if not items:
             raise DataError(f"{path}: the split {split!r} is empty; choose another, or all")

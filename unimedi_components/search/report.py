@@ -21,6 +21,7 @@ from unimedi_components.distributed import rank
 from unimedi_components.engines.classification_figures import RocCurve, draw_roc
 from unimedi_components.engines.predictions import write_csv
 from unimedi_components.errors import ConfigError, DataError
+from unimedi_components.evaluation.features import check_punct
 from unimedi_components.evaluation.label_tables import NOT_MENTIONED, label_table
 from unimedi_components.evaluation.metrics import retrieval_metrics
 from unimedi_components.evaluation.protocols import exclusive_sample
@@ -97,6 +98,7 @@ def evaluate_search(
         return {}
     sets = load_prompt_sets(prompts)
     lists = load_datalist(datalist, dataset_dir)
+    check_punct(embedder.pretrained, lists)
     items, meta = _items(lists, split, str(datalist)), lists.get("meta", {})
     samples = []
     if protocols:

@@ -15,15 +15,16 @@ __all__ = ["read_reports"]
 _DIMS = {"2": 2, "3": 3}
 
 
-def read_reports(path: str | Path, dim: int | None = None) -> list[dict[str, Any]]:
+def read_reports(path: str | Path, dim: int | None = None, keep_punct: bool = True) -> list[dict[str, Any]]:
     """Items of a csv (tsv by its ending) with the columns id and report, and dim unless it is given.
 
     Args:
         path: the table.
         dim: what all reports are about, 2 for X-rays or 3 for volumes; a column dim comes first.
+        keep_punct: of the reports, as the network's training had it.
 
     Returns:
-        {"id", "dim", "report"} of each row that has a report, cleaned as `prepare` cleans them, with sentences kept.
+        {"id", "dim", "report"} of each row that has a report, cleaned as `prepare` cleans them.
 
     Raises:
         DataError: the table lacks a column, a row has no usable dim or an id that another one has, or there is no
@@ -38,7 +39,7 @@ def read_reports(path: str | Path, dim: int | None = None) -> list[dict[str, Any
         if own not in _DIMS:
             raise DataError(f"{path}, line {number}: dim is {own!r}; use 2 for X-rays or 3 for volumes")
         # a report of single words is nothing to clean
-        text = clean_report(row["report"], keep_punct=True).text or row["report"].strip()
+        text = clean_report(row["report"], keep_punct).text or row["report"].strip()
         if text:
             if row["id"] in items:
                 raise DataError(f"{path}, line {number}: the id {row['id']!r} comes twice; give every report its own")

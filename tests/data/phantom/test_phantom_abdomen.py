@@ -191,9 +191,9 @@ def test_converters_read_the_folders(bcv_root, amos_root):
     assert {item["id"] for part in ("training", "test") for item in found[part]} == set(truth_of(bcv_root))
     assert (len(found["training"]), len(found["test"])) == (14, 6)
     found = amos_converter.convert(amos_root, progress=False)
-    assert {item["id"] for part in ("training", "validation") for item in found[part]} == set(truth_of(amos_root))
-    assert (len(found["training"]), len(found["validation"])) == (14, 6)
-    for root, items in ((amos_root, found["training"]), (amos_root, found["validation"])):
+    assert {item["id"] for part in ("training", "test") for item in found[part]} == set(truth_of(amos_root))
+    assert (len(found["training"]), len(found["validation"]), len(found["test"])) == (14, 0, 6)
+    for root, items in ((amos_root, found["training"]), (amos_root, found["test"])):
         assert all(truth_of(root)[item["id"]]["mask"] == item["mask"] for item in items)
 
 

@@ -12,7 +12,7 @@ from unimedi_components.data.phantom.reports import Report, write_report
 from unimedi_components.data.phantom.studies import make_patient
 
 KEYWORDS = {
-    "nodule": r"nodul|\bmass\b",
+    "nodule": r"nodul|\bmass(es)?\b",
     "consolidation": r"consolidat|airspace",
     "ground_glass": r"ground.glass|hazy",
     "effusion": r"effusion|pleural fluid",
@@ -22,8 +22,10 @@ KEYWORDS = {
     "edema": r"\bedema|congestion|septal|perihilar",
 }
 DENIAL = re.compile(r"^(no |there is no |negative for )", re.IGNORECASE)
-HEALTHY_HEART = r"heart is normal|heart size is normal|cardiac silhouette is within|cardiac size is unremarkable"
-HEALTHY_HEART += r"|chambers are not|contour and size are normal|normal caliber"
+HEALTHY_HEART = (
+    r"heart is normal|heart size is normal|size of the cardiac silhouette is normal|cardiac size is unremarkable"
+)
+HEALTHY_HEART += r"|chambers are not|contour and size are normal|of normal size"
 HEALTHY_LUNG = r"lungs? (are|parenchyma is) .*clear|lungs are clear|normal aeration|parenchyma is clear"
 
 
@@ -54,14 +56,16 @@ def test_every_finding_is_named_and_no_absent_one_is_asserted(modality):
 
 @pytest.mark.parametrize("modality", ["xray", "ct"])
 def test_side_zone_and_size_are_stated(modality):
-    zones = {"upper": "upper|apical", "middle": "mid", "lower": "lower|basal"}
+    zones = {"upper": "upper", "middle": "mid|lingula", "lower": "lower|lung base"}
     for patient, report in reports(modality, 120):
         for f in patient.findings:
             said = [
                 s for s in report.findings if re.search(KEYWORDS[f.name], s, re.IGNORECASE) and not DENIAL.search(s)
             ]
             if f.side and f.name != "edema":
-                side = "bilateral|both" if f.side == "bilateral" else f.side
+                side = {"bilateral": "bilateral|both|middle lobe and lingula", "left": "left|lingula"}.get(
+                    f.side, f.side
+                )
                 assert any(re.search(side, s, re.IGNORECASE) for s in said), said
             if f.zone and f.name in ("nodule", "consolidation", "ground_glass", "atelectasis"):
                 assert any(re.search(zones[f.zone], s, re.IGNORECASE) for s in said), said

@@ -13,7 +13,6 @@ import pytest
 from PIL import Image
 
 from unimedi_components.data.phantom import FINDINGS, LAYOUTS, write_phantom
-from unimedi_components.data.phantom.writer import VERSION
 from unimedi_components.errors import DataError
 
 PATIENTS = 12
@@ -124,7 +123,7 @@ def test_truth_points_at_the_lesion_in_the_file(tmp_path):
         "layout": "bimcv",
         "seed": 6,
         "patients": 40,
-        "version": VERSION,
+        "version": 2,
     }
     assert truth["findings"] == list(FINDINGS)
     for study in truth["studies"].values():

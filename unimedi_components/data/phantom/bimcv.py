@@ -83,7 +83,7 @@ def _write_patient(root: Path, index: int, seed: np.random.SeedSequence) -> Pati
             (float(study.grid.z[few[0]]), *study.grid.origin[1:]),
         )
         _save_series(folder, stem.replace("run-1", "run-2"), study.hu[few], grid, lps, patient, date)
-    report = write_report(patient, "ct", text)
+    report = write_report(patient, "ct", np.random.default_rng(seed.spawn(1)[0]))
     _write_tsv(
         root / "covid19_posi" / subject / f"{subject}_sessions.tsv",
         ("session_id", "study_date", "medical_evaluation"),
@@ -169,4 +169,4 @@ def _write_tsv(path: Path, columns: tuple[str, ...], rows: list[dict[str, Any]])
         writer.writerows(rows)
 
 
-BIMCV = register(Layout("bimcv", 2, _write_patient, _write_tables))
+BIMCV = register(Layout("bimcv", 2, _write_patient, _write_tables, version=2))

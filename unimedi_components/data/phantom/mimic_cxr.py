@@ -91,7 +91,7 @@ def _write_patient(root: Path, index: int, seed: np.random.SeedSequence) -> Pati
     name = _hex_id(text)
     folder = root / "files" / f"p{str(subject)[:2]}" / f"p{subject}" / f"s{study}"
     folder.mkdir(parents=True)
-    report = write_report(patient, "xray", text)
+    report = write_report(patient, "xray", np.random.default_rng(seed.spawn(1)[0]))
     folder.with_suffix(".txt").write_text(format_report(report, image.portable), encoding="utf-8", newline="\n")
     rows = [_save(folder, name, image.film, "AP" if image.portable else "PA", subject, study, text)]
     if image.lateral is not None:
@@ -165,4 +165,4 @@ def _write_csv(path: Path, columns: tuple[str, ...], rows: list[dict[str, Any]])
         writer.writerows(rows)
 
 
-MIMIC_CXR = register(Layout("mimic_cxr", 1, _write_patient, _write_tables))
+MIMIC_CXR = register(Layout("mimic_cxr", 1, _write_patient, _write_tables, version=2))

@@ -7,6 +7,7 @@ set holds such a pair, and none is a training pair.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,7 @@ def write_paired_xray(path: Path, layout: str, seed: int, index: int) -> Path:
     if not path.is_file():
         patient, streams = make_patient(np.random.SeedSequence([seed, LAYOUTS[layout].code, index]))
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.tmp")
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         Image.fromarray(make_xray(patient, streams).film).save(temporary, format="jpeg", quality=90)
         temporary.replace(path)
     return path

@@ -11,21 +11,16 @@ import numpy as np
 
 from .anatomy import Patient
 from .findings import FINDINGS, Finding
-from .phrases import (
-    CLEAR,
-    IMPRESSION,
-    INDICATIONS,
-    NEGATIVE,
-    NORMAL,
-    POSITIVE,
-    SCOLIOSIS,
-    SEVERITY,
-    STYLE,
-    WHERE,
-    ZONE_WORDS,
-)
+from .phrases import IMPRESSION, NEGATIVE, OWN, POSITIVE, SEVERITY, STYLE, WHERE
+from .statements import CLEAR, INDICATIONS, NORMAL, SCOLIOSIS, SHIFT
 
 __all__ = ["Report", "write_report"]
+
+_PLURAL = ("", "s", "ies", "are", "")
+# Above 30 mm a nodule is a mass (Fleischner Society, Radiology 246:697, 2008).
+_MASS_MM, _MASS = 30.0, ("mass", "masses", "mass-like")
+# What a finding may hide or bring with it is not denied: edema is haze, fluid and air compress the lung.
+_UNDENIED = {"edema": ("ground_glass",), "effusion": ("atelectasis",), "pneumothorax": ("atelectasis",)}
 
 
 @dataclass(frozen=True)
@@ -55,27 +50,27 @@ def write_report(patient: Patient, modality: str, rng: np.random.Generator) -> R
         rng: chooses among the wordings.
     """
     words = {f.name: _words(f, modality, rng) for f in patient.findings}
-    positive = [_fill(_pick(rng, POSITIVE[name]), slots) for name, slots in words.items()]
-    rng.shuffle(positive)
-    normal = NORMAL[modality]
-    present = set(words)
-    body = list(positive)
+    body = [_fill(_pick(rng, POSITIVE[name] + OWN[modality].get(name, ())), slots) for name, slots in words.items()]
+    rng.shuffle(body)
+    normal, present = NORMAL[modality], set(words)
+    curved = abs(patient.scoliosis[0]) > 9.0
+    impression = _impression(words, modality, curved, rng)
+    if patient.shift:
+        body.append(_pick(rng, SHIFT).format(side="left" if patient.shift > 0 else "right"))
     if not present:
         body.append(_pick(rng, CLEAR[modality]))
     body += _negations(present, modality, rng)
-    if "cardiomegaly" not in present and rng.random() < 0.85:
-        body.append(_pick(rng, normal["heart"]))
     optional = [_pick(rng, normal[key]) for key in ("bones", "other") if rng.random() < 0.5]
-    if abs(patient.scoliosis[0]) > 9.0:
+    if curved:
         optional.insert(0, _pick(rng, SCOLIOSIS))
     # A mediastinum that is pushed aside is not called normal.
     if not patient.shift and rng.random() < 0.5:
         optional.insert(0, _pick(rng, normal["mediastinum"]))
-    room = 8 - len(body) - max(1, (len(present) + 1) // 2)
-    body += optional[: max(room, 0)]
-    impression = _impression(words, modality, rng)
+    if "cardiomegaly" not in present and rng.random() < 0.85:
+        optional.insert(0, _pick(rng, normal["heart"]))
+    body += optional[: max(8 - len(body) - max(1, (len(present) + 1) // 2), 0)]
     if len(body) + len(impression) < 3:
-        body.append(_pick(rng, normal["bones"]))
+        body.append(next(s for s in normal["bones"] if s not in body))
     sex = "woman" if patient.sex == "F" else "man"
     indication = f"{patient.age} year old {sex} {_pick(rng, INDICATIONS)}"
     return Report(indication, tuple(body), tuple(impression))
@@ -87,25 +82,29 @@ def _pick(rng: np.random.Generator, options: Sequence[str]) -> str:
 
 def _words(f: Finding, modality: str, rng: np.random.Generator) -> dict[str, str]:
     """The slots that templates may use for one finding."""
+    one = f.side != "bilateral"
     slots = {"sev": _pick(rng, SEVERITY[f.name][f.severity]), "side": f.side or ""}
+    slots |= dict(zip(("a", "s", "y", "is", "verb"), ("a ", "", "y", "is", "s") if one else _PLURAL, strict=True))
     if f.zone and f.side:
-        zone = _pick(rng, ZONE_WORDS[modality][f.zone])
-        slots["where"] = _pick(rng, WHERE[modality][f.side]).format(zone=zone)
+        slots["where"] = _pick(rng, WHERE[modality][f.side][f.zone])
     if f.size:
-        slots["size"] = f"{f.size / 10:.1f} cm" if rng.random() < 0.5 else f"{f.size:.0f} mm"
+        size = f"{f.size / 10:.1f} cm" if rng.random() < 0.5 else f"{f.size:.0f} mm"
+        slots["size"] = size if one else f"up to {size}"
+        noun, plural, adjective = ("nodule", "nodules", "nodular") if f.size <= _MASS_MM else _MASS
+        slots |= {"nodule": noun if one else plural, "nodular": adjective}
     return slots
 
 
 def _fill(template: str, slots: dict[str, str]) -> str:
-    """Fill a template; a capitalised slot starts with a capital."""
-    capital = {key.capitalize(): value.capitalize() for key, value in slots.items()}
-    text = template.format(**slots, **capital)
-    return re.sub(r"\b([Aa]) (?=[aeio])", r"\1n ", text)
+    """Fill a template; it starts with a capital, and "a" becomes "an" before a vowel."""
+    text = re.sub(r"\b([Aa]) (?=[aeio])", r"\1n ", template.format(**slots))
+    return text[0].upper() + text[1:]
 
 
 def _negations(present: set[str], modality: str, rng: np.random.Generator) -> list[str]:
     """One or two sentences that deny some of the absent findings; pleura and consolidation first."""
-    absent = [name for name in NEGATIVE if name not in present]
+    hidden = {name for cause, names in _UNDENIED.items() if cause in present for name in names}
+    absent = [name for name in NEGATIVE if name not in present | hidden]
     chance = {"effusion": 0.9, "pneumothorax": 0.9, "consolidation": 0.7}
     named = [name for name in absent if rng.random() < chance.get(name, 0.35)]
     rng.shuffle(named)
@@ -119,15 +118,15 @@ def _negations(present: set[str], modality: str, rng: np.random.Generator) -> li
     return sentences
 
 
-def _impression(words: dict[str, dict[str, str]], modality: str, rng: np.random.Generator) -> list[str]:
+def _impression(words: dict[str, dict[str, str]], modality: str, curved: bool, rng: np.random.Generator) -> list[str]:
     normal = NORMAL[modality]
     if not words:
-        return [_pick(rng, normal["impression"])]
+        return [_pick(rng, normal["impression"] + (() if curved else normal["unremarkable"]))]
     parts = [_fill(_pick(rng, IMPRESSION[name]), words[name]) for name in FINDINGS if name in words]
     sentences = []
     while parts:
         first = parts.pop(0)
-        if parts and "," not in first + parts[0] and rng.random() < 0.6:
+        if parts and not re.search(",| and ", first + parts[0]) and rng.random() < 0.6:
             second = parts.pop(0)
             first = f"{first} and {second[0].lower()}{second[1:]}"
         sentences.append(f"{first}.")

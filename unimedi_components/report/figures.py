@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The page's own figures, each panel a file: features in two dimensions, bars, learning curves.
+
+Panels are 4.8 inches wide, so that their labels can be read on a telephone too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.figure import Figure
+from sklearn.manifold import TSNE
+
+from unimedi_components.engines.curves import save_png
+
+__all__ = ["centroid_distance", "draw_bars", "draw_curves", "draw_tsne"]
+
+Array = npt.NDArray[Any]
+
+_SIZE, _DPI = (4.8, 3.9), 150
+XRAY, CT = "#2f6fb2", "#d98324"
+_COLOURS = ("#8a8f98", "#d98324", "#2f6fb2", "#2a9d4a")
+_MARKS = ("o", "^", "s", "D")
+
+
+def centroid_distance(xray: Array, ct: Array) -> float:
+    """Distance of the centroids of two sets of features over the spread within them.
+
+    Args:
+        xray: (N, D).
+        ct: (M, D).
+
+    Returns:
+        the distance over the root mean square distance of the rows to the centroid of their own set.
+    """
+    centres = xray.mean(0), ct.mean(0)
+    within = np.concatenate([((rows - centre) ** 2).sum(1) for rows, centre in zip((xray, ct), centres, strict=True)])
+    return float(np.linalg.norm(centres[0] - centres[1]) / max(np.sqrt(within.mean()), 1e-12))
+
+
+def draw_tsne(groups: Mapping[str, tuple[Array, str, str]], path: Path, title: str, seed: int = 0) -> Path:
+    """Draw groups of features by one t-SNE of all of them.
+
+    Args:
+        groups: name -> features (N, D), colour, marker.
+        path: PNG to write.
+        title: of the panel.
+        seed: of t-SNE.
+    """
+    rows = np.concatenate([features for features, _, _ in groups.values()]).astype(np.float64)
+    perplexity = min(30.0, max(2.0, (len(rows) - 1) / 4))
+    places = TSNE(perplexity=perplexity, init="pca", random_state=seed).fit_transform(rows)
+    figure, axes = _panel(title)
+    start = 0
+    for name, (features, colour, marker) in groups.items():
+        x, y = places[start : start + len(features)].T
+        start += len(features)
+        axes.scatter(x, y, s=22, color=colour, marker=marker, alpha=0.75, lw=0, label=f"{name} ({len(features)})")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=10)
+    return save_png(figure, path)
+
+
+def draw_bars(
+    groups: Sequence[str], bars: Mapping[str, Sequence[Mapping[str, Any] | None]], path: Path, title: str, label: str
+) -> Path:
+    """Draw bars with intervals: a group for each share of the labels, a bar in it for each method.
+
+    Args:
+        groups: names below the axis.
+        bars: method -> for each group "mean" and "interval" or "patients" (see `statistics.summarise`), or None.
+        path: PNG to write.
+        title: of the panel.
+        label: of the vertical axis.
+    """
+    figure, axes = _panel(title)
+    width = 0.8 / len(bars)
+    lowest, highest = [], []
+    for number, (name, values) in enumerate(bars.items()):
+        for group, value in enumerate(values):
+            if value is None:
+                continue
+            x, colour = group + (number - (len(bars) - 1) / 2) * width, _COLOURS[number % len(_COLOURS)]
+            limits = value.get("interval") or value.get("patients") or (value["mean"], value["mean"])
+            axes.bar(x, value["mean"], width * 0.92, color=colour, label=name if name not in _named(axes) else None)
+            axes.plot([x, x], limits, color="#222222", lw=1.4)
+            lowest.append(min(value["mean"], limits[0]))
+            highest.append(max(value["mean"], limits[1]))
+    if lowest:
+        room = max(0.02, 0.15 * (max(highest) - min(lowest)))
+        axes.set_ylim(max(0.0, min(lowest) - room), max(highest) + room)
+    axes.set_xticks(range(len(groups)), groups)
+    axes.set_ylabel(label, fontsize=11)
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_axisbelow(True)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=10)
+    return save_png(figure, path)
+
+
+def _named(axes: Any) -> list[str]:
+    return axes.get_legend_handles_labels()[1]
+
+
+def draw_curves(lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], path: Path, title: str, x: str) -> Path:
+    """Draw curves over steps or epochs, smoothed where they have many points.
+
+    Args:
+        lines: name -> x and y.
+        path: PNG to write.
+        title: of the panel.
+        x: label of the horizontal axis.
+    """
+    figure, axes = _panel(title)
+    colours = ("#2f6fb2", "#d98324", "#2a9d4a", "#7a4fa3", "#c0567a", "#6b6b6b")
+    for number, (name, (steps, values)) in enumerate(lines.items()):
+        y, width = np.asarray(values, dtype=float), max(1, len(values) // 25)
+        colour = colours[number % len(colours)]
+        if width > 1:
+            padded = np.pad(y, (width // 2, width - 1 - width // 2), mode="edge")
+            y = np.convolve(padded, np.ones(width) / width, mode="valid")
+        axes.plot(steps, y, color=colour, lw=1.8, marker="o" if len(y) <= 25 else None, ms=4, label=name)
+    axes.set_xlabel(x, fontsize=11)
+    axes.grid(axis="y", alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=10)
+    return save_png(figure, path)
+
+
+def _panel(title: str) -> tuple[Figure, Any]:
+    figure = Figure(figsize=_SIZE, dpi=_DPI, layout="constrained", facecolor="white")
+    axes = figure.subplots()
+    axes.set_title(title, fontsize=12)
+    axes.tick_params(labelsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
