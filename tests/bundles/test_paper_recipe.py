@@ -115,7 +115,7 @@ def test_heads(recipe: ConfigParser) -> None:
     assert network.dino_head.prototypes.shape == (8192, 256)
     assert [layer.out_features for layer in network.dino_head.mlp if isinstance(layer, nn.Linear)] == [2048, 2048, 256]
     loss = recipe.get_parsed_content("loss_def")
-    assert loss.center_cls.shape == (8192,)
+    assert loss.center_cls.shape == (2, 8192)
 
 
 def test_selection_masking_and_loss(written: dict[str, Any], recipe: ConfigParser) -> None:
@@ -131,10 +131,21 @@ def test_selection_masking_and_loss(written: dict[str, Any], recipe: ConfigParse
     assert network.log_temperature.requires_grad
     assert written["network_def"]["init_temperature"] == 0.07
     loss = {name: written["loss_def"][name] for name in ("vl_weight", "icl_weight", "pcl_weight", "student_temp")}
-    assert loss == {"vl_weight": 1.0, "icl_weight": 1.0, "pcl_weight": 1.0, "student_temp": 0.1}
+    assert loss == {"vl_weight": 1.0, "icl_weight": 0.25, "pcl_weight": 0.25, "student_temp": 0.1}
+    assert (written["loss_def"]["targets"], written["loss_def"]["within_modality"]) == ("sinkhorn", True)
+    assert network.dino_head.center.num_modalities == 5
     temperatures = [written["loss_def"][f"teacher_temp{name}"] for name in ("", "_end", "_warmup_epochs")]
     assert temperatures == [0.04, 0.07, 30]
     assert written["loss_def"]["center_momentum"] == 0.9
+
+
+def test_literal_is_the_paper_to_the_letter_over_every_other_overlay(configs: Path) -> None:
+    for names in (("literal",), ("mimic_cxr_bimcv", "literal"), ("literal", "mimic_cxr_bimcv")):
+        parser = ConfigParser()
+        parser.read_config([str(configs / f"{name}.json") for name in ("train", *names)])
+        loss, head = parser["loss_def"], parser["network_def"]["dino_head"]
+        assert (loss["vl_weight"], loss["icl_weight"], loss["pcl_weight"]) == (1.0, 1.0, 1.0)
+        assert (loss["targets"], loss["within_modality"], head["center_kinds"]) == ("center", False, 0)
 
 
 def test_learning_rate(recipe: ConfigParser) -> None:
@@ -158,6 +169,7 @@ def test_optimizer(recipe: ConfigParser, written: dict[str, Any]) -> None:
     assert type(optimizer) is torch.optim.AdamW
     decayed, rest = optimizer.param_groups
     assert (decayed["weight_decay"], rest["weight_decay"]) == (0.05, 0.0)
+    assert decayed["betas"] == rest["betas"] == (0.9, 0.999)
     assert optimizer.defaults["lr"] == 2e-5
     network = recipe.get_parsed_content("network_def")
     trainable = [parameter for parameter in network.parameters() if parameter.requires_grad]

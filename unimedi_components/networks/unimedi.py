@@ -191,7 +191,7 @@ class UniMedI(nn.Module):
         """
         volume = image.ndim == 5
         grid = self.encoder.token_grids(image)[0]
-        selected = scores = None
+        selected = scores = joint = None
         out = self.encoder(image, return_attention=True)
         attention = out.attention
         if volume:
@@ -199,9 +199,10 @@ class UniMedI(nn.Module):
             scores = selection.slice_scores(attention, grid)
             selected = selection.select_slices(scores, self.num_slices, self.encoder.patch_depth, expand=self.expand)
             if use_slices and self.pseudo_pairs:
-                out = self.encoder(image, *self.take_slices(image, selected))
+                out = self.encoder(image, *self.take_slices(image, selected), return_attention=True)
+                joint = out.attention
         modality = torch.full((len(image),), int(volume), device=image.device)
-        return ImageFeatures(out.cls, self.image_projection(out.cls, modality), selected, scores, attention)
+        return ImageFeatures(out.cls, self.image_projection(out.cls, modality), selected, scores, attention, joint)
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor, modality: Tensor) -> Tensor:
         """Projected report embeddings (B, E), not normalised; `modality` is 0 for X-ray and 1 for CT reports, (B,)."""
@@ -251,26 +252,17 @@ class UniMedI(nn.Module):
         grids = self.encoder.token_grids(*inputs[:2])
         keep = selection.keep_tokens(teacher.attention, grids, self.mask_ratio, block=self.mask_block)
         alone = int(len(keep) * self.segment_dropout / 2) if len(grids) > 1 else 0
+        options: dict[str, Any] = {"mask_ratio": self.mask_ratio, "block": self.mask_block}
+        options |= {"drop": self.mask_mode == "drop", "loss_on": self.patch_loss_on}
         compared, start = [], 0
         for segment, count in ((0, alone), (1, alone), (None, len(keep) - 2 * alone)):
             if count == 0:
                 continue
             rows = slice(start, start + count)
             start += count
-            compared.append(
-                masked_pass(
-                    self.encoder,
-                    tuple(tensor[rows] for tensor in inputs),
-                    keep[rows],
-                    EncoderOutput(teacher.cls[rows], teacher.patches[rows]),
-                    grids,
-                    self.mask_ratio,
-                    drop=self.mask_mode == "drop",
-                    block=self.mask_block,
-                    loss_on=self.patch_loss_on,
-                    segment=segment,
-                )
-            )
+            part = EncoderOutput(teacher.cls[rows], teacher.patches[rows])
+            shown = tuple(tensor[rows] for tensor in inputs)
+            compared.append(masked_pass(self.encoder, shown, keep[rows], part, grids, segment=segment, **options))
         return compared
 
     def _distillation(self, views: Mapping[str, _View]) -> dict[str, Any]:
