@@ -182,7 +182,7 @@ def _prepare(pending: Sequence[Json], settings: Json) -> None:
     training_datalist(pending[0])
     for seed, patients in ((settings["eval_seed"], "patients"), (settings["pool_seed"], "pool")):
         for dim in (2, 3):
-            held_out(settings["phantoms"], dim, seed, settings[patients])
+            held_out(pending[0], dim, seed, settings[patients])
 
 
 class Pool:
