@@ -23,12 +23,12 @@ import numpy as np
 import torch
 from monai.bundle import ConfigParser, ConfigWorkflow
 from torch.nn import functional as F
+from unimedi_components.evaluation.bootstrap import patient_intervals
 
 from unimedi_components.data.datalist import write_json
 from unimedi_components.data.phantom import LAYOUTS
 from unimedi_components.data.splits import nested_fraction
 from unimedi_components.engines import TrainingCheckpoint
-from unimedi_components.evaluation.bootstrap import patient_intervals
 from unimedi_components.evaluation.evaluate import evaluate, heldout_items
 from unimedi_components.evaluation.features import Features, extract_features, labels_of, make_dataset
 from unimedi_components.evaluation.probe import linear_probe, transfer_scores

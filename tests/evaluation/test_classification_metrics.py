@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from unimedi_components.evaluation.bootstrap import resample_patients, resampled_auroc
 from unimedi_components.evaluation.classification import classification_metrics
+from unimedi_components.metrics.bootstrap import resample_patients, resampled_auroc
 
 # Of the nine pairs of a positive and a negative case, 0.9 wins 3, 0.8 wins 2 and ties 1, 0.3 wins 1: 6.5.
 SCORES = np.array([0.9, 0.8, 0.8, 0.6, 0.3, 0.2])
@@ -134,7 +134,7 @@ def test_bootstrap_equals_a_slow_loop(task, rare, monkeypatch):
     probabilities = rng.dirichlet(np.ones(3), n).round(1) if task == "multiclass" else rng.random((n, count)).round(1)
     names = ["no", "yes"] if task == "binary" else ["x", "y", "z"]
     # resamples in several parts
-    monkeypatch.setattr("unimedi_components.evaluation.bootstrap._CHUNK", 7 * n)
+    monkeypatch.setattr("unimedi_components.metrics.bootstrap._CHUNK", 7 * n)
     flat = labels.reshape(-1) if task == "binary" else labels
     found = classification_metrics(probabilities, flat, task, names, patients, bootstrap=60, seed=5)["intervals"]
     expected = slow_intervals(probabilities, labels, task, patients, 60, 5)

@@ -17,6 +17,7 @@ from unimedi_components.errors import ConfigError, DataError
 from unimedi_components.evaluation import after_training, evaluate_datalist
 from unimedi_components.evaluation.evaluate import HEADLINE, evaluate, heldout_items
 from unimedi_components.evaluation.features import extract_features, labels_of, load_truth, make_dataset
+from unimedi_components.evaluation.headline import summary
 from unimedi_components.evaluation.metrics import all_metrics
 from unimedi_components.evaluation.slices import is_focal, lesion_mask
 from unimedi_components.networks import ProjectionHead, ReportEncoder, UnifiedViT, UniMedI, load_tokenizer
@@ -90,9 +91,45 @@ def test_evaluate_writes_what_others_rely_on(result):
         PATIENTS,
         2 * PATIENTS,
     )
+    unbounded = ("slice_distance_mm", "centroid_distance", "xray_attention_ratio", "probe_minus")
     for key, value in result.items():
-        if isinstance(value, float):
+        if isinstance(value, float) and not key.startswith(unbounded):
             assert 0.0 <= value <= 1.0, key
+    for key, (low, high) in result["intervals"].items():
+        assert low <= high, key
+        assert isinstance(result[key], float), key
+
+
+def test_evaluate_measures_every_part_beside_its_baseline(result):
+    """Twelve studies are too few for most probes, and there is no self-distillation to look at; the rest is there."""
+    missing = {key for key in HEADLINE if result[key] is None}
+    assert all(key.startswith(("sd_", "probe_minus")) or "probe_auroc" in key for key in missing)
+    assert {key for key in HEADLINE if not key.endswith("chance")} - missing <= {
+        *result["intervals"],
+        "temperature",
+        "centroid_distance_cls",
+        "centroid_distance_embed",
+    }
+    assert result["temperature"] == pytest.approx(0.07)
+    assert result["cls_attention_3d"] + result["cls_attention_slices"] == pytest.approx(1.0)
+    # 4 x 2 x 2 tokens of the volume and 2 x 2 of each of two slices
+    assert result["cls_attention_slices_uniform"] == pytest.approx(8 / 24)
+    assert result["drr_to_ct_recall_at_10_chance"] == pytest.approx(10 / PATIENTS)
+    assert result["slice_precision_oracle"] >= result["slice_precision_fixed"]
+    assert result["slice_distance_mm_oracle"] <= result["slice_distance_mm"]
+    assert result["modality_accuracy_cls"] == 1.0
+
+
+def test_the_printed_summary_names_every_baseline(result):
+    lines = summary(result).splitlines()
+    assert len({line[:31] for line in lines}) == len(lines)
+    (precision,) = [line for line in lines if line.startswith("slice precision")]
+    low, high = result["intervals"]["slice_precision"]
+    assert f" {result['slice_precision']:.3f} [{low:.3f}, {high:.3f}] " in precision
+    for end in ("chance", "permuted", "fixed", "oracle", "untrained"):
+        assert f"{end} {result[f'slice_precision_{end}']:.3f}" in precision
+    (distance,) = [line for line in lines if line.startswith("2D-3D centroid distance,")]
+    assert f"chance {result['centroid_distance_chance']:.3f}" in distance
 
 
 def test_evaluate_measures_random_weights_as_random(result):
@@ -171,7 +208,7 @@ def test_a_network_that_matches_reports_finds_them(checkpoint, datalist, folder)
     for dim, part in found.items():
         rows = torch.eye(16)[4 * (dim - 2) : 4 * (dim - 2) + 4]
         perfect[dim] = type(part)(**{**part.__dict__, "image_embed": rows, "text_embed": rows})
-    values = all_metrics(network, perfect, load_truth(folder)["studies"])
+    values = all_metrics(network, perfect)
     assert values["report_recall_at_1_strict"] == values["image_recall_at_1_strict"] == 1.0
     assert values["report_recall_3d_at_1"] == 1.0
     assert values["report_recall_2d_at_5_chance"] == 1.0  # four candidates
@@ -183,6 +220,8 @@ def test_evaluate_datalist_finds_the_truth(checkpoint, datalist, folder):
     assert values["split"] == "test"
     assert (values["studies_2d"], values["studies_3d"]) == (4, 4)
     assert values["slice_studies_known"] == 4
+    assert values["drr_to_ct_recall_at_5_chance"] == 1.0  # four candidates
+    assert {"xray_attention_studies", "centroid_distance_chance", "intervals"} <= values.keys()
     empty = evaluate_datalist(load_pretrained(checkpoint), datalist, folder, split="validation", progress=False)
     assert (empty["studies_2d"], empty["studies_3d"]) == (0, 0)
 

@@ -11,6 +11,8 @@ import torch
 from unimedi_components import selection
 from unimedi_components.errors import DataError
 from unimedi_components.evaluation.slices import is_focal, lesion_mask, slice_metrics, slice_score
+from unimedi_components.metrics.bootstrap import PatientResamples
+from unimedi_components.metrics.measures import Measures
 
 
 def loop_mask(lesions, n, depth):
@@ -109,6 +111,45 @@ def test_metrics_average_the_focal_studies():
     assert found["slice_recall"] == pytest.approx((1.0 + 0.0) / 2)
     assert found["slice_hit"] == 0.5
     assert slice_metrics([[2]], [None], 16, 4) == {"slice_studies": 0, "slice_studies_known": 0}
+
+
+def test_baselines_by_hand():
+    """Lesions at slab 1, 1, 1 and 3 of four; the networks choose 1 and 2, 1 and 2, 0 and 3, 0 and 3."""
+    truths = [
+        {"lesion_slices": [5, 6, 7], "n_slices": 16, "findings": [{"name": "nodule"}]},
+        {"lesion_slices": [5, 6, 7], "n_slices": 16, "findings": [{"name": "nodule"}, {"name": "edema"}]},
+        {"lesion_slices": [6], "n_slices": 16, "findings": [{"name": "nodule"}]},
+        {"lesion_slices": [14, 15], "n_slices": 16, "findings": [{"name": "edema"}]},
+    ]
+    selected = [[6, 10], [6, 10], [2, 14], [2, 14]]
+    kept = Measures(PatientResamples("abcd", seed=0))
+    found = slice_metrics(selected, truths, 16, 4, "centre", "abcd", [2.0, 2.0, 3.0, 2.0], kept)
+    # slices 6 and 10, 6 and 10, 2 and 14, 2 and 14 against slices 6, 6, 6, 14
+    assert found["slice_precision"] == pytest.approx((0.5 + 0.5 + 0.0 + 0.5) / 4)
+    assert found["slice_precision_permuted"] == pytest.approx((1 / 6 + 1 / 6 + 1 / 3 + 1 / 6) / 4)
+    assert found["slice_precision_oracle"] == 0.5
+    assert found["slice_precision_chance"] == 0.25
+    # every patient is a fold: three or two of the others have a lesion at slab 1, and a tie goes to the lowest slab
+    assert found["slice_precision_fixed"] == pytest.approx((0.5 + 0.5 + 0.5 + 0.0) / 4)
+    assert found["slice_precision_per_finding"] == {"edema": pytest.approx(0.5), "nodule": pytest.approx(1 / 3)}
+    assert found["slice_precision_oracle_per_finding"] == {"edema": 0.5, "nodule": 0.5}
+    # the third study's nearest slice is 2, four slices of 3 mm away; the others meet a lesion slice
+    assert found["slice_distance_mm"] == pytest.approx(12.0 / 4)
+    assert found["slice_distance_mm_oracle"] == 0.0
+    # mean over the others of 0, 6, 6 | 0, 6, 6 | 0, 0, 12 | 8, 8, 0 mm
+    assert found["slice_distance_mm_permuted"] == pytest.approx((4 + 4 + 4 + 16 / 3) / 4)
+    assert found["slice_distance_mm_fixed"] == pytest.approx((0 + 0 + 0 + 16.0) / 4)
+    assert {"slice_precision", "slice_precision_fixed", "slice_distance_mm"} <= found["intervals"].keys()
+    assert 0 <= found["intervals"]["slice_precision"][0] <= found["slice_precision"]
+
+
+def test_the_selection_of_the_own_patient_is_no_permuted_one():
+    truth = {"lesion_slices": [5, 6], "n_slices": 16}
+    found = slice_metrics([[6, 10], [6, 10], [2, 14]], [truth] * 3, 16, 4, patients="aab")
+    # the first two have the third's, which misses; the third has theirs
+    assert found["slice_precision_permuted"] == pytest.approx((0 + 0 + 0.5) / 3)
+    alone = slice_metrics([[6, 10], [2, 14]], [truth] * 2, 16, 4, patients="aa")
+    assert not {"slice_precision_permuted", "slice_precision_fixed"} & alone.keys()
 
 
 def test_bad_truth_is_named():

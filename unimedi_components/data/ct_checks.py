@@ -66,10 +66,18 @@ class CTHeader:
     @property
     def num_slices(self) -> int:
         """Number of slices along the axis nearest to inferior-superior."""
-        axial = int(
+        return self.shape[self._axial]
+
+    @property
+    def slice_spacing(self) -> float:
+        """Distance of neighbouring slices along that axis in mm."""
+        return self.spacing[self._axial]
+
+    @property
+    def _axial(self) -> int:
+        return int(
             np.argmax(np.abs(self.affine[2, :3]) / np.maximum(np.linalg.norm(self.affine[:3, :3], axis=0), 1e-12))
         )
-        return self.shape[axial]
 
 
 def check_ct(

@@ -22,8 +22,8 @@ from sklearn.metrics import accuracy_score, confusion_matrix, roc_auc_score
 from torch import Tensor
 
 from unimedi_components.distributed import is_distributed, world_size
-from unimedi_components.evaluation.bootstrap import patient_intervals
 from unimedi_components.losses.classification import TASKS, UNCERTAIN, ClassificationLoss
+from unimedi_components.metrics.bootstrap import patient_intervals
 
 __all__ = [
     "ClassificationLossMetric",

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from unimedi_components.evaluation.bootstrap import LEVEL, percentile_interval, resample_patients
+from unimedi_components.metrics.bootstrap import LEVEL, percentile_interval, resample_patients
 
 __all__ = [
     "IOUS",

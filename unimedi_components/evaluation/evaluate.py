@@ -15,9 +15,10 @@ from unimedi_components.data import bimcv, mimic_cxr
 from unimedi_components.data.datalist import SPLITS, write_json
 from unimedi_components.data.phantom import write_phantom
 from unimedi_components.errors import CheckpointError, ConfigError, DataError
-from unimedi_components.evaluation.features import Features, extract_features, labels_of, load_truth
+from unimedi_components.evaluation.features import extract_features, load_truth
+from unimedi_components.evaluation.headline import HEADLINE, summary
 from unimedi_components.evaluation.metrics import all_metrics
-from unimedi_components.evaluation.probe import linear_probe
+from unimedi_components.metrics.bootstrap import PatientResamples
 from unimedi_components.networks.pretrained import Pretrained, load_pretrained, untrained
 
 __all__ = ["HEADLINE", "evaluate", "heldout_items"]
@@ -28,18 +29,30 @@ _LAYOUTS: dict[int, tuple[str, Converter]] = {
     3: ("bimcv", bimcv.convert),
 }
 
-#: The keys that every evaluation has; a value is null where there was nothing to measure it on.
-HEADLINE = (
+#: Measured on the untrained network too, under KEY_untrained.
+_ALSO_UNTRAINED = (
     "probe_auroc_2d",
-    "probe_auroc_2d_untrained",
     "probe_auroc_3d",
-    "probe_auroc_3d_untrained",
     "slice_precision",
-    "slice_precision_chance",
+    "slice_recall",
+    "slice_distance_mm",
     "report_recall_at_5",
-    "report_recall_at_5_chance",
+    "report_recall_2d_at_5",
+    "report_recall_3d_at_5",
+    "xray_to_ct_precision_at_10",
+    "ct_to_xray_precision_at_10",
+    "xray_to_ct_cls_precision_at_10",
+    "ct_to_xray_cls_precision_at_10",
+    "drr_to_ct_recall_at_10",
+    "drr_to_ct_cls_recall_at_10",
+    "modality_accuracy_cls",
+    "modality_accuracy_embed",
+    "centroid_distance_cls",
+    "centroid_distance_embed",
+    "xray_attention_ratio",
+    "cls_attention_3d",
+    "cls_attention_slices",
 )
-_ALSO_UNTRAINED = ("slice_precision", "slice_recall", "report_recall_at_5")
 
 
 def evaluate(
@@ -56,7 +69,8 @@ def evaluate(
 
     X-rays and CT volumes are written in the layouts of MIMIC-CXR-JPG and BIMCV and read back by the
     converters that read the real sets; all splits are used together. Linear probes are cross-validated over
-    them, on the CLS features with the selected slices beside the volume.
+    them, on the CLS features with the selected slices beside the volume. Intervals are 95% percentiles of 1,000
+    resamples of the patients, the same for all values; networks, fitted probes and the candidates of a search stay.
 
     Args:
         checkpoint: `models/model.pt` or another weight file of a training run's folder.
@@ -69,7 +83,8 @@ def evaluate(
         progress: show progress bars.
 
     Returns:
-        what is written: `HEADLINE`, the same values by finding, at other K, for each dimension and untrained.
+        what is written: `HEADLINE`, the same values by finding, at other K, for each dimension and untrained, and
+        their "intervals", see `metrics.all_metrics`.
 
     Raises:
         CheckpointError: the checkpoint does not load, or diverged in training.
@@ -87,29 +102,33 @@ def evaluate(
         folder = Path(keep) if keep is not None else Path(scratch)
         punct = trained.keep_punct
         sets = {dim: heldout_items(dim, folder, patients, seed, workers, progress, punct) for dim in _LAYOUTS}
-        findings = sets[2][2]["findings"]
-        studies = {**sets[2][2]["studies"], **sets[3][2]["studies"]}
+        truth = {"findings": sets[2][2]["findings"], "studies": {**sets[2][2]["studies"], **sets[3][2]["studies"]}}
         options: dict[str, Any] = {"cache_dir": Path(scratch) / "cache", "progress": progress}
         found = {}
         for name, network in (("trained", trained), ("untrained", random)):
             parts = [extract_features(network, items, root, **options) for items, root, _ in sets.values()]
             found[name] = {dim: part for features in parts for dim, part in features.items()}
-    if not all(part.cls.isfinite().all() for part in found["trained"].values()):
-        raise CheckpointError(f"{checkpoint}: gives features that are not finite; its training diverged, train again")
-    result = {
-        **dict.fromkeys(HEADLINE),
-        **_probes(found["trained"], studies, findings, ""),
-        **_probes(found["untrained"], studies, findings, "_untrained"),
-        **all_metrics(trained, found["trained"], studies),
-    }
-    baseline = all_metrics(random, found["untrained"], studies)
-    result.update({f"{key}_untrained": baseline.get(key) for key in _ALSO_UNTRAINED})
+        if not all(part.cls.isfinite().all() for part in found["trained"].values()):
+            raise CheckpointError(
+                f"{checkpoint}: gives features that are not finite; its training diverged, train again"
+            )
+        resamples = PatientResamples(patient for part in found["trained"].values() for patient in part.patients)
+        common = (truth, resamples, folder / "paired_xrays")
+        values = all_metrics(trained, found["trained"], *common, **options)
+        baseline = all_metrics(random, found["untrained"], *common, untrained=True, **options)
+    intervals = {**values.pop("intervals"), **_untrained(baseline.pop("intervals"))}
+    result = {**dict.fromkeys(HEADLINE), **values, **_untrained(baseline), "intervals": intervals}
     result.update({"checkpoint": str(checkpoint), "patients": patients, "seed": seed})
     result["training_phantom_seed"] = trained.card.get("phantom_seed")
     if json is not None:
         write_json(result, json)
-    print(_summary(result))
+    print(summary(result))
     return result
+
+
+def _untrained(baseline: Mapping[str, Any]) -> dict[str, Any]:
+    ends = ("", "_per_finding")
+    return {f"{k}_untrained{end}": baseline[k + end] for k in _ALSO_UNTRAINED for end in ends if k + end in baseline}
 
 
 def _check_seed(pretrained: Pretrained, seed: int) -> None:
@@ -155,34 +174,3 @@ def heldout_items(
     if len(items) < patients:
         raise DataError(f"{root}: {len(items)} of {patients} studies are usable ({datalist['meta']['dropped']})")
     return items, root, truth
-
-
-def _probes(
-    features: Mapping[int, Features], studies: Mapping[str, Any], findings: list[str], suffix: str
-) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for dim, part in features.items():
-        patients = [item["patient"] for item in part.items]
-        probe = linear_probe(part.cls.numpy(), labels_of(part.items, studies), findings, patients)
-        result[f"probe_auroc_{dim}d{suffix}"] = probe.macro
-        result[f"probe_auroc_{dim}d{suffix}_per_finding"] = probe.per_finding
-        if probe.skipped:
-            result[f"probe_auroc_{dim}d{suffix}_skipped"] = probe.skipped
-    return result
-
-
-def _summary(result: Mapping[str, Any]) -> str:
-    def shown(key: str) -> str:
-        return "n/a" if result.get(key) is None else f"{result[key]:.3f}"
-
-    rows = [
-        (f"linear probe AUROC {dim}D", f"probe_auroc_{dim}d", f"probe_auroc_{dim}d_untrained", "untrained")
-        for dim in (2, 3)
-    ]
-    rows += [
-        ("slice precision", "slice_precision", "slice_precision_chance", "chance"),
-        ("report recall at 5", "report_recall_at_5", "report_recall_at_5_chance", "chance"),
-    ]
-    lines = [f"{name:<24}{shown(key):>7}   {other} {shown(base)}" for name, key, base, other in rows]
-    head = f"{result['patients']} held-out phantoms per dimension, seed {result['seed']}"
-    return "\n".join([head, *lines])

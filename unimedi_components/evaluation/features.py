@@ -14,16 +14,19 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from unimedi_components.data.dataset import PretrainDataset
 from unimedi_components.data.loading import eval_loader
+from unimedi_components.data.phantom.paired import PAIRED
 from unimedi_components.data.text import as_trained
 from unimedi_components.data.transforms import ByDimension, ct_transforms, xray_transforms
 from unimedi_components.errors import DataError
+from unimedi_components.networks.output import ImageFeatures
 from unimedi_components.networks.pretrained import Pretrained
 
-__all__ = ["Features", "check_punct", "extract_features", "labels_of", "load_truth", "make_dataset"]
+__all__ = ["Features", "check_punct", "extract_features", "labels_of", "load_truth", "make_dataset", "pool"]
 
 Truth = Mapping[str, Mapping[str, Any]]
 
@@ -41,6 +44,10 @@ class Features:
         attention: Eq. 1's **v** of the image's own tokens, (N, P).
         selected: selected slices of each volume, (N, k); None for X-rays.
         scores: Eq. 2 score of each slab, (N, S); None for X-rays.
+        slice_attention: share of Eq. 1's **v** that falls on the tokens of the selected slices, beside which share of
+            the tokens they are, (N, 2); None where no slices joined.
+        pooled: the input averaged to 32 x 32 pixels or 8 x 8 x 8 voxels, (N, 1024) or (N, 512).
+        root: folder that the items' image paths are relative to.
     """
 
     items: list[dict[str, Any]]
@@ -50,11 +57,24 @@ class Features:
     attention: Tensor
     selected: Tensor | None = None
     scores: Tensor | None = None
+    slice_attention: Tensor | None = None
+    pooled: Tensor | None = None
+    root: Path = Path()
 
     @property
     def reports(self) -> list[str]:
         """Report texts, empty where an item has none."""
         return [item.get("report") or "" for item in self.items]
+
+    @property
+    def patients(self) -> list[str]:
+        """Patient of each item."""
+        return [item["patient"] for item in self.items]
+
+    @property
+    def files(self) -> list[Path]:
+        """Image file of each item."""
+        return [self.root / item["image"] for item in self.items]
 
 
 def check_punct(pretrained: Pretrained, lists: Mapping[str, Any]) -> None:
@@ -138,14 +158,15 @@ def extract_features(
                     part = _run_batch(pretrained, batch, dim, use_slices)
                     rows.setdefault(dim, []).append({"items": [by_id[name] for name in batch["id"]], **part})
             bar.update(len(batch["id"]))
-    return {dim: _join(parts) for dim, parts in rows.items()}
+    return {dim: _join(parts, Path(root)) for dim, parts in rows.items()}
 
 
 @torch.no_grad()
 def _run_batch(pretrained: Pretrained, batch: Mapping[str, Any], dim: int, use_slices: bool) -> dict[str, Any]:
     network = pretrained.network
     device = next(network.parameters()).device
-    image = network.encode_image(batch[f"image{dim}d"].to(device), use_slices)
+    pixels = batch[f"image{dim}d"].to(device)
+    image = network.encode_image(pixels, use_slices)
     modality = torch.full((len(image.cls),), dim - 2, device=device)
     text = network.encode_text(batch["input_ids"].to(device), batch["attention_mask"].to(device), modality)
     found = {
@@ -155,15 +176,32 @@ def _run_batch(pretrained: Pretrained, batch: Mapping[str, Any], dim: int, use_s
         "attention": image.attention,
         "selected": image.selected,
         "scores": image.scores,
+        "slice_attention": _slice_attention(image),
+        "pooled": pool(pixels),
     }
     return {name: None if value is None else value.cpu() for name, value in found.items()}
 
 
-def _join(parts: list[dict[str, Any]]) -> Features:
+def pool(image: Tensor) -> Tensor:
+    """Images (B, C, H, W) averaged to 32 x 32 pixels, or volumes (B, C, D, H, W) to 8 x 8 x 8 voxels, flattened."""
+    volume = image.ndim == 5
+    return (F.adaptive_avg_pool3d(image, 8) if volume else F.adaptive_avg_pool2d(image, 32)).flatten(1)
+
+
+def _slice_attention(image: ImageFeatures) -> Tensor | None:
+    if image.joint_attention is None or image.attention is None:
+        return None
+    own = image.attention.shape[1]
+    joint = image.joint_attention
+    share = joint[:, own:].sum(1) / joint.sum(1)
+    return torch.stack([share, torch.full_like(share, 1 - own / joint.shape[1])], dim=1)
+
+
+def _join(parts: list[dict[str, Any]], root: Path) -> Features:
     items = [item for part in parts for item in part["items"]]
     names = [name for name in parts[0] if name != "items"]
     joined: dict[str, Any] = {n: None if parts[0][n] is None else torch.cat([part[n] for part in parts]) for n in names}
-    return Features(items=items, **joined)
+    return Features(items=items, root=root, **joined)
 
 
 def load_truth(root: str | Path) -> dict[str, Any] | None:
@@ -174,8 +212,9 @@ def load_truth(root: str | Path) -> dict[str, Any] | None:
 
     Returns:
         "findings", the names of the labels, and "studies", by item id: "labels", "findings", and for volumes
-        "lesion_slices" (inferior to superior) and "n_slices". Studies of a folder NAME also go by NAME-ID, as
-        `merge_datalists` calls ids that collide.
+        "lesion_slices" (inferior to superior), "n_slices" and, where the patient can be made again for an X-ray,
+        "phantom" (layout, seed, number). Studies of a folder NAME also go by NAME-ID, as `merge_datalists` calls ids
+        that collide.
 
     Raises:
         DataError: a file is damaged.
@@ -195,7 +234,11 @@ def load_truth(root: str | Path) -> dict[str, Any] | None:
 def _read_truth(path: Path) -> dict[str, Any]:
     try:
         truth = json.loads(path.read_text(encoding="utf-8"))
-        return {"findings": truth["findings"], "studies": truth["studies"]}
+        studies = truth["studies"]
+        if truth.get("layout") in PAIRED:
+            made = enumerate(studies.items())
+            studies = {name: {**study, "phantom": (truth["layout"], truth["seed"], i)} for i, (name, study) in made}
+        return {"findings": truth["findings"], "studies": studies}
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path}: no truth file of phantoms ({error!r}); write them again") from error
 

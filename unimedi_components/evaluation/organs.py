@@ -18,7 +18,7 @@ from ignite.metrics.metric import reinit__is_reduced, sync_all_reduce
 from monai.metrics import compute_hausdorff_distance, compute_surface_dice
 from torch import Tensor
 
-from unimedi_components.evaluation.bootstrap import LEVEL, percentile_interval, resample_patients
+from unimedi_components.metrics.bootstrap import LEVEL, percentile_interval, resample_patients
 
 __all__ = ["METRICS", "OrganDice", "organ_metrics", "organ_scores"]
 

@@ -1,20 +1,131 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Linear probe of frozen features: one logistic regression per finding, cross-validated, macro AUROC."""
+"""Linear probe of frozen features: one logistic regression per finding, cross-validated, macro AUROC.
+
+Letters: N rows, D width of the features, F findings, R resamples.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import sklearn
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedGroupKFold
-from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-__all__ = ["ProbeResult", "linear_probe", "transfer_scores"]
+from unimedi_components.metrics.bootstrap import resampled_auroc
+
+__all__ = ["STRENGTHS", "Fold", "LogisticProbe", "ProbeResult", "linear_probe", "transfer_scores"]
+
+Array = npt.NDArray[Any]
+
+#: Inverse strengths of the L2 penalty that a probe chooses from.
+STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+_UNCHOSEN = 1e-1
+
+
+class LogisticProbe:
+    """Logistic regression on standardised features with an L2 penalty chosen by cross-validation of the training rows.
+
+    The criterion is the mean over the inner folds of AUROC, or of accuracy where there are more than two classes; among
+    equals the strongest penalty wins. Too few patients of a class for two inner folds leave C at 0.1.
+
+    Args:
+        strengths: values of C to choose from, ascending; of a single one nothing is chosen.
+        folds: inner folds; a patient's rows stay in one.
+        seed: of the shuffle into folds.
+
+    Attributes:
+        c: what was chosen.
+    """
+
+    def __init__(self, strengths: Sequence[float] = STRENGTHS, folds: int = 3, seed: int = 0) -> None:
+        self.strengths, self.folds, self.seed = tuple(strengths), folds, seed
+        self.c = self.strengths[0]
+        self._scaler = StandardScaler()
+        self._axes: Array | None = None
+
+    def fit(self, x: Array, y: Array, groups: Array | None = None) -> LogisticProbe:
+        """Fit to features (N, D), classes (N,) and patients (N,); None: every row is a patient of its own."""
+        keys = np.arange(len(x)) if groups is None else groups
+        rows = self._scaler.fit_transform(x)
+        if rows.shape[1] > len(rows):
+            # the penalty knows no axes: in those of the rows the same solution takes N in place of D numbers
+            self._axes = np.linalg.svd(rows, full_matrices=False)[2].T
+            rows = rows @ self._axes
+        # thousands of small fits, whose input was checked before
+        with sklearn.config_context(assume_finite=True, skip_parameter_validation=True):
+            self.c = self._choose(rows, y, keys)
+            self._model = LogisticRegression(C=self.c, max_iter=2000).fit(rows, y)
+        return self
+
+    def decision(self, x: Array) -> Array:
+        """Decision values, (N,) for two classes, (N, C) for more."""
+        values: Array = self._model.decision_function(self._prepared(x))
+        return values
+
+    def probabilities(self, x: Array) -> Array:
+        """Probabilities of the classes that the training rows have, in ascending order, (N, C)."""
+        values: Array = self._model.predict_proba(self._prepared(x))
+        return values
+
+    @property
+    def classes(self) -> Array:
+        """The classes that the training rows have, (C,)."""
+        values: Array = self._model.classes_
+        return values
+
+    def _prepared(self, x: Array) -> Array:
+        rows: Array = self._scaler.transform(x)
+        return rows if self._axes is None else rows @ self._axes
+
+    def _choose(self, rows: Array, y: Array, groups: Array) -> float:
+        if len(self.strengths) == 1:
+            return self.strengths[0]
+        classes = np.unique(y)
+        folds = min(self.folds, *(len(np.unique(groups[y == value])) for value in classes))
+        scores = []
+        for train, test in _split(rows, y, groups, folds, self.seed) if folds > 1 else ():
+            if len(np.unique(y[train])) < len(classes) or len(np.unique(y[test])) < 2:
+                continue
+            # each fit starts from the one before, with less penalty
+            model = LogisticRegression(max_iter=2000, warm_start=True)
+            fits = (model.set_params(C=c).fit(rows[train], y[train]) for c in self.strengths)
+            scores.append([_score(y[test], fit.decision_function(rows[test]), fit.classes_) for fit in fits])
+        return self.strengths[int(np.argmax(np.mean(scores, axis=0)))] if scores else _UNCHOSEN
+
+
+def _split(x: Array, y: Array, groups: Array, folds: int, seed: int) -> Any:
+    return StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(x, y, groups)
+
+
+def _score(truth: Array, decision: Array, classes: Array) -> float:
+    if decision.ndim > 1:
+        return float((classes[decision.argmax(1)] == truth).mean())
+    return float(resampled_auroc(decision, (truth == classes[1]).astype(int), np.ones((1, len(truth))))[0])
+
+
+@dataclass(frozen=True)
+class Fold:
+    """What a probe says of the rows of one fold, on which it was not fitted.
+
+    Args:
+        rows: their indices, (n,).
+        scores: decision values, (n,).
+        truth: 0 or 1, (n,).
+    """
+
+    rows: Array
+    scores: Array
+    truth: Array
+
+    def auroc(self, weights: Array) -> Array:
+        """AUROC under weights (R, N) of all rows, (R,); NaN where a class has no weight."""
+        return resampled_auroc(self.scores, self.truth, weights[:, self.rows])
 
 
 @dataclass(frozen=True)
@@ -25,11 +136,33 @@ class ProbeResult:
         macro: mean over the findings; None if none could be probed.
         per_finding: mean over the folds, by finding.
         skipped: findings that could not be probed, each with the reason.
+        folds: decision values of the folds' held-out rows, by finding.
     """
 
     macro: float | None
     per_finding: dict[str, float]
     skipped: dict[str, str]
+    folds: dict[str, list[Fold]] = field(default_factory=dict, compare=False, repr=False)
+
+    def resampled(self, weights: Array) -> Array:
+        """The macro AUROC in resamples of the cases, the fitted probes staying as they are.
+
+        The held-out decision values of each fold are resampled within it, as values of different folds are not
+        comparable; a fold that has one class left in a resample does not count there.
+
+        Args:
+            weights: how often each row is drawn, (R, N).
+
+        Returns:
+            (R,); NaN where a finding has no fold left, or none could be probed.
+        """
+        means = []
+        for folds in self.folds.values():
+            values = np.stack([fold.auroc(weights) for fold in folds])
+            count = np.isfinite(values).sum(0)
+            total = np.nansum(values, axis=0)
+            means.append(np.divide(total, count, out=np.full(len(total), np.nan), where=count > 0))
+        return np.mean(means, axis=0) if means else np.full(len(weights), np.nan)
 
 
 def linear_probe(
@@ -38,14 +171,14 @@ def linear_probe(
     names: Sequence[str],
     groups: Sequence[Hashable] | None = None,
     folds: int = 5,
-    c: float = 0.1,
+    strengths: Sequence[float] = STRENGTHS,
     seed: int = 0,
 ) -> ProbeResult:
-    """Probe frozen features for each finding by stratified cross-validation.
+    """Probe features for each finding by stratified cross-validation.
 
-    Features are standardised on the training folds. The AUROC of a finding is the mean of the folds' AUROCs:
-    decision values of different folds come from different models, and pooling them into one curve biases it
-    downwards.
+    Features are standardised on the training folds, and C is chosen within them, so that features of any kind and
+    width, pixels too, are probed alike. The AUROC of a finding is the mean of the folds' AUROCs: decision values of
+    different folds come from different models, and pooling them into one curve biases it downwards.
 
     Args:
         features: (N, D).
@@ -54,9 +187,8 @@ def linear_probe(
         names: the F findings.
         groups: patients, (N,); a patient's rows stay in one fold.
         folds: folds; a finding needs this many patients with and without it.
-        c: inverse strength of the L2 penalty, fixed rather than tuned. With some 200 rows and 100 to 768
-            standardised features, results vary little between 0.01 and 0.3 and fall above.
-        seed: of the shuffle into folds.
+        strengths: values of C, see `LogisticProbe`.
+        seed: of the shuffles into folds.
 
     Returns:
         `ProbeResult`; equal input gives equal output.
@@ -70,49 +202,47 @@ def linear_probe(
     if not np.isfinite(x).all():
         raise ValueError("the features are not finite; the network diverged")
     keys = np.arange(len(x)) if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
-    scores: dict[str, float] = {}
+    found: dict[str, list[Fold]] = {}
     skipped: dict[str, str] = {}
     for name, column in zip(names, y.T, strict=True):
-        known = np.isin(column, (0, 1))
-        score = _probe_one(x[known], column[known], keys[known], folds, c, seed)
-        if isinstance(score, str):
-            skipped[name] = score
+        known = np.flatnonzero(np.isin(column, (0, 1)))
+        parts = _probe_one(x, column, keys, known, folds, strengths, seed)
+        if isinstance(parts, str):
+            skipped[name] = parts
         else:
-            scores[name] = score
-    return ProbeResult(float(np.mean(list(scores.values()))) if scores else None, scores, skipped)
+            found[name] = parts
+    once = np.ones((1, len(x)))
+    scores = {name: float(np.mean([fold.auroc(once)[0] for fold in parts])) for name, parts in found.items()}
+    return ProbeResult(float(np.mean(list(scores.values()))) if scores else None, scores, skipped, found)
 
 
 def _probe_one(
-    x: npt.NDArray[np.float64],
-    y: npt.NDArray[np.int64],
-    groups: npt.NDArray[np.int64],
-    folds: int,
-    c: float,
-    seed: int,
-) -> float | str:
+    x: Array, y: Array, groups: Array, known: Array, folds: int, strengths: Sequence[float], seed: int
+) -> list[Fold] | str:
     for value, what in ((1, "with"), (0, "without")):
-        count = len(np.unique(groups[y == value]))
+        count = len(np.unique(groups[known][y[known] == value]))
         if count < folds:
             return f"{count} patients {what} it, {folds} folds need {folds}"
-    scores = []
-    for train, test in StratifiedGroupKFold(folds, shuffle=True, random_state=seed).split(x, y, groups):
+    parts = []
+    for train, test in _split(x[known], y[known], groups[known], folds, seed):
+        fit, held = known[train], known[test]
         # Grouping may leave a fold of a rare finding with one class, for which there is no AUROC.
-        if len(np.unique(y[train])) == 2 and len(np.unique(y[test])) == 2:
-            model = make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=2000)).fit(x[train], y[train])
-            scores.append(roc_auc_score(y[test], model.decision_function(x[test])))
-    return float(np.mean(scores)) if scores else "no fold holds patients with and without it"
+        if len(np.unique(y[fit])) == 2 and len(np.unique(y[held])) == 2:
+            probe = LogisticProbe(strengths, seed=seed).fit(x[fit], y[fit], groups[fit])
+            parts.append(Fold(held, probe.decision(x[held]), y[held]))
+    return parts or "no fold holds patients with and without it"
 
 
 def transfer_scores(
-    train: npt.ArrayLike, labels: npt.ArrayLike, test: npt.ArrayLike, c: float = 0.1
+    train: npt.ArrayLike, labels: npt.ArrayLike, test: npt.ArrayLike, strengths: Sequence[float] = STRENGTHS
 ) -> npt.NDArray[np.float64]:
     """Decision values on other images of probes trained on these, one logistic regression per finding.
 
     Args:
-        train: features to train on, (N, D); they alone set the standardisation.
+        train: features to train on, (N, D), of a patient each; they alone set the standardisation and the penalty.
         labels: 0 or 1 for each finding, (N, F).
         test: features to score, (M, D).
-        c: inverse strength of the L2 penalty, as in `linear_probe`.
+        strengths: values of C, see `LogisticProbe`.
 
     Returns:
         (M, F); a finding that the N images all have or all lack scores 0 everywhere, an AUROC of 0.5.
@@ -121,6 +251,5 @@ def transfer_scores(
     scores = np.zeros((len(x_test), y.shape[1]))
     for column in range(y.shape[1]):
         if len(np.unique(y[:, column])) == 2:
-            model = make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=2000)).fit(x, y[:, column])
-            scores[:, column] = model.decision_function(x_test)
+            scores[:, column] = LogisticProbe(strengths).fit(x, y[:, column]).decision(x_test)
     return scores

@@ -26,6 +26,7 @@ __all__ = [
     "chance_of_hit",
     "first_correct_rank",
     "precision_at_k",
+    "precision_rows",
     "recall_at_k",
     "recall_chance",
 ]
@@ -129,7 +130,14 @@ def recall_chance(n: int, ks: Sequence[int] = (1, 5, 10), groups: Sequence[Hasha
 def precision_at_k(
     query: Tensor, candidates: Tensor, correct: Tensor, k: int = 5, excluded: Tensor | None = None
 ) -> float:
-    """Mean share of correct ones among the K candidates most similar to a query (GLoRIA's and MGCA's P@K).
+    """Mean of `precision_rows` over the queries (GLoRIA's and MGCA's P@K); a random order gives that of `correct`."""
+    return precision_rows(query, candidates, correct, k, excluded).mean().item()
+
+
+def precision_rows(
+    query: Tensor, candidates: Tensor, correct: Tensor, k: int = 5, excluded: Tensor | None = None
+) -> Tensor:
+    """Share of correct ones among the K candidates most similar to each query.
 
     Args:
         query: (N, E), normalised here.
@@ -139,7 +147,7 @@ def precision_at_k(
         excluded: which candidates a query does not look at, such as itself, bool (N, M); at least `k` must be left.
 
     Returns:
-        the mean over the queries; a random order would give `correct.float().mean()`.
+        (N,) float64.
 
     Raises:
         ValueError: the shapes do not fit together, or a query has fewer than `k` candidates left.
@@ -161,7 +169,7 @@ def precision_at_k(
     # them.
     order = correct.long().sort(dim=1, stable=True).indices
     best = similarity.gather(1, order).sort(dim=1, descending=True, stable=True).indices[:, :k]
-    return correct.gather(1, order).gather(1, best).double().mean().item()
+    return correct.gather(1, order).gather(1, best).double().mean(1)
 
 
 def _group_index(groups: Sequence[Hashable] | None, n: int) -> Tensor:

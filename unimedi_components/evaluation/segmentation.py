@@ -17,8 +17,8 @@ from ignite.metrics import Metric
 from ignite.metrics.metric import reinit__is_reduced, sync_all_reduce
 from torch import Tensor
 
-from unimedi_components.evaluation.bootstrap import LEVEL, percentile_interval, resample_patients
 from unimedi_components.losses.segmentation import FocalDiceLoss
+from unimedi_components.metrics.bootstrap import LEVEL, percentile_interval, resample_patients
 
 __all__ = ["MaskLossMetric", "MaskScore", "mask_counts", "mask_metrics", "mask_scores"]
 

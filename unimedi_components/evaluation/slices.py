@@ -10,7 +10,7 @@ those that come closest are.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,15 @@ import numpy.typing as npt
 
 from unimedi_components.errors import DataError
 from unimedi_components.evaluation.retrieval import chance_of_hit
+from unimedi_components.metrics.measures import Measures
+from unimedi_components.metrics.permuted import others_mean
+from unimedi_components.metrics.slice_choice import (
+    best_choice,
+    expected_minimum,
+    fixed_choices,
+    lesion_distance,
+    reachable,
+)
 
 __all__ = ["FOCAL_SHARE", "SliceScore", "is_focal", "lesion_mask", "slice_metrics", "slice_score"]
 
@@ -141,26 +150,94 @@ def slice_metrics(
     depth: int,
     patch_depth: int,
     expand: str = "centre",
-) -> dict[str, float | int]:
-    """Means over the focal studies.
+    patients: Sequence[Hashable] | None = None,
+    spacing: Sequence[float] | None = None,
+    measures: Measures | None = None,
+) -> dict[str, Any]:
+    """Means over the focal studies, beside what other ways to choose would reach on them.
 
     Args:
         selected: the chosen slices of each study.
-        truths: "lesion_slices" and "n_slices" of each study, or None where they are not known.
+        truths: "lesion_slices" and "n_slices" of each study, and "findings" where they are to be told apart, or None
+            where they are not known.
         depth, patch_depth, expand: as in `slice_score`.
+        patients: of the studies; None: every study is of a patient of its own.
+        spacing: mm between the slices of each study's file; None measures no distance.
+        measures: gets the values, with intervals if it has resamples; None for none.
 
     Returns:
-        "slice_precision", "slice_recall", "slice_hit", each also with "_chance"; "slice_studies", how many
-        studies are focal, and "slice_studies_known", how many have a truth. Without focal studies the two
-        counts alone.
+        "slice_studies", how many studies are focal, and "slice_studies_known", how many have a truth; without focal
+        studies these alone. "slice_precision", "slice_recall" and "slice_hit", each also with "_chance".
+        "slice_distance_mm": from the chosen slice that is nearest to a lesion slice to that one. Precision and distance
+        also with "_permuted" (the selection of another patient, expectation over all of them), "_fixed" (the same slabs
+        for all, learned on other patients, see `fixed_choices`), "_oracle" (the best choice there is), distance with
+        "_chance"; precisions also as "_per_finding", means over the focal studies that have a finding.
     """
-    known = [(chosen, truth) for chosen, truth in zip(selected, truths, strict=True) if truth is not None]
+    kept = measures or Measures()
+    people = list(range(len(truths))) if patients is None else list(patients)
+    rows = [i for i, truth in enumerate(truths) if truth and is_focal(truth["lesion_slices"], truth["n_slices"])]
+    kept.add("slice_studies", len(rows))
+    kept.add("slice_studies_known", sum(truth is not None for truth in truths))
+    if not rows:
+        return kept.content()
+    studies = [truth for i in rows if (truth := truths[i]) is not None]
+    chosen, own = np.asarray([selected[i] for i in rows], dtype=np.int64), [people[i] for i in rows]
+    findings = [[finding["name"] for finding in study.get("findings", ())] for study in studies]
     scores = [
-        slice_score(chosen, truth["lesion_slices"], truth["n_slices"], depth, patch_depth, expand)
-        for chosen, truth in known
-        if is_focal(truth["lesion_slices"], truth["n_slices"])
+        slice_score(c.tolist(), study["lesion_slices"], study["n_slices"], depth, patch_depth, expand)
+        for c, study in zip(chosen, studies, strict=True)
     ]
-    result: dict[str, float | int] = {"slice_studies": len(scores), "slice_studies_known": len(known)}
-    for name in SliceScore.__dataclass_fields__ if scores else ():
-        result[f"slice_{name}"] = float(np.mean([getattr(score, name) for score in scores]))
-    return result
+    for name in SliceScore.__dataclass_fields__:
+        values = [getattr(score, name) for score in scores]
+        kept.mean(f"slice_{name}", values, own)
+        if name.startswith("precision"):
+            kept.per_finding(f"slice_{name}", values, findings)
+    masks = np.stack([lesion_mask(study["lesion_slices"], study["n_slices"], depth) for study in studies])
+    others = _other_choices(masks, chosen, own, patch_depth, expand)
+    for name, choices in others.items():
+        values = _scores_of(masks, choices, own, "mean")
+        kept.mean(f"slice_precision_{name}", values, own)
+        kept.per_finding(f"slice_precision_{name}", values, findings)
+    if spacing is not None:
+        # slices of the input lie extent / D apart
+        steps = [spacing[i] * study["n_slices"] / depth for i, study in zip(rows, studies, strict=True)]
+        away = np.stack([lesion_distance(mask) * step for mask, step in zip(masks, steps, strict=True)])
+        k = chosen.shape[1]
+        within = reachable(depth, k, patch_depth, expand)
+        others["oracle"] = within[away[:, within].argmin(1)][:, None, None]
+        for suffix, choices in {"": chosen[:, None], **{f"_{name}": c for name, c in others.items()}}.items():
+            kept.mean(f"slice_distance_mm{suffix}", _scores_of(away, choices, own, "min"), own)
+        chance = [expected_minimum(values, k, patch_depth, expand) for values in away]
+        kept.mean("slice_distance_mm_chance", chance, own)
+    return kept.content()
+
+
+def _other_choices(
+    masks: npt.NDArray[np.bool_],
+    chosen: npt.NDArray[np.int64],
+    patients: Sequence[Hashable],
+    patch_depth: int,
+    expand: str,
+) -> dict[str, npt.NDArray[Any]]:
+    """Slices that other ways choose for each of N studies, (N, C, k) for one of C choices."""
+    k = chosen.shape[1]
+    others: dict[str, npt.NDArray[Any]] = {}
+    if len(set(patients)) > 1:
+        others["permuted"] = np.broadcast_to(chosen, (len(masks), *chosen.shape))
+        fixed = fixed_choices(masks, patients, k, patch_depth, expand)
+        assert fixed is not None
+        others["fixed"] = fixed[:, None]
+    best = np.stack([best_choice(mask, k, patch_depth, expand) for mask in masks])
+    return {**others, "oracle": best[:, None]}
+
+
+def _scores_of(
+    values: npt.NDArray[Any], choices: npt.NDArray[Any], patients: Sequence[Hashable], kind: str
+) -> npt.NDArray[Any]:
+    """Mean or smallest value of each study's chosen slices, (N,): values (N, D), choices (N, C, k).
+
+    With N choices, choice j is that of study j, and what counts is the mean over the other patients'.
+    """
+    taken = values[np.arange(len(values))[:, None, None], choices]
+    scores = taken.mean(2) if kind == "mean" else taken.min(2)
+    return scores[:, 0] if scores.shape[1] == 1 else others_mean(scores, patients)

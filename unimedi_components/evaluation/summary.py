@@ -15,6 +15,7 @@ from unimedi_components.engines.figures import CTView, XrayView, draw_loss_curve
 from unimedi_components.evaluation.features import Features, check_punct, extract_features, load_truth, make_dataset
 from unimedi_components.evaluation.metrics import all_metrics
 from unimedi_components.evaluation.slices import is_focal, lesion_mask
+from unimedi_components.metrics.bootstrap import PatientResamples
 from unimedi_components.networks.pretrained import Pretrained, load_pretrained
 from unimedi_components.provenance import provenance
 
@@ -35,7 +36,7 @@ def evaluate_datalist(
     split: str = "test",
     **options: Any,
 ) -> dict[str, Any]:
-    """Measure a network on one split: retrieval, collapse, and where lesions are known slice selection.
+    """Measure a network on one split: retrieval, collapse, and where the truth is known all else.
 
     Args:
         pretrained: the network.
@@ -55,7 +56,7 @@ def evaluate_datalist(
     lists = _parsed(datalist)
     check_punct(pretrained, lists)
     features = extract_features(pretrained, select(lists, split), root, **options)
-    return {"split": split, **all_metrics(pretrained, features, _studies(truth or root))}
+    return {"split": split, **_measured(pretrained, features, load_truth(truth or root), options)}
 
 
 def after_training(
@@ -93,10 +94,11 @@ def after_training(
     if rank() != 0:
         return {}
     pretrained, lists = load_pretrained(checkpoint, device), _parsed(datalist)
-    out, studies = Path(output_dir), _studies(root)
+    out, truth = Path(output_dir), load_truth(root)
+    studies = None if truth is None else truth["studies"]
     split = "test" if select(lists, "test") else "validation"
     features = extract_features(pretrained, select(lists, split), root, **options)
-    values = {"split": split, **all_metrics(pretrained, features, studies)}
+    values = {"split": split, **_measured(pretrained, features, truth, options)}
     if history:
         values["training"] = {"iterations": history[-1]["iteration"], "loss": history[-1]["loss"]}
         draw_loss_curves(history, out / "loss_curves.png")
@@ -195,6 +197,8 @@ def _parsed(datalist: str | Path | Datalist) -> Datalist:
     return datalist if isinstance(datalist, dict) else load_datalist(datalist)
 
 
-def _studies(root: str | Path) -> Studies | None:
-    truth = load_truth(root)
-    return None if truth is None else truth["studies"]
+def _measured(
+    pretrained: Pretrained, features: Mapping[int, Features], truth: Datalist | None, options: Mapping[str, Any]
+) -> dict[str, Any]:
+    resamples = PatientResamples(patient for part in features.values() for patient in part.patients)
+    return all_metrics(pretrained, features, truth, resamples, **options)

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pure functions from predictions and features to numbers."""
+"""Pure functions from outputs and truth to numbers, with one bootstrap over patients."""

@@ -37,6 +37,8 @@ class ImageFeatures:
         selected: slices chosen for each volume, (B, k); None for X-rays.
         scores: Eq. 2 score of each slab, (B, S); None for X-rays.
         attention: Eq. 1's **v** of the image's own tokens, (B, P).
+        joint_attention: Eq. 1's **v** of a volume's tokens and behind them its slices', (B, P + k * P2); None where no
+            slices joined.
     """
 
     cls: Tensor
@@ -44,6 +46,7 @@ class ImageFeatures:
     selected: Tensor | None = None
     scores: Tensor | None = None
     attention: Tensor | None = None
+    joint_attention: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -191,7 +191,7 @@ class UniMedI(nn.Module):
         """
         volume = image.ndim == 5
         grid = self.encoder.token_grids(image)[0]
-        selected = scores = None
+        selected = scores = joint = None
         out = self.encoder(image, return_attention=True)
         attention = out.attention
         if volume:
@@ -199,9 +199,10 @@ class UniMedI(nn.Module):
             scores = selection.slice_scores(attention, grid)
             selected = selection.select_slices(scores, self.num_slices, self.encoder.patch_depth, expand=self.expand)
             if use_slices and self.pseudo_pairs:
-                out = self.encoder(image, *self.take_slices(image, selected))
+                out = self.encoder(image, *self.take_slices(image, selected), return_attention=True)
+                joint = out.attention
         modality = torch.full((len(image),), int(volume), device=image.device)
-        return ImageFeatures(out.cls, self.image_projection(out.cls, modality), selected, scores, attention)
+        return ImageFeatures(out.cls, self.image_projection(out.cls, modality), selected, scores, attention, joint)
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor, modality: Tensor) -> Tensor:
         """Projected report embeddings (B, E), not normalised; `modality` is 0 for X-ray and 1 for CT reports, (B,)."""
