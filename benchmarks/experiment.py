@@ -303,9 +303,7 @@ def summarised(cells: Sequence[Json], size: str, settings: Json) -> Json:
     for name, variant in VARIANTS.items():
         own = {result["seed"]: result["measures"] for result in results if result["variant"] == name}
         if own:
-            keys = sorted(
-                {key for values in own.values() for key, value in values.items() if _is_number(value)} - {*_SETTINGS}
-            )
+            keys = sorted({key for values in own.values() for key in values if _summarised(key, values[key])})
             variants[name] = {
                 "title": variant.title,
                 "seeds": list(own),
@@ -316,12 +314,14 @@ def summarised(cells: Sequence[Json], size: str, settings: Json) -> Json:
     return {"size": size, "settings": kept, "run": provenance(), "variants": variants, "cells": about}
 
 
-# of an evaluation, but no measures
-_SETTINGS = ("patients", "seed", "training_phantom_seed")
-
-
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _summarised(key: str, value: Any) -> bool:
+    """Whether it is a measure: no setting, and not what the untrained variant measures too."""
+    settings = ("patients", "seed", "training_phantom_seed")
+    return _is_number(value) and key not in settings and not key.endswith("_untrained") and "_strict" not in key
 
 
 def _over_seeds(own: dict[int, Json], key: str) -> Json:
