@@ -41,8 +41,9 @@ experiment: venv ## all variants, three seeds, and the page; EXPERIMENT=small (9
 table7: venv ## the rows of the paper's ablation alone, as cells of the experiment
 	$(VENV_PYTHON) -m benchmarks.experiment run --size $(EXPERIMENT) --variants vl,vl_sd,ours $(if $(EPOCHS),--epochs $(EPOCHS))
 
-publish: venv ## copy the numbers of experiment and tables to results/published
+publish: venv ## copy the numbers of experiment and tables to results/published, and quote them in README and cards
 	$(VENV_PYTHON) -m benchmarks.experiment publish --size $(EXPERIMENT)
+	$(VENV_PYTHON) -m benchmarks.published
 
 test: lint ## lint, type checks and tests
 	OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -n $(JOBS)

@@ -22,16 +22,15 @@ import monai
 import numpy as np
 import torch
 from monai.bundle import ConfigParser, ConfigWorkflow
-from torch.nn import functional as F
-from unimedi_components.evaluation.bootstrap import patient_intervals
 
 from unimedi_components.data.datalist import write_json
 from unimedi_components.data.phantom import LAYOUTS
 from unimedi_components.data.splits import nested_fraction
 from unimedi_components.engines import TrainingCheckpoint
 from unimedi_components.evaluation.evaluate import evaluate, heldout_items
-from unimedi_components.evaluation.features import Features, extract_features, labels_of, make_dataset
+from unimedi_components.evaluation.features import Features, extract_features, labels_of, load_truth
 from unimedi_components.evaluation.probe import linear_probe, transfer_scores
+from unimedi_components.metrics.bootstrap import patient_intervals
 from unimedi_components.networks.pretrained import Pretrained, load_pretrained
 from unimedi_components.provenance import commit, provenance
 from unimedi_components.report.failures import write_failures
@@ -41,7 +40,6 @@ FRACTIONS = {"1pct": 0.01, "10pct": 0.1, "100pct": 1.0}
 RESULT, STAMP = "result.json", "training.json"
 # where a run reads and writes; not what it computes
 _PLACES = ("bundle_root", "ckpt_dir", "output_dir", "data_dir", "dataset_dir", "cache_dir", "resume", "num_workers")
-_PIXELS: dict[int, tuple[int, ...]] = {2: (32, 32), 3: (8, 8, 8)}
 _RESAMPLES = 1000
 Json = dict[str, Any]
 
@@ -110,7 +108,6 @@ def run_cell(cell: Mapping[str, Any]) -> None:
         if not finished(cell):
             (folder / RESULT).unlink(missing_ok=True)
             write_json(_measured(cell, folder, lock.fileno()), folder / RESULT)
-            _clean(cell, folder)
 
 
 def _measured(cell: Mapping[str, Any], folder: Path, lock: int) -> Json:
@@ -205,15 +202,28 @@ def _device(cell: Mapping[str, Any]) -> str:
     return str(cell["settings"]["overrides"].get("device") or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
+def held_out(cell: Mapping[str, Any], dim: int, seed: int, patients: int) -> None:
+    """Write phantoms that no cell trains on, and beside them their items, which take as long to find as to use."""
+    phantoms, punct = cell["settings"]["phantoms"], bool(_parser(cell).get("keep_punct"))
+    items, root, _ = heldout_items(dim, Path(phantoms, f"seed_{seed}"), patients, seed, keep_punct=punct)
+    write_json({"root": str(root), "items": items}, _items_file(phantoms, dim, seed, patients, punct))
+
+
+def _items_file(phantoms: str | Path, dim: int, seed: int, patients: int, punct: bool) -> Path:
+    return Path(phantoms, f"seed_{seed}", f"{dim}d_{patients}{'_punct' if punct else ''}.json")
+
+
 Part = tuple[Features, np.ndarray, Path, Mapping[str, Any]]
 
 
 def _studies(cell: Mapping[str, Any], network: Pretrained, dim: int, seed: int, patients: int) -> Part:
     """Features of held-out studies, their labels (N, F), the folder of their images and the truth."""
     phantoms = Path(cell["settings"]["phantoms"])
-    items, root, truth = heldout_items(dim, phantoms / f"seed_{seed}", patients, seed, 1, progress=False)
+    found = json.loads(_items_file(phantoms, dim, seed, patients, network.keep_punct).read_text(encoding="utf-8"))
+    root, truth = Path(found["root"]), load_truth(found["root"])
+    assert truth is not None
     options: Json = {"cache_dir": phantoms / "cache", "progress": False}
-    features = extract_features(network, items, root, **options)[dim]
+    features = extract_features(network, found["items"], root, **options)[dim]
     return features, labels_of(features.items, truth["studies"]), root, truth
 
 
@@ -232,13 +242,6 @@ def _save_features(test: Mapping[int, Part], path: Path) -> None:
         np.savez_compressed(stream, **arrays)
 
 
-def _pixels(cell: Mapping[str, Any], network: Pretrained, features: Features, root: Path, dim: int) -> np.ndarray:
-    """The images themselves at 32 x 32, or 8 x 8 x 8, flattened: (N, 1024) or (N, 512)."""
-    dataset = make_dataset(network, features.items, root, Path(cell["settings"]["phantoms"]) / "cache")
-    images = torch.stack([torch.as_tensor(dataset[i]["image"]).float() for i in range(len(dataset))])
-    return F.interpolate(images, _PIXELS[dim], mode="area").flatten(1).numpy()
-
-
 def _label_probes(cell: Mapping[str, Any], network: Pretrained, test: Mapping[int, Part]) -> Json:
     """AUROC on the held-out studies of probes trained on a fraction of further ones' labels, with patient intervals."""
     settings = cell["settings"]
@@ -246,11 +249,8 @@ def _label_probes(cell: Mapping[str, Any], network: Pretrained, test: Mapping[in
     for dim, part in test.items():
         pool = _studies(cell, network, dim, settings["pool_seed"], settings["pool"])
         names = part[3]["findings"]
-        x, x_test = (
-            _pixels(cell, network, p[0], p[2], dim) if cell["kind"] == "pixels" else p[0].cls.numpy()
-            for p in (pool, part)
-        )
-        patients = [item["patient"] for item in part[0].items]
+        x, x_test = (p[0].pooled.numpy() if cell["kind"] == "pixels" else p[0].cls.numpy() for p in (pool, part))
+        patients, own = part[0].patients, np.asarray(pool[0].patients)
         if cell["kind"] == "pixels":
             result[f"probe_auroc_{dim}d"] = linear_probe(x_test, part[1], names, patients).macro
         groups = np.unique(patients, return_inverse=True)[1]
@@ -260,7 +260,7 @@ def _label_probes(cell: Mapping[str, Any], network: Pretrained, test: Mapping[in
         ]
         for name, fraction in FRACTIONS.items():
             rows = [item["row"] for item in nested_fraction(labelled, fraction, cell["seed"])]
-            scores = transfer_scores(x[rows], pool[1][rows], x_test)
+            scores = transfer_scores(x[rows], pool[1][rows], x_test, own[rows].tolist())
             key = f"probe_auroc_{dim}d_{name}"
             result[key], result["intervals"][key] = _macro(scores, part[1], names, groups)
     return result
@@ -288,19 +288,19 @@ def _data_sets(cell: Mapping[str, Any], folder: Path) -> Json:
     result: Json = {"intervals": {}}
     weights = str((folder / "models" / "model.pt").resolve())
     for part in (TABLES[1][0], TABLES[1][1], TABLES[2][0]):
+        made = Path(cell["settings"]["phantoms"], f"{part.data_set}.made")
         for name, fraction in FRACTIONS.items():
             over = {"encoder_weights": weights, "label_fraction": fraction, "seed": cell["seed"]}
-            _, measured = run_bundle(part, over)
+            with open(made.with_suffix(".lock"), "w") as lock:
+                # of cells side by side, the first writes the data set's phantoms
+                if not made.is_file():
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+                _, measured = run_bundle(part, over)
+                made.touch()
             key = f"{part.data_set}_{part.metrics[0]}_{name}"
             result[key] = measured[part.metrics[0]]
             result["intervals"][key] = measured["intervals"][part.metrics[0]]
     return result
-
-
-def _clean(cell: Mapping[str, Any], folder: Path) -> None:
-    """Of all seeds but the first, keep what evaluates again, not what trains on."""
-    for name in ("last.pt", "model_best.pt") if cell["seed"] != cell["settings"]["seeds"][0] else ():
-        (folder / "models" / name).unlink(missing_ok=True)
 
 
 if __name__ == "__main__":

@@ -25,9 +25,8 @@ from typing import Any
 import fire
 import torch
 
-from benchmarks.cells import RESULT, finished, read_json, training_datalist
+from benchmarks.cells import RESULT, finished, held_out, read_json, training_datalist
 from unimedi_components.data.datalist import write_json
-from unimedi_components.evaluation.evaluate import heldout_items
 from unimedi_components.provenance import provenance
 from unimedi_components.report.statistics import summarise
 
@@ -68,6 +67,7 @@ VARIANTS: dict[str, Variant] = {
 }
 #: Epochs, and whether Table 7's own data sets are probed, by size.
 SIZES: dict[str, Json] = {"small": {"epochs": 5, "data_sets": False}, "full": {"epochs": None, "data_sets": True}}
+PROGRAM = (sys.executable, "-m", "benchmarks.cells")
 # seconds of one epoch and of measuring, on one thread: only a first guess of the end, scaled by what is measured
 _EPOCH_S, _MEASURE_S, _DATA_SETS_S = 60, 90, 600
 _SHOW_EVERY_S = 60
@@ -115,7 +115,7 @@ def run(
     print(f"{len(cells)} cells, {len(cells) - len(pending)} finished, {count} at a time", flush=True)
     if pending:
         _prepare(pending, settings)
-    failed = _Pool(pending, count).run()
+    failed = Pool(pending, count).run()
     # also of variants that this call did not ask for
     every = [_cell(name, seed, folder, settings) for seed in settings["seeds"] for name in VARIANTS]
     summary = summarised(every, size, settings)
@@ -182,18 +182,20 @@ def _prepare(pending: Sequence[Json], settings: Json) -> None:
     training_datalist(pending[0])
     for seed, patients in ((settings["eval_seed"], "patients"), (settings["pool_seed"], "pool")):
         for dim in (2, 3):
-            heldout_items(dim, Path(settings["phantoms"], f"seed_{seed}"), settings[patients], seed)
+            held_out(pending[0], dim, seed, settings[patients])
 
 
-class _Pool:
+class Pool:
     """Cells as processes, some at a time, with a line about each end and the expected end of all.
 
     Args:
         pending: cells to run, in order.
         count: processes at a time.
+        program: what runs a cell, given the path of its description.
     """
 
-    def __init__(self, pending: Sequence[Json], count: int) -> None:
+    def __init__(self, pending: Sequence[Json], count: int, program: Sequence[str] = PROGRAM) -> None:
+        self.program = list(program)
         self.waiting, self.count, self.total = list(pending), count, len(pending)
         self.running: list[tuple[subprocess.Popen[bytes], Json, float]] = []
         self.guessed = self.measured = 0.0
@@ -229,7 +231,7 @@ class _Pool:
         environment = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
         with open(folder / "log.txt", "ab") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.cells", str(spec)],
+                [*self.program, str(spec)],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=environment,
@@ -301,9 +303,7 @@ def summarised(cells: Sequence[Json], size: str, settings: Json) -> Json:
     for name, variant in VARIANTS.items():
         own = {result["seed"]: result["measures"] for result in results if result["variant"] == name}
         if own:
-            keys = sorted(
-                {key for values in own.values() for key, value in values.items() if _is_number(value)} - {*_SETTINGS}
-            )
+            keys = sorted({key for values in own.values() for key in values if _summarised(key, values[key])})
             variants[name] = {
                 "title": variant.title,
                 "seeds": list(own),
@@ -314,12 +314,14 @@ def summarised(cells: Sequence[Json], size: str, settings: Json) -> Json:
     return {"size": size, "settings": kept, "run": provenance(), "variants": variants, "cells": about}
 
 
-# of an evaluation, but no measures
-_SETTINGS = ("patients", "seed", "training_phantom_seed")
-
-
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _summarised(key: str, value: Any) -> bool:
+    """Whether it is a measure: no setting, and not what the untrained variant measures too."""
+    settings = ("patients", "seed", "training_phantom_seed")
+    return _is_number(value) and key not in settings and not key.endswith("_untrained") and "_strict" not in key
 
 
 def _over_seeds(own: dict[int, Json], key: str) -> Json:

@@ -125,7 +125,7 @@ def test_a_run_leaves_its_files(trained: Any, data: Path) -> None:
     }
     case = datalist["test"][0]["id"]
     names = {path.name for path in (folder / "eval").iterdir() if "tfevents" not in path.name}
-    assert names == {"metrics.json", "cases.csv", "loss_curves.png", f"{case}.png"}
+    assert names == {"metrics.json", "run.json", "cases.csv", "loss_curves.png", f"{case}.png"}
     metrics = read(folder / "eval" / "metrics.json")
     assert (metrics["split"], metrics["cases"], metrics["skipped_files"]) == ("test", 1, 0)
     assert metrics["label_names"] == ["background", *bcv.ORGANS] == list(made.parser["label_names"])

@@ -38,7 +38,7 @@ COMMON = {
     "probe_lr": 0.5,
     "probe_weight_decay": 0.0,
 }
-FILES = {"metrics.json", "cases.csv", "roc.png", "confusion.png", "loss_curves.png"}
+FILES = {"metrics.json", "run.json", "cases.csv", "roc.png", "confusion.png", "loss_curves.png"}
 COVIDX = {"data_set": "covidx", "task": "multiclass", "label_names": ["normal", "pneumonia", "COVID-19"]}
 
 pytestmark = pytest.mark.usefixtures("in_process")
@@ -159,7 +159,7 @@ def test_evaluate_reproduces_the_runs_metrics(probe: Any, data: Path, tmp_path: 
     changes = overrides(XRAY, data, folder, output_dir=str(tmp_path / "eval"))
     made = workflow(configs(XRAY, "train", "evaluate"), changes)
     made.run()
-    assert {path.name for path in (tmp_path / "eval").iterdir()} == FILES - {"loss_curves.png"}
+    assert {path.name for path in (tmp_path / "eval").iterdir()} == FILES - {"loss_curves.png", "run.json"}
     assert read(tmp_path / "eval" / "metrics.json") == read(folder / "eval" / "metrics.json")
     assert '"split": "test"' in capsys.readouterr().out
     assert (tmp_path / "eval" / "cases.csv").read_bytes() == (folder / "eval" / "cases.csv").read_bytes()

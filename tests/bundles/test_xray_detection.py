@@ -34,7 +34,7 @@ SIZES = {"img_size": 32, "vol_size": [8, 24, 24], "patch_size": 8, "patch_size_3
 SIZES |= {"embed_dim": 16, "depth": 1, "num_heads": 2}
 COMMON = {"device": "cpu", "epochs": EPOCHS, "bootstrap": 20, "memory_mb": 10, "img_size": 48, "pyramid_width": 8}
 COMMON |= {"score_threshold": 0.6, "lr": 0.01}
-FILES = {"metrics.json", "cases.csv", "precision_recall.png", "boxes.png", "loss_curves.png"}
+FILES = {"metrics.json", "run.json", "cases.csv", "precision_recall.png", "boxes.png", "loss_curves.png"}
 
 pytestmark = pytest.mark.usefixtures("in_process")
 
@@ -179,7 +179,7 @@ def test_evaluate_reproduces_the_runs_metrics(run: Any, data: Path, tmp_path: Pa
     folder, _ = run
     made = workflow(overrides(data, folder, output_dir=str(tmp_path / "eval")), "train", "evaluate")
     made.run()
-    assert {path.name for path in (tmp_path / "eval").iterdir()} == FILES - {"loss_curves.png"}
+    assert {path.name for path in (tmp_path / "eval").iterdir()} == FILES - {"loss_curves.png", "run.json"}
     for name in ("metrics.json", "cases.csv"):
         assert (tmp_path / "eval" / name).read_bytes() == (folder / "eval" / name).read_bytes(), name
     assert '"split": "test"' in capsys.readouterr().out

@@ -31,7 +31,7 @@ PATIENTS, EPOCHS = 40, 4
 SIZES = {"img_size": 32, "vol_size": [8, 24, 24], "patch_size": 8, "patch_size_3d": [4, 12, 12]}
 SIZES |= {"embed_dim": 16, "depth": 1, "num_heads": 2}
 COMMON = {"device": "cpu", "epochs": EPOCHS, "bootstrap": 20, "memory_mb": 10, "img_size": 48, "widths": [8, 8, 4]}
-FILES = {"metrics.json", "cases.csv", "masks.png", "loss_curves.png"}
+FILES = {"metrics.json", "run.json", "cases.csv", "masks.png", "loss_curves.png"}
 
 pytestmark = pytest.mark.usefixtures("in_process")
 
@@ -174,7 +174,7 @@ def test_masks_are_the_boxes_of_the_files(finished: Any, data: Path) -> None:
 def test_evaluate_reproduces_the_run_s_metrics(finished: Any, data: Path, tmp_path: Path, capsys: Any) -> None:
     folder, _ = finished
     workflow(overrides(data, folder, output_dir=str(tmp_path / "eval")), "evaluate").run()
-    assert {path.name for path in (tmp_path / "eval").iterdir()} == FILES - {"loss_curves.png"}
+    assert {path.name for path in (tmp_path / "eval").iterdir()} == FILES - {"loss_curves.png", "run.json"}
     assert read(tmp_path / "eval" / "metrics.json") == read(folder / "eval" / "metrics.json")
     assert (tmp_path / "eval" / "cases.csv").read_bytes() == (folder / "eval" / "cases.csv").read_bytes()
     assert '"dice_positive"' in capsys.readouterr().out

@@ -231,9 +231,10 @@ def test_after_training_writes_metrics_and_figures(checkpoint, datalist, folder,
     values = after_training(checkpoint, datalist, folder, tmp_path / "eval", history, progress=False)
     assert json.loads((tmp_path / "eval" / "metrics.json").read_text()) == json.loads(json.dumps(values))
     assert values["training"] == {"iterations": 8, "loss": 0.5}
-    names = {"metrics.json", "loss_curves.png", "slice_selection.png", "xray_attention.png"}
-    assert {path.name for path in (tmp_path / "eval").iterdir()} == names
-    for name in names - {"metrics.json"}:
+    names = {"loss_curves.png", "slice_selection.png", "xray_attention.png"}
+    assert {path.name for path in (tmp_path / "eval").iterdir()} == names | {"metrics.json", "run.json"}
+    assert json.loads((tmp_path / "eval" / "run.json").read_text()).keys() == {"command", "commit", "machine", "torch"}
+    for name in names:
         with Image.open(tmp_path / "eval" / name) as image:
             assert image.size[0] == 1200
             assert np.asarray(image.convert("L")).std() > 10

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from unimedi_components.__main__ import main
+from unimedi_components.engines.target_information import REMEDY
 from unimedi_components.errors import ConfigError, DataError
 from unimedi_components.report.orderings import orderings
 from unimedi_components.report.page import report
@@ -111,7 +112,7 @@ def test_single_dimensions_are_not_asked_for_the_other(page: Page) -> None:
 def test_collapse_is_an_alarm_with_the_remedy(page: Page, page_file: Path) -> None:
     assert "pretrain: CT CLS targets carry 0.20 nats" in page.text
     assert "title of vl_sd: X-ray CLS targets carry 0.10 nats" in page.text
-    assert "loss_def#targets sinkhorn" in page.text
+    assert f"Remedy: {REMEDY}." in page.text
     assert page_file.read_text().count('class="collapsed"') == 2
 
 

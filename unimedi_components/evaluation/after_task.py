@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from unimedi_components.data.datalist import load_datalist
+from unimedi_components.data.datalist import load_datalist, write_json
 from unimedi_components.data.dataset import PretrainDataset
 from unimedi_components.distributed import rank
 from unimedi_components.engines.figures import draw_loss_curves
+from unimedi_components.provenance import provenance
 
 __all__ = ["after_task_training"]
 
@@ -40,7 +41,7 @@ def after_task_training(
         training: the run's training images.
         validation: the run's validation images.
         datalist_file: the datalist that the config names; it need not be there.
-        output_dir: folder for what `evaluate` writes and for `loss_curves.png`.
+        output_dir: folder for what `evaluate` writes, for `loss_curves.png` and `run.json` (command, commit, machine).
         history: one dict per iteration, see `figures.draw_loss_curves`.
         device: where to run.
         options: of `evaluate`, such as `bootstrap`.
@@ -53,6 +54,7 @@ def after_task_training(
     if history:
         draw_loss_curves(history, Path(output_dir) / "loss_curves.png")
     own = {"training": [], "validation": validation.data, "test": []}
+    write_json(provenance(), Path(output_dir) / "run.json")
     lists = _datalist_of(training, Path(datalist_file)) or own
     return evaluate(checkpoint, lists, validation.root, output_dir, device=device, **options)
 

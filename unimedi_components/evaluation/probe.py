@@ -234,22 +234,31 @@ def _probe_one(
 
 
 def transfer_scores(
-    train: npt.ArrayLike, labels: npt.ArrayLike, test: npt.ArrayLike, strengths: Sequence[float] = STRENGTHS
-) -> npt.NDArray[np.float64]:
-    """Decision values on other images of probes trained on these, one logistic regression per finding.
+    train: npt.ArrayLike,
+    labels: npt.ArrayLike,
+    test: npt.ArrayLike,
+    groups: Sequence[Hashable] | None = None,
+    strengths: Sequence[float] = STRENGTHS,
+    seed: int = 0,
+) -> Array:
+    """Decision values on other images of probes trained on these, one for each finding.
 
     Args:
-        train: features to train on, (N, D), of a patient each; they alone set the standardisation and the penalty.
+        train: features to train on, (N, D); they alone set standardisation and penalty.
         labels: 0 or 1 for each finding, (N, F).
         test: features to score, (M, D).
+        groups: patients of the N.
         strengths: values of C, see `LogisticProbe`.
+        seed: of the shuffles into inner folds.
 
     Returns:
         (M, F); a finding that the N images all have or all lack scores 0 everywhere, an AUROC of 0.5.
     """
     x, y, x_test = np.asarray(train, np.float64), np.asarray(labels), np.asarray(test, np.float64)
+    keys = None if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
     scores = np.zeros((len(x_test), y.shape[1]))
     for column in range(y.shape[1]):
         if len(np.unique(y[:, column])) == 2:
-            scores[:, column] = LogisticProbe(strengths).fit(x, y[:, column]).decision(x_test)
+            probe = LogisticProbe(strengths, seed=seed).fit(x, y[:, column], keys)
+            scores[:, column] = probe.decision(x_test)
     return scores

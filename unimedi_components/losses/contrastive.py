@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Image-report contrastive loss over the joint 2D and 3D batch (paper's L_vl, section 3.1)."""
+"""Image-report contrastive loss over a mixed 2D and 3D batch (paper's L_vl, section 3.1)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ def contrastive_loss(
         logit_scale: scalar that multiplies the cosine similarities, 1 / temperature.
         gather: pool the pairs of all ranks (A-CLIP) instead of this rank's alone (MGCA).
         modality: 0 for 2D rows and 1 for 3D rows, (B,); used only with `within_modality`.
-        within_modality: contrast X-rays with X-rays' reports and CTs with CTs' only.
+        within_modality: contrast X-rays with X-rays' reports and CTs with CTs' only; the two losses then count the
+            same, whatever their shares of the batch.
 
     Returns:
         Scalar; zero, still connected to its inputs, if no rank has a pair.
@@ -58,8 +59,12 @@ def contrastive_loss(
         logits = logit_scale * (rows[:, :width] @ rows[:, width : 2 * width].T)
         if logits.shape[0] == 0:
             return rows.sum() * logit_scale
-        if within_modality:
-            kind = rows[:, -1].detach()
-            logits = logits.masked_fill(kind[:, None] != kind[None, :], float("-inf"))
         target = torch.arange(logits.shape[0], device=logits.device)
-        return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        if not within_modality:
+            return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        kind = rows[:, -1].detach()
+        same = kind[:, None] == kind[None, :]
+        logits = logits.masked_fill(~same, float("-inf"))
+        both = F.cross_entropy(logits, target, reduction="none") + F.cross_entropy(logits.T, target, reduction="none")
+        weight = 1 / same.sum(1)
+        return (both * weight).sum() / (2 * weight.sum())

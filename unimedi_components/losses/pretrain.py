@@ -41,7 +41,7 @@ class UniMediLoss(nn.Module):
         teacher_temp_end: the teacher's temperature after the warm-up.
         teacher_temp_warmup_epochs: epochs of the linear warm-up between the two.
         center_momentum: share of the old center kept at each update.
-        within_modality: exclude pairs of the other modality from the contrastive pool.
+        within_modality: contrast within each modality, both counting the same, see `contrastive_loss`.
         chunk_size: rows of the distillation losses computed at a time.
 
     Raises:

@@ -17,7 +17,7 @@ from sklearn.manifold import TSNE
 
 from unimedi_components.engines.curves import save_png
 
-__all__ = ["centroid_distance", "draw_bars", "draw_curves", "draw_tsne"]
+__all__ = ["draw_bars", "draw_curves", "draw_tsne"]
 
 Array = npt.NDArray[Any]
 
@@ -25,21 +25,6 @@ _SIZE, _DPI = (4.8, 3.9), 150
 XRAY, CT = "#2f6fb2", "#d98324"
 _COLOURS = ("#8a8f98", "#d98324", "#2f6fb2", "#2a9d4a")
 _MARKS = ("o", "^", "s", "D")
-
-
-def centroid_distance(xray: Array, ct: Array) -> float:
-    """Distance of the centroids of two sets of features over the spread within them.
-
-    Args:
-        xray: (N, D).
-        ct: (M, D).
-
-    Returns:
-        the distance over the root mean square distance of the rows to the centroid of their own set.
-    """
-    centres = xray.mean(0), ct.mean(0)
-    within = np.concatenate([((rows - centre) ** 2).sum(1) for rows, centre in zip((xray, ct), centres, strict=True)])
-    return float(np.linalg.norm(centres[0] - centres[1]) / max(np.sqrt(within.mean()), 1e-12))
 
 
 def draw_tsne(groups: Mapping[str, tuple[Array, str, str]], path: Path, title: str, seed: int = 0) -> Path:

@@ -10,11 +10,13 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from unimedi_components.metrics.common_space import centroid_distance
 from unimedi_components.report.figures import (
     CT,
     XRAY,
     Array,
-    centroid_distance,
     draw_bars,
     draw_curves,
     draw_tsne,
@@ -90,7 +92,7 @@ class Gallery:
         }
         path = self._path("reports")
         draw_tsne(groups, path, "report embeddings, t-SNE")
-        number = centroid_distance(arrays["text_embed_2d"], arrays["text_embed_3d"])
+        number = _distance(arrays["text_embed_2d"], arrays["text_embed_3d"])
         caption = f"Reports of held-out X-rays and CT in the common space; centroid distance {number:.2f}. {_COMMON}"
         return self._figure(path, f"t-SNE of report embeddings, centroid distance {number:.2f}", caption)
 
@@ -112,7 +114,7 @@ class Gallery:
                     continue
                 groups[f"X-ray, {finding}"] = (pair[0], colours[0], marks[0])
                 groups[f"CT, {finding}"] = (pair[1], colours[1], marks[1])
-                numbers.append(f"{finding} {centroid_distance(*pair):.2f}")
+                numbers.append(f"{finding} {_distance(*pair):.2f}")
             if not groups:
                 parts.append(_not_run(f"{title}: too few held-out studies have {' or '.join(findings)}"))
                 continue
@@ -150,7 +152,7 @@ class Gallery:
         parts = []
         panels: list[tuple[str, Mapping[str, Any], str]] = [
             ("parts of the loss, unweighted", losses, "iteration"),
-            ("information of the targets, nats", {t: c for t, c in curves.items() if t.startswith("sd_")}, "epoch"),
+            ("information of the targets, nats", {t: c for t, c in curves.items() if "information" in t}, "epoch"),
             ("validation", {t: c for t, c in curves.items() if t.startswith("val_")}, "epoch"),
         ]
         for title, lines, x in panels:
@@ -199,6 +201,12 @@ class Gallery:
         return "".join(
             self.copied(path, _KNOWN.get(path.name, path.stem.replace("_", " ")) + ".") for path in run.figures
         )
+
+
+def _distance(xray: Array, ct: Array) -> float:
+    """Distance of two sets' centroids over the spread within, on normalised features."""
+    labels = (np.ones((len(rows), 1)) for rows in (xray, ct))
+    return float(centroid_distance(xray, ct, *labels)[0, 0])
 
 
 def _with(arrays: Mapping[str, Array], finding: str, dim: int) -> Array:

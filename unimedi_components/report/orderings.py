@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
+from unimedi_components.engines.target_information import COLLAPSED
 from unimedi_components.report.sources import Experiment
 from unimedi_components.report.statistics import Comparison, compare
-from unimedi_components.report.tables import COLLAPSED, SHARES, boxed_table
+from unimedi_components.report.tables import SHARES, boxed_table
 
 __all__ = ["Ordering", "orderings", "orderings_html"]
 

@@ -10,13 +10,13 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from unimedi_components.engines.target_information import COLLAPSED, REMEDY
 from unimedi_components.errors import ConfigError
 from unimedi_components.provenance import provenance
 from unimedi_components.report.gallery import Gallery
 from unimedi_components.report.orderings import orderings, orderings_html
 from unimedi_components.report.sources import Experiment, Run, collect
 from unimedi_components.report.tables import (
-    COLLAPSED,
     ablation_table,
     anchor,
     boxed_table,
@@ -37,10 +37,6 @@ _DATA = (
 _INTERVALS = (
     "Ours: mean ± standard deviation over training seeds, below it the 95% interval of the mean over seeds by "
     "Student's t; where there is one seed, the bootstrap interval over patients."
-)
-_REMEDY = (
-    "Use balanced targets (--loss_def#targets sinkhorn) over a head that centres each modality, or give L_icl and "
-    "L_pcl less weight until L_vl has left its plateau."
 )
 _FINDINGS = ("consolidation", "cardiomegaly")
 
@@ -177,7 +173,7 @@ def _alarms(runs: Sequence[Run], experiments: Sequence[Experiment]) -> str:
     if not lines:
         return ""
     items = "".join(f"<li>{escape(line)}</li>" for line in lines)
-    return f'<div class="alarm"><b>Self-distillation collapsed.</b><ul>{items}</ul>{escape(_REMEDY)}</div>'
+    return f'<div class="alarm"><b>Self-distillation collapsed.</b><ul>{items}</ul>Remedy: {escape(REMEDY)}.</div>'
 
 
 def _document(sections: Sequence[Section], alarms: str) -> str:

@@ -34,16 +34,16 @@ def summarise(values: Mapping[int, float], patients: Sequence[Sequence[float] | 
 
     Returns:
         "mean", "sd" (None for one seed), "interval" of the mean over seeds (see `t_interval`), "patients", the mean of
-        the seeds' limits, and "values" by seed.
+        the seeds' limits, and "values" by seed; all rounded to 5 decimals.
     """
     numbers = list(values.values())
     limits = [interval for interval in patients if interval]
     return {
-        "mean": statistics.fmean(numbers),
-        "sd": statistics.stdev(numbers) if len(numbers) > 1 else None,
-        "interval": list(interval) if (interval := t_interval(numbers)) else None,
-        "patients": [statistics.fmean(side) for side in zip(*limits, strict=True)] if limits else None,
-        "values": {str(seed): value for seed, value in values.items()},
+        "mean": round(statistics.fmean(numbers), 5),
+        "sd": round(statistics.stdev(numbers), 5) if len(numbers) > 1 else None,
+        "interval": [round(limit, 5) for limit in interval] if (interval := t_interval(numbers)) else None,
+        "patients": [round(statistics.fmean(side), 5) for side in zip(*limits, strict=True)] if limits else None,
+        "values": {str(seed): round(value, 5) for seed, value in values.items()},
     }
 
 

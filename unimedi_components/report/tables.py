@@ -11,14 +11,13 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from unimedi_components.engines.target_information import COLLAPSED
 from unimedi_components.report.sources import Experiment
 
-__all__ = ["COLLAPSED", "ablation_table", "anchor", "boxed_table", "measure_tables", "paper_table", "paper_tables"]
+__all__ = ["ablation_table", "anchor", "boxed_table", "measure_tables", "paper_table", "paper_tables"]
 
 Rows = list[dict[str, str]]
 
-#: Nats of information below which CLS targets count as collapsed.
-COLLAPSED = 0.5
 SHARES = {"1pct": "1%", "10pct": "10%", "100pct": "100%"}
 _DATA_SETS = {"chexpert_macro_auroc": "CheXpert AUROC", "rsna_macro_auroc": "RSNA AUROC", "cc_ccii_accuracy": "CC-CCII"}
 _PHANTOMS = {"probe_auroc_2d": "phantom X-rays, AUROC", "probe_auroc_3d": "phantom CT, AUROC"}
@@ -29,8 +28,10 @@ _MEASURES: dict[str, dict[str, str]] = {
     "Linear probe of frozen features, macro AUROC": {
         "probe_auroc_2d": "X-rays",
         "probe_auroc_2d_pixels": "X-ray pixels",
+        "probe_minus_pixels_2d": "above pixels",
         "probe_auroc_3d": "CT",
         "probe_auroc_3d_voxels": "CT voxels",
+        "probe_minus_pixels_3d": "above voxels",
     },
     "Slices selected that show a lesion": {
         "slice_precision": "selection",
@@ -38,6 +39,11 @@ _MEASURES: dict[str, dict[str, str]] = {
         "slice_precision_permuted": "another study's",
         "slice_precision_fixed": "best fixed slabs",
         "slice_precision_oracle": "oracle",
+        "slice_distance_mm": "mm to the lesion",
+    },
+    "Attention on X-rays: mass inside the true boxes over their share": {
+        "xray_attention_ratio": "own boxes",
+        "xray_attention_ratio_permuted": "another film's attention",
     },
     "Report retrieval, recall at 5": {
         "report_recall_2d_at_5": "X-rays",
@@ -53,12 +59,14 @@ _MEASURES: dict[str, dict[str, str]] = {
         "ct_to_xray_precision_at_10": "CT to X-ray",
         "ct_to_xray_precision_at_10_chance": "chance",
         "xray_to_ct_cls_precision_at_10": "X-ray to CT, CLS",
-        "drr_to_ct_recall_at_10": "own CT by its X-ray, recall at 10",
+        "ct_to_xray_cls_precision_at_10": "CT to X-ray, CLS",
+        "drr_to_ct_recall_at_10": "own CT by its film, recall at 10",
         "drr_to_ct_recall_at_10_chance": "chance",
     },
     "Common space": {
         "centroid_distance_cls": "2D-3D centroids over spread, CLS",
         "centroid_distance_embed": "the same, projected",
+        "centroid_distance_chance": "chance",
         "modality_accuracy_cls": "modality from CLS, accuracy",
         "modality_accuracy_embed": "the same, projected",
     },
@@ -67,6 +75,11 @@ _MEASURES: dict[str, dict[str, str]] = {
         "sd_cls_information_3d": "CLS, CT",
         "sd_patch_information_2d": "patches, X-rays",
         "sd_patch_information_3d": "patches, CT",
+    },
+    "Attention of the CLS and temperature": {
+        "cls_attention_3d": "on volume tokens",
+        "cls_attention_slices": "on slice tokens",
+        "temperature": "temperature of L_vl",
     },
 }
 
