@@ -67,7 +67,9 @@ def separation_metrics(
     for space in _SPACES:
         rows = [_rows(part, space) for part in parts]
         unit = np.concatenate([unit_rows(part) for part in rows])
-        folds = linear_probe(unit, modality[:, None], ["modality"], patients).folds.get("modality", [])
+        # one weak penalty: where every C separates them, the strongest would still misplace the threshold
+        probe = linear_probe(unit, modality[:, None], ["modality"], patients, strengths=(1.0,))
+        folds = probe.folds.get("modality", [])
         if folds:
             held = np.concatenate([fold.rows for fold in folds])
             right = np.concatenate([(fold.scores > 0) == fold.truth for fold in folds])
