@@ -123,8 +123,8 @@ def cross_search_metrics(
         return kept.content()
     labels = {dim: labels_of(features[dim].items, studies) for dim in (2, 3)}
     for space, end in (("embed", ""), ("cls", "_cls")):
-        rows = {dim: _rows(features[dim], space) for dim in (2, 3)}
-        rows = {dim: torch.from_numpy(centred(part) if space == "cls" else part) for dim, part in rows.items()}
+        found = {dim: _rows(features[dim], space) for dim in (2, 3)}
+        rows = {dim: torch.from_numpy(centred(part) if space == "cls" else part) for dim, part in found.items()}
         for name, query, other in (("xray_to_ct", 2, 3), ("ct_to_xray", 3, 2)):
             people = features[query].patients
             for k in ks:
