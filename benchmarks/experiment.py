@@ -55,7 +55,7 @@ class Variant:
 
 RANDOM = {"network_def#selector": "random"}
 VARIANTS: dict[str, Variant] = {
-    "ours": Variant("+ attentive slices (UniMedI, the default)"),
+    "ours": Variant("+ attentive slices (ours)"),
     "vl": Variant("VL, random slices", {"network_def#self_distillation": False, **RANDOM}),
     "vl_sd": Variant("+ self-distillation, random slices", RANDOM),
     "joint": Variant("joint, no pseudo-pairs", {"network_def#pseudo_pairs": False}),
