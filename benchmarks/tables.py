@@ -4,7 +4,8 @@
 Run from the repository's root: `python -m benchmarks.tables --table 1 --out results/table1`. Writes `OUT.csv`, a row
 per run, `OUT.md`, the mean and standard deviation over seeds, and `OUT.json`, the same with the command. A data set is
 read from `$UNIMEDI_DATA/<name>` with the paper's protocol where that folder is there, and made as phantoms for the
-small default otherwise. Table 6 ends with MONAI's UNETR as a peer of the same training time on phantoms, see
+small default otherwise. Where images are classified, a logistic regression on their pixels stands beside the encoders,
+see `benchmarks.pixels`. Table 6 ends with MONAI's UNETR as a peer of the same training time on phantoms, see
 `benchmarks.segmentation`.
 """
 
@@ -24,11 +25,13 @@ import fire
 import monai
 from monai.bundle import ConfigParser, ConfigWorkflow
 
+from benchmarks.pixels import pixel_probe
 from benchmarks.segmentation import segmentation
 from unimedi_components.data.datalist import write_json
 from unimedi_components.provenance import provenance
 
 ONE_TO_ALL, FIFTH_TO_ALL = (0.01, 0.1, 1.0), (0.2, 0.4, 1.0)
+PIXELS = "pixels"
 XRAY, CT = "chest_xray_classification", "chest_ct_classification"
 ORGANS = "abdomen_ct_segmentation"
 
@@ -123,15 +126,20 @@ def table(
     chosen = {"phantoms": phantoms, "epochs": epochs}
     path = Path(out or f"results/table{table}")
     rows: list[Row] = []
+    probed = set()
     for cell in TABLES[table]:
+        encoders: dict[str, Any] = {"random": "none", "UniMedI": encoder_weights}
+        if cell.bundle in (XRAY, CT) and cell.data_set not in probed:
+            encoders[PIXELS] = "none"
+            probed.add(cell.data_set)
         for fraction in cell.fractions if fractions is None else _sequence(fractions):
-            for name, weights in (("random", "none"), ("UniMedI", encoder_weights)):
+            for name, weights in encoders.items():
                 for seed in _sequence(seeds):
                     over = {**chosen, "encoder_weights": weights, "label_fraction": fraction, "seed": seed}
                     over = {key: value for key, value in over.items() if value is not None}
-                    data, measured = run_bundle(cell, over)
+                    data, measured = run_bundle(cell, over, pixels=name == PIXELS)
                     row = {"table": table, "data_set": cell.data_set, "data": data, "encoder": name, "seed": seed}
-                    row |= {"label_fraction": fraction, "training": cell.training}
+                    row |= {"label_fraction": fraction, "training": "probe" if name == PIXELS else cell.training}
                     rows += [{**row, **_value(measured, metric)} for metric in cell.metrics]
                     _write(rows, path)
         minutes = cell.peer_minutes if peer_minutes is None else peer_minutes
@@ -163,8 +171,11 @@ def _value(measured: Row, metric: str) -> Row:
     return {"metric": metric, "value": measured[metric], "low": low, "high": high}
 
 
-def run_bundle(cell: Cell, overrides: Row) -> tuple[str, Row]:
-    """Train once in a folder of its own; returns the kind of data and the content of metrics.json."""
+def run_bundle(cell: Cell, overrides: Row, pixels: bool = False) -> tuple[str, Row]:
+    """Train once in a folder of its own; returns the kind of data and the content of metrics.json.
+
+    With `pixels` no network is trained, but a probe of the bundle's images themselves.
+    """
     configs = Path("bundles") / cell.bundle / "configs"
     files = [configs / f"{name}.json" for name in ("train", *cell.overlays)]
     real = bool(os.environ.get("UNIMEDI_DATA")) and Path(os.environ["UNIMEDI_DATA"], cell.data_set).is_dir()
@@ -182,10 +193,13 @@ def run_bundle(cell: Cell, overrides: Row) -> tuple[str, Row]:
             [str(file) for file in files], workflow_type="train", logging_file=False, **{**overrides, **places}
         )
         run.initialize()
-        run.run()
+        measured = pixel_probe(run.parser, overrides["seed"]) if pixels else None
+        if measured is None:
+            run.run()
+            measured = json.loads(Path(folder, "eval", "metrics.json").read_text())
         run.finalize()
         monai.utils.set_determinism(None)
-        return "real" if real else "phantom", json.loads(Path(folder, "eval", "metrics.json").read_text())
+        return "real" if real else "phantom", measured
 
 
 def _write(rows: list[Row], path: Path) -> str:

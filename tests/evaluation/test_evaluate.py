@@ -221,7 +221,7 @@ def test_evaluate_datalist_finds_the_truth(checkpoint, datalist, folder):
     assert (values["studies_2d"], values["studies_3d"]) == (4, 4)
     assert values["slice_studies_known"] == 4
     assert values["drr_to_ct_recall_at_5_chance"] == 1.0  # four candidates
-    assert {"xray_attention_studies", "centroid_distance_chance", "intervals"} <= values.keys()
+    assert {"xray_attention_studies", "modality_accuracy_chance", "intervals"} <= values.keys()
     empty = evaluate_datalist(load_pretrained(checkpoint), datalist, folder, split="validation", progress=False)
     assert (empty["studies_2d"], empty["studies_3d"]) == (0, 0)
 

@@ -16,7 +16,8 @@ from unimedi_components.networks import UnifiedViT
 def pretrained(**xray):
     encoder = UnifiedViT(img_size=32, vol_size=(16, 32, 32), patch_size=8, embed_dim=12, depth=1, num_heads=1)
     network = SimpleNamespace(encoder=encoder)
-    return SimpleNamespace(network=network, card={"preprocessing": {"xray": {"size": 32, **xray}, "ct": {}}})
+    card = {"preprocessing": {"xray": {"size": 32, **xray}, "ct": {}}}
+    return SimpleNamespace(network=network, card=card, keep_punct=True)
 
 
 def features(folder, attention, boxes, size=(64, 64)):

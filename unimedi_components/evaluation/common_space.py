@@ -67,7 +67,9 @@ def separation_metrics(
     for space in _SPACES:
         rows = [_rows(part, space) for part in parts]
         unit = np.concatenate([unit_rows(part) for part in rows])
-        folds = linear_probe(unit, modality[:, None], ["modality"], patients).folds.get("modality", [])
+        # one weak penalty: where every C separates them, the strongest would still misplace the threshold
+        probe = linear_probe(unit, modality[:, None], ["modality"], patients, strengths=(1.0,))
+        folds = probe.folds.get("modality", [])
         if folds:
             held = np.concatenate([fold.rows for fold in folds])
             right = np.concatenate([(fold.scores > 0) == fold.truth for fold in folds])
@@ -121,8 +123,8 @@ def cross_search_metrics(
         return kept.content()
     labels = {dim: labels_of(features[dim].items, studies) for dim in (2, 3)}
     for space, end in (("embed", ""), ("cls", "_cls")):
-        rows = {dim: _rows(features[dim], space) for dim in (2, 3)}
-        rows = {dim: torch.from_numpy(centred(part) if space == "cls" else part) for dim, part in rows.items()}
+        found = {dim: _rows(features[dim], space) for dim in (2, 3)}
+        rows = {dim: torch.from_numpy(centred(part) if space == "cls" else part) for dim, part in found.items()}
         for name, query, other in (("xray_to_ct", 2, 3), ("ct_to_xray", 3, 2)):
             people = features[query].patients
             for k in ks:

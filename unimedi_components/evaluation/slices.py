@@ -188,10 +188,10 @@ def slice_metrics(
         for c, study in zip(chosen, studies, strict=True)
     ]
     for name in SliceScore.__dataclass_fields__:
-        values = [getattr(score, name) for score in scores]
-        kept.mean(f"slice_{name}", values, own)
+        per_study = [getattr(score, name) for score in scores]
+        kept.mean(f"slice_{name}", per_study, own)
         if name.startswith("precision"):
-            kept.per_finding(f"slice_{name}", values, findings)
+            kept.per_finding(f"slice_{name}", per_study, findings)
     masks = np.stack([lesion_mask(study["lesion_slices"], study["n_slices"], depth) for study in studies])
     others = _other_choices(masks, chosen, own, patch_depth, expand)
     for name, choices in others.items():

@@ -56,8 +56,8 @@ def xray_attention_metrics(
     if focal:
         rows = [tried[place] for place in focal]
         ratios = attention_ratios(features.attention[rows].double().numpy(), cover[focal])
-        patients, names = ([source[i] for i in rows] for source in (features.patients, known))
-        findings = [[finding["name"] for finding in found] for found in names]
+        patients = [features.patients[i] for i in rows]
+        findings = [[finding["name"] for finding in known[i]] for i in rows]
         for key, values in (("", np.diag(ratios)), ("_permuted", others_mean(ratios, patients))):
             if np.isfinite(values).all():
                 kept.mean(f"xray_attention_ratio{key}", values, patients)
@@ -96,6 +96,6 @@ def box_cover(
     for i, corners in zip(rows, boxes, strict=True):
         within = [[x0, y0, x1 + 1, y1 + 1] for x0, y0, x1, y1 in corners]
         mask = torch.as_tensor(chain({"image": str(features.files[i]), "boxes": within})["mask"])
-        _, *grid = pretrained.network.encoder.token_grids(mask[None])[0]
-        found.append(F.adaptive_avg_pool2d(mask, grid).flatten().double().numpy())
+        _, height, width = pretrained.network.encoder.token_grids(mask[None])[0]
+        found.append(F.adaptive_avg_pool2d(mask, (height, width)).flatten().double().numpy())
     return np.stack(found) if found else np.empty((0, features.attention.shape[1]))

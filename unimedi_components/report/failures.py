@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,6 @@ def write_failures(
 
 
 def _kept(features: Features, rows: list[int]) -> Features:
-    index = torch.tensor(rows)
-    names = [name for name in Features.__dataclass_fields__ if name != "items"]
-    parts = {name: None if (value := getattr(features, name)) is None else value[index] for name in names}
-    return Features(items=[features.items[row] for row in rows], **parts)  # type: ignore[arg-type]
+    values = vars(features)
+    chosen: dict[str, Any] = {name: value[rows] for name, value in values.items() if isinstance(value, torch.Tensor)}
+    return replace(features, items=[features.items[row] for row in rows], **chosen)
