@@ -209,7 +209,7 @@ def test_stopped_and_started_again(trained: Any, tmp_path: Path) -> None:
     stopped, whole = tmp_path / "stopped", tmp_path / "whole"
     models = stopped / "small/ours/0/models"
     with subprocess.Popen([*command, str(stopped)], env=environment, stdout=subprocess.DEVNULL) as process:
-        limit = time.monotonic() + 240
+        limit = time.monotonic() + 600
         while not (models / "last.pt").is_file() and process.poll() is None and time.monotonic() < limit:
             time.sleep(0.02)
         process.send_signal(signal.SIGTERM)

@@ -6,10 +6,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from unimedi_components.data.datalist import write_json
@@ -108,6 +110,10 @@ def write_failures(
 
 
 def _kept(features: Features, rows: list[int]) -> Features:
-    values = vars(features)
-    chosen: dict[str, Any] = {name: value[rows] for name, value in values.items() if isinstance(value, torch.Tensor)}
-    return replace(features, items=[features.items[row] for row in rows], **chosen)
+    index = torch.tensor(rows)
+    parts = {
+        name: value[index]
+        for name in Features.__dataclass_fields__
+        if isinstance(value := getattr(features, name), Tensor)
+    }
+    return replace(features, items=[features.items[row] for row in rows], **parts)
