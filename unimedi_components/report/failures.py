@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
