@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn import functional as F
 
 from unimedi_components.data.datalist import write_json
@@ -109,10 +108,6 @@ def write_failures(
 
 
 def _kept(features: Features, rows: list[int]) -> Features:
-    index = torch.tensor(rows)
-    parts = {
-        name: value[index]
-        for name in Features.__dataclass_fields__
-        if isinstance(value := getattr(features, name), Tensor)
-    }
-    return replace(features, items=[features.items[row] for row in rows], **parts)
+    values = vars(features)
+    chosen: dict[str, Any] = {name: value[rows] for name, value in values.items() if isinstance(value, torch.Tensor)}
+    return replace(features, items=[features.items[row] for row in rows], **chosen)
