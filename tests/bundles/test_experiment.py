@@ -193,7 +193,8 @@ def test_a_tiny_experiment(trained: Any, tmp_path: Path, capsys: pytest.CaptureF
     assert "6 cells, 6 finished" in capsys.readouterr().out
     trained_at = (folder / "ours/0/models/last.pt").stat().st_mtime_ns
     (folder / "ours/0/result.json").unlink()
-    experiment.run("small", page=False, **options)
+    experiment.run("small", page=False, table=str(tmp_path / "table7"), **options)
+    assert (tmp_path / "table7.md").read_text().splitlines()[2].startswith("| + attentive slices (ours) | 0.")
     assert (folder / "ours/0/models/last.pt").stat().st_mtime_ns == trained_at
     again = json.loads((folder / "ours/0/result.json").read_text())
     assert again["measures"] == results[0]["measures"]
