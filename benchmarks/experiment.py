@@ -55,7 +55,7 @@ class Variant:
 
 RANDOM = {"network_def#selector": "random"}
 VARIANTS: dict[str, Variant] = {
-    "ours": Variant("+ attentive slices (UniMedI, the default)"),
+    "ours": Variant("+ attentive slices (ours)"),
     "vl": Variant("VL, random slices", {"network_def#self_distillation": False, **RANDOM}),
     "vl_sd": Variant("+ self-distillation, random slices", RANDOM),
     "joint": Variant("joint, no pseudo-pairs", {"network_def#pseudo_pairs": False}),
@@ -86,6 +86,7 @@ def run(
     workers: int | None = None,
     out: str = "results/experiment",
     page: bool = True,
+    table: str | None = None,
     **overrides: Any,
 ) -> None:
     """Run all cells that are not finished, summarise them, and draw the page.
@@ -102,6 +103,7 @@ def run(
         workers: cells at a time; by default one per core, and one on a GPU.
         out: folder; the experiment goes to OUT/SIZE.
         page: draw the page at the end.
+        table: path without its ending, for the chosen variants alone as `.csv` and `.md`.
         overrides: further overrides of every training, such as `--batch_2d 16`.
     """
     folder = Path(out) / _known(size, SIZES, "size")
@@ -122,6 +124,11 @@ def run(
     write_json(summary, folder / SUMMARY)
     write_table(summary, folder / "experiment.csv")
     print(shown(summary))
+    if table:
+        own = {name: measures for name, measures in summary["variants"].items() if name in chosen}
+        Path(table).parent.mkdir(parents=True, exist_ok=True)
+        write_table({"variants": own}, Path(table).with_suffix(".csv"))
+        Path(table).with_suffix(".md").write_text(shown({"variants": own}) + "\n", encoding="utf-8")
     if page:
         from unimedi_components.report.page import report
 

@@ -193,7 +193,8 @@ def test_a_tiny_experiment(trained: Any, tmp_path: Path, capsys: pytest.CaptureF
     assert "6 cells, 6 finished" in capsys.readouterr().out
     trained_at = (folder / "ours/0/models/last.pt").stat().st_mtime_ns
     (folder / "ours/0/result.json").unlink()
-    experiment.run("small", page=False, **options)
+    experiment.run("small", page=False, table=str(tmp_path / "table7"), **options)
+    assert (tmp_path / "table7.md").read_text().splitlines()[2].startswith("| + attentive slices (ours) | 0.")
     assert (folder / "ours/0/models/last.pt").stat().st_mtime_ns == trained_at
     again = json.loads((folder / "ours/0/result.json").read_text())
     assert again["measures"] == results[0]["measures"]
@@ -209,7 +210,7 @@ def test_stopped_and_started_again(trained: Any, tmp_path: Path) -> None:
     stopped, whole = tmp_path / "stopped", tmp_path / "whole"
     models = stopped / "small/ours/0/models"
     with subprocess.Popen([*command, str(stopped)], env=environment, stdout=subprocess.DEVNULL) as process:
-        limit = time.monotonic() + 240
+        limit = time.monotonic() + 600
         while not (models / "last.pt").is_file() and process.poll() is None and time.monotonic() < limit:
             time.sleep(0.02)
         process.send_signal(signal.SIGTERM)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 
 from unimedi_components.evaluation.features import Features
-from unimedi_components.report.failures import lowest_retrievals, missed_studies
+from unimedi_components.report.failures import _kept, lowest_retrievals, missed_studies
 
 REPORTS = ["effusion", "nodule", "edema", "normal"]
 
@@ -40,3 +40,12 @@ def test_missed_studies() -> None:
         "study3": {"lesion_slices": [], "n_slices": 8},
     }
     assert missed_studies(features(), studies, depth=8) == ([1], 2)
+
+
+def test_the_rows_that_are_drawn() -> None:
+    found = _kept(features(), [2, 0])
+    assert [item["id"] for item in found.items] == ["study2", "study0"]
+    assert found.selected is not None
+    assert found.selected.tolist() == [[0, 2], [1, 3]]
+    assert found.image_embed.tolist() == features().image_embed[[2, 0]].tolist()
+    assert (found.slice_attention, found.root) == (None, features().root)

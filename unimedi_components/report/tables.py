@@ -23,7 +23,9 @@ _DATA_SETS = {"chexpert_macro_auroc": "CheXpert AUROC", "rsna_macro_auroc": "RSN
 _PHANTOMS = {"probe_auroc_2d": "phantom X-rays, AUROC", "probe_auroc_3d": "phantom CT, AUROC"}
 _NAMES = {"pixels": "pixels and voxels", "literal": "the paper's literal reading"}
 # what a network that saw one dimension alone is not asked
-_HIDDEN = {"2d_only": ("3d", "slice", "ct_", "centroid", "modality"), "3d_only": ("2d", "xray", "centroid", "modality")}
+_BOTH = ("centroid", "modality", "xray_to_ct", "ct_to_xray", "drr", "report_recall_at")
+_HIDDEN = {"2d_only": ("3d", "slice", *_BOTH), "3d_only": ("2d", "xray_attention", *_BOTH)}
+_ORDER = ("pixels", "untrained", "2d_only", "3d_only", "joint", "vl", "vl_sd", "ours", "literal")
 _MEASURES: dict[str, dict[str, str]] = {
     "Linear probe of frozen features, macro AUROC": {
         "probe_auroc_2d": "X-rays",
@@ -206,8 +208,9 @@ def _summary_cell(experiment: Experiment, variant: str, key: str, scale: float, 
     found = experiment.summary(variant, key)
     if found is None or any(word in key for word in _HIDDEN.get(variant, ())):
         return '<td class="none">-</td>'
-    limits = found.get("interval") or found.get("patients")
-    cell = _value(found["mean"], found.get("sd"), limits, scale, digits)
+    # what no seed changes, such as chance, has no deviation to show
+    spread, over_seeds = (found.get("sd") or None), found.get("sd") and found.get("interval")
+    cell = _value(found["mean"], spread, over_seeds or found.get("patients"), scale, digits)
     red = key.startswith("sd_cls_information") and found["mean"] < COLLAPSED
     return cell.replace("<td>", '<td class="collapsed">') if red else cell
 
@@ -221,7 +224,7 @@ def ablation_table(experiment: Experiment) -> str:
     """Table 7's rows as we measured them, with the baselines: mean, deviation and interval over seeds, in percent."""
     prefixes = {prefix: name for prefix, name in {**_DATA_SETS, **_PHANTOMS}.items() if _measured(experiment, prefix)}
     body = []
-    for variant in ("pixels", "untrained", "vl", "vl_sd", "ours", "literal", "joint", "2d_only", "3d_only"):
+    for variant in _ORDER:
         if variant in experiment.variants:
             cells = [_summary_cell(experiment, variant, f"{p}_{share}", 100, 1) for p in prefixes for share in SHARES]
             label = _label(experiment, variant)
@@ -251,8 +254,8 @@ def measure_tables(experiment: Experiment) -> str:
         body = [
             f'<tr class="ours">{_label(experiment, name)}'
             f"{''.join(_summary_cell(experiment, name, key, 1, 3) for key in kept)}</tr>"
-            for name, measures in experiment.variants.items()
-            if any(key in measures for key in kept)
+            for name in _ORDER
+            if any(key in experiment.variants.get(name, ()) for key in kept)
         ]
         parts.append(f"<h3>{escape(title)}</h3>{boxed_table([head], body)}")
     if missing:
