@@ -16,6 +16,7 @@ import sklearn
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
 
 from unimedi_components.metrics.bootstrap import resampled_auroc
 
@@ -49,6 +50,8 @@ class LogisticProbe:
         self._scaler = StandardScaler()
         self._axes: Array | None = None
 
+    # the fits are too small to share among threads, which would wait for each other
+    @threadpool_limits.wrap(limits=1)
     def fit(self, x: Array, y: Array, groups: Array | None = None) -> LogisticProbe:
         """Fit to features (N, D), classes (N,) and patients (N,); None: every row is a patient of its own."""
         keys = np.arange(len(x)) if groups is None else groups

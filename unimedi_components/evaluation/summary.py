@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -97,8 +98,11 @@ def after_training(
     out, truth = Path(output_dir), load_truth(root)
     studies = None if truth is None else truth["studies"]
     split = "test" if select(lists, "test") else "validation"
-    features = extract_features(pretrained, select(lists, split), root, **options)
-    values = {"split": split, **_measured(pretrained, features, truth, options)}
+    with tempfile.TemporaryDirectory(prefix="unimedi-measured-") as scratch:
+        # images are read once for all measures
+        read = {"cache_dir": scratch, **options}
+        features = extract_features(pretrained, select(lists, split), root, **read)
+        values = {"split": split, **_measured(pretrained, features, truth, read)}
     if history:
         values["training"] = {"iterations": history[-1]["iteration"], "loss": history[-1]["loss"]}
         draw_loss_curves(history, out / "loss_curves.png")
