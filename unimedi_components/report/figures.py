@@ -78,7 +78,7 @@ def draw_bars(
             highest.append(max(value["mean"], limits[1]))
     if lowest:
         room = max(0.02, 0.15 * (max(highest) - min(lowest)))
-        axes.set_ylim(max(0.0, min(lowest) - room), max(highest) + room)
+        axes.set_ylim(max(0.0, min(lowest) - room), min(1.0, max(highest) + room))
     axes.set_xticks(range(len(groups)), groups)
     axes.set_ylabel(label, fontsize=11)
     axes.grid(axis="y", alpha=0.3)

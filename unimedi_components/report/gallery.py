@@ -102,7 +102,7 @@ class Gallery:
         for title, two, three in _METHODS:
             xray, ct = experiment.features(two), experiment.features(three)
             if xray is None or ct is None:
-                parts.append(_not_run(f"{title}: the cells {two} and {three} were not run"))
+                parts.append(_not_run(f"{title}: not run ({' and '.join(dict.fromkeys((two, three)))})"))
                 continue
             groups: dict[str, tuple[Array, str, str]] = {}
             numbers = []
@@ -153,7 +153,8 @@ class Gallery:
         panels: list[tuple[str, Mapping[str, Any], str]] = [
             ("parts of the loss, unweighted", losses, "iteration"),
             ("information of the targets, nats", {t: c for t, c in curves.items() if "information" in t}, "epoch"),
-            ("validation", {t: c for t, c in curves.items() if t.startswith("val_")}, "epoch"),
+            ("validation", {t: c for t, c in curves.items() if t.startswith("val_") and "loss" not in t}, "epoch"),
+            ("validation loss", {t: c for t, c in curves.items() if t.startswith("val_") and "loss" in t}, "epoch"),
         ]
         for title, lines, x in panels:
             if lines:

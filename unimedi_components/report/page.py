@@ -158,12 +158,13 @@ def _origin_section(experiment: Experiment) -> Section:
 
 def _alarms(runs: Sequence[Run], experiments: Sequence[Experiment]) -> str:
     """Runs whose CLS targets carry too little information, with the remedy."""
-    values = [(run.name, run.metrics) for run in runs]
-    values += [
-        (measures["title"], {key: found["mean"] for key, found in measures.items() if isinstance(found, dict)})
-        for experiment in experiments
-        for measures in experiment.variants.values()
-    ]
+    values: list[tuple[str, Mapping[str, Any]]] = [(run.name, run.metrics) for run in runs]
+    for experiment in experiments:
+        for measures in experiment.variants.values():
+            found = {key: value["values"] for key, value in measures.items() if isinstance(value, dict)}
+            for seed in measures["seeds"]:
+                own = {key: value.get(str(seed)) for key, value in found.items()}
+                values.append((f"{measures['title']}, seed {seed}", own))
     lines = [
         f"{name}: {kind} CLS targets carry {value:.2f} nats of information, less than {COLLAPSED}."
         for name, metrics in values
