@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from unimedi_components.data.loading import eval_loader
+from unimedi_components.engines.checkpoint import LAST
 from unimedi_components.engines.target_information import COLLAPSED
 from unimedi_components.errors import CheckpointError
 from unimedi_components.evaluation.features import make_dataset
@@ -25,8 +26,6 @@ from unimedi_components.networks.unimedi import UniMedI
 from unimedi_components.networks.weights import load_strict
 
 __all__ = ["Teacher", "load_teacher", "self_distillation_metrics"]
-
-_LAST = "last.pt"
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ def load_teacher(pretrained: Pretrained) -> Teacher | None:
     Raises:
         CheckpointError: `last.pt` is damaged or of another network.
     """
-    path = pretrained.path.with_name(_LAST)
+    path = pretrained.path.with_name(LAST)
     if "dino_head" not in pretrained.card or not path.is_file():
         return None
     try:
