@@ -26,7 +26,7 @@ from unimedi_components.data import labelled_loader
 from unimedi_components.data.dense import DenseDataset
 from unimedi_components.data.repeated import RepeatedDataset
 from unimedi_components.engines.fine_tune import fine_tuning_optimizer
-from unimedi_components.evaluation.organs import OrganDice
+from unimedi_components.metrics.organs import OrganDice
 
 CONFIG = "bundles/abdomen_ct_segmentation/configs/train.json"
 THIRDS = 3

@@ -25,7 +25,19 @@ _EXPORTS = {
     "load_network": "networks.cards",
     "load_pretrained": "networks.pretrained",
 }
-_SUBPACKAGES = ("data", "distributed", "engines", "errors", "evaluation", "losses", "networks", "search", "selection")
+_SUBPACKAGES = (
+    "data",
+    "distributed",
+    "engines",
+    "errors",
+    "evaluation",
+    "losses",
+    "metrics",
+    "networks",
+    "search",
+    "selection",
+    "tasks",
+)
 
 __all__ = [
     "UniMedI",

@@ -48,8 +48,8 @@ def zero_shot(
     import pandas as pd
 
     from unimedi_components.data.inputs import find_images
-    from unimedi_components.engines.predictions import write_csv
     from unimedi_components.search import Embedder, ZeroShot
+    from unimedi_components.tasks.writer import write_csv
 
     if not paths:
         raise ConfigError("zero_shot: name at least one file or folder")

@@ -20,11 +20,11 @@ from monai.data import MetaTensor, load_net_with_metadata
 from monai.transforms import Compose
 
 from unimedi_components.bundle import user_fault
-from unimedi_components.data import segmentation_transforms, task_transforms, write_json
-from unimedi_components.engines.organ_maps import OrganInferer, OrganMapd
+from unimedi_components.data import Restored, segmentation_transforms, task_transforms, write_json
 from unimedi_components.errors import ConfigError, DataError
 from unimedi_components.networks import UnifiedViT, load_network, network_card
 from unimedi_components.networks.unetr import UnifiedUNETR
+from unimedi_components.tasks.organs import OrganInferer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NAME = "abdomen_ct_segmentation"
@@ -141,7 +141,7 @@ def test_labels_come_back_to_the_voxels_they_were_seen_at(tmp_path: Path) -> Non
         chain = Compose(segmentation_transforms(window=(-1000, 1000), label_map=False, **options))
         image = chain({"image": str(tmp_path / "a.nii.gz")})["image"]
         scores = OrganInferer((16, 24, 24))(image[None], Marks())[0]
-        found = OrganMapd(chain)({"image": image, "pred": scores})["pred"]
+        found = Restored(chain, labels=True)({"image": image, "pred": scores})["pred"]
         assert isinstance(found, MetaTensor)
         assert np.allclose(found.affine, affine, atol=1e-5)
         labels = found[0].numpy()
@@ -169,7 +169,7 @@ def test_mirrored_copies_are_averaged() -> None:
 
 def test_a_volume_that_forgot_its_preparation() -> None:
     with pytest.raises(DataError, match="does not say how it was prepared"):
-        OrganMapd([])({"image": torch.zeros(1, 4, 4, 4), "pred": torch.zeros(2, 4, 4, 4), "id": "x"})
+        Restored([], labels=True)({"image": torch.zeros(1, 4, 4, 4), "pred": torch.zeros(2, 4, 4, 4), "id": "x"})
 
 
 def dicom_series(folder: Path, count: int) -> np.ndarray:

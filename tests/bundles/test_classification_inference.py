@@ -24,9 +24,9 @@ from PIL import Image
 from unimedi_components.bundle import user_fault
 from unimedi_components.data import task_transforms
 from unimedi_components.data.task_inputs import find_task_images
-from unimedi_components.engines.classify import SavePredictions
 from unimedi_components.errors import CheckpointError, DataError
 from unimedi_components.networks import load_classifier
+from unimedi_components.tasks.classification import SavePredictions
 
 pytestmark = pytest.mark.usefixtures("in_process")
 Predict = Callable[..., dict[str, dict[str, Any]]]

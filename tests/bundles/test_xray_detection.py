@@ -23,10 +23,11 @@ from PIL import Image
 
 from unimedi_components.data import DenseDataset, labelled_loader, task_transforms
 from unimedi_components.data.phantom import write_phantom
-from unimedi_components.engines.save_boxes import boxes_in_file
 from unimedi_components.errors import DataError
-from unimedi_components.evaluation import Detections, detection_metrics, evaluate_detector
+from unimedi_components.metrics import Detections, detection_metrics
 from unimedi_components.networks import UnifiedViT, load_network
+from unimedi_components.tasks import evaluate_task
+from unimedi_components.tasks.boxes import boxes_in_file
 
 CONFIGS = Path(__file__).resolve().parents[2] / "bundles" / "chest_xray_detection" / "configs"
 PATIENTS, EPOCHS = 40, 4
@@ -140,13 +141,13 @@ def test_validation_and_test_count_the_same_boxes(run: Any, data: Path) -> None:
     folder, _ = run
     checkpoint = folder / "models" / "model.pt"
     assert load_network(checkpoint).hparams["lowest_score"] == read(CONFIGS / "train.json")["lowest_score"] == 0.02
-    values = evaluate_detector(
+    values = evaluate_task(
         checkpoint, folder / "data.json", data / "rsna", split="validation", cache_dir=data / "cache", bootstrap=0
     )
     assert values["lowest_score"] == 0.02
     assert values["map_coco"] == pytest.approx(last(folder)["best"], abs=1e-6)
     # boxes below the shown threshold of 0.6 are what the score is made of
-    fewer = evaluate_detector(
+    fewer = evaluate_task(
         checkpoint, folder / "data.json", data / "rsna", split="validation", bootstrap=0, lowest_score=0.6
     )
     assert fewer["predicted_boxes"] < values["predicted_boxes"]
@@ -192,12 +193,12 @@ def test_data_for_another_task_or_without_boxes_is_refused(run: Any, data: Path)
     with pytest.raises(
         DataError, match="trained for the detection labels background, pneumonia, but the datalist holds the"
     ):
-        evaluate_detector(checkpoint, other, data / "rsna")
+        evaluate_task(checkpoint, other, data / "rsna")
     empty = {**lists, "test": [{**item, "boxes": []} for item in lists["test"]]}
     with pytest.raises(DataError, match="there is nothing to find"):
-        evaluate_detector(checkpoint, empty, data / "rsna")
+        evaluate_task(checkpoint, empty, data / "rsna")
     with pytest.raises(DataError, match="no 2D item in the test or validation split"):
-        evaluate_detector(checkpoint, {**lists, "test": [], "validation": []}, data / "rsna")
+        evaluate_task(checkpoint, {**lists, "test": [], "validation": []}, data / "rsna")
 
 
 def differences(a: Any, b: Any, place: str = "") -> list[str]:

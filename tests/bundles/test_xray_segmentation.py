@@ -22,9 +22,9 @@ from torch.nn import functional as F
 from unimedi_components.data import DenseDataset, labelled_loader, task_transforms
 from unimedi_components.data.phantom import write_phantom
 from unimedi_components.errors import DataError
-from unimedi_components.evaluation import evaluate_segmenter
 from unimedi_components.losses import FocalDiceLoss
 from unimedi_components.networks import UnifiedViT, load_network
+from unimedi_components.tasks import evaluate_task
 
 CONFIGS = Path(__file__).resolve().parents[2] / "bundles" / "chest_xray_segmentation" / "configs"
 PATIENTS, EPOCHS = 40, 4
@@ -251,13 +251,13 @@ def test_data_for_something_else_is_refused(finished: Any, data: Path) -> None:
     lists = read(folder / "data.json")
     lists["meta"] |= {"task": "detection"}
     with pytest.raises(DataError, match="was trained for the segmentation labels background, pneumonia"):
-        evaluate_segmenter(folder / "models" / "model.pt", lists, data / "rsna")
+        evaluate_task(folder / "models" / "model.pt", lists, data / "rsna")
     lists = {"training": lists["training"], "validation": [], "test": []}
     with pytest.raises(DataError, match="no 2D item in the test or validation split"):
-        evaluate_segmenter(folder / "models" / "model.pt", lists, data / "rsna")
+        evaluate_task(folder / "models" / "model.pt", lists, data / "rsna")
     lists["test"] = [{**lists["training"][0], "image": "missing.dcm"}]
     with pytest.raises(DataError, match=r"none of 1 images can be read, first .*missing.dcm"):
-        evaluate_segmenter(folder / "models" / "model.pt", lists, data / "rsna")
+        evaluate_task(folder / "models" / "model.pt", lists, data / "rsna")
 
 
 @pytest.mark.slow

@@ -24,9 +24,9 @@ from unimedi_components.bundle import user_fault
 from unimedi_components.data import task_transforms, write_json
 from unimedi_components.data.phantom import write_phantom
 from unimedi_components.data.prepare import prepare
-from unimedi_components.engines.save_masks import SaveMasks
 from unimedi_components.errors import CheckpointError
 from unimedi_components.networks import SETRPUP, UnifiedViT, load_network, network_card
+from unimedi_components.tasks.xray_masks import SaveMasks
 
 pytestmark = pytest.mark.usefixtures("in_process")
 SOURCE = Path(__file__).resolve().parents[2] / "bundles" / "chest_xray_segmentation"

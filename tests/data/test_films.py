@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 from monai.data import MetaTensor
-from monai.transforms import Compose, Invertd
+from monai.transforms import Compose
 from PIL import Image
 
 from unimedi_components.data.boxes import boxes_to_file
 from unimedi_components.data.films import film_transforms
+from unimedi_components.data.restore import Restored
 from unimedi_components.data.transforms import ByDimension, xray_transforms
 from unimedi_components.errors import ConfigError, DataError
 
@@ -94,9 +95,7 @@ def test_prediction_goes_back_to_the_file(film):
     chain = Compose(film_transforms(WIDTH, target="mask", keep_meta=True))
     found = chain(item(film, boxes=[BOX]))
     assert isinstance(found["mask"], MetaTensor)
-    back = Invertd("pred", chain, orig_keys="image", nearest_interp=False, to_tensor=True)(
-        {**found, "pred": found["mask"].clone()}
-    )["pred"]
+    back = Restored(chain)({**found, "pred": found["mask"].clone()})["pred"]
     expected = np.zeros((HEIGHT, WIDTH))
     expected[30:90, 60:120] = 1
     assert np.array_equal(back[0].numpy(), expected)

@@ -20,6 +20,7 @@ from unimedi_components.data.label_maps import geometry_difference, pair_fault
 from unimedi_components.data.phantom import amos as phantom_amos
 from unimedi_components.data.phantom import bcv as phantom_bcv
 from unimedi_components.data.phantom import write_phantom
+from unimedi_components.data.restore import Restored
 from unimedi_components.data.segmentation import segmentation_transforms
 from unimedi_components.data.transforms import ByDimension
 from unimedi_components.errors import ConfigError, DataError
@@ -120,6 +121,10 @@ def test_predictions_return_to_the_file(tmp_path, name, spatial_size):
     assert back.shape == (1, *image.shape)
     np.testing.assert_array_equal(back[0].numpy(), mask)
     np.testing.assert_allclose(back.affine.numpy(), affine, atol=1e-5)
+    scores = torch.nn.functional.one_hot(item["mask"].as_tensor()[0].long(), 10).movedim(-1, 0)
+    labels = Restored(chain, labels=True)({"image": item["image"], "pred": scores})["pred"]
+    np.testing.assert_array_equal(labels[0].numpy(), mask)
+    np.testing.assert_allclose(labels.affine.numpy(), affine, atol=1e-5)
     again = chain.inverse({key: item[key] for key in ("image", "mask")})["mask"]
     np.testing.assert_array_equal(again[0].numpy(), mask)
     np.testing.assert_allclose(again.affine.numpy(), affine, atol=1e-5)
@@ -134,6 +139,9 @@ def test_resize_averages_the_image_and_picks_labels(tmp_path):
     np.testing.assert_allclose(item["image"][0].numpy(), (spl + 175) / 212.5 - 1, atol=1e-5)
     np.testing.assert_array_equal(item["mask"][0].numpy(), mask[::-1, ::-1].transpose(2, 1, 0)[1::2, 1::2, 1::2])
     assert np.linalg.norm(item["mask"].affine.numpy()[:3, :3], axis=0).tolist() == pytest.approx([8, 6, 4])
+    kept = run(write_pair(tmp_path, image, mask), spatial_size=(4, 5, 6), resize_labels=False)
+    assert torch.equal(kept["image"], item["image"])
+    np.testing.assert_array_equal(kept["mask"][0].numpy(), mask[::-1, ::-1].transpose(2, 1, 0))
 
 
 @pytest.mark.parametrize("name", ["RAS", "LPS", "SRA", "PIR", "oblique"])

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from unimedi_components.errors import CheckpointError
-from unimedi_components.evaluation.detection import box_ious
 from unimedi_components.losses import DetectionLoss
+from unimedi_components.metrics.boxes import box_ious
 from unimedi_components.networks import UnifiedViT, ViTDet, load_network, network_card
 from unimedi_components.networks.feature_pyramid import ChannelLayerNorm, SimpleFeaturePyramid
 

@@ -19,6 +19,7 @@ _EXPORTS = {
     "MixedDataLoader": "loading",
     "PretrainDataset": "dataset",
     "RandSimilarityd": "similarity",
+    "Restored": "restore",
     "RowsFirstBoxesd": "box_augment",
     "ToInputBoxesd": "box_augment",
     "build_loader": "loading",

@@ -105,7 +105,7 @@ def film_transforms(
         target: "mask" for (1, size, size) float32 of 0 and 1, from a mask file or painted from boxes; "boxes" for
             (N, 4) float32 in pixels of the result, with the "affine" that `boxes_to_file` needs to bring predictions
             back; None for the image alone.
-        keep_meta: leave MetaTensors, with which MONAI's `Invertd` brings a predicted mask back to the file's pixels.
+        keep_meta: leave MetaTensors, with which `Restored` brings a predicted mask back to the file's pixels.
         min_visible: see `BoxesToImaged`.
 
     Raises:

@@ -88,12 +88,13 @@ def segmentation_transforms(
     window: tuple[float, float] = (-175.0, 250.0),
     num_classes: int | None = None,
     label_map: bool = True,
+    resize_labels: bool = True,
 ) -> list[Transform]:
     """Transforms of one CT item with its label map, without random ones.
 
     ``"image"`` becomes float32 (1, D, H, W) in [-1, 1], ``"mask"`` uint8 (1, D, H, W). Axes run to Superior,
     Posterior and Left as in :func:`~unimedi_components.data.transforms.ct_transforms`. Both stay MetaTensors,
-    so that MONAI's ``Invertd`` brings a prediction back to the file's shape, affine and orientation.
+    so that ``Restored`` brings a prediction back to the file's shape, affine and orientation.
 
     Args:
         spatial_size: D, H, W to resize the whole field of view to (areas for the image, nearest voxel for the
@@ -102,6 +103,7 @@ def segmentation_transforms(
         window: Hounsfield units that become -1 and 1; values beyond are clipped. MONAI's for the abdomen.
         num_classes: number of labels with the background, to check the label map; None allows any up to 255.
         label_map: False leaves ``"mask"`` out, for images that have none.
+        resize_labels: False turns ``"mask"`` alone and keeps its voxels, for an evaluation on the file's grid.
 
     Raises:
         DataError: (when run, as MONAI's RuntimeError's cause) a file is not one 3D volume with a usable affine,
@@ -118,9 +120,11 @@ def segmentation_transforms(
     if label_map:
         steps.append(CheckLabelMapd(num_classes=num_classes))
     steps.append(Orientationd(keys, axcodes="SPL", labels=RAS_LABELS))
+    resized = keys if resize_labels else ("image",)
     if spacing is not None:
-        steps.append(Spacingd(keys, pixdim=tuple(spacing), mode=("bilinear", "nearest")[:count]))
+        steps.append(Spacingd(resized, pixdim=tuple(spacing), mode=("bilinear", "nearest")[: len(resized)]))
     steps.append(ScaleIntensityRanged("image", a_min=window[0], a_max=window[1], b_min=-1, b_max=1, clip=True))
     if spatial_size is not None:
-        steps.append(Resized(keys, spatial_size=tuple(spatial_size), mode=("area", "nearest-exact")[:count]))
+        modes = ("area", "nearest-exact")[: len(resized)]
+        steps.append(Resized(resized, spatial_size=tuple(spatial_size), mode=modes))
     return [*steps, EnsureTyped(keys, dtype=(torch.float32, torch.uint8)[:count], track_meta=True)]

@@ -3,8 +3,7 @@
 
 from unimedi_components.engines.calibration import CalibrateProjection
 from unimedi_components.engines.checkpoint import TaskCheckpoint, TrainingCheckpoint
-from unimedi_components.engines.detect import EarlyStopByScore, RoisOfBoxesd, ServedDetector, prepare_boxes
-from unimedi_components.engines.early_stop import EarlyStop
+from unimedi_components.engines.early_stop import EarlyStop, EarlyStopByScore
 from unimedi_components.engines.handlers import (
     EndWithLoader,
     EpochSeed,
@@ -31,9 +30,7 @@ __all__ = [
     "EpochSeed",
     "GradientCare",
     "History",
-    "RoisOfBoxesd",
     "SaveEmbeddings",
-    "ServedDetector",
     "SkippedStudies",
     "TaskCheckpoint",
     "TeacherUpdate",
@@ -47,7 +44,6 @@ __all__ = [
     "embed_batch",
     "finish_embedding",
     "losses",
-    "prepare_boxes",
     "prepare_mixed_batch",
     "warmup_cosine",
 ]

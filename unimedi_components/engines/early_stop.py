@@ -50,3 +50,20 @@ class EarlyStop(EarlyStopHandler):
         self._stopping.counter, self._stopping.best_score = state["counter"], state["best_score"]
         if self.enabled and self._stopping.counter >= self.patience:
             self._stopping.trainer.terminate()
+
+
+class EarlyStopByScore(EarlyStop):
+    """Early stopping by a validation score, of which more is better, such as MGCA's detector's mean average precision.
+
+    Args:
+        evaluator, patience: see `EarlyStop`.
+        metric: name of the score.
+    """
+
+    def __init__(self, evaluator: Engine, patience: int | None, metric: str = "val_map") -> None:
+        super().__init__(evaluator, patience, metric)
+
+    def score(self, engine: Engine) -> float:
+        """The score; one that is no number is as bad as any can be."""
+        value = float(self.evaluator.state.metrics[self.metric])
+        return -math.inf if math.isnan(value) else value

@@ -21,8 +21,8 @@ from torch.nn import functional as F
 
 from unimedi_components.data.datalist import write_json
 from unimedi_components.data.transforms import RAS_LABELS
-from unimedi_components.engines.figures import CTView, XrayView, draw_selection, draw_xrays
 from unimedi_components.errors import DataError
+from unimedi_components.figures.attention import CTView, XrayView, draw_selection, draw_xrays
 
 __all__ = ["SaveEmbeddings", "attention_in_file_geometry", "embed_batch", "finish_embedding"]
 

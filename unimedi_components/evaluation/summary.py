@@ -12,10 +12,11 @@ import numpy as np
 
 from unimedi_components.data.datalist import load_datalist, select, write_json
 from unimedi_components.distributed import rank
-from unimedi_components.engines.figures import CTView, XrayView, draw_loss_curves, draw_selection, draw_xrays
 from unimedi_components.evaluation.features import Features, check_punct, extract_features, load_truth, make_dataset
 from unimedi_components.evaluation.metrics import all_metrics
 from unimedi_components.evaluation.slices import is_focal, lesion_mask
+from unimedi_components.figures.attention import CTView, XrayView, draw_selection, draw_xrays
+from unimedi_components.figures.curves import draw_loss_curves
 from unimedi_components.metrics.bootstrap import PatientResamples
 from unimedi_components.networks.pretrained import Pretrained, load_pretrained
 from unimedi_components.provenance import provenance
@@ -81,7 +82,7 @@ def after_training(
         datalist: file or parsed.
         root: folder that its image paths are relative to.
         output_dir: folder to write to.
-        history: one dict per iteration, see `figures.draw_loss_curves`.
+        history: one dict per iteration, see `draw_loss_curves`.
         device: where to run.
         options: of `extract_features`.
 

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bootstrap intervals over patients, all cases of a patient together; of AUROC and accuracy in one pass.
+"""Bootstrap intervals over patients, all cases of a patient together.
 
 Letters: N cases, C yes-or-no questions, K decisions, R resamples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,14 @@ import numpy.typing as npt
 __all__ = [
     "LEVEL",
     "PatientResamples",
+    "interval_table",
+    "patient_index",
     "patient_intervals",
     "percentile_interval",
     "resample_patients",
+    "resampled",
     "resampled_auroc",
+    "resamples_used",
 ]
 
 Array = npt.NDArray[Any]
@@ -112,29 +116,65 @@ def patient_intervals(
         cannot vary. Resamples in which a value is not defined are left out of its interval ("resamples_used" counts
         the others); the macro AUROC needs every finding that it is the mean of.
     """
-    rng, count = np.random.default_rng(seed), int(patients.max()) + 1
     defined = [c for c, column in enumerate(truth.T) if (column == 0).any() and (column == 1).any()]
     asked = known.any(0)
     counts, hits = (part[:, asked].astype(np.float64) for part in (known, right & known))
-    step, parts = max(1, _CHUNK // len(scores)), []
-    for start in range(0, resamples, step):
-        drawn = resample_patients(count, min(step, resamples - start), rng)
-        weights = drawn.astype(np.float64)[:, patients]
+
+    def statistics(weights: Array) -> dict[str, Array]:
         columns = [resampled_auroc(scores[:, c], truth[:, c], weights) for c in defined]
         total = weights @ counts
         share = np.divide(weights @ hits, total, out=np.full(total.shape, np.nan), where=total > 0)
-        parts.append(np.stack([*columns, share.mean(1)], axis=1))
-    values = np.concatenate(parts)
-    by_name = dict(zip([names[c] for c in defined], values[:, :-1].T, strict=True))
-    macro = values[:, :-1].mean(1) if defined else np.empty(0)
-    rows = [macro, values[:, -1], *(by_name.get(name, np.empty(0)) for name in names)]
-    limits = [None if count < 2 else percentile_interval(row) for row in rows]
-    used = [int(np.isfinite(row).sum()) for row in rows]
+        macro = np.stack(columns, axis=1).mean(1) if defined else np.full(len(weights), np.nan)
+        by_name = dict(zip([names[c] for c in defined], columns, strict=True))
+        return {"macro_auroc": macro, "accuracy": share.mean(1), **{f"auroc {name}": by_name[name] for name in by_name}}
 
-    def named(found: Sequence[Any]) -> dict[str, Any]:
-        return {"macro_auroc": found[0], "accuracy": found[1], "auroc": dict(zip(names, found[2:], strict=True))}
+    found = resampled(statistics, patients, resamples, seed, len(scores))
 
-    return {"level": LEVEL, "resamples": resamples, **named(limits), "resamples_used": named(used)}
+    def named(values: Mapping[str, Any], missing: Any) -> dict[str, Any]:
+        auroc = {name: values.get(f"auroc {name}", missing) for name in names}
+        return {"macro_auroc": values["macro_auroc"], "accuracy": values["accuracy"], "auroc": auroc}
+
+    limits = {"level": LEVEL, "resamples": resamples, **named(interval_table(found, patients), None)}
+    return {**limits, "resamples_used": named(resamples_used(found), 0)}
+
+
+def resampled(
+    statistics: Callable[[Array], Mapping[str, Array]], patients: Array, resamples: int, seed: int, width: int
+) -> dict[str, Array]:
+    """Values under resamples of the patients, all cases of a patient together.
+
+    Args:
+        statistics: from weights of the cases (r, N), of some of the resamples, to values (r,) by name.
+        patients: index of each case's patient, 0 to P - 1, (N,).
+        resamples: R.
+        seed: of the resamples.
+        width: numbers that a resample takes, such as N; bounds how many are held at a time.
+
+    Returns:
+        (R,) by name.
+    """
+    rng, count = np.random.default_rng(seed), int(patients.max()) + 1
+    step, parts = max(1, _CHUNK // max(1, width)), []
+    for start in range(0, resamples, step):
+        drawn = resample_patients(count, min(step, resamples - start), rng)
+        parts.append(statistics(drawn.astype(np.float64)[:, patients]))
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def interval_table(values: Mapping[str, Array], patients: Array) -> dict[str, list[float] | None]:
+    """Intervals of what `resampled` gives; None where a value is not defined, or cannot vary with a single patient."""
+    alone = int(patients.max()) < 1
+    return {name: None if alone else percentile_interval(row) for name, row in values.items()}
+
+
+def resamples_used(values: Mapping[str, Array]) -> dict[str, int]:
+    """In how many resamples a value is defined."""
+    return {name: int(np.isfinite(row).sum()) for name, row in values.items()}
+
+
+def patient_index(patients: Iterable[Hashable]) -> Array:
+    """Index of each case's patient, 0 to P - 1, in the order of their names: (N,)."""
+    return np.unique(np.asarray([str(patient) for patient in patients]), return_inverse=True)[1].reshape(-1)
 
 
 def percentile_interval(values: Array) -> list[float] | None:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from matplotlib.figure import Figure
 from sklearn.manifold import TSNE
 
-from unimedi_components.engines.curves import save_png
+from unimedi_components.figures.curves import save_png
 
 __all__ = ["draw_bars", "draw_curves", "draw_tsne"]
 

@@ -11,9 +11,9 @@ import numpy as np
 
 from unimedi_components.data.datalist import SPLITS, load_datalist
 from unimedi_components.distributed import rank
-from unimedi_components.engines.search_figures import Found, draw_search
 from unimedi_components.evaluation.features import make_dataset
 from unimedi_components.evaluation.label_tables import label_table
+from unimedi_components.figures.search import Found, draw_search
 from unimedi_components.search.class_search import common_findings
 from unimedi_components.search.embedder import Embedder
 from unimedi_components.search.index import EmbeddingIndex, Hit

@@ -18,19 +18,19 @@ from sklearn.metrics import roc_curve
 
 from unimedi_components.data.datalist import SPLITS, load_datalist, write_json
 from unimedi_components.distributed import rank
-from unimedi_components.engines.classification_figures import RocCurve, draw_roc
-from unimedi_components.engines.predictions import write_csv
 from unimedi_components.errors import ConfigError, DataError
 from unimedi_components.evaluation.features import check_punct
 from unimedi_components.evaluation.label_tables import NOT_MENTIONED, label_table
 from unimedi_components.evaluation.metrics import retrieval_metrics
 from unimedi_components.evaluation.protocols import exclusive_sample
+from unimedi_components.figures.charts import RocCurve, draw_roc
 from unimedi_components.search.class_search import Studies, class_search, gather_studies
 from unimedi_components.search.embedder import Embedder
 from unimedi_components.search.embeddings import Embeddings
 from unimedi_components.search.prompts import PromptSet, load_prompt_sets
 from unimedi_components.search.protocol_report import protocol_metrics
 from unimedi_components.search.zero_shot import ZeroShot, zero_shot_scores
+from unimedi_components.tasks.writer import write_csv
 
 __all__ = ["HEADLINE", "evaluate_search"]
 

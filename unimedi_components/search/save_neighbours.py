@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,28 +10,24 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from monai.transforms import Transform
 
-from unimedi_components.data.dataset import PretrainDataset
-from unimedi_components.engines.prediction_figures import draw_prediction
-from unimedi_components.engines.predictions import check_any_read, prediction_rows, write_csv, write_predictions
-from unimedi_components.errors import CheckpointError, ConfigError
+from unimedi_components.errors import ConfigError
+from unimedi_components.figures.panels import draw_prediction
 from unimedi_components.search.embedder import Embedder
 from unimedi_components.search.embeddings import KINDS
 from unimedi_components.search.index import EmbeddingIndex
 from unimedi_components.search.prompts import load_prompt_sets
 from unimedi_components.search.zero_shot import ZeroShot
+from unimedi_components.tasks.writer import PredictionWriter, check_finite
 
 __all__ = ["SaveNeighbours"]
-
-logger = logging.getLogger(__name__)
 
 _SHOWN = ("similarity", "source", "text")
 # bars that a figure has room for
 _MOST_BARS = 12
 
 
-class SaveNeighbours(Transform):
+class SaveNeighbours(PredictionWriter):
     """Search for each image and classify it zero-shot; a postprocessing step after `engines.embed_batch`.
 
     - `predictions.json`: for each image "zero_shot", a probability for each finding, and "neighbours" by kind ("xray",
@@ -42,12 +37,11 @@ class SaveNeighbours(Transform):
     - `<id>.png`: the image with Eq. 1's **v** over it and the highest probabilities; see `draw_prediction`.
 
     Args:
-        output_dir: folder to write to; made when missing.
+        output_dir, figures: see `PredictionWriter`; images that get probabilities have a figure.
         embedder: the network that the images go through.
         index: npz of `EmbeddingIndex`, made with the same weights; None searches nothing.
         prompts: prompt sets, at most one for each dimension; without one for a dimension its images get no probability.
         neighbours: of each kind.
-        figures: write the PNG files of images that get probabilities.
 
     Raises:
         ConfigError: the index is of another model, `neighbours` is below 1, or there are two sets for one dimension.
@@ -63,25 +57,20 @@ class SaveNeighbours(Transform):
         neighbours: int = 5,
         figures: bool = True,
     ) -> None:
-        self.folder, self.embedder, self.count, self.figures = Path(output_dir), embedder, neighbours, figures
+        super().__init__(output_dir, figures)
+        self.embedder, self.count = embedder, neighbours
         self.index = None if index is None else EmbeddingIndex.load(index)
         if self.index is not None:
             self.index.check_model(embedder.model)
         if neighbours < 1:
             raise ConfigError(f"neighbours is {neighbours}; at least 1 is needed, and index None searches nothing")
         self.zero_shot = {dim: ZeroShot(embedder, found) for dim, found in load_prompt_sets(prompts).items()}
-        self.rows: dict[str, dict[str, Any]] = {}
 
-    def __call__(self, data: Mapping[Hashable, Any]) -> Mapping[Hashable, Any]:
-        """Take in one decollated item with "pred", its embedding (E,), and return it unchanged.
-
-        Raises:
-            CheckpointError: values that are not finite.
-        """
-        name, dim = str(data["id"]), int(data["dim"])
+    def row(self, name: str, data: Mapping[Hashable, Any]) -> dict[str, Any]:
+        """What the prompts say about an embedding (E,), and what is nearest."""
+        dim = int(data["dim"])
         embed = torch.as_tensor(data["pred"]).float().cpu().numpy()[None]
-        if not np.isfinite(embed).all():
-            raise CheckpointError(f"{name}: an embedding that is not finite; the network diverged, train it again")
+        check_finite(name, embed, "values of an embedding")
         row: dict[str, Any] = {"dim": dim, "zero_shot": {}, "neighbours": {}}
         if dim in self.zero_shot:
             values = self.zero_shot[dim].probabilities(embed)[0]
@@ -91,13 +80,12 @@ class SaveNeighbours(Transform):
             }
         if self.index is not None:
             row["neighbours"] = self._search(self.index, embed)
-        self.rows[name] = row
         if self.figures and row["zero_shot"]:
             image, attention = (torch.as_tensor(data[key]).float().cpu().numpy() for key in ("image", "attention"))
             likeliest = dict(sorted(row["zero_shot"].items(), key=lambda pair: -pair[1])[:_MOST_BARS])
             chosen = tuple(finding for finding, value in likeliest.items() if value >= 0.5)
             draw_prediction(name, image[0], attention, likeliest, chosen, self.folder / f"{name}.png")
-        return data
+        return row
 
     def _search(self, index: EmbeddingIndex, embed: np.ndarray) -> dict[str, list[dict[str, Any]]]:
         found = {}
@@ -111,35 +99,28 @@ class SaveNeighbours(Transform):
                 ]
         return {name: hits for name, hits in found.items() if hits}
 
-    def finish(self, dataset: PretrainDataset) -> None:
-        """Write the tables, and say how many inputs could not be read.
-
-        Args:
-            dataset: what was gone through, with "source" in its items.
-
-        Raises:
-            DataError: not one input could be read.
-        """
-        rows = prediction_rows(dataset, self.rows)
-        about = {
+    def about(self) -> dict[str, Any]:
+        """Model, index and prompts."""
+        return {
             "model": self.embedder.model,
             "index": None if self.index is None else {"entries": len(self.index)},
             "prompts": {f"{dim}d": zero_shot.prompts.name for dim, zero_shot in self.zero_shot.items()},
         }
-        write_predictions(self.folder, about, rows, dataset)
+
+    def tables(self, rows: list[dict[str, Any]]) -> dict[str, pd.DataFrame]:
+        """`neighbours.csv` and `zero_shot.csv`."""
         near = [
             {"id": row["id"], "kind": kind, "rank": rank, "neighbour": hit["id"], **{key: hit[key] for key in _SHOWN}}
             for row in rows
             for kind, hits in row["neighbours"].items()
             for rank, hit in enumerate(hits, 1)
         ]
-        columns = ["id", "kind", "rank", "neighbour", *_SHOWN]
-        write_csv(pd.DataFrame(near, columns=columns), self.folder / "neighbours.csv")
         said = [
             {"id": row["id"], "finding": finding, "probability": value}
             for row in rows
             for finding, value in row["zero_shot"].items()
         ]
-        write_csv(pd.DataFrame(said, columns=["id", "finding", "probability"]), self.folder / "zero_shot.csv")
-        check_any_read(self.folder, rows, dataset)
-        logger.info("%s: %d inputs searched; %d could not be read", self.folder, len(rows), len(dataset.skipped))
+        return {
+            "neighbours.csv": pd.DataFrame(near, columns=["id", "kind", "rank", "neighbour", *_SHOWN]),
+            "zero_shot.csv": pd.DataFrame(said, columns=["id", "finding", "probability"]),
+        }

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unimedi_components.errors import ConfigError, DataError
-from unimedi_components.evaluation.classification import classification_metrics
 from unimedi_components.losses.classification import UNCERTAIN
+from unimedi_components.metrics.classification import classification_metrics
 from unimedi_components.search.embedder import Embedder
 from unimedi_components.search.embeddings import Embeddings
 from unimedi_components.search.prompts import SIDES, PromptSet

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from unimedi_components.data.ct_checks import SAMPLED_SLICES, hounsfield_fault
 from unimedi_components.data.transforms import ct_transforms, xray_transforms
-from unimedi_components.engines.figures import COLOUR_MAP, attention_opacity, attention_strength
+from unimedi_components.figures.attention import COLOUR_MAP, attention_opacity, attention_strength
 from unimedi_components.serve.faults import unusable
 from unimedi_components.serve.study import Study
 

@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How well predicted masks of images cover the true ones: Dice and IoU per image, with intervals over patients.
+
+Letters: N images, R resamples of the patients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from ignite.exceptions import NotComputableError
+from ignite.metrics import Metric
+from ignite.metrics.metric import reinit__is_reduced, sync_all_reduce
+from torch import Tensor
+
+from unimedi_components.losses.segmentation import FocalDiceLoss
+from unimedi_components.metrics.bootstrap import LEVEL, interval_table, patient_index, resampled
+
+__all__ = ["MaskLossMetric", "MaskScore", "mask_counts", "mask_metrics", "mask_scores"]
+
+Array = npt.NDArray[Any]
+
+
+def mask_counts(predicted: Tensor, truth: Tensor) -> Array:
+    """Pixels of the prediction, of the truth and of both, int64 (N, 3).
+
+    Args:
+        predicted: bool (N, 1, H, W).
+        truth: bool, or 0 and 1, of the same shape.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if predicted.shape != truth.shape:
+        raise ValueError(f"prediction {tuple(predicted.shape)} and truth {tuple(truth.shape)} differ in shape")
+    found, wanted = (mask.flatten(1).bool() for mask in (predicted, truth))
+    counts = torch.stack([found.sum(1), wanted.sum(1), (found & wanted).sum(1)], 1)
+    return counts.cpu().numpy()
+
+
+def mask_metrics(counts: Array, patients: Sequence[Any], bootstrap: int = 1000, seed: int = 0) -> dict[str, Any]:
+    """Mean Dice and IoU per image, and false alarms.
+
+    An image whose true mask is empty scores 1 if the prediction is empty too, and 0 otherwise (MGCA's rule); a mean
+    over many empty images says more about false alarms than about outlines, so "dice_positive" leaves them out.
+
+    Args:
+        counts: of `mask_counts`, (N, 3).
+        patients: one name per image.
+        bootstrap: resamples of the patients, all images of a patient together; 0 gives no intervals.
+        seed: of the resamples.
+
+    Returns:
+        plain values for JSON: "cases", "patients", "positive" (images with a mask), "dice", "dice_positive", "iou",
+        "iou_positive", "false_alarms" (share of the images without a mask that got one) and "missed" (share of the
+        images with a mask that got none), None where there is no such image; "intervals" with "level", "resamples"
+        and [low, high] of each, None where a value is not defined or cannot vary.
+
+    Raises:
+        ValueError: no images, or another number of patients.
+    """
+    if not len(counts) or len(counts) != len(patients):
+        raise ValueError(f"{len(counts)} images and {len(patients)} patients: give images, and a patient for each")
+    scores, kept = mask_scores(np.asarray(counts)), _kept(np.asarray(counts))
+    index = patient_index(patients)
+
+    def means(weights: Array) -> dict[str, Array]:
+        return {name: _mean(scores[name], kept[name], weights) for name in scores}
+
+    values: dict[str, Any] = {"cases": len(counts), "patients": int(index.max()) + 1}
+    values["positive"] = int((counts[:, 1] > 0).sum())
+    values |= {n: None if np.isnan(mean[0]) else float(mean[0]) for n, mean in means(np.ones((1, len(counts)))).items()}
+    if bootstrap > 0:
+        limits = interval_table(resampled(means, index, bootstrap, seed, len(index)), index)
+        values["intervals"] = {"level": LEVEL, "resamples": bootstrap, **limits}
+    return values
+
+
+def mask_scores(counts: Array) -> dict[str, Array]:
+    """Score of each image (N,) by metric of `mask_metrics`, with its rule for empty masks.
+
+    Args:
+        counts: of `mask_counts`, (N, 3).
+    """
+    predicted, truth, both = np.asarray(counts).T.astype(np.float64)
+    union, total = predicted + truth - both, predicted + truth
+    dice = np.divide(2 * both, total, out=np.ones(len(counts)), where=total > 0)
+    iou = np.divide(both, union, out=np.ones(len(counts)), where=union > 0)
+    scores = {"dice": dice, "dice_positive": dice, "iou": iou, "iou_positive": iou}
+    return {**scores, "false_alarms": (predicted > 0).astype(float), "missed": (predicted == 0).astype(float)}
+
+
+def _kept(counts: Array) -> dict[str, Array]:
+    """Which images count for a metric."""
+    positive = counts[:, 1] > 0
+    kept = {"dice": np.ones(len(counts), bool), "dice_positive": positive}
+    kept |= {"iou": kept["dice"], "iou_positive": positive}
+    return {**kept, "false_alarms": ~positive, "missed": positive}
+
+
+def _mean(score: Array, kept: Array, weights: Array) -> Array:
+    """Mean of the images that count under each row of weights (R, N); NaN where none does."""
+    total = weights @ kept
+    return np.divide(weights @ (score * kept), total, out=np.full(len(weights), np.nan), where=total > 0)
+
+
+def _pred_and_label(output: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    return output["pred"], output["label"]
+
+
+class MaskScore(Metric):
+    """Mean Dice per image over all batches and ranks of an evaluator run, empty masks as in `mask_metrics`.
+
+    Args:
+        threshold: probability from which a pixel belongs to the predicted mask.
+        output_transform: from the engine's output to logits and labels, both (B, 1, H, W).
+
+    Raises:
+        ValueError: a threshold that is no probability.
+    """
+
+    def __init__(
+        self, threshold: float = 0.5, output_transform: Callable[[Any], Any] = _pred_and_label, **kwargs: Any
+    ) -> None:
+        if not 0 <= threshold <= 1:
+            raise ValueError(f"threshold must be a probability from 0 to 1, not {threshold!r}")
+        self.threshold = threshold
+        super().__init__(output_transform, **kwargs)
+
+    @reinit__is_reduced
+    def reset(self) -> None:
+        """Forget all images."""
+        self._total = torch.zeros((), dtype=torch.float64)
+        self._images = torch.zeros((), dtype=torch.int64)
+
+    @reinit__is_reduced
+    def update(self, output: Sequence[Tensor]) -> None:
+        """Add a batch of logits and labels."""
+        logits, label = output
+        counts = mask_counts(logits.detach().float().sigmoid() >= self.threshold, label > 0.5)
+        self._total = self._total + float(mask_scores(counts)["dice"].sum())
+        self._images = self._images + len(counts)
+
+    @sync_all_reduce("_total", "_images")
+    def compute(self) -> float:
+        """The mean.
+
+        Raises:
+            NotComputableError: there was no image.
+        """
+        if not int(self._images):
+            raise NotComputableError("no image was evaluated")
+        return float(self._total) / float(self._images)
+
+
+class MaskLossMetric(Metric):
+    """`FocalDiceLoss` of a whole evaluator run, over all batches and ranks.
+
+    It is the loss of one batch that holds all images, so that neither the batch size nor the number of ranks changes
+    it, and a batch that happens to hold empty masks alone does not disturb it.
+
+    Args:
+        loss: whose weights and form are taken.
+        num_classes: outputs C of the network.
+        output_transform: see `MaskScore`.
+    """
+
+    def __init__(
+        self,
+        loss: FocalDiceLoss,
+        num_classes: int = 1,
+        output_transform: Callable[[Any], Any] = _pred_and_label,
+        **kwargs: Any,
+    ) -> None:
+        self.loss, self.num_classes = loss, num_classes
+        super().__init__(output_transform, **kwargs)
+
+    @reinit__is_reduced
+    def reset(self) -> None:
+        """Forget all images."""
+        self._sums = self.loss.no_sums(self.num_classes)
+
+    @reinit__is_reduced
+    def update(self, output: Sequence[Tensor]) -> None:
+        """Add a batch of logits and labels."""
+        self._sums = self._sums + self.loss.sums(output[0].detach(), output[1]).cpu()
+
+    @sync_all_reduce("_sums")
+    def compute(self) -> float:
+        """The loss.
+
+        Raises:
+            NotComputableError: there was no image.
+        """
+        if not float(self._sums[0]):
+            raise NotComputableError("no image was evaluated")
+        return float(self.loss.from_sums(self._sums))

@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each task predicts, measures and writes, over one frame."""
+
+from unimedi_components.tasks.boxes import RoisOfBoxesd, SaveBoxes, ServedDetector, prepare_boxes
+from unimedi_components.tasks.classification import SavePredictions
+from unimedi_components.tasks.evaluate import after_task_training, evaluate_task
+from unimedi_components.tasks.organs import OrganInferer, SaveOrgans
+from unimedi_components.tasks.xray_masks import SaveMasks, ServedMaskd
+
+__all__ = [
+    "OrganInferer",
+    "RoisOfBoxesd",
+    "SaveBoxes",
+    "SaveMasks",
+    "SaveOrgans",
+    "SavePredictions",
+    "ServedDetector",
+    "ServedMaskd",
+    "after_task_training",
+    "evaluate_task",
+    "prepare_boxes",
+]
