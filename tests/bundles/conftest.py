@@ -16,6 +16,11 @@ import monai
 import pytest
 import torch
 from filelock import FileLock
+from ignite.engine import Events
+from monai.bundle import ConfigWorkflow
+
+from unimedi_components.data.phantom import write_phantom
+from unimedi_components.networks import UnifiedViT
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGS = REPOSITORY / "bundles" / "pretrain" / "configs"
@@ -156,3 +161,134 @@ def in_process() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def configs() -> Path:
     return CONFIGS
+
+
+# Sizes and rates of runs of seconds; losses rise and fall at these rates, so that the best epoch is not the last.
+ENCODER = {"img_size": 32, "vol_size": [8, 24, 24], "patch_size": 16, "patch_size_3d": [4, 12, 12]}
+ENCODER |= {"embed_dim": 16, "depth": 1, "num_heads": 2}
+PHANTOMS = {"chexpert": 32, "covidx": 18, "cc_ccii": 18, "rsna": 40, "bcv": 5, "amos": 5}
+PROBE = {"epochs": 4, "probe_lr": 0.5, "probe_weight_decay": 0.0}
+FILM = {"epochs": 4, "img_size": 48}
+ORGANS = {"epochs": 2, "vol_size": [8, 24, 24], "hidden_states": [0, 1], "feature_size": 4, "steps_per_pass": 6}
+#: Bundle -> its data set, sizes of its encoder, overrides, and figures of its evaluation.
+TASK_BUNDLES: dict[str, tuple[str, dict[str, Any], dict[str, Any], set[str]]] = {
+    "chest_xray_classification": ("chexpert", {}, {**PROBE, "img_size": 32}, {"roc.png", "confusion.png"}),
+    "chest_ct_classification": ("cc_ccii", {}, {**PROBE, "vol_size": [8, 24, 24]}, {"roc.png", "confusion.png"}),
+    "chest_xray_segmentation": ("rsna", {"patch_size": 8}, {**FILM, "widths": [8, 8, 4]}, {"masks.png"}),
+    "chest_xray_detection": (
+        "rsna",
+        {"patch_size": 8},
+        {**FILM, "pyramid_width": 8, "score_threshold": 0.6, "lr": 0.01},
+        {"precision_recall.png", "boxes.png"},
+    ),
+    "abdomen_ct_segmentation": ("bcv", {"depth": 2}, {**ORGANS, "figures": 1}, {"img0032.png"}),
+}
+
+
+class TaskBundle:
+    """A task bundle over small phantoms and a tiny pre-trained encoder, which all bundles and workers share."""
+
+    def __init__(self, name: str, data: Path) -> None:
+        self.name, self.data = name, data
+        self.configs = REPOSITORY / "bundles" / name / "configs"
+        self.data_set, sizes, self.changes, self.figures = TASK_BUNDLES[name]
+        self.sizes = {**ENCODER, **sizes}
+        self.encoder = data / f"{name}-encoder" / "model.pt"
+        self._finished: dict[Path, ConfigWorkflow] = {}
+
+    def prepare(self) -> None:
+        """Make the phantoms and the encoder where they are not there."""
+        for name in (self.data_set, *{"chexpert": ["covidx"], "bcv": ["amos"]}.get(self.data_set, [])):
+            if not (self.data / f"{name}.done").is_file():
+                write_phantom(name, self.data / name, PHANTOMS[name], workers=0, progress=False)
+                (self.data / f"{name}.done").touch()
+        if not self.encoder.with_name("model.json").is_file():
+            self.encoder.parent.mkdir(exist_ok=True)
+            torch.manual_seed(0)
+            encoder = UnifiedViT(**self.sizes)
+            torch.save(encoder.state_dict(), self.encoder)
+            card = {"format": 1, "encoder": encoder.hparams}
+            self.encoder.with_name("model.json").write_text(json.dumps(card))
+
+    def overrides(self, folder: Path, **changes: Any) -> dict[str, Any]:
+        """Of train.json, for a run of seconds that writes to `folder`."""
+        name = changes.get("data_set", self.data_set)
+        places = {"dataset_dir": self.data / name, "cache_dir": self.data / f"{self.name}-cache"}
+        places |= {"datalist_file": folder / "data.json", "encoder_weights": self.encoder}
+        places |= {"ckpt_dir": folder / "models", "output_dir": folder / "eval"}
+        small = {"device": "cpu", "bootstrap": 20, "memory_mb": 10, "phantoms": PHANTOMS[name]}
+        return {**small, **self.changes, **{key: str(path) for key, path in places.items()}, **changes}
+
+    def files(self, *names: str) -> list[str]:
+        """Configs by name."""
+        return [str(self.configs / f"{name}.json") for name in names]
+
+    def workflow(self, changes: dict[str, Any], *names: str, kind: str = "train") -> ConfigWorkflow:
+        """An initialized workflow of configs."""
+        made = ConfigWorkflow(self.files(*names), workflow_type=kind, logging_file=False, **changes)
+        made.initialize()
+        return made
+
+    def train(self, folder: Path, *overlays: str, **changes: Any) -> ConfigWorkflow:
+        """A finished run."""
+        made = self.workflow(self.overrides(folder, **changes), "train", *overlays)
+        made.run()
+        made.finalize()
+        return made
+
+    def finished(self) -> tuple[Path, ConfigWorkflow]:
+        """Folder and workflow of the default run, trained once by each worker."""
+        if not self._finished:
+            folder = self.data / f"{self.name}-run-{os.getpid()}"
+            self._finished[folder] = self.train(folder)
+        return next(iter(self._finished.items()))
+
+    def interrupted(self, folder: Path, epoch: int, *overlays: str, **changes: Any) -> None:
+        """A run that something ends after some epochs."""
+
+        class Stop(Exception):
+            pass
+
+        def stop(engine: Any) -> None:
+            raise Stop
+
+        made = self.workflow(self.overrides(folder, **changes), "train", *overlays)
+        made.parser.get_parsed_content("train#trainer").add_event_handler(Events.EPOCH_COMPLETED(once=epoch), stop)
+        with pytest.raises(Exception) as caught:
+            made.run()
+        assert isinstance(caught.value, Stop) or isinstance(caught.value.__cause__, Stop)
+
+
+def differences(a: Any, b: Any, place: str = "") -> list[str]:
+    """Where two checkpoints differ."""
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return [] if torch.equal(a, b) else [place]
+    if isinstance(a, dict) and isinstance(b, dict):
+        names = [*a, *(name for name in b if name not in a)]
+        return [found for name in names for found in differences(a.get(name), b.get(name), f"{place}/{name}")]
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
+        return [found for i, pair in enumerate(zip(a, b, strict=True)) for found in differences(*pair, f"{place}/{i}")]
+    return [] if a == b else [f"{place}: {a!r} {b!r}"]
+
+
+@pytest.fixture(scope="session")
+def checkpoint_differences() -> Callable[[Any, Any], list[str]]:
+    return differences
+
+
+@pytest.fixture(scope="session")
+def task_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TaskBundle]:
+    """A task bundle by name, ready to train."""
+    base = tmp_path_factory.getbasetemp()
+    base = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "task-bundles"
+    base.mkdir(exist_ok=True)
+    made: dict[str, TaskBundle] = {}
+
+    def get(name: str) -> TaskBundle:
+        if name not in made:
+            made[name] = TaskBundle(name, base)
+            with FileLock(base.with_suffix(".lock")):
+                made[name].prepare()
+        return made[name]
+
+    return get

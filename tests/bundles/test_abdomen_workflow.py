@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The abdomen bundle end to end over small phantoms: training, resuming, evaluation, overlays, two gloo processes."""
+"""The abdomen bundle end to end over small phantoms: training, its best epoch, overlays, two gloo processes."""
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,78 +11,26 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from filelock import FileLock
-from ignite.engine import Events
 from monai.bundle import ConfigParser, ConfigWorkflow
 
 from unimedi_components.data import amos, bcv
-from unimedi_components.data.phantom import write_phantom
-from unimedi_components.networks import UnifiedViT, load_network
+from unimedi_components.networks import load_network
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGS = REPOSITORY / "bundles" / "abdomen_ct_segmentation" / "configs"
-PATIENTS = 5
-SIZES = {"img_size": 32, "vol_size": [8, 24, 24], "patch_size": 16, "patch_size_3d": [4, 12, 12]}
-SIZES |= {"embed_dim": 16, "depth": 2, "num_heads": 2}
-COMMON = {
-    "device": "cpu",
-    "phantoms": PATIENTS,
-    "vol_size": SIZES["vol_size"],
-    "hidden_states": [0, 1],
-    "feature_size": 4,
-    "steps_per_pass": 6,
-    "epochs": 2,
-    "bootstrap": 20,
-    "memory_mb": 10,
-    "figures": 1,
-}
 
 pytestmark = pytest.mark.usefixtures("in_process")
 
 
-class Stop(Exception):
-    """Stands for whatever ends a run before its time."""
+@pytest.fixture(scope="module")
+def bundle(task_bundle: Any) -> Any:
+    return task_bundle("abdomen_ct_segmentation")
 
 
-@pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Phantoms and a tiny pre-trained encoder, made once for all workers of pytest-xdist."""
-    base = tmp_path_factory.getbasetemp()
-    base = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "abdomen"
-    base.mkdir(exist_ok=True)
-    with FileLock(base.with_suffix(".lock")):
-        if not (base / "model.json").is_file():
-            for name in ("bcv", "amos"):
-                write_phantom(name, base / name, PATIENTS, workers=0, progress=False)
-            torch.manual_seed(0)
-            encoder = UnifiedViT(**SIZES)
-            torch.save(encoder.state_dict(), base / "model.pt")
-            (base / "model.json").write_text(json.dumps({"format": 1, "encoder": encoder.hparams}))
-    return base
-
-
-def configs(*names: str) -> list[str]:
-    return [str(CONFIGS / f"{name}.json") for name in names]
-
-
-def overrides(data: Path, folder: Path, **changes: Any) -> dict[str, Any]:
-    places = {"dataset_dir": data / changes.get("data_set", "bcv"), "cache_dir": data / "cache"}
-    places |= {"datalist_file": folder / "data.json", "encoder_weights": data / "model.pt"}
-    places |= {"ckpt_dir": folder / "models", "output_dir": folder / "eval"}
-    return {**COMMON, **{key: str(path) for key, path in places.items()}, **changes}
-
-
-def workflow(files: list[str], changes: dict[str, Any]) -> ConfigWorkflow:
-    made = ConfigWorkflow(files, workflow_type="train", logging_file=False, **changes)
-    made.initialize()
-    return made
-
-
-def train(data: Path, folder: Path, **changes: Any) -> ConfigWorkflow:
-    made = workflow(configs("train"), overrides(data, folder, **changes))
-    made.run()
-    made.finalize()
-    return made
+@pytest.fixture(scope="module")
+def trained(bundle: Any) -> tuple[Path, ConfigWorkflow]:
+    """A finished run."""
+    return bundle.finished()
 
 
 def read(path: Path) -> Any:
@@ -95,25 +41,7 @@ def last(folder: Path) -> dict[str, Any]:
     return torch.load(folder / "models" / "last.ckpt", weights_only=True)
 
 
-def same(a: Any, b: Any) -> bool:
-    """Whether two checkpoints agree bit for bit."""
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(value, b[name]) for name, value in a.items())
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
-
-@pytest.fixture(scope="module")
-def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, ConfigWorkflow]]:
-    """A finished run of two epochs."""
-    folder = tmp_path_factory.mktemp("abdomen")
-    yield folder, train(data, folder)
-
-
-def test_a_run_leaves_its_files(trained: Any, data: Path) -> None:
+def test_a_run_leaves_its_files(trained: Any, bundle: Any) -> None:
     folder, made = trained
     assert made.check_properties() == []
     assert {path.name for path in (folder / "models").iterdir()} == {"model.pt", "model.json", "last.ckpt"}
@@ -131,13 +59,13 @@ def test_a_run_leaves_its_files(trained: Any, data: Path) -> None:
     assert metrics["label_names"] == ["background", *bcv.ORGANS] == list(made.parser["label_names"])
     lines = (folder / "eval" / "cases.csv").read_text().splitlines()
     assert lines[0] == "id,patient,organ,dice,surface_dice,hd95_mm,voxels,predicted_voxels"
-    truth = np.asarray(nib.load(data / "bcv" / datalist["test"][0]["mask"]).dataobj)
+    truth = np.asarray(nib.load(bundle.data / "bcv" / datalist["test"][0]["mask"]).dataobj)
     assert [int(line.split(",")[6]) for line in lines[1:]] == [int((truth == i + 1).sum()) for i in range(13)]
 
 
-def test_training_moves_all_that_the_task_reads(trained: Any, data: Path) -> None:
+def test_training_moves_all_that_the_task_reads(trained: Any, bundle: Any) -> None:
     folder, _ = trained
-    before = torch.load(data / "model.pt", weights_only=True)
+    before = torch.load(bundle.encoder, weights_only=True)
     after = load_network(folder / "models" / "model.pt", kind="unetr").encoder.state_dict()
     still = {name for name, value in before.items() if torch.equal(value, after[name])}
     # what volumes alone never meet
@@ -150,17 +78,17 @@ def test_training_moves_all_that_the_task_reads(trained: Any, data: Path) -> Non
     assert halves[1] < halves[0]
 
 
-def test_without_validation_the_newest_epoch_counts(trained: Any) -> None:
+def test_without_validation_the_newest_epoch_counts(trained: Any, checkpoint_differences: Any) -> None:
     folder, _ = trained
     state = last(folder)
     assert state["best"] is None
-    assert same(state["network"], torch.load(folder / "models" / "model.pt", weights_only=True))
+    assert checkpoint_differences(state["network"], torch.load(folder / "models" / "model.pt", weights_only=True)) == []
 
 
-def test_the_best_epoch_of_a_split_with_validation_cases(data: Path, tmp_path: Path) -> None:
+def test_the_best_epoch_of_a_split_with_validation_cases(bundle: Any, tmp_path: Path) -> None:
     names = ["background", *amos.ORGANS]
     options = {"data_set": "amos", "label_names": names, "lr": 0.02, "epochs": 2, "bootstrap": 0}
-    train(data, tmp_path, **options, data_options={"split": "official"})
+    bundle.train(tmp_path, **options, data_options={"split": "official"})
     rows = [row["val_dice"] for row in last(tmp_path)["history"]["rows"] if "val_dice" in row]
     assert len(rows) == 2
     assert last(tmp_path)["best"] == max(rows)
@@ -169,47 +97,26 @@ def test_the_best_epoch_of_a_split_with_validation_cases(data: Path, tmp_path: P
     assert list(metrics["dice"]) == list(amos.ORGANS)
 
 
-def test_amos_reports_the_last_weights_on_cases_that_chose_nothing(data: Path, tmp_path: Path) -> None:
+def test_amos_reports_the_last_weights_on_cases_that_chose_nothing(
+    bundle: Any, checkpoint_differences: Any, tmp_path: Path
+) -> None:
     names = ["background", *amos.ORGANS]
-    train(data, tmp_path, data_set="amos", label_names=names, lr=0.02, epochs=2, bootstrap=0)
+    bundle.train(tmp_path, data_set="amos", label_names=names, lr=0.02, epochs=2, bootstrap=0)
     state = last(tmp_path)
     assert state["best"] is None and not any("val_dice" in row for row in state["history"]["rows"])
-    assert same(state["network"], torch.load(tmp_path / "models" / "model.pt", weights_only=True))
+    assert (
+        checkpoint_differences(state["network"], torch.load(tmp_path / "models" / "model.pt", weights_only=True)) == []
+    )
     metrics = read(tmp_path / "eval" / "metrics.json")
-    truth = read(data / "amos" / "dataset.json")
+    truth = read(bundle.data / "amos" / "dataset.json")
     assert (metrics["split"], metrics["cases"]) == ("test", len(truth["validation"]))
 
 
-def test_evaluate_reproduces_the_runs_metrics(trained: Any, data: Path, tmp_path: Path, capsys: Any) -> None:
-    folder, _ = trained
-    made = workflow(configs("train", "evaluate"), overrides(data, folder, output_dir=str(tmp_path / "eval")))
-    made.run()
-    assert read(tmp_path / "eval" / "metrics.json") == read(folder / "eval" / "metrics.json")
-    assert (tmp_path / "eval" / "cases.csv").read_bytes() == (folder / "eval" / "cases.csv").read_bytes()
-    assert '"mean_dice"' in capsys.readouterr().out
-
-
-def test_a_resumed_run_equals_one_that_was_never_interrupted(trained: Any, data: Path, tmp_path: Path) -> None:
-    made = workflow(configs("train"), overrides(data, tmp_path))
-
-    def stop(engine: Any) -> None:
-        raise Stop
-
-    made.parser.get_parsed_content("train#trainer").add_event_handler(Events.EPOCH_COMPLETED(once=1), stop)
-    with pytest.raises(Exception) as caught:
-        made.run()
-    assert isinstance(caught.value, Stop) or isinstance(caught.value.__cause__, Stop)
-    assert last(tmp_path)["epoch"] == 1
-    train(data, tmp_path, resume=True)
-    assert same(last(tmp_path), last(trained[0]))
-    assert read(tmp_path / "eval" / "metrics.json") == read(trained[0] / "eval" / "metrics.json")
-
-
-def test_crops_and_sliding_windows(data: Path, tmp_path: Path) -> None:
+def test_crops_and_sliding_windows(bundle: Any, tmp_path: Path) -> None:
     """The paper's way in a small size: spacing, random crops, windows over the volume."""
     overlay = read(CONFIGS / "bcv.json")
     changes = {key: overlay[key] for key in ("train#crop", "resize", "deep_supervision", "class_balance")}
-    made = train(data, tmp_path, **changes, spacing=[12.0, 8.0, 8.0], epochs=1, label_fraction=0.5)
+    made = bundle.train(tmp_path, **changes, spacing=[12.0, 8.0, 8.0], epochs=1, label_fraction=0.5)
     batch = next(iter(made.parser.get_parsed_content("train#dataloader")))
     assert batch["image"].shape == batch["label"].shape == (1, 1, 8, 24, 24)
     assert len(made.parser.get_parsed_content("train#dataset").data) == 2
@@ -256,15 +163,15 @@ def test_overlays_hold_the_papers_numbers(name: str) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes(data: Path, tmp_path: Path, command: Any) -> None:
+def test_two_processes(bundle: Any, tmp_path: Path, command: Any) -> None:
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     fixed = {"train#repeated#times": 1, "train#dataloader#drop_last": True, "train#random_transforms": []}
-    changes = overrides(data, tmp_path, **fixed)
-    result = command(configs("train", "multi_gpu_train"), changes, tmp_path, launcher)
+    changes = bundle.overrides(tmp_path, **fixed)
+    result = command(bundle.files("train", "multi_gpu_train"), changes, tmp_path, launcher)
     assert result.returncode == 0, result.stderr[-3000:]
     assert sorted(path.name for path in (tmp_path / "models").iterdir()) == ["last.ckpt", "model.json", "model.pt"]
     # one process with twice the batch takes the same steps
-    train(data, tmp_path / "one", batch_size=2, **fixed)
+    bundle.train(tmp_path / "one", batch_size=2, **fixed)
     ours, theirs = (last(folder)["network"] for folder in (tmp_path, tmp_path / "one"))
     assert ours.keys() == theirs.keys()
     assert len(last(tmp_path)["history"]["rows"]) == len(last(tmp_path / "one")["history"]["rows"]) == 4

@@ -1,79 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The X-ray segmentation bundle end to end over small phantoms: training, resuming, evaluating, two processes."""
+"""The X-ray segmentation bundle end to end over small phantoms: its best epoch, masks, augmentation, two processes."""
 
 from __future__ import annotations
 
 import csv
 import json
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from filelock import FileLock
-from ignite.engine import Events
 from monai.bundle import ConfigWorkflow
-from PIL import Image
 from torch.nn import functional as F
 
 from unimedi_components.data import DenseDataset, labelled_loader, task_transforms
-from unimedi_components.data.phantom import write_phantom
-from unimedi_components.errors import DataError
 from unimedi_components.losses import FocalDiceLoss
-from unimedi_components.networks import UnifiedViT, load_network
-from unimedi_components.tasks import evaluate_task
+from unimedi_components.networks import load_network
 
 CONFIGS = Path(__file__).resolve().parents[2] / "bundles" / "chest_xray_segmentation" / "configs"
-PATIENTS, EPOCHS = 40, 4
-SIZES = {"img_size": 32, "vol_size": [8, 24, 24], "patch_size": 8, "patch_size_3d": [4, 12, 12]}
-SIZES |= {"embed_dim": 16, "depth": 1, "num_heads": 2}
-COMMON = {"device": "cpu", "epochs": EPOCHS, "bootstrap": 20, "memory_mb": 10, "img_size": 48, "widths": [8, 8, 4]}
-FILES = {"metrics.json", "run.json", "cases.csv", "masks.png", "loss_curves.png"}
+
 
 pytestmark = pytest.mark.usefixtures("in_process")
 
 
-class Stop(Exception):
-    """Stands for whatever ends a run before its time."""
+@pytest.fixture(scope="module")
+def bundle(task_bundle: Any) -> Any:
+    return task_bundle("chest_xray_segmentation")
 
 
-@pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """RSNA phantoms and a tiny pre-trained encoder, made once for all workers of pytest-xdist."""
-    base = tmp_path_factory.getbasetemp()
-    base = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "xray-segmentation"
-    base.mkdir(exist_ok=True)
-    with FileLock(base.with_suffix(".lock")):
-        if not (base / "model.json").is_file():
-            write_phantom("rsna", base / "rsna", PATIENTS, workers=0, progress=False)
-            torch.manual_seed(0)
-            encoder = UnifiedViT(**SIZES)
-            torch.save(encoder.state_dict(), base / "model.pt")
-            (base / "model.json").write_text(json.dumps({"format": 1, "encoder": encoder.hparams}))
-    return base
-
-
-def overrides(data: Path, folder: Path, **changes: Any) -> dict[str, Any]:
-    places = {"dataset_dir": data / "rsna", "cache_dir": data / "cache", "datalist_file": folder / "data.json"}
-    places |= {"ckpt_dir": folder / "models", "output_dir": folder / "eval", "encoder_weights": data / "model.pt"}
-    return {**COMMON, **{key: str(path) for key, path in places.items()}, "phantoms": PATIENTS, **changes}
-
-
-def workflow(changes: dict[str, Any], *overlays: str) -> ConfigWorkflow:
-    files = [str(CONFIGS / f"{name}.json") for name in ("train", *overlays)]
-    made = ConfigWorkflow(files, workflow_type="train", logging_file=False, **changes)
-    made.initialize()
-    return made
-
-
-def train(data: Path, folder: Path, **changes: Any) -> ConfigWorkflow:
-    made = workflow(overrides(data, folder, **changes))
-    made.run()
-    made.finalize()
-    return made
+@pytest.fixture(scope="module")
+def finished(bundle: Any) -> tuple[Path, ConfigWorkflow]:
+    """A finished run."""
+    return bundle.finished()
 
 
 def read(path: Path) -> Any:
@@ -84,44 +43,28 @@ def last(folder: Path) -> dict[str, Any]:
     return torch.load(folder / "models" / "last.ckpt", weights_only=True)
 
 
-@pytest.fixture(scope="module")
-def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, ConfigWorkflow]]:
-    folder = tmp_path_factory.mktemp("segmentation")
-    yield folder, train(data, folder)
-
-
-def test_a_run_leaves_its_files(finished: Any, data: Path) -> None:
-    folder, made = finished
-    assert made.check_properties() == []
-    assert {path.name for path in (folder / "models").iterdir()} == {"model.pt", "model.json", "last.ckpt"}
-    names = {path.name for path in (folder / "eval").iterdir()}
-    assert {name for name in names if "tfevents" not in name} == FILES
-    with Image.open(folder / "eval" / "masks.png") as image:
-        assert image.width >= 400
-    card = read(folder / "models" / "model.json")
+def test_the_card_says_how_to_build_the_network(finished: Any) -> None:
+    card = read(finished[0] / "models" / "model.json")
     assert (card["task"], card["label_names"]) == ("segmentation", ["background", "pneumonia"])
     assert card["preprocessing"] == {"film": {"size": 48}}
     assert (card["setr_pup"]["variant"], card["setr_pup"]["widths"]) == ("mgca", [8, 8, 4])
-    before = torch.load(data / "model.pt", weights_only=True)
-    after = load_network(folder / "models" / "model.pt").encoder.state_dict()
-    assert all(torch.equal(after[name], value) for name, value in before.items())
 
 
-def batch_of(folder: Path, data: Path, split: str) -> tuple[Any, dict[str, Any]]:
+def batch_of(folder: Path, bundle: Any, split: str) -> tuple[Any, dict[str, Any]]:
     network = load_network(folder / "models" / "model.pt", kind="setr_pup")
     chain = task_transforms(network.card["preprocessing"], target="mask")
-    dataset = DenseDataset(read(folder / "data.json")[split], chain, data / "rsna")
+    dataset = DenseDataset(read(folder / "data.json")[split], chain, bundle.data / "rsna")
     (batch,) = labelled_loader(dataset, 1000)
     return network, batch
 
 
-def test_the_best_epoch_is_the_one_of_the_lowest_validation_loss(finished: Any, data: Path) -> None:
+def test_the_best_epoch_is_the_one_of_the_lowest_validation_loss(finished: Any, bundle: Any) -> None:
     folder, _ = finished
     rows = [row for row in last(folder)["history"]["rows"] if "val_loss" in row]
     assert [row["epoch"] for row in rows] == [1, 2, 3, 4]
     best = min(rows, key=lambda row: row["val_loss"])
     assert last(folder)["best"] == best["val_loss"]
-    network, batch = batch_of(folder, data, "validation")
+    network, batch = batch_of(folder, bundle, "validation")
     with torch.no_grad():
         logits = network(batch["image"])
     assert float(FocalDiceLoss()(logits, batch["label"])) == pytest.approx(best["val_loss"], rel=1e-4)
@@ -136,9 +79,9 @@ def dice_by_loop(predicted: torch.Tensor, truth: torch.Tensor) -> float:
     return 2 * sum(a and b for a, b in zip(found, wanted, strict=True)) / (sum(found) + sum(wanted))
 
 
-def test_metrics_and_cases_are_those_of_the_network(finished: Any, data: Path) -> None:
+def test_metrics_and_cases_are_those_of_the_network(finished: Any, bundle: Any) -> None:
     folder, _ = finished
-    network, batch = batch_of(folder, data, "test")
+    network, batch = batch_of(folder, bundle, "test")
     with torch.no_grad():
         found = network(batch["image"]).sigmoid() >= 0.5
     truth = batch["label"] > 0.5
@@ -158,11 +101,11 @@ def test_metrics_and_cases_are_those_of_the_network(finished: Any, data: Path) -
     assert [int(row["predicted_pixels"]) for row in rows] == found.flatten(1).sum(1).tolist()
 
 
-def test_masks_are_the_boxes_of_the_files(finished: Any, data: Path) -> None:
+def test_masks_are_the_boxes_of_the_files(finished: Any, bundle: Any) -> None:
     """A phantom film is a square, so that its pixels are those of the input but for the scale."""
     folder, _ = finished
     items = {item["id"]: item for item in read(folder / "data.json")["test"]}
-    _, batch = batch_of(folder, data, "test")
+    _, batch = batch_of(folder, bundle, "test")
     for name, mask in zip(batch["id"], batch["label"], strict=True):
         expected = np.zeros((256, 256), bool)
         for x0, y0, x1, y1 in items[name]["boxes"]:
@@ -171,45 +114,7 @@ def test_masks_are_the_boxes_of_the_files(finished: Any, data: Path) -> None:
         assert (mask[share > 0.99] == 1).all() and (mask[share < 0.01] == 0).all()
 
 
-def test_evaluate_reproduces_the_run_s_metrics(finished: Any, data: Path, tmp_path: Path, capsys: Any) -> None:
-    folder, _ = finished
-    workflow(overrides(data, folder, output_dir=str(tmp_path / "eval")), "evaluate").run()
-    assert {path.name for path in (tmp_path / "eval").iterdir()} == FILES - {"loss_curves.png", "run.json"}
-    assert read(tmp_path / "eval" / "metrics.json") == read(folder / "eval" / "metrics.json")
-    assert (tmp_path / "eval" / "cases.csv").read_bytes() == (folder / "eval" / "cases.csv").read_bytes()
-    assert '"dice_positive"' in capsys.readouterr().out
-
-
-def differences(a: Any, b: Any, place: str = "") -> list[str]:
-    """Where two checkpoints differ."""
-    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        return [] if torch.equal(a, b) else [place]
-    if isinstance(a, dict) and isinstance(b, dict):
-        names = [*a, *(name for name in b if name not in a)]
-        return [found for name in names for found in differences(a.get(name), b.get(name), f"{place}/{name}")]
-    if isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
-        return [found for i, pair in enumerate(zip(a, b, strict=True)) for found in differences(*pair, f"{place}/{i}")]
-    return [] if a == b else [f"{place}: {a!r} {b!r}"]
-
-
-def test_a_resumed_run_equals_one_that_was_never_interrupted(finished: Any, data: Path, tmp_path: Path) -> None:
-    folder, _ = finished
-    made = workflow(overrides(data, tmp_path))
-
-    def stop(engine: Any) -> None:
-        raise Stop
-
-    made.parser.get_parsed_content("train#trainer").add_event_handler(Events.EPOCH_COMPLETED(once=2), stop)
-    with pytest.raises(Exception) as caught:
-        made.run()
-    assert isinstance(caught.value, Stop) or isinstance(caught.value.__cause__, Stop)
-    assert last(tmp_path)["epoch"] == 2
-    train(data, tmp_path, resume=True)
-    assert differences(last(tmp_path), last(folder)) == []
-    assert read(tmp_path / "eval" / "metrics.json") == read(folder / "eval" / "metrics.json")
-
-
-def test_augmentation_moves_image_and_mask_alike_and_pads_with_black(data: Path, finished: Any) -> None:
+def test_augmentation_moves_image_and_mask_alike_and_pads_with_black(bundle: Any, finished: Any) -> None:
     _, made = finished
     chain = made.parser.get_parsed_content("train#random_transforms")
     size, seen, black = 96, 0, 0
@@ -236,9 +141,9 @@ def test_augmentation_moves_image_and_mask_alike_and_pads_with_black(data: Path,
     assert 8 <= seen <= 22 and black >= 5
 
 
-def test_a_variant_and_a_fraction_of_the_labels(data: Path, tmp_path: Path) -> None:
+def test_a_variant_and_a_fraction_of_the_labels(bundle: Any, tmp_path: Path) -> None:
     changes = {"variant": "original", "auxiliary": [0], "label_fraction": 0.5, "epochs": 1, "dice": "log"}
-    made = train(data, tmp_path, **changes)
+    made = bundle.train(tmp_path, **changes)
     training = read(tmp_path / "data.json")["training"]
     assert len(made.parser.get_parsed_content("train#dataset").data) == len(training) // 2
     network = load_network(tmp_path / "models" / "model.pt")
@@ -246,31 +151,17 @@ def test_a_variant_and_a_fraction_of_the_labels(data: Path, tmp_path: Path) -> N
     assert made.parser.get_parsed_content("validate#key_metric")["val_loss"].loss.dice == "log"
 
 
-def test_data_for_something_else_is_refused(finished: Any, data: Path) -> None:
-    folder, _ = finished
-    lists = read(folder / "data.json")
-    lists["meta"] |= {"task": "detection"}
-    with pytest.raises(DataError, match="was trained for the segmentation labels background, pneumonia"):
-        evaluate_task(folder / "models" / "model.pt", lists, data / "rsna")
-    lists = {"training": lists["training"], "validation": [], "test": []}
-    with pytest.raises(DataError, match="no 2D item in the test or validation split"):
-        evaluate_task(folder / "models" / "model.pt", lists, data / "rsna")
-    lists["test"] = [{**lists["training"][0], "image": "missing.dcm"}]
-    with pytest.raises(DataError, match=r"none of 1 images can be read, first .*missing.dcm"):
-        evaluate_task(folder / "models" / "model.pt", lists, data / "rsna")
-
-
 @pytest.mark.slow
-def test_two_processes(data: Path, tmp_path: Path, command: Any) -> None:
+def test_two_processes(bundle: Any, tmp_path: Path, command: Any) -> None:
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     # an image that two ranks cannot share is left out; one Dice over each rank's batch is not that of the joint one
     same = {"epochs": 2, "train#dataloader#drop_last": True, "loss#batch": False, "lr": 0.01}
-    changes = overrides(data, tmp_path, batch_size=4, **same)
+    changes = bundle.overrides(tmp_path, batch_size=4, **same)
     files = [str(CONFIGS / f"{name}.json") for name in ("train", "multi_gpu_train")]
     result = command(files, {**changes, "validate#dataloader#batch_size": 1}, tmp_path, launcher)
     assert result.returncode == 0, result.stderr[-3000:]
     assert not any(name.startswith("module.") for name in last(tmp_path)["network"])
-    train(data, tmp_path / "one", batch_size=8, **same)
+    bundle.train(tmp_path / "one", batch_size=8, **same)
     ours, theirs = (last(folder)["history"]["rows"] for folder in (tmp_path, tmp_path / "one"))
     for key in ("val_loss", "val_dice"):
         values = [[row[key] for row in rows if key in row] for rows in (ours, theirs)]

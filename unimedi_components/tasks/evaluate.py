@@ -25,7 +25,7 @@ from unimedi_components.networks.cards import load_network
 from unimedi_components.provenance import provenance
 from unimedi_components.tasks.writer import write_csv
 
-__all__ = ["TASKS", "TaskEvaluation", "after_task_training", "evaluate_task"]
+__all__ = ["TASKS", "TaskEvaluation", "after_task_training", "evaluate_task", "split_items"]
 
 Datalist = dict[str, Any]
 Row = dict[str, Any]

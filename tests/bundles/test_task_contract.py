@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every task bundle keeps: files of a run, evaluation, resuming, refusals, and one error where nothing is read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from jsonschema import validate
+from PIL import Image
+
+from unimedi_components.bundle import user_fault
+from unimedi_components.errors import DataError
+from unimedi_components.networks import load_network
+from unimedi_components.tasks import evaluate_task
+
+SCHEMA = Path(__file__).with_name("meta_schema_20240725.json")
+NAMES = [
+    "chest_xray_classification",
+    "chest_ct_classification",
+    "chest_xray_segmentation",
+    "chest_xray_detection",
+    "abdomen_ct_segmentation",
+]
+
+pytestmark = [pytest.mark.usefixtures("in_process"), pytest.mark.parametrize("name", NAMES)]
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def last(folder: Path) -> dict[str, Any]:
+    return torch.load(folder / "models" / "last.ckpt", weights_only=True)
+
+
+def test_a_run_leaves_its_files(name: str, task_bundle: Any) -> None:
+    bundle = task_bundle(name)
+    folder, made = bundle.finished()
+    assert made.check_properties() == []
+    assert {path.name for path in (folder / "models").iterdir()} == {"model.pt", "model.json", "last.ckpt"}
+    names = {path.name for path in (folder / "eval").iterdir()}
+    events = {name for name in names if "tfevents" in name}
+    figures = {"loss_curves.png", *bundle.figures}
+    assert events and names - events == {"metrics.json", "run.json", "cases.csv", *figures}
+    for figure in figures:
+        with Image.open(folder / "eval" / figure) as image:
+            assert image.width >= 400, figure
+    card, datalist = (read(folder / part) for part in ("models/model.json", "data.json"))
+    metrics, meta = read(folder / "eval" / "metrics.json"), datalist["meta"]
+    assert (metrics["split"], metrics["checkpoint"], metrics["skipped_files"]) == ("test", "model.pt", 0)
+    assert metrics.get("cases", metrics.get("images")) == len(datalist["test"]) > 0
+    assert card["task"] == meta["task"] == metrics["task"]
+    assert card["label_names"] == meta["label_names"] == metrics["label_names"]
+    # a frozen encoder is the pre-trained one
+    before = torch.load(bundle.encoder, weights_only=True)
+    after = load_network(folder / "models" / "model.pt").encoder.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before) == (name != "abdomen_ct_segmentation")
+    with open(folder / "eval" / "cases.csv") as file:
+        rows = {line.split(",")[0] for line in file.read().splitlines()[1:]}
+    assert rows == {item["id"] for item in datalist["test"]}
+
+
+def test_evaluate_reproduces_the_runs_metrics(name: str, task_bundle: Any, tmp_path: Path, capsys: Any) -> None:
+    bundle = task_bundle(name)
+    folder, _ = bundle.finished()
+    bundle.workflow(bundle.overrides(folder, output_dir=str(tmp_path)), "train", "evaluate").run()
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.json", "cases.csv", *bundle.figures}
+    for file in ("metrics.json", "cases.csv"):
+        assert (tmp_path / file).read_bytes() == (folder / "eval" / file).read_bytes(), file
+    assert '"split": "test"' in capsys.readouterr().out
+
+
+def test_a_resumed_run_equals_one_that_was_never_interrupted(
+    name: str, task_bundle: Any, checkpoint_differences: Any, tmp_path: Path
+) -> None:
+    bundle = task_bundle(name)
+    folder, _ = bundle.finished()
+    epoch = bundle.changes["epochs"] // 2
+    bundle.interrupted(tmp_path, epoch)
+    assert last(tmp_path)["epoch"] == epoch
+    bundle.train(tmp_path, resume=True)
+    assert checkpoint_differences(last(tmp_path), last(folder)) == []
+    best = [torch.load(place / "models" / "model.pt", weights_only=True) for place in (tmp_path, folder)]
+    assert checkpoint_differences(*best) == []
+    assert read(tmp_path / "eval" / "metrics.json") == read(folder / "eval" / "metrics.json")
+
+
+def test_data_for_something_else_is_refused(name: str, task_bundle: Any) -> None:
+    bundle = task_bundle(name)
+    folder, _ = bundle.finished()
+    lists, root = read(folder / "data.json"), bundle.data / bundle.data_set
+    card = load_network(folder / "models" / "model.pt").card
+
+    def fault(changes: dict[str, Any], message: str) -> None:
+        with pytest.raises(DataError, match=message):
+            evaluate_task(folder / "models" / "model.pt", {**lists, **changes}, root)
+
+    trained = f"was trained for the {card['task']} labels {', '.join(card['label_names'])}, but the datalist holds the"
+    fault({"meta": {**lists["meta"], "task": "something"}}, f"{trained} something labels")
+    fault({"meta": {**lists["meta"], "label_names": ["a", "b"]}}, f"{trained} {card['task']} labels a, b; prepare")
+    fault({"validation": [], "test": []}, r"no [23]D item in the test or validation split")
+    missing = [{**item, "image": "missing.png"} for item in lists["test"][:1]]
+    fault({"test": missing}, r"none of 1 (image|volume)s can be read, first .*missing.png")
+
+
+def test_nothing_readable_is_one_error(name: str, task_bundle: Any, tmp_path: Path) -> None:
+    bundle = task_bundle(name)
+    bad = tmp_path / ("bad.nii.gz" if "_ct_" in name else "bad.png")
+    bad.write_bytes(b"no image")
+    changes = {"ckpt_dir": str(bundle.finished()[0] / "models"), "output_dir": str(tmp_path / "out"), "device": "cpu"}
+    made = bundle.workflow({**changes, "inputs": str(bad)}, "inference", kind="infer")
+    with pytest.raises(Exception) as caught:
+        made.run()
+    assert str(user_fault(caught.value)).startswith(f"none of 1 inputs could be read, first {bad}: ")
+    content = read(tmp_path / "out" / "predictions.json")
+    assert content["predictions"] == [] and [row["file"] for row in content["skipped"]] == [str(bad)]
+
+
+def test_inference_reads_the_test_split_by_default(name: str, task_bundle: Any, tmp_path: Path) -> None:
+    bundle = task_bundle(name)
+    folder, _ = bundle.finished()
+    changes = {"ckpt_dir": str(folder / "models"), "output_dir": str(tmp_path), "device": "cpu", "figures": False}
+    places = {"dataset_dir": str(bundle.data / bundle.data_set), "datalist_file": str(folder / "data.json")}
+    made = bundle.workflow({**changes, **places}, "inference", kind="infer")
+    assert made.check_properties() == []
+    made.run()
+    wanted = [item["id"] for item in read(folder / "data.json")["test"]]
+    assert [row["id"] for row in read(tmp_path / "predictions.json")["predictions"]] == wanted
+
+
+def test_the_metadata_fits_the_schema_and_the_configs(name: str, task_bundle: Any) -> None:
+    configs = task_bundle(name).configs
+    metadata, train = read(configs / "metadata.json"), read(configs / "train.json")
+    validate(metadata, read(SCHEMA))
+    shape = metadata["network_data_format"]["inputs"]["image"]["spatial_shape"]
+    assert shape == (train["vol_size"] if "_ct_" in name else [train["img_size"]] * 2)
