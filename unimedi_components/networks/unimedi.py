@@ -224,6 +224,8 @@ class UniMedI(nn.Module):
             assert selector is not None
             attention = selector(volume, return_attention=True).attention
             scores = selection.slice_scores(attention, grid)
+            # what autocast cast here without a history would leave the student's own pass without a gradient
+            torch.clear_autocast_cache()
         return selection.select_slices(scores, self.num_slices, self.encoder.patch_depth, expand=self.expand), scores
 
     def take_slices(self, volume: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
