@@ -45,8 +45,9 @@ class BoxDetector(RetinaNetDetector):
     """`RetinaNetDetector` for 2D without parameters, which reads the heads' maps; no torchvision.
 
     Boxes are [x0, y0, x1, y1], x along the columns (MONAI's own detectors count x along the first axis). Anchors are
-    matched by ATSS (Zhang et al. 2020), since MONAI's other matcher is torchvision's. The classification loss is RetinaNet's focal loss
-    over all anchors, divided by the number of matched ones, and draws nothing; MONAI's default is a mean.
+    matched by ATSS (Zhang et al. 2020), since MONAI's other matcher is torchvision's. The classification loss is
+    RetinaNet's focal loss over all anchors, divided by the number of matched ones, and draws nothing; MONAI's default
+    is a mean.
 
     Args:
         num_classes: K, without background.
@@ -138,8 +139,8 @@ class BoxDetector(RetinaNetDetector):
     def match(self, boxes: Tensor, real: Tensor, anchors: Tensor, places: Sequence[int]) -> Tensor:
         """Which box each anchor is for, by ATSS: MONAI's `ATSSMatcher` over all images at once.
 
-        Of the anchors of each map those nearest to a box's center are its candidates, and those of them are for it whose
-        overlap is at least the candidates' mean plus deviation; an anchor for several boxes takes the best.
+        Of the anchors of each map those nearest to a box's center are its candidates, and those of them are for it
+        whose overlap is at least the candidates' mean plus deviation; an anchor for several boxes takes the best.
 
         Args:
             boxes: (B, n, 4).
