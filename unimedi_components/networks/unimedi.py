@@ -201,7 +201,8 @@ class UniMedI(nn.Module):
             if use_slices and self.pseudo_pairs:
                 out = self.encoder(image, *self.take_slices(image, selected), return_attention=True)
                 joint = out.attention
-        modality = torch.full((len(image),), int(volume), device=image.device)
+        # not len(image), which a trace would keep as a constant
+        modality = torch.full((image.shape[0],), int(volume), device=image.device)
         return ImageFeatures(out.cls, self.image_projection(out.cls, modality), selected, scores, attention, joint)
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor, modality: Tensor) -> Tensor:
