@@ -8,7 +8,7 @@ the calls that lead here, for which MONAI is pinned below 1.7.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -83,11 +83,10 @@ def _scripts_call(frame: FrameType) -> str:
 
 def _fit_tracking(workflow: Any) -> None:
     parser = workflow.parser
-    handlers: Sequence[Any] = parser.get("train#handlers") or ()
     if "train#trainer" not in parser or parser["train#trainer"].get("decollate") is not False:
         return
-    for index, handler in enumerate(handlers):
-        if isinstance(handler, dict) and str(handler.get("_target_")).rpartition(".")[2] == "MLFlowHandler":
+    for index, handler in enumerate(parser.get("train#handlers") or ()):
+        if isinstance(handler, dict) and "from_engine(['loss']" in str(handler.get("output_transform")):
             parser[f"train#handlers#{index}#output_transform"] = "$lambda output: output['loss'].item()"
             parser.parse(reset=True)
 

@@ -50,9 +50,9 @@ def task_network(name: str) -> tuple[nn.Module, list[str], dict[str, Any]]:
         network = UnifiedUNETR(encoder, 3, hidden_states=(0, 1), feature_size=4)
         return network, ["background", "liver", "spleen"], {"organs": organs}
     if name == "chest_xray_segmentation":
-        return SETRPUP(encoder, widths=(8, 8, 4, 4)), ["background", "pneumonia"], {"film": {"size": 32}}
+        return SETRPUP(encoder, widths=(8, 8, 4)), ["background", "pneumonia"], {"film": {"size": 32}}
     if name == "chest_xray_detection":
-        return ViTDet(encoder, 1, width=8), ["background", "pneumonia"], {"film": {"size": 32}}
+        return ViTDet(encoder, 1, width=16), ["background", "pneumonia"], {"film": {"size": 32}}
     dim, preparation = (3, "ct") if "ct" in name else (2, "xray")
     return ImageClassifier(encoder, 2, dim), ["a", "b"], {preparation: {}}
 
