@@ -231,7 +231,7 @@ def test_checks_of_the_network_from_elsewhere(name: str, zoo: Path) -> None:
     metadata = json.loads((configs / "metadata.json").read_text())
     formats = metadata["network_data_format"]
     image = formats["inputs"]["image"]
-    image["spatial_shape"] = list(SIZES["vol_size"]) if len(image["spatial_shape"]) == 3 else [SIZES["img_size"]] * 2
+    image["spatial_shape"] = list(SIZES["vol_size"]) if len(image["spatial_shape"]) == 3 else [64, 64]
     network: Any = monai.bundle.load(name, bundle_dir=zoo, workflow_type="inference", device="cpu")
     with torch.no_grad():
         formats["outputs"]["pred"]["num_channels"] = network(torch.zeros(1, 1, *image["spatial_shape"])).shape[1]
