@@ -224,7 +224,8 @@ def test_export_from_the_command_line(zoo: Path) -> None:
         )
 
 
-@pytest.mark.parametrize("name", NAMES)
+# a detector gives boxes, which MONAI's check cannot read
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "chest_xray_detection"])
 def test_checks_of_the_network_from_elsewhere(name: str, zoo: Path) -> None:
     """The bundle that the config lies in is the one that is read."""
     configs = zoo / name / "configs"
