@@ -230,20 +230,6 @@ def test_what_cannot_be_read_is_listed(predict: Any, tmp_path: Path) -> None:
     assert message is not None and "none of 1 inputs could be read" in message and "four.nii.gz" in message
 
 
-def test_metadata_says_what_the_configs_say() -> None:
-    read = {
-        kind: json.loads((SOURCE / f"configs/{kind}.json").read_text()) for kind in ("train", "inference", "metadata")
-    }
-    formats = read["metadata"]["network_data_format"]
-    image, pred = formats["inputs"]["image"], formats["outputs"]["pred"]
-    assert image["spatial_shape"] == pred["spatial_shape"] == read["train"]["vol_size"]
-    names = read["train"]["label_names"]
-    assert pred["channel_def"] == {str(index): label for index, label in enumerate(names)}
-    assert pred["num_channels"] == len(names) == 14
-    for key in ("data_set", "data_dir", "dataset_dir", "datalist_file", "ckpt_dir", "bundle_root", "device", "amp"):
-        assert read["inference"][key] == read["train"][key], key
-
-
 def test_monais_checks_and_export(bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     shutil.copytree(bundle, tmp_path / "bundles" / NAME)
     monkeypatch.chdir(tmp_path / "bundles" / NAME)

@@ -135,7 +135,18 @@ def test_inference_reads_the_test_split_by_default(name: str, task_bundle: Any, 
 
 def test_the_metadata_fits_the_schema_and_the_configs(name: str, task_bundle: Any) -> None:
     configs = task_bundle(name).configs
-    metadata, train = read(configs / "metadata.json"), read(configs / "train.json")
+    metadata, train, inference = (read(configs / f"{part}.json") for part in ("metadata", "train", "inference"))
     validate(metadata, read(SCHEMA))
-    shape = metadata["network_data_format"]["inputs"]["image"]["spatial_shape"]
-    assert shape == (train["vol_size"] if "_ct_" in name else [train["img_size"]] * 2)
+    formats = metadata["network_data_format"]
+    image, (output,) = formats["inputs"]["image"], formats["outputs"].values()
+    assert image["num_channels"] == 1
+    assert image["spatial_shape"] == (train["vol_size"] if "_ct_" in name else [train["img_size"]] * 2)
+    assert output["spatial_shape"] in ([], image["spatial_shape"])
+    labels = train["label_names"][1:] if name == "chest_xray_detection" else train["label_names"]
+    assert output["channel_def"] == {str(index): label for index, label in enumerate(labels)}
+    channels = {"chest_xray_segmentation": 1, "chest_xray_detection": 4}
+    assert output["num_channels"] == channels.get(name, len(labels))
+    assert "classification" not in name or output["value_range"] == [0, 1]
+    shared = ["data_set", "data_dir", "dataset_dir", "datalist_file", "ckpt_dir", "bundle_root", "device", "amp"]
+    shared += ["threshold"] if "threshold" in train else []
+    assert {key: inference[key] for key in shared} == {key: train[key] for key in shared}

@@ -178,12 +178,6 @@ def test_inference_gives_boxes_in_pixels_of_the_files(run: Any, bundle: Any, tmp
     assert np.allclose(boxes_in_file([[-5, 10, 60, 20.0]], torch.eye(4), 50, 15), [[0, 10, 50, 15]])
 
 
-def test_the_metadata_names_the_labels() -> None:
-    metadata, train_config = read(CONFIGS / "metadata.json"), read(CONFIGS / "train.json")
-    (output,) = metadata["network_data_format"]["outputs"].values()
-    assert list(output["channel_def"].values()) == train_config["label_names"][1:]
-
-
 def test_the_overlay_has_the_papers_numbers() -> None:
     parser = ConfigParser()
     parser.read_config([str(CONFIGS / f"{name}.json") for name in ("train", "rsna")])

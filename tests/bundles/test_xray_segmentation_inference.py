@@ -20,7 +20,6 @@ from monai.data import load_net_with_metadata
 from monai.transforms import Compose
 from PIL import Image
 
-from unimedi_components.bundle import user_fault
 from unimedi_components.data import task_transforms, write_json
 from unimedi_components.data.phantom import write_phantom
 from unimedi_components.data.prepare import prepare
@@ -189,14 +188,6 @@ def test_files_of_a_run(predict: Any, tmp_path: Path) -> None:
     assert Path(found["predictions"][1]["source"]) == tmp_path / "films" / "odd.png"
 
 
-def test_nothing_readable_is_an_error(predict: Any, tmp_path: Path) -> None:
-    (tmp_path / "a.png").write_bytes(b"no picture")
-    with pytest.raises(Exception) as caught:
-        predict(str(tmp_path / "a.png"))
-    message = str(user_fault(caught.value))
-    assert message.startswith(f"none of 1 inputs could be read, first {tmp_path}/a.png: ")
-
-
 def test_a_network_that_diverged(bundle: Path, tmp_path: Path) -> None:
     writer = SaveMasks(tmp_path, load_network(bundle / "models" / "model.pt"), figures=False)
     with pytest.raises(CheckpointError, match="a: probabilities that are not finite"):
@@ -214,20 +205,6 @@ def test_the_test_split_is_the_default(predict: Any, bundle: Path, tmp_path: Pat
     wanted = [item["id"] for item in json.loads((tmp_path / "rsna.json").read_text())["test"]]
     assert [entry["id"] for entry in found["predictions"]] == wanted
     assert {(entry["width"], entry["height"]) for entry in found["predictions"]} == {(256, 256)}
-
-
-def test_metadata_says_what_the_configs_say(workflow: Any, tmp_path: Path) -> None:
-    found = {name: json.loads((SOURCE / "configs" / f"{name}.json").read_text()) for name in ("train", "inference")}
-    metadata = json.loads((SOURCE / "configs" / "metadata.json").read_text())
-    image, pred = (metadata["network_data_format"][way][key] for way, key in (("inputs", "image"), ("outputs", "pred")))
-    assert image["spatial_shape"] == pred["spatial_shape"] == [found["train"]["img_size"]] * 2
-    assert pred["channel_def"] == dict(zip("01", found["train"]["label_names"], strict=True))
-    keys = ("data_set", "data_dir", "dataset_dir", "datalist_file", "ckpt_dir", "bundle_root", "device", "amp")
-    assert all(found["inference"][key] == found["train"][key] for key in (*keys, "threshold"))
-    schema = Path(__file__).with_name("meta_schema_20240725.json")
-    monai.bundle.verify_metadata(str(SOURCE / "configs" / "metadata.json"), filepath=str(schema))
-    path, _ = write("odd.png", tmp_path / "films")
-    assert workflow(inputs=str(path)).check_properties() == []
 
 
 def test_network_takes_and_gives_what_metadata_says(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
