@@ -83,7 +83,8 @@ def check_voxels(shape: Sequence[int], name: str, limits: Limits) -> None:
     Raises:
         UploadError: it is not 3D, or too large.
     """
-    if problem := shape_problem(shape):
+    # one slice is said by the checks of the file or of the series
+    if (problem := shape_problem(shape)) and (len(shape) != 3 or min(shape) < 1):
         raise unusable(f"{name}: {problem}.")
     text = " × ".join(map(str, shape))
     if math.prod(shape) > limits.voxels:
