@@ -27,6 +27,7 @@ PATIENTS = 5
 SIZES = {"img_size": 32, "vol_size": [8, 24, 24], "patch_size": 16, "patch_size_3d": [4, 12, 12]}
 SIZES |= {"embed_dim": 16, "depth": 2, "num_heads": 2}
 COMMON = {
+    "size": SIZES,
     "device": "cpu",
     "phantoms": PATIENTS,
     "vol_size": SIZES["vol_size"],
@@ -234,8 +235,7 @@ def test_overlays_hold_the_papers_numbers(name: str) -> None:
     }
     assert (parser["class_balance"], parser["deep_supervision"], parser["background_prior"]) == (0.0, False, None)
     assert (parser["hidden_states"], parser["normalize_states"], parser["residual_scores"]) == ([3, 6, 9], False, False)
-    sizes = {key: parser[f"network_def#encoder#{key}"] for key in ("patch_size_3d", "embed_dim", "depth", "num_heads")}
-    assert sizes == {"patch_size_3d": [4, 16, 16], "embed_dim": 768, "depth": 12, "num_heads": 12}
+    assert parser["size"] == "vit_b16"
     organs = {"bcv": bcv.ORGANS, "amos": amos.ORGANS}[name]
     assert parser["label_names"] == ["background", *organs]
     assert parser["data_set"] == name and parser["phantoms"] is None

@@ -31,6 +31,7 @@ SIZES |= {"embed_dim": 16, "depth": 1, "num_heads": 2}
 EPOCHS = 4
 # a rate at which the validation loss rises and falls, so that the best epoch is not the last
 COMMON = {
+    "size": SIZES,
     "device": "cpu",
     "epochs": EPOCHS,
     "bootstrap": 20,

@@ -30,7 +30,15 @@ CONFIGS = Path(__file__).resolve().parents[2] / "bundles" / "chest_xray_segmenta
 PATIENTS, EPOCHS = 40, 4
 SIZES = {"img_size": 32, "vol_size": [8, 24, 24], "patch_size": 8, "patch_size_3d": [4, 12, 12]}
 SIZES |= {"embed_dim": 16, "depth": 1, "num_heads": 2}
-COMMON = {"device": "cpu", "epochs": EPOCHS, "bootstrap": 20, "memory_mb": 10, "img_size": 48, "widths": [8, 8, 4]}
+COMMON = {
+    "size": SIZES,
+    "device": "cpu",
+    "epochs": EPOCHS,
+    "bootstrap": 20,
+    "memory_mb": 10,
+    "img_size": 48,
+    "widths": [8, 8, 4],
+}
 FILES = {"metrics.json", "run.json", "cases.csv", "masks.png", "loss_curves.png"}
 
 pytestmark = pytest.mark.usefixtures("in_process")

@@ -152,7 +152,7 @@ def _on_disk(base: Path, home: Path, images: pd.Series, check: str) -> pd.Series
     """
     prefix = os.path.relpath(home, base).replace(os.sep, "/")
     plain = images if prefix == "." else prefix + "/" + images
-    split = images.str.partition("/")[0]
+    split = images.str.split("/").str[0]
     elsewhere = ~split.isin([name for name in split.unique() if (home / name).is_dir()])
     if check == "none" or not elsewhere.any():
         return plain
