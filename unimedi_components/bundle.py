@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -38,6 +39,7 @@ _RUN_OPTIONS = (
 # what `--tracking mlflow` takes from the overrides (monai.bundle.scripts.run)
 _TRACKING_OPTIONS = ("output_dir", "tracking_uri", "experiment_name", "run_name", "save_execute_config")
 _RUN_SCRIPT = ("monai", "bundle", "__main__.py")
+_NOT_WRITTEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 _PACKAGE = Path(__file__).resolve().parent
 
 
@@ -231,8 +233,9 @@ def user_fault(error: BaseException) -> str | None:
         error: an exception, such as MONAI's "Failed to instantiate target ...".
 
     Returns:
-        The message of the first exception in the chain of causes that is one of `unimedi_components.errors`, or a
-        ValueError or FloatingPointError that a line of this package raised; None when there is none.
+        The message of the first exception in the chain of causes that is one of `unimedi_components.errors`, a
+        ValueError or FloatingPointError that a line of this package raised, or a file that may not be written (with
+        the options that name another place); None when there is none.
     """
     cause: BaseException | None = error
     while cause is not None:
@@ -242,6 +245,11 @@ def user_fault(error: BaseException) -> str | None:
             text = str(cause).strip()
             # a loader's worker hands its traceback over as text
             return text.splitlines()[-1].partition(": ")[2] if text.startswith("Caught ") else text
+        if isinstance(cause, OSError) and cause.errno in _NOT_WRITTEN:
+            return (
+                f"{cause.filename or 'a file'}: {cause.strerror}; name folders that can be written with --output_dir "
+                "PATH, and for a training with --ckpt_dir and --cache_dir, or set UNIMEDI_DATA for the data"
+            )
         cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
     return None
 
