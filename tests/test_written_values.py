@@ -14,8 +14,9 @@ import pytest
 import yaml
 from PIL import Image
 
-from unimedi_components.bundle import user_fault
-from unimedi_components.command_options import path_names
+from unimedi_components.__main__ import main
+from unimedi_components.bundle import parse_run_call, user_fault
+from unimedi_components.command_options import exact_words, path_names
 from unimedi_components.config_check import check_config
 from unimedi_components.data import find_images
 from unimedi_components.errors import ConfigError, DataError
@@ -97,6 +98,25 @@ def test_paths_that_are_numbers_or_hold_a_hash(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="override '--output_dir': MONAI turns '#' into '::', so 'out#1' would not"):
         check_config(TRAIN, {"output_dir": "out#1"})
     check_config(BUNDLES / "pretrain" / "configs" / "inference.json", {"inputs": "scan#1.png", "output_dir": "./2025"})
+
+
+def test_a_hash_that_fire_takes_for_a_comment(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["monai", "run", "--config_file", str(TRAIN), "--inputs", "film #2.png"]
+    with pytest.raises(ConfigError) as info:
+        parse_run_call(argv)
+    assert str(info.value) == (
+        "override '--inputs film #2.png': what follows '#' is dropped as a comment; write --inputs './film #2.png'"
+    )
+    assert parse_run_call([*argv[:-1], "./film #2.png"]).overrides["inputs"] == "./film #2.png"
+    assert exact_words(["own#1", "--out=a#b", "[1,2]", "2024"], lists=True) == [
+        "'own#1'",
+        "--out='a#b'",
+        "[1,2]",
+        "2024",
+    ]
+    with pytest.raises(SystemExit):
+        main(["prepare", "chexpert", "none#1", str(tmp_path / "out.json")])
+    assert "error: none#1: no such folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("given", [2024, [2024], (2024,), "2024"])

@@ -185,7 +185,7 @@ def _run(words: list[str]) -> None:
         near = difflib.get_close_matches(command, _COMMANDS, n=1)
         hint = f"did you mean '{near[0]}'?" if near else f"there are: {', '.join(_COMMANDS)}"
         raise ConfigError(f"unknown command '{command}'; {hint}")
-    fire.Fire(_COMMANDS, command=exact_words(words) if command in _EXACT else words, name="unimedi")
+    fire.Fire(_COMMANDS, command=exact_words(words, lists=command not in _EXACT), name="unimedi")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

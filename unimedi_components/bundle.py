@@ -16,6 +16,7 @@ from typing import Any
 
 from fire.parser import DefaultParseValue
 
+from unimedi_components.command_options import loses_hash
 from unimedi_components.errors import CheckpointError, ConfigError, DataError
 
 __all__ = ["RunCall", "bundle_root", "check_run", "data_dir", "encoder_weights", "parse_run_call", "user_fault"]
@@ -148,6 +149,9 @@ def parse_run_call(argv: Sequence[str]) -> RunCall:
     Returns:
         The call. ``--key value``, ``--key=value``, a bare ``--flag`` (True), a positional run id, lists such
         as ``--config_file "['a.json','b.json']"`` and the defaults of an ``--args_file`` are all understood.
+
+    Raises:
+        ConfigError: a value of which fire would drop all from a # on.
     """
     words = list(argv[1:])
     words = words[: words.index("--")] if "--" in words else words
@@ -159,10 +163,13 @@ def parse_run_call(argv: Sequence[str]) -> RunCall:
             positional.append(word)
             continue
         key, given, value = word.lstrip("-").partition("=")
-        if given:
+        if given or (words and not _is_flag(words[0])):
+            value = value if given else words.pop(0)
+            if loses_hash(value):
+                raise ConfigError(
+                    f"override '--{key} {value}': what follows '#' is dropped as a comment; write --{key} './{value}'"
+                )
             values[_key(key)] = DefaultParseValue(value)
-        elif words and not _is_flag(words[0]):
-            values[_key(key)] = DefaultParseValue(words.pop(0))
         else:
             values[_key(key)] = True
     # the first positional word is the command, those after it are the options in order
