@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from monai.bundle import ConfigParser
 from torch import Tensor
 
 from unimedi_components.config_check import check_config
@@ -128,3 +129,21 @@ def test_every_train_config_names_its_size(bundle: str) -> None:
         assert not [key for key in content if key.startswith("network_def#encoder#")]
         if content.get("size") == "vit_b16":
             assert check_config([configs / "train.json", overlay])["size"] == "vit_b16"
+
+
+@pytest.mark.parametrize("bundle", TASKS)
+def test_every_default_takes_a_vit_of_another_project(bundle: str, tmp_path: Path) -> None:
+    torch.save(vit_state(192, 12, side=4), tmp_path / "vit.pth")
+    parser = ConfigParser(json.loads((BUNDLES / bundle / "configs" / "train.json").read_text()))
+    parser.update({"encoder_weights": str(tmp_path / "vit.pth"), "bundle_root": str(tmp_path), "device": "cpu"})
+    if bundle == "pretrain":
+        parser["network_def#report_encoder#config#vocab_size"] = 100
+    network: Any = parser.get_parsed_content("network_def")
+    encoder = network.encoder
+    assert (encoder.embed_dim, len(encoder.blocks), encoder.num_heads) == (192, 12, 3)
+    assert (encoder.img_size, encoder.vol_size, encoder.patch_depth) == ((64, 64), (32, 48, 48), 4)
+    if bundle != "pretrain":
+        volume, size = "_ct_" in bundle, "vol_size" if "_ct_" in bundle else "img_size"
+        sides: Any = parser.get_parsed_content(size)
+        with torch.no_grad():
+            assert len(network.eval()(torch.zeros(1, 1, *(sides if volume else (sides, sides))))) == 1

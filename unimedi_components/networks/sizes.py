@@ -109,6 +109,8 @@ def check_size(sizes: Mapping[str, Any], wanted: Mapping[str, Any], source: str,
 def sizes_of_state(state: Mapping[str, Tensor]) -> dict[str, Any] | None:
     """Sizes of a ViT by its weights; None where they do not tell how many heads it has.
 
+    Patches are among them where there is a 3D tokenizer: the kernel of a 2D ViT is resampled to any.
+
     Args:
         state: parameters with timm's names, with or without this project's 3D tokenizer.
     """
@@ -116,7 +118,7 @@ def sizes_of_state(state: Mapping[str, Tensor]) -> dict[str, Any] | None:
     if not blocks or "cls_token" not in state or "patch_embed.proj.weight" not in state:
         return None
     width, depth = state["cls_token"].shape[-1], 1 + max(blocks)
-    sizes: dict[str, Any] = {"embed_dim": width, "depth": depth, "patch_size": 16, "patch_size_3d": (4, 16, 16)}
+    sizes: dict[str, Any] = {"embed_dim": width, "depth": depth}
     if "patch_embed_3d.proj.weight" in state:
         sizes["patch_size"] = tuple(state["patch_embed.proj.weight"].shape[2:])
         sizes["patch_size_3d"] = tuple(state["patch_embed_3d.proj.weight"].shape[2:])
