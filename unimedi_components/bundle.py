@@ -18,6 +18,7 @@ from fire.parser import DefaultParseValue
 
 from unimedi_components.command_options import loses_hash
 from unimedi_components.errors import CheckpointError, ConfigError, DataError
+from unimedi_components.workflow import fit_workflow, folders_in_use
 
 __all__ = ["RunCall", "bundle_root", "check_run", "data_dir", "encoder_weights", "parse_run_call", "user_fault"]
 
@@ -58,9 +59,10 @@ def bundle_root(name: str, config_file: str | Sequence[str] | None = None) -> st
 
     MONAI reads a ``bundle_root`` of ``"."`` against the current folder, so a config that is run from the
     repository's root finds nothing. Use ``"bundle_root": "$unimedi_components.bundle_root('pretrain')"``
-    instead; ``--bundle_root PATH`` still overrides it. Looked at, in this order: ``config_file``, the files
-    of ``--config_file`` on the command line, the current folder, ``bundles/<name>`` below it, and the
-    repository that the package lies in.
+    instead; ``--bundle_root PATH`` still overrides it. Looked at, in this order: the bundle of ``config_file``, of
+    the config that MONAI is reading (``monai.bundle.load``, a ``ConfigWorkflow``, an export) and of
+    ``--config_file`` on the command line; ``<name>`` beside each of these; the current folder; ``bundles/<name>``
+    below it; the folder that MONAI downloads bundles to; and the repository that the package lies in.
 
     A folder counts when it holds ``configs/`` and either is called ``name`` or has a config whose own
     ``bundle_root`` asks for ``name``, so that a renamed copy of a bundle keeps its outputs to itself.
@@ -75,13 +77,19 @@ def bundle_root(name: str, config_file: str | Sequence[str] | None = None) -> st
     Raises:
         ConfigError: if none of the places holds the bundle.
     """
+    from torch.hub import get_dir  # heavy, and read late: a program may set the folder
+
     files = [config_file] if isinstance(config_file, str) else list(config_file or [])
-    files += parse_run_call(sys.argv).config_files
-    places = [Path(os.path.abspath(file)).parent.parent for file in files]
-    places += [
+    folders = [Path(file).parent for file in files] + folders_in_use()
+    folders += [Path(file).parent for file in parse_run_call(sys.argv).config_files]
+    running = [Path(os.path.abspath(folder)).parent for folder in folders]
+    places = [
+        *running,
+        *(bundle.parent / name for bundle in running),
         Path.cwd(),
         Path.cwd() / "bundles" / name,
-        Path(__file__).resolve().parents[1] / "bundles" / name,
+        Path(get_dir(), "bundle", name),
+        _PACKAGE.parent / "bundles" / name,
     ]
     for place in places:
         if _is_bundle(place, name):
@@ -90,21 +98,28 @@ def bundle_root(name: str, config_file: str | Sequence[str] | None = None) -> st
     raise ConfigError(f"bundle '{name}' not found (looked at {looked}): pass --bundle_root PATH")
 
 
-def encoder_weights(ckpt_dir: str) -> str:
+def encoder_weights(ckpt_dir: str, prefer_own: bool = False) -> str:
     """Weights that a task bundle starts from: the pretrain bundle's, or else the task bundle's own.
 
     Args:
         ckpt_dir: the task bundle's `models` folder.
+        prefer_own: take the bundle's own `model.pt` where it is there: a bundle that trains nothing carries the
+            pretrain bundle's.
 
     Returns:
-        `models/model.pt` of the pretrain bundle. Where that is not there but the task bundle has been trained (a
-        bundle that MONAI Label or a colleague was given alone), its own `model.pt`. The file need not exist.
+        `models/model.pt` of the pretrain bundle, the one beside the task bundle first. Where that is not there but
+        the task bundle has been trained (a bundle that MONAI Label or a colleague was given alone), its own
+        `model.pt`. The file need not exist.
     """
-    try:
-        pretrained = Path(bundle_root("pretrain"), "models", "model.pt")
-    except ConfigError:
-        pretrained = Path("bundles", "pretrain", "models", "model.pt")
     own = Path(ckpt_dir, "model.pt")
+    if prefer_own and own.is_file():
+        return str(own)
+    beside = Path(os.path.abspath(ckpt_dir)).parent.parent / "pretrain"
+    try:
+        home = beside if _is_bundle(beside, "pretrain") else Path(bundle_root("pretrain"))
+    except ConfigError:
+        home = Path("bundles", "pretrain")
+    pretrained = home / "models" / "model.pt"
     if not pretrained.is_file() and own.is_file():
         logger.warning("%s: not there; starting from the encoder in %s", pretrained, own)
         return str(own)
@@ -204,7 +219,8 @@ def check_run(config_file: str | Sequence[str] | None = None, argv: Sequence[str
     the one line ``error: ...`` and exit code 2, since MONAI would bury an exception under its own. From then
     on, a fault of the user's data, weights or settings (``user_fault``) ends the program in the same way; the
     traceback is shown with ``UNIMEDI_DEBUG=1`` in the environment. In any other program, such as MONAI
-    Label's server, there is no such command line and nothing is checked; call ``check_config`` there.
+    Label's server, there is no such command line and nothing is checked; call ``check_config`` there. In all of them
+    the workflow is fitted to the call that made it, see ``fit_workflow``.
 
     Args:
         config_file: the config file or files, instead of the command line's.
@@ -217,6 +233,8 @@ def check_run(config_file: str | Sequence[str] | None = None, argv: Sequence[str
     from unimedi_components.config_check import check_config
 
     explicit = config_file is not None or argv is not None
+    if not explicit:
+        fit_workflow()
     if not explicit and Path(sys.argv[0]).parts[-3:] != _RUN_SCRIPT:
         return
     try:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -31,10 +32,15 @@ __all__ = [
     "rank",
     "start",
     "unwrap",
+    "wait_for_ranks",
     "world_size",
 ]
 
 T = TypeVar("T")
+
+# the first rank may prepare a data set for hours
+_LONGEST_WAIT = timedelta(days=2)
+_waiting: dist.ProcessGroup | None = None
 
 
 def is_distributed() -> bool:
@@ -62,6 +68,9 @@ def local_device() -> torch.device:
 def start(device: torch.device | str) -> None:
     """Join the process group that torchrun describes: NCCL for a GPU, gloo for the CPU.
 
+    A second group, of gloo and with a long timeout, is for `wait_for_ranks`: NCCL gives up after 10 minutes, which says
+    that a rank hangs in a training step, but nothing while the first one prepares data.
+
     Raises:
         ConfigError: the process was not started by torchrun.
     """
@@ -75,6 +84,14 @@ def start(device: torch.device | str) -> None:
     if on_gpu:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if on_gpu else "gloo")
+    global _waiting
+    _waiting = dist.new_group(backend="gloo", timeout=_LONGEST_WAIT)
+
+
+def wait_for_ranks() -> None:
+    """Wait until every rank is here, however long one of them has work of its own; costs no GPU time."""
+    if is_distributed():
+        dist.barrier(group=_waiting)
 
 
 def unwrap(network: nn.Module) -> Any:
@@ -96,14 +113,15 @@ def first_rank_first(make: Callable[[], T]) -> T:
     if not is_distributed():
         return make()
     result: list[Any] = [make()] if rank() == 0 else []
-    dist.barrier()
+    wait_for_ranks()
     return result[0] if result else make()
 
 
 @torch.no_grad()
 def broadcast(tensors: Iterable[Tensor]) -> None:
-    """Give every rank the values of rank 0, in place."""
+    """Give every rank the values of rank 0, in place, once they are there."""
     if is_distributed():
+        wait_for_ranks()
         for tensor in tensors:
             dist.broadcast(tensor.data, 0)
 

@@ -28,10 +28,19 @@ from unimedi_components.engines import (
 )
 
 
-def run(*handlers: Any, epochs: int = 2, steps: int = 3, process: Any = None, start: int = 0, **parts: float) -> Engine:
+def run(
+    *handlers: Any,
+    epochs: int = 2,
+    steps: int = 3,
+    process: Any = None,
+    start: int = 0,
+    accumulation_steps: int = 1,
+    **parts: float,
+) -> Engine:
     """An engine whose loss at iteration i is i, with the given parts beside it."""
     engine = Engine(process or (lambda engine, batch: {"loss": torch.tensor(float(engine.state.iteration))}))
     engine.register_events(*IterationEvents)
+    engine.accumulation_steps = accumulation_steps
     engine.loss_function = SimpleNamespace(last={name: torch.tensor(value) for name, value in parts.items()})
     if start:
 
@@ -114,14 +123,14 @@ def test_teacher_momentum_rises_on_a_cosine() -> None:
 def test_teacher_follows_optimizer_steps_not_batches() -> None:
     network = Teacher()
     # 5 batches in groups of 2: steps after batches 2, 4 and, at the epoch's end, 5
-    handler = TeacherUpdate(network, momentum=0.0, total_steps=6, accumulation_steps=2)
+    handler = TeacherUpdate(network, momentum=0.0, total_steps=6)
     counts: list[int] = []
     engine_end = SimpleNamespace(
         attach=lambda engine: engine.add_event_handler(
             Events.ITERATION_COMPLETED, lambda _: counts.append(len(network.momenta))
         )
     )
-    run(handler, engine_end, steps=5)
+    run(handler, engine_end, steps=5, accumulation_steps=2)
     assert counts == [0, 1, 1, 2, 3, 3, 4, 4, 5, 6]
     assert network.momenta == pytest.approx([(1 - math.cos(math.pi * step / 6)) / 2 for step in range(6)], abs=1e-12)
 
@@ -240,6 +249,42 @@ def test_history_holds_every_iteration_and_joins_the_validation() -> None:
 
 def test_losses_are_floats_of_the_newest_step() -> None:
     assert losses(run(vl=1.5, icl=0.5)) == {"loss": 6.0, "vl": 1.5, "icl": 0.5}
+
+
+def test_losses_are_read_once_an_iteration() -> None:
+    reads: list[dict[str, float]] = []
+
+    class Twice:
+        def attach(self, engine: Engine) -> None:
+            engine.add_event_handler(Events.ITERATION_COMPLETED, self)
+
+        def __call__(self, engine: Engine) -> None:
+            for value in (engine.state.iteration, -1.0):
+                # the second value is never read: it would be a second wait for the GPU
+                engine.loss_function.last["vl"] = torch.tensor(float(value))
+                reads.append(losses(engine))
+
+    run(Twice(), epochs=1, steps=2, vl=0.0)
+    assert reads == [{"loss": 1.0, "vl": 1.0}] * 2 + [{"loss": 2.0, "vl": 2.0}] * 2
+
+
+def test_gradient_of_a_group_of_batches_is_unscaled_and_clipped_once() -> None:
+    network = Student()
+    calls: list[int] = []
+    scaler = SimpleNamespace(is_enabled=lambda: True, unscale_=lambda optimizer: calls.append(optimizer))
+
+    def process(engine: Engine, batch: Any) -> dict[str, Any]:
+        engine.state.output = {"loss": torch.tensor(1.0)}
+        engine.fire_event(IterationEvents.BACKWARD_COMPLETED)
+        return engine.state.output
+
+    engine = Engine(process)
+    engine.register_events(*IterationEvents)
+    engine.accumulation_steps, engine.scaler, engine.optimizer = 2, scaler, 7
+    engine.add_event_handler(Events.ITERATION_STARTED, lambda e: calls.append(-e.state.iteration))
+    GradientCare(network).attach(engine)
+    engine.run([0] * 5, max_epochs=1)
+    assert calls == [-1, -2, 7, -3, -4, 7, -5, 7]
 
 
 def test_tensorboard_has_the_loss_and_its_parts(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from monai.apps.detection.utils.ATSS_matcher import ATSSMatcher
 from torch import Tensor, nn
 
 from unimedi_components.errors import CheckpointError
@@ -75,7 +76,7 @@ def test_anchors_lie_around_the_centres_of_the_cells() -> None:
     """x along the columns, y along the rows, in an image that is no square; rows of a map come first."""
     network = make(scales=(1,), last_pool=False, anchor_sizes=[[10, 20]], aspect_ratios=[0.25, 1])
     image = torch.zeros(1, 1, 32, 48)
-    rows, (anchors,), places = network.detector.read(image, network.head_maps(image))
+    rows, anchors, places = network.detector.read(image, network.head_maps(image))
     assert places == [6]
     # sizes vary fastest, then the ratio of height to width; sides are rounded to even pixels
     shapes = [(20, 5), (40, 10), (10, 10), (20, 20)]
@@ -132,7 +133,7 @@ def test_the_losses_are_retinanets() -> None:
     rows, anchors, places = network.detector.read(image, network.head_maps(image))
     logits, codes = rows["classification"][..., 0].double(), rows["box_regression"].double()
     boxes = targets[0]["boxes"].numpy()
-    index = atss(boxes, anchors[0].numpy(), places, network.detector.num_anchors_per_loc, 4)
+    index = atss(boxes, anchors.numpy(), places, network.detector.num_anchors_per_loc, 4)
     matched = [i for i, g in enumerate(index) if g >= 0]
     assert {index[i] for i in matched} == {0, 1}
     focal, smooth = 0.0, []
@@ -142,7 +143,7 @@ def test_the_losses_are_retinanets() -> None:
             positive = b == 0 and index[i] >= 0
             focal += -0.25 * (1 - p) ** 2 * math.log(p) if positive else -0.75 * p**2 * math.log(1 - p)
     for i in matched:
-        x0, y0, x1, y1 = anchors[0][i].tolist()
+        x0, y0, x1, y1 = anchors[i].tolist()
         u0, v0, u1, v1 = boxes[index[i]].tolist()
         w, h = x1 - x0, y1 - y0
         code = [(u0 + u1 - x0 - x1) / 2 / w, (v0 + v1 - y0 - y1) / 2 / h]
@@ -156,6 +157,32 @@ def test_the_losses_are_retinanets() -> None:
     assert float(total) == pytest.approx(focal / len(matched) + 3 * np.mean(smooth), rel=1e-4)
     with pytest.raises(ValueError, match="were expected"):
         DetectionLoss()({"classification": torch.zeros(())})
+
+
+def test_matching_all_images_at_once_is_monais_of_each() -> None:
+    network = make()
+    image = torch.zeros(4, 1, 64, 96)
+    _, anchors, places = network.detector.read(image, network.head_maps(image))
+    generator = torch.Generator().manual_seed(3)
+    corner = torch.rand(4, 6, 2, generator=generator) * torch.tensor([60.0, 40.0])
+    boxes = torch.cat([corner, corner + 3 + 25 * torch.rand(4, 6, 2, generator=generator)], dim=2)
+    counts = torch.tensor([6, 0, 1, 4])
+    real = torch.arange(6) < counts[:, None]
+    per_place = network.detector.num_anchors_per_loc
+    peer = ATSSMatcher(4, center_in_gt=False)
+    expected = [peer(own[:count], anchors, places, per_place)[1] for own, count in zip(boxes, counts, strict=True)]
+    found = network.detector.match(boxes, real, anchors, places)
+    assert torch.equal(found, torch.stack(expected))
+    assert [len(row[row >= 0].unique()) for row in found] == [6, 0, 1, 4]
+
+
+def test_matching_in_parts_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = make()
+    image, targets = torch.randn(3, 1, 64, 64), [target([4.0, 6, 30, 40]), target(), target([30.0, 30, 60, 50])]
+    whole = network.train()(image, targets)
+    monkeypatch.setattr("unimedi_components.networks.box_detector._COMPARED", 1)
+    parts = network(image, targets)
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
 def test_the_loss_of_an_image_in_evaluation_is_its_loss_alone_in_training() -> None:

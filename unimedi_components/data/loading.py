@@ -123,6 +123,8 @@ class MixedDataLoader(DataLoader):
         **kwargs: Any,
     ) -> None:
         kwargs.setdefault("persistent_workers", num_workers > 0)
+        # with the trainer's `non_blocking`, copies to a GPU then run beside its work
+        kwargs.setdefault("pin_memory", torch.cuda.is_available())
         kwargs.setdefault("generator", torch.Generator().manual_seed(seed))
         super().__init__(dataset, num_workers, batch_sampler=batch_sampler, collate_fn=collate_fn, **kwargs)
 

@@ -12,6 +12,8 @@ from unimedi_components.data.phantom import write_phantom
 from unimedi_components.data.prepare import merge_datalists, prepare
 from unimedi_components.data.vocabulary import build_wordpiece
 from unimedi_components.distributed import first_rank_first
+from unimedi_components.errors import DataError
+from unimedi_components.workflow import only_a_network_is_wanted
 
 __all__ = ["pretraining_datalist", "report_tokenizer"]
 
@@ -39,10 +41,15 @@ def pretraining_datalist(
         path of `<dataset_dir>/pretrain.json`.
 
     Raises:
-        DataError: a source is missing, or nothing in it can be used.
+        DataError: a source is missing, nothing in it can be used, or phantoms would be written for an export.
     """
     root = Path(dataset_dir)
     out = root / "pretrain.json"
+    if phantoms and not out.is_file() and only_a_network_is_wanted():
+        raise DataError(
+            f"{out}: not there, and this call does not train, so that no phantoms are written; "
+            "give the network of configs/inference.json"
+        )
     recipe = {"sources": list(sources), "options": options}
 
     def make() -> str:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import os
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 from ignite.engine import Engine, Events
-from torch import nn
+from torch import Tensor, nn
 
 from unimedi_components.data.datalist import write_json
 from unimedi_components.distributed import rank, unwrap
@@ -29,11 +30,26 @@ logger = logging.getLogger(__name__)
 
 
 def atomic_save(content: Any, path: Path) -> None:
-    """`torch.save` under a temporary name, then rename: a kill leaves the old file or the new one."""
+    """`torch.save` under a temporary name, then rename: a kill leaves the old file or the new one.
+
+    Tensors of a GPU are saved as copies on the CPU, so that a plain `torch.load` needs no GPU.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    torch.save(content, temporary)
+    torch.save(_on_cpu(content), temporary)
     os.replace(temporary, path)
+
+
+def _on_cpu(content: Any) -> Any:
+    if isinstance(content, Tensor):
+        return content.cpu()
+    if isinstance(content, Mapping):
+        copied = copy.copy(content)  # keeps the versions that a module's state dict carries
+        copied.update((name, _on_cpu(value)) for name, value in content.items())  # type: ignore[attr-defined]
+        return copied
+    if isinstance(content, list | tuple):
+        return type(content)(map(_on_cpu, content))
+    return content
 
 
 class ResumableCheckpoint:

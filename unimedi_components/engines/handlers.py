@@ -87,7 +87,6 @@ class TeacherUpdate:
         momentum: at the first step.
         momentum_end: at the last step.
         total_steps: optimizer steps of the whole run.
-        accumulation_steps: batches per optimizer step, as the trainer's.
     """
 
     def __init__(
@@ -96,11 +95,9 @@ class TeacherUpdate:
         momentum: float,
         total_steps: int,
         momentum_end: float = 1.0,
-        accumulation_steps: int = 1,
     ) -> None:
         self.network = unwrap(network)
         self.momentum, self.momentum_end, self.total_steps = momentum, momentum_end, total_steps
-        self.accumulation_steps = accumulation_steps
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self)
@@ -111,13 +108,22 @@ class TeacherUpdate:
         return self.momentum_end - (self.momentum_end - self.momentum) * (1 + math.cos(math.pi * progress)) / 2
 
     def __call__(self, engine: Engine) -> None:
-        batches = engine.state.epoch_length or 1
-        epoch, within = divmod(engine.state.iteration - 1, batches)
-        # The trainer steps at every full group of batches and at the end of an epoch.
-        if (within + 1) % self.accumulation_steps and within + 1 != batches:
+        if not optimizer_steps(engine):
             return
-        step = epoch * math.ceil(batches / self.accumulation_steps) + within // self.accumulation_steps
-        self.network.update_teacher(self.momentum_at(step))
+        batches, group = engine.state.epoch_length or 1, _accumulation(engine)
+        epoch, within = divmod(engine.state.iteration - 1, batches)
+        self.network.update_teacher(self.momentum_at(epoch * math.ceil(batches / group) + within // group))
+
+
+def _accumulation(engine: Engine) -> int:
+    return int(getattr(engine, "accumulation_steps", 1))
+
+
+def optimizer_steps(engine: Engine) -> bool:
+    """Whether MONAI's trainer steps after this batch: the last of a group of `accumulation_steps`, or of an epoch."""
+    batches = engine.state.epoch_length or 1
+    within = (engine.state.iteration - 1) % batches + 1
+    return within % _accumulation(engine) == 0 or within == batches
 
 
 class GradientCare:
@@ -144,10 +150,10 @@ class GradientCare:
         Raises:
             FloatingPointError: naming the loss's parts and the studies of the batch.
         """
-        if bool(torch.isfinite(engine.state.output["loss"])):
+        read = losses(engine)
+        if math.isfinite(read["loss"]):
             return
-        parts = getattr(engine.loss_function, "last", {})  # type: ignore[attr-defined]
-        values = "".join(f", {name}={float(value):.4g}" for name, value in parts.items())
+        values = "".join(f", {name}={value:.4g}" for name, value in read.items() if name != "loss")
         ids = ", ".join(map(str, engine.state.batch.get("id", [])))
         raise FloatingPointError(
             f"the loss is not finite at iteration {engine.state.iteration}{values}; images: {ids}. "
@@ -155,6 +161,9 @@ class GradientCare:
         )
 
     def __call__(self, engine: Engine) -> None:
+        if not optimizer_steps(engine):
+            # the gradient is not whole yet, and GradScaler unscales it once
+            return
         head = getattr(self.network, "dino_head", None)
         if head is not None and engine.state.epoch <= self.freeze_last_layer_epochs:
             for parameter in head.last_layer.parameters():
@@ -220,12 +229,17 @@ def defined_handler(handler: Any) -> Any:
 
 
 def losses(engine: Engine) -> dict[str, float]:
-    """The newest loss of a trainer and its unweighted parts, as floats: for logs, TensorBoard and the history."""
-    parts = getattr(engine.loss_function, "last", {})  # type: ignore[attr-defined]
-    return {
-        "loss": float(engine.state.output["loss"].detach()),
-        **{name: float(value) for name, value in parts.items()},
-    }
+    """The newest loss of a trainer and its unweighted parts, as floats: for logs, TensorBoard and the history.
+
+    They are read from the device together and once an iteration, whoever asks first: a read waits for the GPU.
+    """
+    state = engine.state
+    if getattr(state, "read_losses", (None,))[0] != state.iteration:
+        parts = {"loss": state.output["loss"], **getattr(engine.loss_function, "last", {})}  # type: ignore[attr-defined]
+        values = torch.stack([value.detach() for value in parts.values()]).tolist()
+        state.read_losses = (state.iteration, dict(zip(parts, values, strict=True)))
+    read: dict[str, float] = state.read_losses[1]
+    return dict(read)
 
 
 class TensorBoardLosses(TensorBoardStatsHandler):

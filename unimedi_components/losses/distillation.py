@@ -132,7 +132,8 @@ def distillation_loss(
             groups,
             chunk_size,
         )
-    weight_sum = loss_sum.new_tensor(student.shape[0]) if row_weight is None else row_weight.sum()
+    # `new_full` is filled on the device, where `new_tensor` would copy from the host
+    weight_sum = loss_sum.new_full((), student.shape[0]) if row_weight is None else row_weight.sum()
     totals = all_reduce_sum(torch.stack([loss_sum.detach(), weight_sum]))
     divisor = torch.where(totals[1] == 0, torch.ones_like(totals[1]), totals[1])
     if not is_distributed():
@@ -221,7 +222,7 @@ def balanced_center(
         prototypes = teacher_prototypes.to(rows.dtype)
         shift = center.to(rows.dtype) / -teacher_temp
         for _ in range(rounds):
-            share = torch.cat([torch.zeros_like(shift), shift.new_tensor([len(rows)])])
+            share = torch.cat([torch.zeros_like(shift), shift.new_full((1,), len(rows))])
             for part in rows.split(chunk_size) if len(rows) else ():
                 share[:-1] += torch.softmax(torch.addmm(shift, part, prototypes.T), dim=1).sum(0)
             share = all_reduce_sum(share)

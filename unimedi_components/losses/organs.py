@@ -81,7 +81,11 @@ class OrganLoss(nn.Module):
 
     def _weights(self, target: Tensor, classes: int) -> Tensor:
         """Weight of each voxel, (B, D, H, W)."""
-        counts = torch.stack([torch.bincount(labels.flatten(), minlength=classes) for labels in target])
-        share = counts.clamp(min=1).float() / target[0].numel()
+        # `bincount` would ask the GPU for the largest label of every image
+        flat = target.flatten(1)
+        counts = torch.zeros(len(flat), classes, device=flat.device).scatter_add_(
+            1, flat, torch.ones_like(flat, dtype=torch.float32)
+        )
+        share = counts.clamp(min=1) / target[0].numel()
         weights = share**-self.class_balance
         return weights.gather(1, target.flatten(1)).view_as(target)

@@ -53,7 +53,7 @@ class TargetInformation:
     def __init__(self) -> None:
         self.count = 0
         self._total: Tensor | None = None
-        self._entropy = 0.0
+        self._entropy: Tensor | None = None
 
     @torch.no_grad()
     def add(self, targets: Tensor) -> None:
@@ -65,7 +65,9 @@ class TargetInformation:
         rows = targets[:, None] if targets.ndim == 2 else targets
         total = rows.sum(0, dtype=torch.float64)
         self._total = total if self._total is None else self._total + total
-        self._entropy += float(torch.special.entr(rows.double()).sum())
+        # stays on the device: reading it would make the GPU wait at every step
+        entropy = torch.special.entr(rows.double()).sum()
+        self._entropy = entropy if self._entropy is None else self._entropy + entropy
         self.count += len(rows)
 
     def result(self) -> Information:
@@ -74,10 +76,10 @@ class TargetInformation:
         Raises:
             ValueError: none was added.
         """
-        if self._total is None:
+        if self._total is None or self._entropy is None:
             raise ValueError("no targets were added")
         mean = self._total / self.count
-        entropy = self._entropy / self.count / len(mean)
+        entropy = float(self._entropy) / self.count / len(mean)
         marginal = float(torch.special.entr(mean.mean(0)).sum())
         local = float(torch.special.entr(mean).sum(1).mean())
         return Information(entropy, marginal, marginal - entropy, local - entropy)

@@ -126,6 +126,8 @@ class ImageClassifier(nn.Module):
             attention = self.encoder(image, return_attention=True).attention
             scores = selection.slice_scores(attention, self.encoder.token_grids(image)[0])
             index = selection.select_slices(scores, self.num_slices, self.encoder.patch_depth, expand=self.expand)
+        # autocast keeps the weights that it cast without a history, and a fine-tuned encoder would get no gradient
+        torch.clear_autocast_cache()
         slices = selection.take_slices(image, index, self.encoder.img_size)
         return self.encoder(image, *slices, return_attention=return_attention)
 
@@ -154,7 +156,8 @@ class ImageClassifier(nn.Module):
                 f"expected {self.spatial_dims}D images (B, 1, ...) or features (B, D), got {tuple(image.shape)}"
             )
         features = image if image.ndim == 2 else self.features(image)
-        return self.head(self.dropout(self.feature_norm(features)))
+        # half precision is too coarse for probabilities
+        return self.head(self.dropout(self.feature_norm(features))).float()
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What `torch.jit.script`, and so `monai.bundle ckpt_export`, compiles in place of this network."""

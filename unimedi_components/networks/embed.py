@@ -119,7 +119,8 @@ def interpolate_depth(table: Tensor, position: Tensor) -> Tensor:
     Returns:
         (B, k, D). The centre of slab s of S lies at (s + 0.5) / S and gives row s exactly.
     """
-    rows = table.shape[1]
+    # a Python number also while tracing, where a size is a tensor on the CPU
+    rows = int(table.shape[1])
     place = (position * rows - 0.5).clamp(0, rows - 1)
     low = place.floor().long()
     high = (low + 1).clamp(max=rows - 1)

@@ -3,21 +3,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from unimedi_components.networks.cards import KINDS, load_network
+from unimedi_components.networks.export import ScriptableByDimension, trace
 from unimedi_components.networks.output import ImageFeatures
-from unimedi_components.networks.pretrained import load_pretrained
+from unimedi_components.networks.pretrained import load_pretrained, read_card
 
-__all__ = ["EmbeddingNetwork"]
+__all__ = ["EmbeddingNetwork", "load_trained"]
 
 
 class EmbeddingNetwork(nn.Module):
     """A trained network as MONAI's inferers and checks expect one: it takes images and returns one tensor.
 
-    The weights are loaded when it is built, strictly, and it is in evaluation mode.
+    The weights are loaded when it is built, strictly, and it is in evaluation mode. Its state is the encoder's, as
+    `model.pt` holds it, so that MONAI's tools save and load it; the projection stays as it was built.
 
     Args:
         checkpoint: `model.pt`, `model_best.pt` or `unimedi.pt` in a training run's `models` folder.
@@ -51,3 +57,38 @@ class EmbeddingNetwork(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """Images as in `features` to unit vectors in the space that images and reports share, (B, E)."""
         return F.normalize(self.features(image).embed, dim=-1)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The encoder's state, which `model.pt` holds."""
+        return self.network.encoder.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load another encoder's state."""
+        return self.network.encoder.load_state_dict(state_dict, strict, assign)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What `torch.jit.script`, and so `monai.bundle ckpt_export`, compiles in place of this network."""
+        encoder = self.network.encoder
+        channels, device = encoder.patch_embed.proj.in_channels, encoder.cls_token.device
+        two_d, three_d = (
+            trace(
+                self,
+                torch.zeros(2, channels, *size, device=device),
+                ("network.report_encoder", "network.text_projection"),
+            )
+            for size in (encoder.img_size, encoder.vol_size)
+        )
+        return ScriptableByDimension(two_d, three_d).eval()
+
+
+def load_trained(checkpoint: str | Path) -> nn.Module:
+    """The network that `model.pt` of any bundle holds, on the CPU, in evaluation mode.
+
+    Returns:
+        a task's network as of `load_network`, or an `EmbeddingNetwork` of what pre-training left.
+
+    Raises:
+        CheckpointError: a file is missing or does not fit.
+    """
+    path = Path(checkpoint)
+    return load_network(path) if KINDS.keys() & read_card(path) else EmbeddingNetwork(path)

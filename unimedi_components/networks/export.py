@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ScriptableNetwork", "scriptable"]
+__all__ = ["ScriptableByDimension", "ScriptableNetwork", "scriptable", "trace"]
 
 
 class ScriptableNetwork(nn.Module):
@@ -28,23 +29,48 @@ class ScriptableNetwork(nn.Module):
         return self.network(image)
 
 
+class ScriptableByDimension(nn.Module):
+    """Two traces of a network that takes X-rays and volumes, behind a forward that `torch.jit.script` can compile.
+
+    Args:
+        two_d: what `torch.jit.trace` made of the network with X-rays.
+        three_d: the same with volumes.
+    """
+
+    def __init__(self, two_d: nn.Module, three_d: nn.Module) -> None:
+        super().__init__()
+        self.two_d, self.three_d = two_d, three_d
+
+    def forward(self, image: Tensor) -> Tensor:
+        """X-rays (B, 1, H, W) or volumes (B, 1, D, H, W) of the sizes that were traced, to the network's output."""
+        if image.dim() == 4:
+            return self.two_d(image)
+        return self.three_d(image)
+
+
 def scriptable(network: nn.Module, example: Tensor) -> ScriptableNetwork:
-    """Trace a network in evaluation mode, so that `torch.jit.script` of the result works.
+    """The module to script, for a network's `__prepare_scriptable__`; arguments as of `trace`."""
+    return ScriptableNetwork(trace(network, example)).eval()
+
+
+def trace(network: nn.Module, example: Tensor, leave_out: Sequence[str] = ()) -> nn.Module:
+    """Trace a network in evaluation mode, so that `torch.jit.script` of what calls the result works.
 
     Spatial sizes become constants of the traced network, the number of images does not.
 
     Args:
         network: left as it is; its weights are shared.
         example: images (B, C, ...) on the network's device, B at least 2.
-
-    Returns:
-        the module to script, for a network's `__prepare_scriptable__`.
+        leave_out: submodules that its `forward` does not use.
     """
-    # a copy, whose mode may be changed; the weights stay the network's own
+    # a copy, whose mode and parts may be changed; the weights stay the network's own
     shared = {id(tensor): tensor for tensor in (*network.parameters(), *network.buffers())}
     traced_from = copy.deepcopy(network, shared).eval()
+    for name in leave_out:
+        scope, _, part = name.rpartition(".")
+        setattr(traced_from.get_submodule(scope), part, None)
     with warnings.catch_warnings(), torch.no_grad():
         # sizes are constants on purpose; torch announces the end of TorchScript, which MONAI's export needs
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
         warnings.simplefilter("ignore", DeprecationWarning)
-        return ScriptableNetwork(torch.jit.trace(traced_from, example, check_trace=False)).eval()
+        return torch.jit.trace(traced_from, example, check_trace=False)

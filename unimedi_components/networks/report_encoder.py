@@ -191,6 +191,9 @@ class ReportEncoder(nn.Module):
         Returns:
             (B, width).
         """
+        if self.model.config.model_type == "bert" and self.model.config._attn_implementation == "sdpa":
+            # transformers would ask the GPU whether anything is padded before it makes this of a 2D mask
+            attention_mask = attention_mask[:, None, None, :].bool()
         return self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state[:, 0]
 
 

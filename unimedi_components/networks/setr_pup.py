@@ -174,7 +174,8 @@ class SETRPUP(nn.Module):
         if image.ndim != 4:
             raise ValueError(f"expected X-rays (B, 1, H, W), got {tuple(image.shape)}")
         last, *earlier = self.features(image)
-        logits = self.head(self.stages(last))
+        # half precision is too coarse for probabilities
+        logits = self.head(self.stages(last)).float()
         if not earlier:
             return logits
         size = image.shape[2:]

@@ -201,7 +201,8 @@ class UniMedI(nn.Module):
             if use_slices and self.pseudo_pairs:
                 out = self.encoder(image, *self.take_slices(image, selected), return_attention=True)
                 joint = out.attention
-        modality = torch.full((len(image),), int(volume), device=image.device)
+        # not len(image), which a trace would keep as a constant
+        modality = torch.full((image.shape[0],), int(volume), device=image.device)
         return ImageFeatures(out.cls, self.image_projection(out.cls, modality), selected, scores, attention, joint)
 
     def encode_text(self, input_ids: Tensor, attention_mask: Tensor, modality: Tensor) -> Tensor:
@@ -224,6 +225,8 @@ class UniMedI(nn.Module):
             assert selector is not None
             attention = selector(volume, return_attention=True).attention
             scores = selection.slice_scores(attention, grid)
+            # what autocast cast here without a history would leave the student's own pass without a gradient
+            torch.clear_autocast_cache()
         return selection.select_slices(scores, self.num_slices, self.encoder.patch_depth, expand=self.expand), scores
 
     def take_slices(self, volume: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:

@@ -145,7 +145,12 @@ class ViTDet(nn.Module):
     def head_maps(self, image: Tensor) -> dict[str, list[Tensor]]:
         """ "classification" (B, A K, ...) and "box_regression" (B, 4 A, ...): logits on each map of the pyramid."""
         maps = self.pyramid(self.features(image))
-        return {CLASSIFICATION: self.classification_head(maps), REGRESSION: self.regression_head(maps)}
+        # MONAI's heads ask the GPU at every map whether all is finite
+        scores, boxes = self.classification_head, self.regression_head
+        return {
+            CLASSIFICATION: [scores.cls_logits(scores.conv(x)) for x in maps],
+            REGRESSION: [boxes.bbox_reg(boxes.conv(x)) for x in maps],
+        }
 
     def forward(self, image: Tensor, targets: Targets | None = None) -> Any:
         """Losses in training, boxes in evaluation.

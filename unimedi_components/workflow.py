@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The call of MONAI that evaluates a config: where its files lie, and what it needs that the config cannot say.
+
+MONAI hands the expressions of a config neither the config's file nor the purpose it is read for. Both are taken from
+the calls that lead here, for which MONAI is pinned below 1.7.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from unimedi_components.errors import ConfigError
+
+__all__ = ["fit_workflow", "folders_in_use", "only_a_network_is_wanted"]
+
+_SCRIPTS = "monai.bundle.scripts"
+_NETWORK_CALLS = ("load", "verify_net_in_out", "ckpt_export", "onnx_export", "trt_export")
+
+
+def folders_in_use() -> list[Path]:
+    """Folders of the config files that MONAI is reading in the calls that lead here, the innermost call first."""
+    folders: list[Path] = []
+    for frame in _callers():
+        workflow = _workflow_of(frame)
+        if workflow is not None:
+            folders.append(Path(workflow.config_root_path))
+        elif frame.f_globals.get("__name__") == _SCRIPTS:
+            files = frame.f_locals.get("config_file_")
+            folders += [Path(file).parent for file in ([files] if isinstance(files, (str, Path)) else files or [])]
+    return list(dict.fromkeys(folders))
+
+
+def only_a_network_is_wanted() -> bool:
+    """Whether `monai.bundle.load`, an export or a check of the network leads here, and so no data is to be made."""
+    return any(_scripts_call(frame) in _NETWORK_CALLS for frame in _callers())
+
+
+def fit_workflow() -> None:
+    """Fit the workflow that is being initialised to the call that made it; does nothing outside one.
+
+    `monai.bundle.load` copies whatever fits of the weights into `network_def` and keeps the rest random, without a
+    word. Here it gets the trained network or an error. MONAI's tracking expects the loss of a decollated batch; a
+    trainer with `decollate: false` gets one that logs its own.
+
+    Raises:
+        CheckpointError: the weights do not fit the network, or files beside them are missing.
+        ConfigError: `net_override` of a network that the weights do not hold.
+    """
+    frames = list(_callers())
+    workflow = next((found for found in map(_workflow_of, frames) if found is not None), None)
+    if workflow is None:
+        return
+    _fit_tracking(workflow)
+    call = next((frame.f_locals for frame in frames if _scripts_call(frame) == "load"), None)
+    if call is not None:
+        _fit_load(workflow, call)
+
+
+def _callers() -> Iterator[FrameType]:
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _workflow_of(frame: FrameType) -> Any:
+    """MONAI's ConfigWorkflow whose method this frame runs, or None."""
+    workflows = sys.modules.get("monai.bundle.workflows")
+    # a look at the name first: the locals of every frame would be copied
+    if workflows is None or "self" not in frame.f_code.co_varnames[:1]:
+        return None
+    owner = frame.f_locals.get("self")
+    return owner if isinstance(owner, workflows.ConfigWorkflow) else None
+
+
+def _scripts_call(frame: FrameType) -> str:
+    return frame.f_code.co_name if frame.f_globals.get("__name__") == _SCRIPTS else ""
+
+
+def _fit_tracking(workflow: Any) -> None:
+    parser = workflow.parser
+    if "train#trainer" not in parser or parser["train#trainer"].get("decollate") is not False:
+        return
+    for index, handler in enumerate(parser.get("train#handlers") or ()):
+        if isinstance(handler, dict) and "from_engine(['loss']" in str(handler.get("output_transform")):
+            parser[f"train#handlers#{index}#output_transform"] = "$lambda output: output['loss'].item()"
+            parser.parse(reset=True)
+
+
+def _fit_load(workflow: Any, call: Mapping[str, Any]) -> None:
+    from unimedi_components.networks import EmbeddingNetwork, load_strict, load_trained
+
+    checkpoint, override = call["full_path"], call["net_override"]
+    if workflow.workflow_type == "train":
+        trained = load_trained(checkpoint)
+        if not override:
+            # train.json builds the network before training, of sizes that the run may have changed
+            workflow.parser.ref_resolver.resolved_content["network_def"] = trained
+        elif isinstance(trained, EmbeddingNetwork):
+            raise ConfigError(
+                f"net_override {override}: {checkpoint} is the encoder of the network that train.json builds; leave "
+                'net_override out, or load with workflow_type="inference"'
+            )
+    if not call["copy_model_args"]:
+        key, state = call["key_in_ckpt"], call["model_dict"]
+        load_strict(workflow.network_def, state if key is None else state[key], checkpoint)
