@@ -70,12 +70,12 @@ def test_weights_of_another_size_are_refused_with_both_names(tmp_path: Path) -> 
             make(path, "vit_b16")
         assert str(info.value) == (
             f"{path}: its encoder is of size tiny (patch_size_3d [4, 12, 12], embed_dim 128, depth 5, num_heads 4), "
-            "the config asks for vit_b16 (patch_size_3d [4, 16, 16], embed_dim 768, depth 12, num_heads 12). Give "
+            "the config asks for size vit_b16 (patch_size_3d [4, 16, 16], embed_dim 768, depth 12, num_heads 12). Give "
             "--size tiny, or weights of the config's size with --encoder_weights"
         )
         with pytest.raises(CheckpointError) as info:
             make(path, "tiny", depth=8)
-        assert "size tiny (depth 5), the config asks for another one (depth 8). Give --size tiny and no" in str(
+        assert "size tiny (depth 5), the config asks for a size of its own (depth 8). Give --size tiny and no" in str(
             info.value
         )
     own = save_run(tmp_path, img_size=32, vol_size=(8, 24, 24), patch_size_3d=(4, 12, 12), embed_dim=24, num_heads=2)
@@ -106,7 +106,7 @@ def test_sizes_come_from_the_file_where_it_tells(
     assert torch.equal(encoder.blocks[1].attn.qkv.weight, state["blocks.1.attn.qkv.weight"])
     assert f"{width} wide, 12 blocks; the encoder gets its size" in caplog.text
     with pytest.raises(
-        CheckpointError, match=rf"\(embed_dim {width}\), the config asks for another one \(embed_dim 24\)"
+        CheckpointError, match=rf"\(embed_dim {width}\), the config asks for a size of its own \(embed_dim 24\)"
     ):
         task_encoder(tmp_path / "vit.pth", {"embed_dim": 24, "depth": 12, "num_heads": 2})
 

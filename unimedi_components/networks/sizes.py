@@ -99,10 +99,10 @@ def check_size(sizes: Mapping[str, Any], wanted: Mapping[str, Any], source: str,
     kept = {name: _plain(sizes[name]) for name in SHAPES if name in sizes and _plain(sizes[name]) != _DEFAULTS[name]}
     remedy = f"--size {own}" if own else f'--size "{kept}"'
     alone = "" if asked else " and no sizes besides in network_def#encoder"
+    kinds = [f"size {name}" if name else "a size of its own" for name in (own, asked)]
     raise CheckpointError(
-        f"{source}: its encoder is of size {own or 'another kind'} ({here}), the config asks for "
-        f"{asked or 'another one'} ({there}). Give {remedy}{alone}, or weights of the config's size with "
-        "--encoder_weights"
+        f"{source}: its encoder is of {kinds[0]} ({here}), the config asks for {kinds[1]} ({there}). Give "
+        f"{remedy}{alone}, or weights of the config's size with --encoder_weights"
     )
 
 
