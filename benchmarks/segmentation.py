@@ -27,6 +27,7 @@ from unimedi_components.data.dense import DenseDataset
 from unimedi_components.data.repeated import RepeatedDataset
 from unimedi_components.engines.fine_tune import fine_tuning_optimizer
 from unimedi_components.metrics.organs import OrganDice
+from unimedi_components.networks import encoder_sizes
 
 CONFIG = "bundles/abdomen_ct_segmentation/configs/train.json"
 THIRDS = 3
@@ -130,7 +131,7 @@ def _network(name: str, parser: ConfigParser) -> nn.Module:
         return network
     if name != "monai":
         raise SystemExit(f"unknown network {name!r}; choose from: unimedi, random, monai")
-    encoder = parser["network_def#encoder"]
+    encoder = encoder_sizes(parser["size"])
     width = encoder["embed_dim"]
     return UNETR(
         1,

@@ -53,10 +53,12 @@ def untrained_bundle() -> Callable[..., Path]:
         sizes = {"patch_size_3d": (4, 12, 12), "vol_size": size} if dim == 3 else {"vol_size": (8, 32, 32)}
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            encoder = UnifiedViT(64 if dim == 3 else size, embed_dim=32, depth=2, num_heads=2, **sizes)
+            sizes |= {"embed_dim": 32, "depth": 2, "num_heads": 2}
+            encoder = UnifiedViT(64 if dim == 3 else size, **sizes)
             network = ImageClassifier(encoder, len(train["label_names"]), dim, feature_norm=True)
             nn.init.normal_(network.head.weight, std=2.0)
         preprocessing = ConfigParser(train).get_parsed_content("preprocessing")
+        write_json({**train, "size": sizes}, bundle / "configs" / "train.json")
         (bundle / "models").mkdir()
         torch.save(network.state_dict(), bundle / "models" / "model.pt")
         card = network_card(network, train["task"], train["label_names"], preprocessing)

@@ -12,6 +12,7 @@ from typing import Any
 import fire
 
 from unimedi_components import __version__
+from unimedi_components.command_help import command_help, overview, prepare_help
 from unimedi_components.command_options import check_options, exact_words, whole_number
 from unimedi_components.errors import CheckpointError, ConfigError, DataError
 from unimedi_components.search_commands import embed, index, search
@@ -146,8 +147,37 @@ _COMMANDS: dict[str, Callable[..., None]] = {
 _EXACT = ("embed", "index", "search", "zero_shot")
 
 
+def _taker(command: str) -> Callable[..., Any] | None:
+    """The function that takes what a command's further options hold; imported when its help is asked for."""
+    if command == "evaluate":
+        from unimedi_components.evaluation.evaluate import evaluate as evaluate_checkpoint
+
+        return evaluate_checkpoint
+    if command in ("embed", "index", "zero_shot"):
+        from unimedi_components.search import Embedder
+
+        return Embedder.images
+    return None
+
+
+def _help(words: list[str]) -> str | None:
+    """The help that the words ask for; None where they ask for none."""
+    asked = words[: words.index("--")] if "--" in words else words
+    if not asked or asked[0] in ("-h", "--help", "help"):
+        return overview(_COMMANDS)
+    if asked[0] not in _COMMANDS or not {"-h", "--help"} & set(asked[1:]):
+        return None
+    if asked[0] == "prepare":
+        named = [word for word in asked[1:] if not word.startswith("-")]
+        return prepare_help(named[0] if named else None, prepare)
+    return command_help(asked[0], _COMMANDS[asked[0]], _taker(asked[0]))
+
+
 def _run(words: list[str]) -> None:
     command = words[0] if words else ""
+    if (text := _help(words)) is not None:
+        print(text)
+        return
     if command in _COMMANDS:
         flags = [word[2:].partition("=")[0].replace("-", "_") for word in words if word.startswith("--")]
         check_options(command, _COMMANDS[command], [flag for flag in flags if flag not in ("", "help")])
@@ -155,7 +185,7 @@ def _run(words: list[str]) -> None:
         near = difflib.get_close_matches(command, _COMMANDS, n=1)
         hint = f"did you mean '{near[0]}'?" if near else f"there are: {', '.join(_COMMANDS)}"
         raise ConfigError(f"unknown command '{command}'; {hint}")
-    fire.Fire(_COMMANDS, command=exact_words(words) if command in _EXACT else words, name="unimedi")
+    fire.Fire(_COMMANDS, command=exact_words(words, lists=command not in _EXACT), name="unimedi")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -15,6 +16,7 @@ from typing import Any
 
 from fire.parser import DefaultParseValue
 
+from unimedi_components.command_options import loses_hash
 from unimedi_components.errors import CheckpointError, ConfigError, DataError
 from unimedi_components.workflow import fit_workflow, folders_in_use
 
@@ -39,6 +41,7 @@ _RUN_OPTIONS = (
 # what `--tracking mlflow` takes from the overrides (monai.bundle.scripts.run)
 _TRACKING_OPTIONS = ("output_dir", "tracking_uri", "experiment_name", "run_name", "save_execute_config")
 _RUN_SCRIPT = ("monai", "bundle", "__main__.py")
+_NOT_WRITTEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 _PACKAGE = Path(__file__).resolve().parent
 
 
@@ -161,6 +164,9 @@ def parse_run_call(argv: Sequence[str]) -> RunCall:
     Returns:
         The call. ``--key value``, ``--key=value``, a bare ``--flag`` (True), a positional run id, lists such
         as ``--config_file "['a.json','b.json']"`` and the defaults of an ``--args_file`` are all understood.
+
+    Raises:
+        ConfigError: a value of which fire would drop all from a # on.
     """
     words = list(argv[1:])
     words = words[: words.index("--")] if "--" in words else words
@@ -172,10 +178,13 @@ def parse_run_call(argv: Sequence[str]) -> RunCall:
             positional.append(word)
             continue
         key, given, value = word.lstrip("-").partition("=")
-        if given:
+        if given or (words and not _is_flag(words[0])):
+            value = value if given else words.pop(0)
+            if loses_hash(value):
+                raise ConfigError(
+                    f"override '--{key} {value}': what follows '#' is dropped as a comment; write --{key} './{value}'"
+                )
             values[_key(key)] = DefaultParseValue(value)
-        elif words and not _is_flag(words[0]):
-            values[_key(key)] = DefaultParseValue(words.pop(0))
         else:
             values[_key(key)] = True
     # the first positional word is the command, those after it are the options in order
@@ -249,8 +258,9 @@ def user_fault(error: BaseException) -> str | None:
         error: an exception, such as MONAI's "Failed to instantiate target ...".
 
     Returns:
-        The message of the first exception in the chain of causes that is one of `unimedi_components.errors`, or a
-        ValueError or FloatingPointError that a line of this package raised; None when there is none.
+        The message of the first exception in the chain of causes that is one of `unimedi_components.errors`, a
+        ValueError or FloatingPointError that a line of this package raised, or a file that may not be written (with
+        the options that name another place); None when there is none.
     """
     cause: BaseException | None = error
     while cause is not None:
@@ -260,6 +270,11 @@ def user_fault(error: BaseException) -> str | None:
             text = str(cause).strip()
             # a loader's worker hands its traceback over as text
             return text.splitlines()[-1].partition(": ")[2] if text.startswith("Caught ") else text
+        if isinstance(cause, OSError) and cause.errno in _NOT_WRITTEN:
+            return (
+                f"{cause.filename or 'a file'}: {cause.strerror}; name folders that can be written with --output_dir "
+                "PATH, and for a training with --ckpt_dir and --cache_dir, or set UNIMEDI_DATA for the data"
+            )
         cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
     return None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,19 +13,52 @@ from fire.parser import DefaultParseValue
 
 from unimedi_components.errors import ConfigError
 
-__all__ = ["CHECKPOINT", "check_options", "exact_words", "whole_number"]
+__all__ = ["CHECKPOINT", "check_options", "exact_words", "loses_hash", "path_names", "whole_number"]
 
 #: Where the default pre-training run leaves its weights.
 CHECKPOINT = "bundles/pretrain/models/model.pt"
 
 
-def exact_words(words: Sequence[str]) -> list[str]:
-    """Quote what fire would not pass on as it stands: it makes a tuple of "effusion, left", and 1.5 of "1.50"."""
+def exact_words(words: Sequence[str], lists: bool = False) -> list[str]:
+    """Quote what fire would not pass on as it stands: it makes a tuple of "effusion, left", and 1.5 of "1.50".
+
+    Args:
+        words: of the command line.
+        lists: leave numbers and lists to fire, and keep only what it would drop: all from a # on, as a comment.
+    """
     quoted = []
     for word in words:
         flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
-        quoted.append(word if str(DefaultParseValue(value)) == value else f"{flag}{equals}{value!r}")
+        kept = not loses_hash(value) if lists else str(DefaultParseValue(value)) == value
+        quoted.append(word if kept else f"{flag}{equals}{value!r}")
     return quoted
+
+
+def loses_hash(value: str) -> bool:
+    """Whether fire takes a # in a word for the start of a comment: "film #2.png" becomes "film"."""
+    return "#" in value and "#" not in str(DefaultParseValue(value))
+
+
+def path_names(inputs: Any) -> list[str]:
+    """Files, folders and patterns as they were meant, after fire and MONAI have read them.
+
+    Args:
+        inputs: one or several. Fire makes a number of a folder called 2024, and MONAI writes :: where a name has a #.
+
+    Raises:
+        ConfigError: neither a name nor a list of names.
+    """
+    given = list(inputs) if isinstance(inputs, (list, tuple)) else [inputs]
+    names = []
+    for name in given:
+        if isinstance(name, bool) or not isinstance(name, (str, int, float, os.PathLike)):
+            raise ConfigError(
+                f"--inputs {inputs!r} names no files; give a file, a folder, a pattern, or a list of them"
+            )
+        text = os.fspath(name) if isinstance(name, os.PathLike) else str(name)
+        renamed = text.replace("::", "#")
+        names.append(renamed if not os.path.exists(text) and os.path.exists(os.path.expanduser(renamed)) else text)
+    return names
 
 
 def whole_number(name: str, value: Any, least: int) -> None:

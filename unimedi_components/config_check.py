@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
@@ -14,6 +15,7 @@ from pathlib import Path
 from pydoc import ErrorDuringImport, locate
 from typing import Any
 
+import yaml
 from monai.bundle import ConfigParser
 from monai.bundle.config_item import ComponentLocator, ConfigComponent
 from monai.bundle.properties import InferProperties, TrainProperties
@@ -38,6 +40,9 @@ _READ_BY_MONAI = frozenset(
 # what two overlays of a bundle set differently if they are of two data sets
 _DATA_KEYS = ("data_set", "dataset_dir", "datalist_file", "datalist")
 _MISSING = object()
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+# ids whose value is a file or folder; `inputs` too, which takes a number as it is
+_PATH = re.compile(r"(bundle_root|checkpoint|encoder_weights|.*_(dir|file|path))$")
 
 Config = Mapping[str, Any] | str | Path
 
@@ -57,6 +62,8 @@ def check_config(
     - an argument that the ``_target_`` does not take, and a ``_target_`` that does not exist;
     - a reference ``@id`` to nothing;
     - two overlays of two data sets, from the folder of the first config;
+    - a number in quotes, or written `1e-4` in YAML, which is text to it, where the configs before have no text;
+    - a number where a path is meant, and a `#` in a text, which MONAI turns into `::`;
     - an override ``true``, ``false`` or ``null``, which MONAI takes as a word, and ``None``, which it drops.
 
     Args:
@@ -85,7 +92,8 @@ def check_config(
         for key, value in content.items():
             id_ = ReferenceResolver.normalize_id(key.removeprefix("+"))
             if number or _SEP in id_:
-                _check_defined(id_, parser, used, f"config key '{_shown(id_)}' in {name}")
+                default = _check_defined(id_, parser, used, f"config key '{_shown(id_)}' in {name}")
+                _check_value(id_, value, default, f"'{_shown(id_)}' in {name}")
             _check_used(id_, value, used, name, content)
             merge_kv(parser, key, deepcopy(value))
     for key, value in overrides.items():
@@ -116,10 +124,19 @@ def _load(source: Config) -> tuple[str, dict[str, Any]]:
             content = ConfigParser.load_config_file(source)
     except FileNotFoundError as error:
         raise ConfigError(f"config file '{source}' does not exist") from error
-    except (ValueError, UserWarning) as error:
-        raise ConfigError(f"cannot read config file '{source}': {error}") from error
+    except yaml.YAMLError as error:
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
+        problem = " ".join(str(problem).split())
+        raise ConfigError(f"config file '{source}'{place}: not valid YAML ({problem}); correct it there") from error
+    except (OSError, TypeError, ValueError, UserWarning) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"cannot read config file '{source}': {reason}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"config file '{source}' holds a {type(content).__name__}, not a dictionary")
+    for key in content:
+        if not isinstance(key, str):
+            raise ConfigError(f"config file '{source}' has the key {key!r}, a {type(key).__name__}; put it in quotes")
     return name, content
 
 
@@ -204,6 +221,7 @@ def _check_override(key: str, value: Any, parser: ConfigParser, referenced: set[
         )
     id_ = ReferenceResolver.normalize_id(key)
     default = _check_defined(id_, parser, referenced, f"override '--{_shown(id_)}'")
+    _check_value(id_, value, default, f"override '--{_shown(id_)}'", overridden=True)
     if value is None:
         raise ConfigError(f"override '--{_shown(id_)} None': MONAI drops it; write --{_shown(id_)} '$None'")
     word = value.lower() if isinstance(value, str) else ""
@@ -212,6 +230,40 @@ def _check_override(key: str, value: Any, parser: ConfigParser, referenced: set[
         option = f"--{_shown(id_)}"
         meant = "'$None'" if word == "null" else word.capitalize()
         raise ConfigError(f"override '{option} {value}' is the word \"{value}\"; write {option} {meant}")
+
+
+def _check_value(id_: str, value: Any, default: Any, what: str, overridden: bool = False) -> None:
+    """Raise if a value is not of the kind that it was meant as: a number as text, a path as a number, a `#`."""
+    if isinstance(value, (dict, list)):
+        for key, part in _items(value):
+            inner = _MISSING
+            if isinstance(default, dict) or (isinstance(default, list) and isinstance(key, int) and key < len(default)):
+                inner = default.get(key, _MISSING) if isinstance(default, dict) else default[key]
+            _check_value(f"{id_}{_SEP}{key}", part, inner, f"{what}, entry {key}" if isinstance(value, list) else what)
+        return
+    last = id_.rpartition(_SEP)[2]
+    if isinstance(value, str):
+        plain = value[:1] not in ("$", "@", "%")
+        is_text = isinstance(default, str) and default[:1] not in ("$", "@", "%")
+        number = _NUMBER.fullmatch(value)
+        # where nothing tells, digits alone may be a name; an exponent is none
+        if number and not is_text and (default is not _MISSING or number[2]) and not _PATH.fullmatch(last):
+            raise ConfigError(f"{what} is the text '{value}' where a number is meant; write {_yaml_number(value)}")
+        if plain and "#" in value and last != "inputs":
+            raise ConfigError(
+                f"{what}: MONAI turns '#' into '::', so '{value}' would not be found; rename it, or name a link to it "
+                "without '#'"
+            )
+    elif _PATH.fullmatch(last) and isinstance(value, (int, float)) and not isinstance(value, bool):
+        written = f"--{_shown(id_)} ./{value}" if overridden else f'"./{value}"'
+        raise ConfigError(f"{what} is the number {value!r} where a path is meant; write {written}")
+
+
+def _yaml_number(text: str) -> str:
+    """A number as JSON and YAML 1.1 both read it: an exponent needs a point before it."""
+    number = repr(float(text)) if re.search(r"[.eE]", text) else str(int(text))
+    mantissa, e, exponent = number.partition("e")
+    return f"{mantissa}{'' if '.' in mantissa else '.0'}e{exponent}" if e else number
 
 
 def _check_components(id_: str, config: Any) -> None:

@@ -216,7 +216,7 @@ class TaskBundle:
         places = {"dataset_dir": self.data / name, "cache_dir": self.data / f"{self.name}-cache"}
         places |= {"datalist_file": folder / "data.json", "encoder_weights": self.encoder}
         places |= {"ckpt_dir": folder / "models", "output_dir": folder / "eval"}
-        small = {"device": "cpu", "bootstrap": 20, "memory_mb": 10, "phantoms": PHANTOMS[name]}
+        small = {"size": self.sizes, "device": "cpu", "bootstrap": 20, "memory_mb": 10, "phantoms": PHANTOMS[name]}
         return {**small, **self.changes, **{key: str(path) for key, path in places.items()}, **changes}
 
     def files(self, *names: str) -> list[str]:

@@ -223,7 +223,7 @@ def test_what_cannot_be_read_is_listed(predict: Any, tmp_path: Path) -> None:
     assert [row["id"] for row in content["predictions"]] == ["good"]
     reasons = {Path(row["file"]).name: row["reason"] for row in content["skipped"]}
     assert set(reasons) == {"four.nii.gz", "torn.nii.gz"}
-    assert "is not one 3D volume; extract one time point" in reasons["four.nii.gz"]
+    assert "is 4D (12 × 12 × 6 × 3): several time points" in reasons["four.nii.gz"]
     with pytest.raises(Exception) as info:
         predict(str(tmp_path / "four.nii.gz"))
     message = user_fault(info.value)

@@ -141,8 +141,7 @@ def test_overlays_hold_the_papers_numbers(name: str) -> None:
     }
     assert (parser["class_balance"], parser["deep_supervision"], parser["background_prior"]) == (0.0, False, None)
     assert (parser["hidden_states"], parser["normalize_states"], parser["residual_scores"]) == ([3, 6, 9], False, False)
-    sizes = {key: parser[f"network_def#encoder#{key}"] for key in ("patch_size_3d", "embed_dim", "depth", "num_heads")}
-    assert sizes == {"patch_size_3d": [4, 16, 16], "embed_dim": 768, "depth": 12, "num_heads": 12}
+    assert parser["size"] == "vit_b16"
     organs = {"bcv": bcv.ORGANS, "amos": amos.ORGANS}[name]
     assert parser["label_names"] == ["background", *organs]
     assert parser["data_set"] == name and parser["phantoms"] is None

@@ -80,6 +80,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         models = folder / name / "models"
         shutil.copytree(BUNDLES / name / "configs", folder / name / "configs")
         models.mkdir()
+        train = folder / name / "configs" / "train.json"
+        if train.is_file():
+            write_json({**json.loads(train.read_text()), "size": SIZES}, train)
         with torch.random.fork_rng():
             torch.manual_seed(len(name))
             if name in ("pretrain", "report_retrieval"):

@@ -274,7 +274,7 @@ def test_ct_shapes_and_broken_headers(tmp_path):
     nib.Nifti1Image(np.repeat(volume, 3, -1), np.eye(4)).to_filename(tmp_path / "time.nii.gz")
     with pytest.raises(RuntimeError) as info:
         ct(tmp_path / "time.nii.gz", (4, 6, 5))
-    assert isinstance(root_cause(info), DataError) and "(3, 5, 6, 4)" in str(root_cause(info))
+    assert isinstance(root_cause(info), DataError) and "is 4D (5 × 6 × 4 × 3)" in str(root_cause(info))
 
     image = nib.Nifti1Image(volume[..., 0], np.eye(4))
     image.to_filename(tmp_path / "zero.nii")

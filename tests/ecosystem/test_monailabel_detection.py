@@ -40,7 +40,9 @@ def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(REPOSITORY / "bundles" / NAME / "configs", folder / "configs")
     train = json.loads((folder / "configs" / "train.json").read_text())
     torch.manual_seed(0)
-    encoder = UnifiedViT(64, (8, 32, 32), embed_dim=32, depth=1, num_heads=2)
+    size = {"vol_size": [8, 32, 32], "embed_dim": 32, "depth": 1, "num_heads": 2}
+    write_json({**train, "size": size}, folder / "configs" / "train.json")
+    encoder = UnifiedViT(64, **size)
     options = {name: train[name] for name in ("scales", "last_pool", "head_convs", "aspect_ratios")}
     sizes = [[0.18 * 128, 0.25 * 128]] * len(train["scales"])
     network = ViTDet(encoder, 1, width=train["pyramid_width"], anchor_sizes=sizes, **options)

@@ -41,11 +41,12 @@ def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(SOURCE / "configs", folder / "configs")
     # the default's decoder is made for a trained encoder: this one is random, so that the decoder must do the work
     train = json.loads((folder / "configs" / "train.json").read_text())
-    train |= {"widths": [64, 32, 16, 8], "img_size": 80}
+    sizes = {"vol_size": [8, 32, 32], "embed_dim": 32, "depth": 2, "num_heads": 2}
+    train |= {"widths": [64, 32, 16, 8], "img_size": 80, "size": sizes}
     (folder / "configs" / "train.json").write_text(json.dumps(train))
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        encoder = UnifiedViT(64, (8, 32, 32), embed_dim=32, depth=2, num_heads=2)
+        encoder = UnifiedViT(64, **sizes)
         network = SETRPUP(encoder, widths=train["widths"])
         torch.nn.init.normal_(network.head.weight, std=20.0)
         size = train["img_size"]

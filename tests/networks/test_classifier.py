@@ -209,11 +209,19 @@ def same(encoder, state):
     return own.keys() == state.keys() and all(torch.equal(own[name], value) for name, value in state.items())
 
 
-def test_task_encoder_takes_sizes_and_tensors_of_the_pretrained_one(tmp_path):
+def test_task_encoder_takes_grids_and_tensors_of_the_pretrained_one(tmp_path):
     path = save_pretrained(tmp_path, encoder_of())
-    found = task_encoder(path, img_size=32, vol_size=(8, 32, 32), patch_size=16, embed_dim=48, depth=1, num_heads=3)
+    found = task_encoder(path, {name: SIZES[name] for name in ("embed_dim", "num_heads")})
     assert found.hparams == encoder_of().hparams
     assert same(found, torch.load(path, weights_only=True))
+
+
+def test_a_named_grid_takes_effect(tmp_path):
+    path = save_pretrained(tmp_path, encoder_of())
+    found = task_encoder(path, img_size=[2 * side for side in encoder_of().img_size], include_cls_key=True)
+    assert found.img_size == tuple(2 * side for side in encoder_of().img_size)
+    assert found.include_cls_key and found.hparams["vol_size"] == encoder_of().hparams["vol_size"]
+    assert torch.equal(found.blocks[0].attn.qkv.weight, encoder_of().blocks[0].attn.qkv.weight)
 
 
 def test_task_encoder_without_a_card_takes_the_configs_sizes(tmp_path):
@@ -233,7 +241,7 @@ def test_task_encoder_at_random(weights):
 
 def test_task_encoder_of_another_classifier(tmp_path):
     path = save_classifier(tmp_path, classifier(feature_norm=True))
-    assert same(task_encoder(path, embed_dim=24), encoder_of().state_dict())
+    assert same(task_encoder(path, embed_dim=SIZES["embed_dim"]), encoder_of().state_dict())
 
 
 def test_task_encoder_says_how_to_get_weights(tmp_path):

@@ -262,8 +262,28 @@ CASES: dict[str, tuple[Callable[[Any], Given], int, str]] = {
         "scan.nii: is cut off",
     ),
     "header alone": (lambda f: [metaimage(f, "scan.raw")], 422, "scan.mhd: its voxels scan.raw are missing. Drop"),
-    "other file": (lambda f: [metaimage(f, "/etc/passwd")], 422, "scan.mhd: its voxels passwd are missing"),
+    "other file": (lambda f: [metaimage(f, "/etc/passwd")], 422, "scan.mhd: its header names voxels outside"),
     "file list": (lambda f: [metaimage(f, "LIST")], 422, "scan.mhd: its slices lie in files of their own"),
+    "NIfTI of one slice": (
+        lambda f: [f.nifti("scan.nii.gz", np.ones((12, 12, 1), np.int16))],
+        422,
+        "scan.nii.gz: has shape 12 × 12 × 1, which is not a 3D volume. Give all slices in one file.",
+    ),
+    "complex": (
+        lambda f: [f.nifti("scan.nii.gz", np.ones((12, 12, 9), np.complex64))],
+        422,
+        "scan.nii.gz: its voxels are colours or complex numbers. Convert them to grey values.",
+    ),
+    "MetaImage that leads out": (
+        lambda f: [metaimage(f, "../scan.raw"), f.raw("scan.raw", f.voxels().tobytes(order="F"))],
+        422,
+        "scan.mhd: its header names voxels outside its folder (../scan.raw). Put them beside it",
+    ),
+    "detached NRRD that leads out": (
+        lambda f: [f.raw("scan.nhdr", b"NRRD0004\ntype: short\ndimension: 3\nsizes: 9 9 9\ndata file: /etc/passwd\n")],
+        422,
+        "scan.nhdr: its header names voxels outside its folder (/etc/passwd). Put them beside it",
+    ),
     "4D MetaImage": (lambda f: [metaimage(f, "LOCAL", size="9 9 9 3")], 422, "scan.mhd: is 4D"),
     "short MetaImage": (
         lambda f: [metaimage(f, "scan.raw"), f.raw("scan.raw", b"\0" * 99)],
@@ -271,7 +291,7 @@ CASES: dict[str, tuple[Callable[[Any], Given], int, str]] = {
         "scan.mhd: its file of voxels has 99 bytes where the header says 43680",
     ),
     "detached NRRD": (
-        lambda f: [f.raw("a.nrrd", b"NRRD0004\ntype: short\ndimension: 3\nsizes: 9 9 9\ndata file: /etc/passwd\n\n")],
+        lambda f: [f.raw("a.nrrd", b"NRRD0004\ntype: short\ndimension: 3\nsizes: 9 9 9\ndata file: a.raw\n\n")],
         422,
         "a.nrrd: the NRRD header names voxels in another file",
     ),

@@ -71,7 +71,7 @@ def collect(
     """Read AMOS22.
 
     Args:
-        root: folder with ``dataset.json``, or the one above; item paths are relative to it.
+        root: folder with ``dataset.json``, or one or two levels above; item paths are relative to it.
         strict: raise at the first broken or missing file.
         split: ``"paper"``, 200 training cases and the 100 of the validation list for testing, none for validation:
             the paper reports on them, so they choose no epoch, and the protocol trains for a fixed number of
@@ -98,7 +98,8 @@ def collect(
     base = existing_root(root, "AMOS22")
     builder = DatalistBuilder("amos", root, strict)
     builder.meta["split"] = split
-    path = find_source(base, ["dataset.json", "amos22/dataset.json", "*/dataset.json"], "list of cases")
+    folders = ("", "amos22/", "[aA][mM][oO][sS]*/", "*/", "amos22/amos22/", "*/[aA][mM][oO][sS]*/")
+    path = find_source(base, [f"{folder}dataset.json" for folder in folders], "list of cases")
     assert path is not None  # find_source raises when a required table is missing
     content = _read_json(path)
     builder.add_source(path)
@@ -109,7 +110,7 @@ def collect(
         seen: set[str] = set()
         for image, mask in _entries(content, listed, path):
             name = posixpath.basename(image).split(".")[0]
-            image, mask = (posixpath.normpath(f"{folder}/{file}") if file else "" for file in (image, mask))
+            image, mask = (_on_disk(base, f"{folder}/{file}") if file else "" for file in (image, mask))
             reason = _reason(name, seen, mask, listed == "test" and not (base / mask).is_file())
             reason = reason or ("" if part else _ELSEWHERE)
             if reason:
@@ -121,6 +122,14 @@ def collect(
     builder.meta["own_spelling"] = {name: own for own, name in OWN_SPELLING.items()}
     builder.keep_apart()
     return builder
+
+
+def _on_disk(base: Path, file: str) -> str:
+    """Return a path of the list below ``base``; in ``imagesTr/imagesTr`` where unpacking has doubled the folder."""
+    file = posixpath.normpath(file)
+    folder, name = posixpath.split(file)
+    doubled = posixpath.join(folder, posixpath.basename(folder), name)
+    return doubled if not (base / file).exists() and (base / doubled).is_file() else file
 
 
 def _reason(name: str, seen: set[str], mask: str, withheld: bool) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 from unimedi_components.data.datalist import DatalistBuilder
 from unimedi_components.data.label_maps import Case, add_cases
 from unimedi_components.data.registry import Dataset
-from unimedi_components.data.sources import existing_root, nearest_hint
+from unimedi_components.data.sources import existing_root, nearest_hint, undoubled
 from unimedi_components.data.splits import split_patients
 from unimedi_components.errors import ConfigError, DataError
 
@@ -67,7 +67,7 @@ def collect(
     """Read BCV.
 
     Args:
-        root: ``RawData``, the folder that holds ``imagesTr``, or a folder one or two levels above.
+        root: ``RawData``, the folder that holds ``imagesTr``, or a folder one to three levels above.
         strict: raise at the first broken or missing file.
         seed: seed of the split of own cases.
         split: ``"cotr"``, 21 training and 9 test cases and none for validation, since the protocol trains for
@@ -115,11 +115,11 @@ def collect(
 
 def _folders(root: Path) -> tuple[Path, Path, Path]:
     """Return the folders of images, label maps and unlabelled images."""
-    for pattern in ("", "RawData", "*", "*/RawData"):
+    for pattern in ("", "RawData", "*", "*/RawData", "*/*", "*/*/RawData"):
         for top in sorted(root.glob(pattern)) if pattern else [root]:
             for images, labels, unlabelled in FOLDERS:
                 if (top / images).is_dir():
-                    return top / images, top / labels, top / unlabelled
+                    return undoubled(top / images), undoubled(top / labels), undoubled(top / unlabelled)
     looked = " and ".join(f"{images}/img0001.nii.gz" for images, _, _ in FOLDERS)
     raise DataError(f"{root}: no images. Looked for {looked}, also below RawData. Unpack RawData.zip, or correct ROOT.")
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """BIMCV-COVID19+ CT studies, with or without BIMCV-R's English reports, to a datalist (S4.1.1).
 
-Layout read: ``[covid19_posi/]sub-S*/ses-E*/mod-rx/*_ct.nii.gz`` with DICOM tags in a ``.json`` of the same
-stem, reports in ``BIMCV-R.csv`` or in ``derivatives/labels/labels_covid19_posi.tsv`` (iteration 1) or
-``labels_covid_posi.tsv`` (iterations 1 to 3). A report belongs to a session by ``ReportID`` and
-``PatientID``.
+Layout read: ``[covid19_posi/]sub-S*/ses-E*/mod-rx/*_ct.nii.gz``, all in one folder or spread over the folders that the
+part archives unpack into, with DICOM tags in a ``.json`` of the same stem, reports in ``BIMCV-R.csv`` or in
+``derivatives/labels/labels_covid19_posi.tsv`` (iteration 1) or ``labels_covid_posi.tsv`` (iterations 1 to 3). A report
+belongs to a session by ``ReportID`` and ``PatientID``.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from unimedi_components.data.registry import Dataset
 from unimedi_components.data.sources import (
     existing_root,
     find_source,
+    folders_below,
     nearest_hint,
     progress_map,
     read_source,
@@ -47,6 +48,8 @@ PATH_COLUMNS = (
     "nii_path",
 )
 NOT_ENGLISH = "report not English"
+#: How deep the part archives' folders may lie below ROOT, and what is not looked into.
+_DEPTH = 3
 _FILE_IDS = re.compile(r"(sub-S\d+)\D.*?(ses-E\d+)")
 
 _Session = tuple[str, str]
@@ -106,11 +109,13 @@ def collect(
     """
     base = existing_root(root, "BIMCV-COVID19+")
     builder = DatalistBuilder("bimcv", root, strict)
-    sessions = _sessions(base)
-    table = _report_table(base, report_csv)
+    folders = folders_below(base, _DEPTH, lambda path: path.name.startswith(("sub-", "derivatives")))
+    sessions = _sessions(base, folders)
+    tops = [path for path in folders if not path.name.startswith(("sub-", "derivatives"))]
+    table = _report_table(base, tops, report_csv)
     reports = _Reports(table, text_column)
     builder.add_source(table)
-    label_of = _add_labels(builder, base, table)
+    label_of = _add_labels(builder, tops, table)
     builder.meta["keep_punct"] = keep_punct
     limits = CTLimits(min_slices=min_slices, min_megabytes=min_megabytes)
     wanted: list[tuple[_Session, list[Path]]] = []
@@ -144,20 +149,21 @@ def collect(
     return builder
 
 
-def _sessions(root: Path) -> list[tuple[_Session, list[Path]]]:
-    """Return every session, ``((patient, session), CT files)``, in name order."""
-    top = root / "covid19_posi" if (root / "covid19_posi").is_dir() else root
-    found = []
-    for folder in sorted(top.glob("sub-*/ses-*")):
-        if folder.is_dir():
+def _sessions(root: Path, folders: list[Path]) -> list[tuple[_Session, list[Path]]]:
+    """Return every session, ``((patient, session), CT files)``, in name order; of a file in two parts the first."""
+    found: dict[_Session, dict[str, Path]] = {}
+    for patient in (path for path in folders if path.name.startswith("sub-")):
+        for folder in (path for path in patient.glob("ses-*") if path.is_dir()):
             files = [path for ending in ("nii.gz", "nii") for path in folder.glob(f"mod-*/*_ct.{ending}")]
-            found.append(((folder.parent.name, folder.name), sorted(files)))
+            kept = found.setdefault((patient.name, folder.name), {})
+            for path in files:
+                kept.setdefault(path.name, path)
     if not found:
         raise DataError(
-            f"{root}: no sessions. Looked for {top.name}/sub-S*/ses-E*/mod-rx/*_ct.nii.gz. "
-            "Unpack the data set's tgz files there, or correct ROOT."
+            f"{root}: no sessions. Looked for sub-S*/ses-E*/mod-rx/*_ct.nii.gz there, in covid19_posi, and in folders "
+            f"down to {_DEPTH} levels below. Unpack the data set's tgz files there, or correct ROOT."
         )
-    return found
+    return [(session, sorted(found[session].values())) for session in sorted(found)]
 
 
 def _stem(path: Path) -> str:
@@ -201,25 +207,25 @@ class _Reports:
         return (NOT_ENGLISH, "") if report_language(text) in self.refused else ("", text)
 
 
-def _report_table(root: Path, report_csv: str | Path | None) -> Path:
+def _report_table(root: Path, tops: list[Path], report_csv: str | Path | None) -> Path:
     if report_csv is not None:
         return Path(report_csv).expanduser()
-    patterns = [prefix + name for name in ("BIMCV-R.csv", *LABEL_TABLES) for prefix in ("", "covid19_posi/")]
-    found = find_source(root, patterns, "report table", required=False)
+    names = ("BIMCV-R.csv", *LABEL_TABLES)
     # ROOT may be covid19_posi itself, with the tables beside it.
-    if found is None and root.resolve().name == "covid19_posi":
-        found = find_source(root.resolve().parent, patterns, "report table", required=False)
-    if found is None:
-        raise DataError(
-            f"{root}: no report table. Looked for {', '.join(patterns)}. "
-            "Fetch BIMCV-R.csv (English), or give report_csv."
-        )
-    return found
+    beside = [root.resolve().parent] if root.resolve().name == "covid19_posi" else []
+    for name in names:
+        for top in (*tops, *beside):
+            if (found := find_source(top, [name], "report table", required=False)) is not None:
+                return found
+    raise DataError(
+        f"{root}: no report table. Looked for {', '.join(names)} there and in {len(tops) - 1} folders below. "
+        "Fetch BIMCV-R.csv (English), or give report_csv."
+    )
 
 
-def _add_labels(builder: DatalistBuilder, root: Path, table: Path) -> dict[_Session, list[int]]:
+def _add_labels(builder: DatalistBuilder, tops: list[Path], table: Path) -> dict[_Session, list[int]]:
     """Session -> 1 or 0 for each name of the column Labels; names and source go into the meta block."""
-    more = (find_source(root, [name, f"covid19_posi/{name}"], "labels", required=False) for name in LABEL_TABLES)
+    more = (find_source(top, [name], "labels", required=False) for name in LABEL_TABLES for top in tops)
     names, labels, path = read_labels([table, *(path for path in more if path is not None and path != table)])
     if path is not None:
         builder.meta["label_names"] = names
@@ -280,6 +286,7 @@ DATASET = Dataset(
     tree="""\
 BIMCV-R.csv                                        (English reports; or the table below, which is Spanish)
 covid19_posi/derivatives/labels/labels_covid19_posi.tsv
-covid19_posi/sub-S03042/ses-E07985/mod-rx/sub-S03042_ses-E07985_run-1_bp-chest_ct.nii.gz  (and .json)""",
+covid19_posi/sub-S03042/ses-E07985/mod-rx/sub-S03042_ses-E07985_run-1_bp-chest_ct.nii.gz  (and .json)
+bimcv_covid19_posi_subjects_1/[covid19_posi/]sub-S03042/...            (or each part archive in its own folder)""",
     collect=collect,
 )

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Clean-CC-CCII, CT scans as PNG slices in three classes, to a datalist (S4.2.1: volume classification).
 
-Layout read: ``[dataset_cleaned/]{CP,NCP,Normal}/PATIENT/SCAN/0000.png`` and the split lists of the HKBU-HPML
+Layout read: ``[dataset_cleaned/]{CP,NCP,Normal}/PATIENT/SCAN/0000.png``, or the same in parts as archives unpack
+(``CP-1/CP/PATIENT``, ``NCP-22/PATIENT``, ``dataset_cleaned/dataset_cleaned/CP``), and the split lists of the HKBU-HPML
 repository, ``ct_train.json``, ``ct_test.json``, ``ct_val_part.json``: ``{class: {patient: {scan: [png, ...]}}}``.
 The lists are part of the cleaning. They leave out repeated slices, and they name the slices of each scan in the
 order of the body: 98 scans are stored upside down and 61 with blocks out of place (column ``re_order`` of
@@ -13,6 +14,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 import zlib
 from functools import partial
 from pathlib import Path
@@ -32,7 +34,16 @@ __all__ = ["CLASSES", "collect", "convert"]
 CLASSES = ("CP", "NCP", "Normal")
 LISTS = {"training": "ct_train*.json", "validation": "ct_val*.json", "test": "ct_test*.json"}
 CHOICES = {"check_images": IMAGE_CHECKS, "slice_order": ("listed", "number")}
-LIST_FOLDERS = ("", "*/", "covid19_pipeline/data/ccccii/", "*/covid19_pipeline/data/ccccii/")
+#: A folder of a class, or a part of one, at most so deep below ROOT.
+_PART_DEPTH = 3
+_PART = re.compile(r"(CP|NCP|Normal)(?:[-_ ]?\d+)?", re.IGNORECASE)
+LIST_FOLDERS = (
+    "",
+    "*/",
+    "*/*/covid19_pipeline/data/ccccii/",
+    "covid19_pipeline/data/ccccii/",
+    "*/covid19_pipeline/data/ccccii/",
+)
 
 
 class _Scan(NamedTuple):
@@ -112,22 +123,25 @@ def collect(
         if value not in CHOICES[name]:
             raise ConfigError(f"{name}={value!r} is unknown. Use one of {', '.join(CHOICES[name])}.")
     base = existing_root(root, "Clean-CC-CCII")
-    tree = base / "dataset_cleaned" if (base / "dataset_cleaned").is_dir() else base
+    folders = _class_folders(base)
     builder = DatalistBuilder("cc_ccii", root, strict)
     builder.meta.update(task="multiclass", label_names=list(CLASSES), slice_order=slice_order)
     lists = _split_lists(builder, base, split_dir)
     builder.meta["split"] = "official" if lists else "seeded"
     if not lists:
-        lists = _drawn_lists(builder, _scans_on_disk(tree), test_fraction, seed)
+        lists = _drawn_lists(builder, _scans_on_disk(base, folders), test_fraction, seed)
     elif check_images != "none":
         listed = {scan.id for scans in lists.values() for scan in scans}
-        builder.drop_many("not in the split lists", (s.id for s in _scans_on_disk(tree) if s.id not in listed))
+        builder.drop_many("not in the split lists", (s.id for s in _scans_on_disk(base, folders) if s.id not in listed))
     parts = _hold_out(builder, lists, official_validation, validation_fraction, seed)
-    look = partial(_look, tree=tree, order=slice_order, min_slices=min_slices, check=check_images)
-    prefix = "" if tree == base else f"{tree.name}/"
+    place = partial(_scan_folder, folders=folders)
+
+    def look(scan: _Scan) -> _Found:
+        return _look(scan, place(scan), slice_order, min_slices, check_images)
+
     for split, scans in parts.items():
         for scan, found in zip(scans, progress_map(look, scans, f"{split} scans", num_workers, progress), strict=True):
-            _add(builder, split, scan, found, prefix)
+            _add(builder, split, scan, found, place(scan).relative_to(base).as_posix())
     builder.keep_apart()
     _report_slices(builder)
     return builder
@@ -184,17 +198,46 @@ def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def _scans_on_disk(tree: Path) -> list[_Scan]:
-    scans = [
+def _class_folders(base: Path) -> dict[str, list[Path]]:
+    """Return the folders of patients by class: one each, or several where the archives' parts lie side by side."""
+    tree = base / "dataset_cleaned" if (base / "dataset_cleaned").is_dir() else base
+    plain = [label for label in CLASSES if (tree / label).is_dir()]
+    looks_split = any(_PART.fullmatch(path.name) and path.name not in CLASSES for path in tree.iterdir())
+    if plain and not looks_split and not any((tree / label / label).is_dir() for label in plain):
+        return {label: [tree / label] for label in CLASSES}
+    parts: dict[str, list[Path]] = {label: [] for label in CLASSES}
+    names = {label.lower(): label for label in CLASSES}
+    # a part that holds a folder of a part's name is a wrapping alone
+    waiting = [(base, 0)]
+    while waiting:
+        folder, level = waiting.pop(0)
+        below = sorted(path for path in folder.iterdir() if path.is_dir() and path.name[:1] not in "._")
+        inner = [path for path in below if _PART.fullmatch(path.name)]
+        match = _PART.fullmatch(folder.name) if level else None
+        if match and not inner:
+            parts[names[match[1].lower()]].append(folder)
+        elif level < _PART_DEPTH:
+            waiting += [(path, level + 1) for path in (inner or below)]
+    return {label: parts[label] or [tree / label] for label in CLASSES}
+
+
+def _scan_folder(scan: _Scan, folders: dict[str, list[Path]]) -> Path:
+    places = [folder / scan.patient / scan.name for folder in folders[scan.label]]
+    return next((path for path in places[:-1] if path.is_dir()), places[-1])
+
+
+def _scans_on_disk(base: Path, folders: dict[str, list[Path]]) -> list[_Scan]:
+    scans = dict.fromkeys(
         _Scan(label, path.parent.name, path.name)
         for label in CLASSES
-        for path in sorted(tree.glob(f"{label}/*/*"))
+        for folder in folders[label]
+        for path in sorted(folder.glob("*/*"))
         if path.is_dir() and not path.name.startswith(".")
-    ]
+    )
     if not scans:
-        looked = f"{{{','.join(CLASSES)}}}/PATIENT/SCAN"
-        raise DataError(f"{tree}: no scans. Looked for {looked}. Unpack the archives there, or correct ROOT.")
-    return scans
+        looked = f"{{{','.join(CLASSES)}}}/PATIENT/SCAN there, in dataset_cleaned, and in parts such as CP-1/CP"
+        raise DataError(f"{base}: no scans. Looked for {looked}. Unpack the archives there, or correct ROOT.")
+    return list(scans)
 
 
 def _drawn_lists(
@@ -232,9 +275,8 @@ def _hold_out(
     }
 
 
-def _look(scan: _Scan, tree: Path, order: str, min_slices: int, check: str) -> _Found:
+def _look(scan: _Scan, folder: Path, order: str, min_slices: int, check: str) -> _Found:
     """Compare a scan's listed slices with its folder, and check files."""
-    folder = tree / scan.folder
     touch = check != "none" or scan.slices is None
     present = in_slice_order(os.listdir(folder)) if touch and folder.is_dir() else []
     named = present if scan.slices is None else scan.slices
@@ -253,14 +295,14 @@ def _look(scan: _Scan, tree: Path, order: str, min_slices: int, check: str) -> _
     return _Found(None if kept == present else kept, counts, fault)
 
 
-def _add(builder: DatalistBuilder, split: str, scan: _Scan, found: _Found, prefix: str) -> None:
+def _add(builder: DatalistBuilder, split: str, scan: _Scan, found: _Found, folder: str) -> None:
     fault, missing = found.fault, found.counts["missing_slices"]
     if fault is None and missing and builder.strict:
-        fault = "missing image", f"{builder.root / prefix / scan.folder}: {missing} listed slices are not there"
+        fault = "missing image", f"{builder.root / folder}: {missing} listed slices are not there"
     if fault is not None:
         builder.drop(fault[0], scan.id, fault[1])
         return
-    item: dict[str, Any] = {"id": scan.id, "patient": scan.patient, "image": prefix + scan.folder, "dim": 3}
+    item: dict[str, Any] = {"id": scan.id, "patient": scan.patient, "image": folder, "dim": 3}
     item["label"] = CLASSES.index(scan.label)
     if found.slices is not None:
         item["slices"] = found.slices
@@ -286,6 +328,7 @@ DATASET = Dataset(
     licence="none stated for the cleaned set; CC-CCII (http://ncov-ai.big.ac.cn/download) is for research",
     tree="""\
 dataset_cleaned/{CP,NCP,Normal}/PATIENT/SCAN/0000.png
+CP-1/CP/PATIENT/SCAN/0000.png  NCP-22/PATIENT/...     (or the archives' parts, each in its own folder)
 ct_train.json  ct_test.json  [ct_val_part.json]   (here, in a folder below, or --split_dir)""",
     collect=collect,
     notes=(

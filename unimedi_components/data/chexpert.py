@@ -3,7 +3,9 @@
 
 Layout read: ``CheXpert-v1.0[-small]/{train,valid}.csv[.gz]`` whose column ``Path`` reads
 ``CheXpert-v1.0-small/train/patient00001/study1/view1_frontal.jpg``; the first folder of it is replaced by the one
-that the csv lies in. The 202 frontal images of ``valid.csv`` are the test set; validation comes out of
+that the csv lies in. Or the original release as it is handed out: ``CheXpert-v1.0 batch 1 (validate & csv)`` with both
+tables and ``valid/``, and the patients of ``train/`` straight in ``CheXpert-v1.0 batch 2 (train 1)`` to ``batch 4
+(train 3)``. The 202 frontal images of ``valid.csv`` are the test set; validation comes out of
 ``train.csv``.
 """
 
@@ -18,10 +20,10 @@ import pandas as pd
 
 from unimedi_components.data.datalist import DatalistBuilder
 from unimedi_components.data.registry import Dataset
-from unimedi_components.data.sources import existing_root, find_source, nearest_hint, read_source
+from unimedi_components.data.sources import existing_root, find_source, folders_below, nearest_hint, read_source
 from unimedi_components.data.splits import hold_out
 from unimedi_components.data.xray_checks import xray_faults
-from unimedi_components.errors import ConfigError
+from unimedi_components.errors import ConfigError, DataError
 
 __all__ = ["COMPETITION", "FINDINGS", "UNCERTAIN_ONES", "collect", "convert"]
 
@@ -47,6 +49,9 @@ COMPETITION = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural
 #: Findings whose uncertain labels the paper, as MGCA before it, counts as positive.
 UNCERTAIN_ONES = ("Atelectasis", "Edema", "Pleural Effusion")
 TASKS = {"competition": COMPETITION, "all": FINDINGS}
+#: Where train.csv may lie, in order of preference.
+TABLE_FOLDERS = ("", "CheXpert-v1.0*/", "CheXpert*/", "*/CheXpert*/", "*/", "*/*/")
+BATCHES = "CheXpert-v1.0 batch *"
 POLICIES = ("paper", "ones", "zeros", "ignore")
 UNCERTAIN = -1
 VIEW = "Frontal/Lateral"
@@ -102,13 +107,14 @@ def collect(
     columns = TASKS[findings]
     base = existing_root(root, "CheXpert")
     builder = DatalistBuilder("chexpert", root, strict)
-    table = find_source(base, ["train.csv", "CheXpert-v1.0*/train.csv", "CheXpert*/train.csv"], "table of CheXpert")
+    table = find_source(base, [f"{folder}train.csv" for folder in TABLE_FOLDERS], "table of CheXpert")
     assert table is not None  # find_source raises when a required table is missing
     valid = find_source(table.parent, ["valid.csv"], "table of CheXpert's validation set, the test set here")
     assert valid is not None
-    folder = os.path.relpath(table.parent, base).replace(os.sep, "/")
-    test = _frontal_rows(builder, valid, folder, columns, uncertain)
-    train = _frontal_rows(builder, table, folder, columns, uncertain)
+    test = _frontal_rows(builder, valid, columns, uncertain)
+    train = _frontal_rows(builder, table, columns, uncertain)
+    for part in (test, train):
+        part["image"] = _on_disk(base, table.parent, part["image"], check_images)
     shared = train["patient"].isin(test["patient"])
     builder.drop_many("patient in another split", train.loc[shared, "id"])
     train = train[~shared]
@@ -138,16 +144,46 @@ def _check_options(findings: str, uncertain: str, validation_images: int) -> Non
         raise ConfigError(f"validation_images={validation_images} is negative. Use 5000, or 0 for no validation.")
 
 
-def _frontal_rows(
-    builder: DatalistBuilder, path: Path, folder: str, columns: tuple[str, ...], policy: str
-) -> pd.DataFrame:
-    """Return one row per usable frontal image of a table: id, patient, image, label."""
+def _on_disk(base: Path, home: Path, images: pd.Series, check: str) -> pd.Series:
+    """Return paths below ``base`` of images ``train/patient00001/...``, which lie beside the tables or in batches.
+
+    Raises:
+        DataError: neither a folder of the split nor a batch with patients is there.
+    """
+    prefix = os.path.relpath(home, base).replace(os.sep, "/")
+    plain = images if prefix == "." else prefix + "/" + images
+    split = images.str.split("/").str[0]
+    elsewhere = ~split.isin([name for name in split.unique() if (home / name).is_dir()])
+    if check == "none" or not elsewhere.any():
+        return plain
+
+    def closed(path: Path) -> bool:
+        return path.name.startswith("patient") or path in (home / "train", home / "valid")
+
+    batches = [path for path in home.parent.glob(BATCHES) if path.is_dir() and path != home]
+    tops = [home, *sorted(batches if home.match(BATCHES) and home != base else [])]
+    folders = [path for top in tops for path in folders_below(top, 2, closed)]
+    place = {path.name: path.relative_to(base).as_posix() for path in folders if path.name.startswith("patient")}
+    if not place:
+        above = " Give the folder that holds all batches as ROOT." if home.match(BATCHES) and home == base else ""
+        looked = ", ".join(f"{home / name}" for name in sorted(split[elsewhere].unique()))
+        raise DataError(
+            f"{base}: no images. Looked for {looked}, and patient00001 in {home.parent / BATCHES}. "
+            f"Unpack the data set's archives there, or correct ROOT.{above}"
+        )
+    parts = images.str.split("/", n=2, expand=True)
+    below = parts[1].map(place) + "/" + parts[2]
+    return below.where(elsewhere).fillna(plain)
+
+
+def _frontal_rows(builder: DatalistBuilder, path: Path, columns: tuple[str, ...], policy: str) -> pd.DataFrame:
+    """Return one row per usable frontal image of a table: id, patient, image (``train/patient...``), label."""
     frame = read_source(path, ("Path", VIEW, *columns))
     builder.add_source(path)
     own = frame["Path"].str.strip().str.replace(_FIRST_FOLDER, "", n=1, regex=True)
     named = own.str.extract(_PATIENT_PATH)
     frame["id"], frame["patient"] = named[0].str.replace("/", "_"), named[1]
-    frame["image"] = own if folder == "." else folder + "/" + own
+    frame["image"] = own
     frontal = frame[VIEW].str.strip().str.lower() == "frontal"
     unnamed = frame["id"].isna()
     repeated = frame["id"].duplicated() & ~unnamed
@@ -212,7 +248,9 @@ DATASET = Dataset(
     tree="""\
 CheXpert-v1.0-small/train.csv[.gz]  CheXpert-v1.0-small/valid.csv[.gz]
 CheXpert-v1.0-small/train/patient00001/study1/view1_frontal.jpg
-CheXpert-v1.0-small/valid/patient64541/study1/view1_frontal.jpg    (or ROOT is CheXpert-v1.0-small itself)""",
+CheXpert-v1.0-small/valid/patient64541/study1/view1_frontal.jpg    (or ROOT is CheXpert-v1.0-small itself)
+CheXpert-v1.0 batch 1 (validate & csv)/{train.csv,valid.csv,valid/...}   (the original release, with its batches:)
+CheXpert-v1.0 batch 2 (train 1)/patient00001/study1/view1_frontal.jpg    (batch 3 (train 2), batch 4 (train 3))""",
     collect=collect,
     notes="Of 223,414 training rows 191,027 are frontal; 5,000 of them, by whole patients, are validation, and the "
     "202 frontal images of valid.csv are the test set. Options: --findings competition | all, --uncertain paper | "

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """COVIDx CXR to a three-class datalist (S4.2.1: normal, pneumonia, COVID-19; the paper's lists are V9A).
 
-Layout read: lists ``train_COVIDx9A.txt`` and ``test_COVIDx9A.txt`` (also in ``labels/``), images in ``train/`` and
-``test/``. A line of a list is ``patient file class source`` without a header. File names may hold blanks; lists
+Layout read: lists ``train_COVIDx9A.txt`` and ``test_COVIDx9A.txt`` (also in ``labels/`` or a folder below), images in
+``train/``, ``test/`` and ``val/`` of ROOT or of a folder in it. Releases differ in where an image lies: it is looked
+for in all three. A line of a list is ``patient file class source`` without a header. File names may hold blanks; lists
 up to V5 and a part of V7A have no source.
 """
 
 from __future__ import annotations
 
 import gzip
+import os
 import re
 import zlib
 from pathlib import Path
@@ -31,7 +33,9 @@ _LABELS = {
     "three": {"normal": 0, "pneumonia": 1, "covid-19": 2},
     "two": {"negative": 0, "positive": 1, "normal": 0, "pneumonia": 0, "covid-19": 1},
 }
-LIST_FOLDERS = (".", "labels")
+LIST_FOLDERS = ("", "labels/", "*/", "*/labels/")
+#: Folders of images; CXR-3 and later moved some to ``val``.
+IMAGE_FOLDERS = ("train", "test", "val", "competition_test")
 PAPER_LISTS = "train_COVIDx9A.txt and test_COVIDx9A.txt (labels/ of https://github.com/lindawangg/COVID-Net)"
 
 _LIST_NAME = re.compile(r"(train|test)(?:_COVIDx(\d+[A-Z]?))?\.txt(?:\.gz)?", re.IGNORECASE)
@@ -102,7 +106,7 @@ def collect(
     train = frame.loc[frame["kind"] == "train", ["patient", "label"]].to_dict("records")
     split_of = split_patients(strata_by_label(train), validation_fraction, 0.0, seed)
     frame["split"] = frame["patient"].map(split_of).fillna("test")
-    images = (frame["kind"] + "/" + frame["id"]).tolist()
+    images = _on_disk(builder, base, frame, check_images)
     faults = xray_faults(base, images, check_images, num_workers, progress)
     for row, image, fault in zip(frame.itertuples(index=False), images, faults, strict=True):
         if fault is not None:
@@ -119,11 +123,40 @@ def collect(
     return builder
 
 
+def _on_disk(builder: DatalistBuilder, base: Path, frame: pd.DataFrame, check: str) -> list[str]:
+    """Return the images' paths below ``base``: in the folder of their list, or in the one that holds the name.
+
+    Raises:
+        DataError: no folder of images is there.
+    """
+    plain = (frame["kind"] + "/" + frame["id"]).tolist()
+    if check == "none":
+        return plain
+    home = next(
+        (path for path in [base, *sorted(base.glob("*")), *sorted(base.glob("*/*"))] if (path / "train").is_dir()), None
+    )
+    if home is None:
+        raise DataError(
+            f"{base}: no images. Looked for train/, test/ and val/ there and in folders below. Unpack the archive of "
+            "images there, or correct ROOT."
+        )
+    present = {name: set(os.listdir(home / name)) for name in IMAGE_FOLDERS if (home / name).is_dir()}
+    prefix = "" if home == base else home.relative_to(base).as_posix() + "/"
+    images, moved = [], 0
+    for kind, name in zip(frame["kind"], frame["id"], strict=True):
+        holding = kind if name in present.get(kind, ()) else next((f for f in present if name in present[f]), kind)
+        moved += holding != kind
+        images.append(f"{prefix}{holding}/{name}")
+    if moved:
+        builder.remedies.append(f"{moved} images lie in another folder than their list's, as in later releases.")
+    return images
+
+
 def _find_lists(root: Path, wanted: str | None) -> tuple[str, dict[str, Path]]:
     """Return the version and the paths by kind (train, test) of the lists to read."""
     found: dict[str, dict[str, Path]] = {}
     for folder in LIST_FOLDERS:
-        for path in sorted((root / folder).glob("*.txt*")):
+        for path in sorted(root.glob(f"{folder}*.txt*")):
             match = _LIST_NAME.fullmatch(path.name)
             if match:
                 # The Kaggle archive's own train.txt and test.txt say no version
@@ -187,7 +220,7 @@ DATASET = Dataset(
     licence="the terms on the Kaggle page, and those of each source (RSNA, RICORD, BIMCV and others)",
     tree="""\
 train_COVIDx9A.txt  test_COVIDx9A.txt                (or in labels/)
-train/IMAGE.png  test/IMAGE.png                      (png, jpg, jpeg; grey or colour)""",
+train/IMAGE.png  test/IMAGE.png  [val/IMAGE.png]     (png, jpg, jpeg; grey or colour; or in a folder below)""",
     collect=collect,
     notes="V9A lists 30,130 training images (8,085 normal, 5,555 pneumonia, 16,490 COVID-19) and 400 test images "
     "(100, 100, 200). The lists within the Kaggle archive, the B lists and version 6 are binary: the A lists are "

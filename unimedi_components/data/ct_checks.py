@@ -5,6 +5,10 @@ from __future__ import annotations
 
 import gzip
 import logging
+import math
+import os
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +19,18 @@ import numpy as np
 from unimedi_components.data.itk_loading import load_itk
 from unimedi_components.errors import DataError
 
-__all__ = ["CTHeader", "CTLimits", "Fault", "check_ct", "hounsfield_fault", "read_ct_header"]
+__all__ = [
+    "NOT_GREY",
+    "CTHeader",
+    "CTLimits",
+    "Fault",
+    "check_ct",
+    "hounsfield_fault",
+    "read_ct_header",
+    "require_volume",
+    "shape_problem",
+    "voxels_elsewhere",
+]
 
 NIFTI_ENDINGS = (".nii", ".nii.gz")
 SAMPLED_SLICES = 9
@@ -24,6 +39,9 @@ _SOFT_TISSUE = (-200.0, 300.0)
 _PADDING_BELOW = -1100.0
 _MIN_AIR_SHARE = 0.001
 _MIN_TISSUE_SHARE = 0.01
+_HEADER_BYTES = 2**16
+#: What every reader says of voxels that are no single number.
+NOT_GREY = "its voxels are colours or complex numbers. Convert them to grey values"
 
 # nibabel logs its own repairs of a header, which would repeat what the checks report.
 logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)
@@ -56,12 +74,16 @@ class CTLimits:
 
 @dataclass(frozen=True)
 class CTHeader:
-    """Geometry of a volume: shape in voxels, affine (4, 4) to mm, spacing in mm, bytes per voxel."""
+    """Geometry of a volume: shape in voxels, affine (4, 4) to mm, spacing in mm, bytes per voxel.
+
+    ``grey`` is False where a voxel is no single number: a colour, a vector or a complex number.
+    """
 
     shape: tuple[int, ...]
     affine: np.ndarray
     spacing: tuple[float, ...]
     voxel_bytes: int
+    grey: bool = True
 
     @property
     def num_slices(self) -> int:
@@ -92,10 +114,10 @@ def check_ct(
         strict: raise instead of returning the fault.
 
     Returns:
-        None when sound, otherwise the first fault. Reasons: ``missing image``, ``unreadable image``, ``not a
-        3D volume``, ``affine not finite``, ``zero affine``, ``singular affine``, ``spacing out of range``,
-        ``affine and spacing disagree``, ``fewer than N slices``, ``fewer than X MB of voxels``, ``non-finite
-        voxels``, ``not Hounsfield units``.
+        None when sound, otherwise the first fault. Reasons: ``missing image``, ``unreadable image``, ``voxels outside
+        the folder``, ``not grey values``, ``not a 3D volume``, ``affine not finite``, ``zero affine``, ``singular
+        affine``, ``spacing out of range``, ``affine and spacing disagree``, ``fewer than N slices``, ``fewer than X MB
+        of voxels``, ``non-finite voxels``, ``not Hounsfield units``.
 
     Raises:
         DataError: ``strict`` and there is a fault; the message is the fault's detail.
@@ -110,6 +132,8 @@ def _find_fault(path: Path, limits: CTLimits, values: bool) -> Fault | None:
     if not path.exists():
         return Fault("missing image", f"{path}: no such file. Correct the path or fetch the file")
     try:
+        if elsewhere := voxels_elsewhere(path):
+            return Fault("voxels outside the folder", f"{path}: {elsewhere}")
         header = read_ct_header(path)
         problem = _header_problem(header, limits)
         if problem is None and values:
@@ -123,10 +147,87 @@ def _find_fault(path: Path, limits: CTLimits, values: bool) -> Fault | None:
     return None if problem is None else Fault(problem[0], f"{path}: {problem[1]}")
 
 
+def require_volume(path: str | Path) -> None:
+    """Let a file pass that holds one 3D volume of numbers, all its voxels in its own folder.
+
+    Called before any reader opens a file; the words are those of :func:`check_ct`. Folders pass, and so does what no
+    reader knows, which the reading itself refuses.
+
+    Raises:
+        DataError: the header names voxels outside the folder, or they are not one 3D volume of grey values.
+    """
+    path = Path(path)
+    if not path.is_file():
+        return
+    problem = voxels_elsewhere(path)
+    if not problem:
+        try:
+            header = read_ct_header(path)
+        except Exception:  # nibabel, zlib and ITK raise many kinds for broken files
+            return
+        problem = shape_problem(header.shape) if header.grey else NOT_GREY
+    if problem:
+        raise DataError(f"{path}: {problem}")
+
+
+def shape_problem(shape: Sequence[int]) -> str:
+    """Say why a shape, trailing axes of length 1 dropped, is not that of one 3D volume; empty when it is."""
+    text = " × ".join(map(str, shape))
+    if len(shape) > 3:
+        return f"is {len(shape)}D ({text}): several time points or channels. Extract one 3D volume"
+    if len(shape) < 3 or min(shape) < 2:
+        return f"has shape {text}, which is not a 3D volume. Give all slices in one file"
+    return ""
+
+
+def voxels_elsewhere(path: str | Path) -> str:
+    """Say that a MetaImage or NRRD header names voxels outside its folder; empty when it does not.
+
+    A header is text from a stranger: followed, it would read any file of this machine as an image.
+
+    Args:
+        path: any file; its content decides, not its name.
+    """
+    path = Path(path)
+    if not path.is_file():
+        return ""
+    with open(path, "rb") as stream:
+        head = stream.read(_HEADER_BYTES)
+        if head.startswith(b"NRRD0") or b"NDims" in head:
+            head += stream.read(64 * _HEADER_BYTES)
+    home = path.parent.resolve()
+    for name in _voxel_files(head):
+        parts = re.split(r"[/\\]", name)
+        absolute = os.path.isabs(name) or re.match(r"[A-Za-z]:|\\", name)
+        if absolute or ".." in parts or not (home / name).resolve().is_relative_to(home):
+            return f"its header names voxels outside its folder ({name[:80]}). Put them beside it and name them there"
+    return ""
+
+
+def _voxel_files(head: bytes) -> list[str]:
+    """Return the files of voxels that a MetaImage or NRRD header names; patterns and lists included."""
+    nrrd = head.startswith(b"NRRD0")
+    if not nrrd and b"ElementDataFile" not in head:
+        return []
+    # an attached NRRD's header ends with an empty line, a MetaImage's with the line ElementDataFile
+    lines = (re.split(rb"\r?\n\r?\n", head)[0] if nrrd else head).decode("latin-1").splitlines()
+    field = re.compile(r"data ?file:\s*(.*)" if nrrd else r"ElementDataFile\s*=\s*(.*)", re.IGNORECASE)
+    for number, line in enumerate(lines):
+        match = field.match(line.strip())
+        if match is None:
+            continue
+        value = match[1].strip()
+        if value.split()[:1] == ["LIST"]:
+            return [name.strip() for name in lines[number + 1 :] if name.strip()]
+        pattern = re.match(r"(.*%\S*)(\s+-?\d+)+$", value)
+        return [] if value.upper() == "LOCAL" else [pattern[1] if pattern else value]
+    return []
+
+
 def read_ct_header(path: str | Path) -> CTHeader:
     """Read the geometry of a volume without its voxels.
 
-    A trailing axis of length 1 is dropped. A NIfTI with neither sform nor qform has a zero affine here: where
+    Trailing axes of length 1 are dropped. A NIfTI with neither sform nor qform has a zero affine here: where
     its voxels lie is not stored.
 
     Raises:
@@ -140,12 +241,13 @@ def read_ct_header(path: str | Path) -> CTHeader:
         if raw is not None and int(raw["sform_code"]) <= 0 and int(raw["qform_code"]) <= 0:
             affine = np.zeros((4, 4))
         shape, spacing = tuple(image.shape), tuple(float(zoom) for zoom in image.header.get_zooms()[:3])
-        voxel_bytes = int(image.header.get_data_dtype().itemsize)
+        kind = image.header.get_data_dtype()
+        voxel_bytes, grey = int(kind.itemsize), not kind.names and kind.kind in "iuf"
     else:
-        shape, spacing, affine, voxel_bytes = _itk_header(path)
+        shape, spacing, affine, voxel_bytes, grey = _itk_header(path)
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
-    return CTHeader(shape, affine, spacing, voxel_bytes)
+    return CTHeader(shape, affine, spacing, voxel_bytes, grey)
 
 
 def _raw_nifti_header(path: Path) -> nib.Nifti1Header | None:
@@ -160,8 +262,10 @@ def _header_problem(header: CTHeader, limits: CTLimits) -> tuple[str, str] | Non
     """Return ``(reason, detail)`` of the first fault of the geometry."""
     shape, matrix = header.shape, header.affine[:3, :3]
     size = "x".join(map(str, shape))
-    if len(shape) != 3 or min(shape) < 2:
-        return "not a 3D volume", f"has shape {size}. Give one 3D volume per file"
+    if not header.grey:
+        return "not grey values", NOT_GREY
+    if problem := shape_problem(shape):
+        return "not a 3D volume", problem
     if not np.isfinite(header.affine).all():
         return "affine not finite", "the affine holds NaN or infinity. Convert it again from DICOM"
     if not matrix.any():
@@ -264,7 +368,7 @@ def _itk_files(path: Path) -> str | list[str]:
     return max(series, key=len)
 
 
-def _itk_header(path: Path) -> tuple[tuple[int, ...], tuple[float, ...], np.ndarray, int]:
+def _itk_header(path: Path) -> tuple[tuple[int, ...], tuple[float, ...], np.ndarray, int, bool]:
     itk = load_itk()
 
     files = _itk_files(path)
@@ -283,6 +387,8 @@ def _itk_header(path: Path) -> tuple[tuple[int, ...], tuple[float, ...], np.ndar
         shape, spacing = list(reader.GetLargestPossibleRegion().GetSize()), list(reader.GetSpacing())
         direction = np.asarray(reader.GetDirection())
     affine = np.eye(4)
-    if len(shape) == 3:
+    if len(shape) == 3 or (len(shape) > 3 and math.prod(shape[3:]) == 1):
+        spacing = spacing[:3]
         affine[:3, :3] = np.asarray(direction)[:3, :3] * np.asarray(spacing)
-    return tuple(map(int, shape)), tuple(spacing), affine, int(image_io.GetComponentSize())
+    grey = int(image_io.GetNumberOfComponents()) == 1
+    return tuple(map(int, shape)), tuple(spacing), affine, int(image_io.GetComponentSize()), grey

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from monai.data import DataLoader
 
+from unimedi_components.command_options import path_names
 from unimedi_components.data.datalist import load_datalist
 from unimedi_components.data.dataset import PretrainDataset, Skipped
 from unimedi_components.data.itk_loading import load_itk
@@ -58,7 +59,9 @@ def find_images(inputs: str | Sequence[str] | None = None, root: str | Path = ".
     if inputs is None and (base / _DATALIST).is_file():
         items = load_datalist(base / _DATALIST, base)["test"]
         return [{**item, "image": str(base / item["image"]), "source": str(base / item["image"])} for item in items]
-    named = [inputs] if isinstance(inputs, str) else list(inputs or ["."])
+    if inputs is None and not base.is_dir():
+        raise DataError(f"{base}: no such folder of images; name files or folders with --inputs PATH")
+    named = path_names(inputs or ["."])
     files = dict.fromkeys(file for name in named for file in _expand(name, base))
     found = _volumes_and_xrays(files)
     if not found:
@@ -78,7 +81,9 @@ def _expand(name: str, base: Path) -> list[Path]:
         if matches:
             break
     else:
-        raise DataError(f"{name}: no such file, folder or pattern, neither in {base} nor in {Path.cwd()}")
+        raise DataError(
+            f"{name}: no such file, folder or pattern, neither in {base} nor in {Path.cwd()}{_quoted(name)}"
+        )
     files: list[Path] = []
     for match in map(Path, matches):
         if match.is_dir():
@@ -87,6 +92,11 @@ def _expand(name: str, base: Path) -> list[Path]:
         else:
             files.append(match)
     return files
+
+
+def _quoted(name: str) -> str:
+    """What to say of a name that the command line may have read as a number, such as 2024_01."""
+    return f"; a name of digits alone is written ./{name}" if name.replace(".", "").isdigit() else ""
 
 
 def _ends(path: Path, endings: Sequence[str]) -> bool:
@@ -162,17 +172,18 @@ def _read_header(path: Path) -> _Dicom | None:
 
 def _unique_names(paths: Sequence[Path], base: Path) -> list[str]:
     """File names without endings; the folders below `base` are part of them."""
-    names: list[str] = []
+    names: dict[str, None] = {}
+    numbers: dict[str, int] = {}
     for path in paths:
         relative = path.relative_to(base) if path.is_relative_to(base) and path != base else Path(path.name)
         ending = next((end for end in (*VOLUME_ENDINGS[::-1], path.suffix) if _ends(path, [end])), "")
         stem = "_".join(relative.parts)
         stem = stem[: len(stem) - len(ending)] if path.is_file() and ending else stem
-        number, name = 2, stem
+        number, name = numbers.get(stem, 2), stem
         while name in names:
             number, name = number + 1, f"{stem}-{number}"
-        names.append(name)
-    return names
+        names[name], numbers[stem] = None, number
+    return list(names)
 
 
 def image_loader(

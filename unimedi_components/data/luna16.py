@@ -2,9 +2,10 @@
 """LUNA16 to a datalist: whole volumes, nodule or none (the paper), or candidate cubes (Models Genesis).
 
 Layout read: ``subset0/SERIESUID.mhd`` and ``.raw`` to ``subset9/`` (also unpacked as ``subset0/subset0/``),
-``annotations.csv[.gz]`` (volumes), ``candidates_V2.csv[.gz]`` or ``candidates.csv[.gz]`` (candidates), beside them or
-in ``CSVFILES/``. Coordinates are ITK's, LPS in mm; voxel indices follow from the file's ``Offset``,
-``ElementSpacing`` and ``TransformMatrix``, which turns x and y around in some scans.
+``annotations.csv[.gz]`` (volumes), ``candidates_V2.csv[.gz]`` or ``candidates.csv[.gz]`` (candidates), beside them, in
+``CSVFILES/`` or in a folder of the table's own name; all of it in ROOT or in folders up to two levels below, together
+or in parts. Coordinates are ITK's, LPS in mm; voxel indices follow from the file's ``Offset``, ``ElementSpacing`` and
+``TransformMatrix``, which turns x and y around in some scans.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ __all__ = ["LABEL_NAMES", "collect", "convert"]
 
 #: Class names by mode, in label order.
 LABEL_NAMES = {"volume": ["normal", "nodule"], "candidates": ["no nodule", "nodule"]}
-TOPS = ("", "LUNA16/", "luna16/")
-FOLDERS = ("", "CSVFILES/")
+TOPS = ("", "LUNA16/", "luna16/", "*/", "*/*/")
+FOLDERS = ("", "CSVFILES/", "{stem}/", "{name}/")
 TABLES = {"volume": ("annotations.csv",), "candidates": ("candidates_V2.csv", "candidates.csv")}
 COORDINATES = ["coordX", "coordY", "coordZ"]
 
@@ -129,27 +130,32 @@ def _folds(given: Sequence[Any]) -> dict[int, str]:
 def _scans(builder: DatalistBuilder, root: Path) -> dict[str, _Scan]:
     """Return every scan below ``root`` by its series, in the order of the subsets."""
     found: dict[str, _Scan] = {}
-    for folder in TOPS:
-        for inner in ("", "subset[0-9]/"):
-            for path in sorted(root.glob(f"{folder}subset[0-9]/{inner}*.mhd")):
-                # macOS leaves "._" files beside the real ones.
-                if path.name.startswith("."):
-                    continue
-                if path.stem in found:
-                    builder.drop("duplicate id", path.stem, f"{path}: also at {found[path.stem].image}")
-                    continue
-                found[path.stem] = _Scan(path.relative_to(root).as_posix(), int(path.parent.name[-1]))
-        if found:
-            return found
+    # the glob of "*/" also meets LUNA16/ and subset0/subset0
+    files = (root.glob(f"{folder}subset[0-9]/{inner}*.mhd") for folder in TOPS for inner in ("", "subset[0-9]/"))
+    for path in dict.fromkeys(path for group in files for path in sorted(group)):
+        # macOS leaves "._" files beside the real ones, and a folder of such.
+        if path.name.startswith(".") or "__MACOSX" in path.parts:
+            continue
+        if path.stem in found:
+            builder.drop("duplicate id", path.stem, f"{path}: also at {found[path.stem].image}")
+            continue
+        found[path.stem] = _Scan(path.relative_to(root).as_posix(), int(path.parent.name[-1]))
+    if found:
+        return found
     raise DataError(
-        f"{root}: no volumes. Looked for subset0/SERIESUID.mhd to subset9/. "
+        f"{root}: no volumes. Looked for subset0/SERIESUID.mhd to subset9/ there and in folders below. "
         "Unpack the data set's subset files there, or correct ROOT."
     )
 
 
 def _rows(builder: DatalistBuilder, root: Path, mode: str) -> pd.DataFrame:
     """Return the table: id, seriesuid (categories), coordinates and diameter_mm or class as numbers."""
-    patterns = [top + folder + name for top in TOPS for name in TABLES[mode] for folder in FOLDERS]
+    patterns = [
+        top + folder.format(stem=name.removesuffix(".csv"), name=name) + name
+        for top in TOPS
+        for name in TABLES[mode]
+        for folder in FOLDERS
+    ]
     path = find_source(root, patterns, f"table for --mode {mode}")
     assert path is not None  # find_source raises when a required table is missing
     value = "diameter_mm" if mode == "volume" else "class"
@@ -270,7 +276,8 @@ DATASET = Dataset(
     licence="CC BY 4.0; the scans are LIDC-IDRI's (CC BY 3.0)",
     tree="""\
 subset0/1.3.6.1.4.1.14519.5.2.1.6279.6001.100225287222365663678666836860.mhd  (and .raw; to subset9/)
-annotations.csv[.gz]  candidates_V2.csv[.gz]       (or in CSVFILES/)""",
+annotations.csv[.gz]  candidates_V2.csv[.gz]       (or in CSVFILES/)
+LUNA16/subset0/subset0/SERIESUID.mhd               (or nested as the archives unpack)""",
     collect=collect,
     notes="888 scans, 1,186 nodules of at least 3 mm, 754,975 candidates (1,557 of them nodules) in candidates_V2.csv. "
     "The paper classifies volumes; its peer number for this data set (94.2) is that of candidate cubes of 32 x 64 x 64 "

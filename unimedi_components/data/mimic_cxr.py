@@ -3,7 +3,8 @@
 
 Layout read: ``mimic-cxr-2.*-{metadata,split}.csv[.gz]``, optional ``-chexpert.csv[.gz]``, images
 ``files/p10/p10000032/s50414267/DICOM_ID.jpg`` and, from MIMIC-CXR, report texts
-``files/p10/p10000032/s50414267.txt`` (also under ``mimic-cxr-reports/``).
+``files/p10/p10000032/s50414267.txt`` (also under ``mimic-cxr-reports/``), each also where PhysioNet's download puts it:
+``physionet.org/files/mimic-cxr-jpg/2.1.0/`` and ``physionet.org/files/mimic-cxr/2.1.0/``.
 """
 
 from __future__ import annotations
@@ -28,7 +29,14 @@ SPLIT_NAMES = {"train": "training", "validate": "validation", "test": "test"}
 FRONTAL_VIEWS = ("PA", "AP")
 #: Label of a finding that the report does not mention; the others are the file's own 1, 0 and -1 (uncertain).
 LABEL_MISSING = -2
-REPORT_FOLDERS = ("files", "mimic-cxr-reports/files", "mimic-cxr-reports", "reports/files", "reports")
+REPORT_FOLDERS = (
+    *("files", "mimic-cxr-reports/files", "mimic-cxr-reports", "reports/files", "reports"),
+    *("mimic-cxr-reports/mimic-cxr-reports/files", "mimic-cxr-reports/mimic-cxr-reports"),
+)
+#: Where the tables, and with them the images, may lie below ROOT.
+TABLE_FOLDERS = ("", "*/", "*/*/", "mimic-cxr-jpg/*/", "files/mimic-cxr-jpg/*/", "physionet.org/files/mimic-cxr-jpg/*/")
+#: Where MIMIC-CXR's own download may lie beside them.
+_TEXT_FOLDERS = ("mimic-cxr*/", "mimic-cxr/*/", "files/mimic-cxr/*/", "physionet.org/files/mimic-cxr/*/")
 
 _Report = tuple[str, str]
 
@@ -113,7 +121,8 @@ def collect(
     def faults_of(images: list[str]) -> list[tuple[str, str] | None]:
         return xray_faults(base, images, check_images, num_workers, progress)
 
-    _add_items(builder, base, frame, reports, faults_of, labels)
+    images = _image_folder(base, _required(base, "metadata").parent, frame)
+    _add_items(builder, base, images, frame, reports, faults_of, labels)
     builder.keep_apart()
     return builder
 
@@ -149,9 +158,22 @@ def _frontal_images(builder: DatalistBuilder, root: Path) -> pd.DataFrame:
 
 
 def _required(root: Path, kind: str) -> Path:
-    path = find_source(root, [f"mimic-cxr-2.*-{kind}.csv"], f"{kind} table of MIMIC-CXR-JPG")
+    patterns = [f"{folder}mimic-cxr-2.*-{kind}.csv" for folder in TABLE_FOLDERS]
+    path = find_source(root, patterns, f"{kind} table of MIMIC-CXR-JPG")
     assert path is not None  # find_source raises when a required table is missing
     return path
+
+
+def _image_folder(root: Path, home: Path, frame: pd.DataFrame) -> str:
+    """Return the folder with ``p10`` to ``p19`` relative to ``root``: the first that holds one of some patients."""
+    patients = frame["subject_id"].drop_duplicates().iloc[:: max(1, frame["subject_id"].nunique() // 100)]
+    candidates = [home / "files", home / "files" / "files", root / "files", *sorted(root.glob("*/files")), home]
+    for folder in candidates:
+        if any((folder / patient[:3] / patient).is_dir() for patient in patients):
+            break
+    else:
+        folder = candidates[0]
+    return folder.relative_to(root).as_posix()
 
 
 def _sections_from_csv(builder: DatalistBuilder, path: Path) -> dict[str, dict[str, str] | _Report]:
@@ -187,14 +209,19 @@ def _report_folder(root: Path, names: list[str], reports_root: str | Path | None
         given = existing_root(reports_root, "MIMIC-CXR report")
         candidates = [given, given / "files", given / "mimic-cxr-reports" / "files"]
     else:
-        candidates = [root / folder for folder in REPORT_FOLDERS]
+        home = _required(root, "metadata").parent
+        # physionet.org/files holds mimic-cxr-jpg/2.1.0 beside mimic-cxr/2.1.0
+        tops = [root, home, *(home.parents[1:2] if home.parent.name == "mimic-cxr-jpg" else [])]
+        texts = [*tops, *(place for top in tops for pattern in _TEXT_FOLDERS for place in sorted(top.glob(pattern)))]
+        candidates = list(dict.fromkeys(place / folder for place in texts for folder in REPORT_FOLDERS))
+        candidates = [folder for folder in candidates if folder.is_dir()] or [root / name for name in REPORT_FOLDERS]
     probes = names[:: max(1, len(names) // 100)]
     for folder in candidates:
         if any((folder / name).is_file() for name in probes):
             return folder
     if probes:
         raise DataError(
-            f"{root}: no report texts. Looked for {probes[0]} below {', '.join(map(str, candidates))}. "
+            f"{root}: no report texts. Looked for {probes[0]} below {', '.join(map(str, candidates[:8]))}. "
             "Unpack mimic-cxr-reports.zip of MIMIC-CXR there, or give reports_root or sectioned_csv."
         )
     return candidates[0]
@@ -203,6 +230,7 @@ def _report_folder(root: Path, names: list[str], reports_root: str | Path | None
 def _add_items(
     builder: DatalistBuilder,
     root: Path,
+    files: str,
     frame: pd.DataFrame,
     reports: dict[str, _Report],
     faults_of: Callable[[list[str]], list[tuple[str, str] | None]],
@@ -214,7 +242,7 @@ def _add_items(
     for row in frame[reasons != ""].itertuples(index=False):
         builder.drop(reports[row.study_id][0], row.dicom_id, details[row.study_id])
     frame = frame[reasons == ""].reset_index(drop=True)
-    folder = "files/" + frame["subject_id"].str[:3] + "/" + frame["subject_id"] + "/" + frame["study_id"]
+    folder = files + "/" + frame["subject_id"].str[:3] + "/" + frame["subject_id"] + "/" + frame["study_id"]
     images = (folder + "/" + frame["dicom_id"] + ".jpg").tolist()
     label_of = _chexpert_labels(builder, root) if labels else {}
     for row, image, fault in zip(frame.itertuples(index=False), images, faults_of(images), strict=True):
@@ -230,7 +258,8 @@ def _add_items(
 
 def _chexpert_labels(builder: DatalistBuilder, root: Path) -> dict[str, list[int]]:
     """Return study -> 14 labels in the file's column order; names and meaning go into the meta block."""
-    path = find_source(root, ["mimic-cxr-2.*-chexpert.csv"], "label table", required=False)
+    home = _required(root, "metadata").parent
+    path = find_source(home, ["mimic-cxr-2.*-chexpert.csv"], "label table", required=False)
     if path is None:
         return {}
     frame = read_source(path, ("subject_id", "study_id"))
@@ -259,6 +288,7 @@ DATASET = Dataset(
     tree="""\
 mimic-cxr-2.0.0-metadata.csv[.gz]  mimic-cxr-2.0.0-split.csv[.gz]  [mimic-cxr-2.0.0-chexpert.csv[.gz]]
 files/p10/p10000032/s50414267/DICOM_ID.jpg
-files/p10/p10000032/s50414267.txt                 (or under mimic-cxr-reports/)""",
+files/p10/p10000032/s50414267.txt                 (or under mimic-cxr-reports/)
+physionet.org/files/{mimic-cxr-jpg,mimic-cxr}/2.1.0/...       (or as wget leaves both)""",
     collect=collect,
 )

@@ -3,7 +3,8 @@
 
 Layout read: ``stage_2_train_labels.csv[.gz]`` {patientId, x, y, width, height, Target} with one row per box,
 optional ``stage_2_detailed_class_info.csv[.gz]`` {patientId, class}, and
-``stage_2_train_images/PATIENT_ID.dcm``, one film of 1024 x 1024 pixels per patient. The official files hold
+``stage_2_train_images/PATIENT_ID.dcm``, one film of 1024 x 1024 pixels per patient; each archive may be unpacked into a
+folder of its own name. The official files hold
 30,227 rows of 26,684 patients, 6,012 of them positive (the paper's "29,700" is an error).
 """
 
@@ -18,7 +19,7 @@ import pandas as pd
 
 from unimedi_components.data.datalist import DatalistBuilder
 from unimedi_components.data.registry import Dataset
-from unimedi_components.data.sources import existing_root, find_source, read_source
+from unimedi_components.data.sources import existing_root, find_source, read_source, undoubled
 from unimedi_components.data.xray_checks import xray_faults
 from unimedi_components.errors import ConfigError, DataError
 
@@ -86,15 +87,15 @@ def collect(
     base = existing_root(root, "RSNA Pneumonia")
     builder = DatalistBuilder("rsna", root, strict)
     name = "stage_2_train_labels.csv"
-    table = find_source(base, [name, f"*/{name}"], "label table of RSNA Pneumonia stage 2")
+    table = find_source(base, [name, f"*/{name}", f"*/*/{name}"], "label table of RSNA Pneumonia stage 2")
     assert table is not None  # find_source raises when a required table is missing
     rows = _read_rows(builder, table)
     patients = sorted(set(rows["patientId"]))
     split_of = _lovt_split(builder, base, split_dir, patients) if split == "lovt" else paper_split(patients, task)
     rows = _without_contradictions(builder, rows[rows["patientId"].isin(set(split_of))])
     boxes = _boxes_of(rows)
-    classes = _classes(builder, table.parent)
-    images = table.parent / IMAGES
+    classes = _classes(builder, table.parent, base)
+    images = _image_folder(base, table.parent)
     if check_images != "none" and not images.is_dir():
         raise DataError(
             f"{images}: no such folder. Unpack {IMAGES}.zip of the challenge there, correct ROOT, or prepare the "
@@ -179,9 +180,18 @@ def _boxes_of(rows: pd.DataFrame) -> dict[str, list[list[float]]]:
     return boxes
 
 
-def _classes(builder: DatalistBuilder, folder: Path) -> dict[str, str]:
+def _image_folder(base: Path, home: Path) -> Path:
+    """Return the folder of films: beside the table, beside the table's own folder, or doubled by unpacking."""
+    above = home.parent if home != base else home
+    places = [home / IMAGES, above / IMAGES, *sorted(base.glob(f"*/{IMAGES}"))]
+    return undoubled(next((path for path in places if path.is_dir()), places[0]))
+
+
+def _classes(builder: DatalistBuilder, folder: Path, base: Path) -> dict[str, str]:
     """Return patient -> "Normal", "Lung Opacity" or "No Lung Opacity / Not Normal", where the table is there."""
-    path = find_source(folder, ["stage_2_detailed_class_info.csv"], "class table", required=False)
+    name = "stage_2_detailed_class_info.csv"
+    path = find_source(folder, [name], "class table", required=False)
+    path = path or find_source(base, [name, f"*/{name}", f"*/*/{name}"], "class table", required=False)
     if path is None:
         return {}
     frame = read_source(path, ("patientId", "class"))

@@ -10,7 +10,6 @@ import torch
 from monai.transforms import (
     EnsureChannelFirstd,
     EnsureTyped,
-    LoadImaged,
     MapTransform,
     Orientationd,
     Resized,
@@ -20,7 +19,7 @@ from monai.transforms import (
 )
 
 from unimedi_components.data.label_maps import geometry_difference, unknown_labels
-from unimedi_components.data.transforms import RAS_LABELS, CheckVolumed
+from unimedi_components.data.transforms import RAS_LABELS, CheckVolumed, LoadVolumed
 from unimedi_components.errors import DataError
 
 __all__ = ["CheckFinited", "CheckLabelMapd", "segmentation_transforms"]
@@ -112,7 +111,7 @@ def segmentation_transforms(
     keys = ("image", "mask") if label_map else ("image",)
     count = len(keys)
     steps: list[Transform] = [
-        LoadImaged(keys, image_only=True),
+        LoadVolumed(keys),
         EnsureChannelFirstd(keys),
         CheckVolumed(keys),
         CheckFinited("image"),

@@ -7,6 +7,7 @@ import difflib
 import hashlib
 import warnings
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +18,19 @@ from tqdm import tqdm
 
 from unimedi_components.errors import DataError
 
-__all__ = ["existing_root", "find_source", "nearest_hint", "progress_map", "read_source", "sha256_of"]
+__all__ = [
+    "existing_root",
+    "find_source",
+    "folders_below",
+    "nearest_hint",
+    "progress_map",
+    "read_source",
+    "sha256_of",
+    "undoubled",
+]
+
+# what macOS leaves beside the files of an archive
+_NOT_DATA = ("__MACOSX",)
 
 
 def nearest_hint(name: str, known: Iterable[str]) -> str:
@@ -72,13 +85,41 @@ def find_source(root: Path, patterns: Sequence[str], what: str, *, required: boo
     """
     for pattern in patterns:
         for ending in ("", ".gz"):
-            found = sorted(root.glob(pattern + ending))
+            found = [path for path in sorted(root.glob(pattern + ending)) if path.is_file() and _is_data(path, root)]
             if found:
                 return found[0]
     if not required:
         return None
     looked = ", ".join(f"{pattern}[.gz]" for pattern in patterns)
     raise DataError(f"{root}: no {what}. Looked for {looked}. Download it from the data set, or correct ROOT.")
+
+
+def _is_data(path: Path, root: Path) -> bool:
+    return not any(part.startswith(".") or part in _NOT_DATA for part in path.relative_to(root).parts)
+
+
+def folders_below(root: Path, depth: int, closed: Callable[[Path], bool]) -> list[Path]:
+    """Return ``root`` and the folders below it, the nearer first: archives unpack into folders of their own.
+
+    Args:
+        root: where to start; always looked into.
+        depth: how many levels to go down.
+        closed: folders of which it is true are returned, but not looked into.
+    """
+    found, waiting = [], deque([(root, 0)])
+    while waiting:
+        folder, level = waiting.popleft()
+        found.append(folder)
+        if level < depth and (folder == root or not closed(folder)):
+            below = sorted(path for path in folder.iterdir() if path.is_dir() and _is_data(path, root))
+            waiting.extend((path, level + 1) for path in below)
+    return found
+
+
+def undoubled(folder: Path) -> Path:
+    """Return the folder within a folder of the same name, as unpacking into a folder of the archive's name makes."""
+    inner = folder / folder.name
+    return inner if inner.is_dir() else folder
 
 
 def read_source(path: Path, required: Sequence[str] = (), sep: str = ",", remedy: str = "") -> pd.DataFrame:

@@ -27,7 +27,7 @@ from unimedi_components.errors import ConfigError, DataError
 
 __all__ = ["collect", "convert", "image_dim"]
 
-VOLUME_ENDINGS = (".nii", ".nii.gz", ".mhd", ".mha", ".nrrd")
+VOLUME_ENDINGS = (".nii", ".nii.gz", ".mhd", ".mha", ".nrrd", ".nhdr")
 SPLIT_NAMES = {
     **dict.fromkeys(("training", "train", "tr"), "training"),
     **dict.fromkeys(("validation", "validate", "valid", "val", "dev"), "validation"),

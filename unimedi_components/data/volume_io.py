@@ -14,7 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from unimedi_components.data.ct_checks import SAMPLED_SLICES, CTLimits, Fault, check_ct, hounsfield_fault
+from unimedi_components.data.ct_checks import (
+    SAMPLED_SLICES,
+    CTLimits,
+    Fault,
+    check_ct,
+    hounsfield_fault,
+    voxels_elsewhere,
+)
 from unimedi_components.data.itk_loading import load_itk
 from unimedi_components.errors import DataError
 
@@ -54,9 +61,12 @@ def read_geometry(path: str | Path) -> VolumeGeometry:
     """Read size, offset, spacing and direction cosines of a 3D volume with ITK, without its voxels.
 
     Raises:
-        DataError: ITK does not know the format, it is not 3D, or the axes do not span space.
+        DataError: ITK does not know the format, it is not 3D, the axes do not span space, or the header names voxels
+            outside its folder.
         RuntimeError: ITK cannot read the header.
     """
+    if elsewhere := voxels_elsewhere(path):
+        raise DataError(f"{path}: {elsewhere}")
     itk = load_itk()
     image_io = itk.ImageIOFactory.CreateImageIO(str(path), itk.CommonEnums.IOFileMode_ReadMode)
     if image_io is None:

@@ -15,12 +15,12 @@ import numpy.typing as npt
 import torch
 from monai.data import MetaTensor
 from monai.engines import IterationEvents
-from monai.transforms import EnsureChannelFirst, LoadImage, Orientation, Transform
+from monai.transforms import EnsureChannelFirst, Orientation, Transform
 from torch import Tensor
 from torch.nn import functional as F
 
 from unimedi_components.data.datalist import write_json
-from unimedi_components.data.transforms import RAS_LABELS
+from unimedi_components.data.transforms import RAS_LABELS, LoadVolumed
 from unimedi_components.errors import DataError
 from unimedi_components.figures.attention import CTView, XrayView, draw_selection, draw_xrays
 
@@ -119,7 +119,7 @@ def attention_in_file_geometry(source: str | Path, attention: Tensor) -> tuple[A
     Returns:
         float32 of the file's shape, 1 where attention is what even attention would be, and its affine (RAS+).
     """
-    volume = EnsureChannelFirst()(LoadImage(image_only=True)(str(source)))
+    volume = EnsureChannelFirst()(LoadVolumed("image")({"image": str(source)})["image"])
     turn = Orientation(axcodes="SPL", labels=RAS_LABELS)
     oriented = turn(volume)
     assert isinstance(volume, MetaTensor) and isinstance(oriented, MetaTensor)

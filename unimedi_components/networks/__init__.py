@@ -9,6 +9,7 @@ from unimedi_components.networks.output import EncoderOutput, ImageFeatures, Uni
 from unimedi_components.networks.pretrained import Pretrained, load_encoder, load_pretrained, untrained
 from unimedi_components.networks.report_encoder import ReportEncoder, load_tokenizer
 from unimedi_components.networks.setr_pup import SETRPUP
+from unimedi_components.networks.sizes import SIZES, encoder_sizes
 from unimedi_components.networks.unified_vit import UnifiedViT
 from unimedi_components.networks.unimedi import UniMedI
 from unimedi_components.networks.vitdet import ViTDet
@@ -16,6 +17,7 @@ from unimedi_components.networks.weights import create_encoder, load_strict, loa
 
 __all__ = [
     "SETRPUP",
+    "SIZES",
     "DINOHead",
     "EmbeddingNetwork",
     "EncoderOutput",
@@ -29,6 +31,7 @@ __all__ = [
     "UnifiedViT",
     "ViTDet",
     "create_encoder",
+    "encoder_sizes",
     "load_classifier",
     "load_encoder",
     "load_network",

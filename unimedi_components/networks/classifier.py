@@ -6,6 +6,7 @@ Letters: B batch, D width, C classes, k slices.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,8 @@ from unimedi_components.networks.cards import load_network
 from unimedi_components.networks.export import scriptable
 from unimedi_components.networks.modality_norm import ModalityBatchNorm1d
 from unimedi_components.networks.output import EncoderOutput
-from unimedi_components.networks.pretrained import CARD, read_card
 from unimedi_components.networks.unified_vit import UnifiedViT
-from unimedi_components.networks.weights import load_weights
+from unimedi_components.networks.weights import create_encoder
 
 __all__ = ["ImageClassifier", "load_classifier", "task_encoder"]
 
@@ -174,27 +174,26 @@ class ImageClassifier(nn.Module):
         return attention.unflatten(1, grid if image.ndim == 5 else grid[1:])
 
 
-def task_encoder(weights: str | Path | None, **kwargs: Any) -> UnifiedViT:
-    """The encoder of a task bundle.
+def task_encoder(weights: str | Path | None, size: str | Mapping[str, Any] | None = None, **kwargs: Any) -> UnifiedViT:
+    """The encoder of a task bundle: `create_encoder`, with a task's words where the weights are missing.
 
     Args:
-        weights: `models/model.pt` of a pre-training run, whose `model.json` gives the encoder's sizes; any other
-            weights that `load_weights` reads, or "none" for random initialisation, with the sizes in `kwargs`.
-        **kwargs: arguments of `UnifiedViT` where no `model.json` lies beside the weights.
+        weights: `models/model.pt` of a pre-training run, with `model.json` beside it; any other weights that
+            `load_weights` reads, or "none" for random initialisation.
+        size: see `create_encoder`, as for `kwargs`.
+        **kwargs: arguments of `UnifiedViT`.
 
     Raises:
-        CheckpointError: the weights are missing or do not fit.
+        CheckpointError: the weights are missing, do not fit, or are of another size than the config asks for.
+        ConfigError: no such size or argument.
     """
-    if weights is None or str(weights).lower() == "none":
-        return UnifiedViT(**kwargs)
-    path = Path(str(weights))
-    if not str(weights).startswith(("timm:", "hf:")) and not path.is_file():
+    path, given = Path(str(weights)), weights is not None and str(weights).lower() != "none"
+    if given and not str(weights).startswith(("timm:", "hf:")) and not path.is_file():
         raise CheckpointError(
             f"{path}: no pre-trained encoder. Train one with 'make pretrain', give other weights with "
             "--encoder_weights, or --encoder_weights none for random initialisation"
         )
-    card = read_card(path) if path.with_name(CARD).is_file() else {"encoder": kwargs}
-    return load_weights(UnifiedViT(**card["encoder"]), weights)
+    return create_encoder(weights, size, **kwargs)
 
 
 def load_classifier(checkpoint: str | Path, device: str | torch.device = "cpu") -> ImageClassifier:

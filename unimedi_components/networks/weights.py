@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,9 +15,12 @@ from torch.nn import functional as F
 
 from unimedi_components.errors import CheckpointError
 from unimedi_components.networks.embed import resample_pos_embed_2d, resample_pos_embed_3d
+from unimedi_components.networks.sizes import SHAPES, SIZES, check_size, encoder_sizes, sizes_of_state
 from unimedi_components.networks.unified_vit import UnifiedViT
 
 __all__ = ["adapt_vit_state", "create_encoder", "load_strict", "load_weights", "read_state_dict"]
+
+logger = logging.getLogger(__name__)
 
 NESTED = ("state_dict", "model", "student", "network")
 PREFIXES = ("module.", "encoder.", "backbone.", "visual.trunk.", "vit.")
@@ -24,12 +28,46 @@ ADDED_HERE = ("mask_token", "segment_embed", "depth_embed")
 HEADS = ("head.", "head_dist.", "fc_norm.", "pre_logits.", "dist_token", "decoder")
 
 
-def create_encoder(weights: str | None = None, **kwargs: Any) -> UnifiedViT:
-    """A `UnifiedViT(**kwargs)`, initialised from `weights` where given (see `load_weights`); "none" is random."""
-    encoder = UnifiedViT(**kwargs)
-    if weights is not None and str(weights).lower() != "none":
-        load_weights(encoder, weights)
-    return encoder
+def create_encoder(
+    weights: str | Path | None = None, size: str | Mapping[str, Any] | None = None, **kwargs: Any
+) -> UnifiedViT:
+    """An encoder of a named size, initialised from weights where given.
+
+    Where `model.json` lies beside the weights, the grids of its position tables count unless `kwargs` or a dict name
+    others, to which the tables are resampled. Weights without a card whose shapes are those of a known ViT replace the
+    size "tiny", which no other project has.
+
+    Args:
+        weights: what `load_weights` reads; None or "none" is random initialisation.
+        size: a name in `SIZES`, or a dict of arguments of `UnifiedViT`; None leaves the class's own.
+        **kwargs: arguments of `UnifiedViT` that go before those of the size.
+
+    Raises:
+        CheckpointError: the weights are missing, do not fit, or are of another size than the config asks for; both are
+            named.
+        ConfigError: no such size or argument.
+    """
+    from unimedi_components.networks.pretrained import CARD, read_card
+
+    sizes = encoder_sizes(size, **kwargs)
+    if weights is None or str(weights).lower() == "none":
+        return UnifiedViT(**sizes)
+    source, explicit = str(weights), {**(size if isinstance(size, Mapping) else {}), **kwargs}
+    path = Path(source)
+    if path.is_file() and path.with_name(CARD).is_file():
+        own = read_card(path)["encoder"]
+        check_size(own, sizes, source)
+        encoder = UnifiedViT(**{**own, **{name: value for name, value in explicit.items() if name not in SHAPES}})
+        return load_weights(encoder, weights)
+    state = _strip(read_state_dict(weights))
+    if (sizes_in_file := sizes_of_state(state)) is not None:
+        width, depth = sizes_in_file["embed_dim"], sizes_in_file["depth"]
+        if size == "tiny" and not set(explicit) & set(SHAPES) and width != SIZES["tiny"]["embed_dim"]:
+            sizes = {**sizes, **sizes_in_file}
+            logger.warning("%s: %d wide, %d blocks; the encoder gets its size", source, width, depth)
+        else:
+            check_size(sizes_in_file, sizes, source, ("embed_dim", "depth"))
+    return _load(UnifiedViT(**sizes), state, source)
 
 
 def load_weights(encoder: UnifiedViT, source: str | Path) -> UnifiedViT:
@@ -46,12 +84,15 @@ def load_weights(encoder: UnifiedViT, source: str | Path) -> UnifiedViT:
     Raises:
         CheckpointError: file or model not found, not a state dict, or tensors that do not fit; the message lists them.
     """
-    state = _strip(read_state_dict(source))
+    return _load(encoder, _strip(read_state_dict(source)), str(source))
+
+
+def _load(encoder: UnifiedViT, state: dict[str, Tensor], source: str) -> UnifiedViT:
     if "patch_embed_3d.proj.weight" not in state:
-        state = adapt_vit_state(state, encoder, str(source))
+        state = adapt_vit_state(state, encoder, source)
     else:
         state = _fit_tables(state, encoder)
-    load_strict(encoder, state, str(source))
+    load_strict(encoder, state, source)
     return encoder
 
 
@@ -142,7 +183,8 @@ def adapt_vit_state(state: Mapping[str, Tensor], encoder: UnifiedViT, source: st
         kernel = kernel.sum(1, keepdim=True)
     if table.shape[-1] != encoder.embed_dim or kernel.shape[0] != encoder.embed_dim:
         raise CheckpointError(
-            f"{source}: tokens are {table.shape[-1]} wide, the network's embed_dim is {encoder.embed_dim}"
+            f"{source}: tokens are {table.shape[-1]} wide, the network's embed_dim is {encoder.embed_dim}; give the "
+            f"weights' size with {_size_option(table.shape[-1])}"
         )
     patches = table[:, table.shape[1] - math.isqrt(table.shape[1] - 1) ** 2 :]
     side = math.isqrt(patches.shape[1])
@@ -158,6 +200,14 @@ def adapt_vit_state(state: Mapping[str, Tensor], encoder: UnifiedViT, source: st
         "pos_embed_3d": plane.repeat(1, depth, 1),
     }
     return {**result, **{name: own[name] for name in ADDED_HERE if name not in result}}
+
+
+def _size_option(width: int) -> str:
+    """How to ask for a width: by name, as the overlays of the paper's recipes do, or as a dict."""
+    named = [name for name, size in SIZES.items() if size["embed_dim"] == width]
+    if named:
+        return f"--size {named[0]}" + (", as overlays such as chexpert.json do" if named[0] == "vit_b16" else "")
+    return f"--size \"{{'embed_dim': {width}, 'depth': ..., 'num_heads': ...}}\""
 
 
 def _resize_kernel(kernel: Tensor, size: tuple[int, ...]) -> Tensor:

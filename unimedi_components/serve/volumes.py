@@ -18,7 +18,7 @@ from typing import Any
 
 import nibabel as nib
 
-from unimedi_components.data.ct_checks import CTLimits, check_ct
+from unimedi_components.data.ct_checks import NOT_GREY, CTLimits, check_ct, shape_problem, voxels_elsewhere
 from unimedi_components.data.volume_io import check_metaimage
 from unimedi_components.serve.faults import Limits, UploadError, too_large, unusable
 from unimedi_components.serve.uploads import Received
@@ -56,6 +56,8 @@ def prepare_volume(content: str, file: Received, companions: Sequence[Received],
     Raises:
         UploadError: too large, damaged, 4D, or without usable geometry.
     """
+    if elsewhere := voxels_elsewhere(file.path):
+        raise unusable(f"{file.name}: {elsewhere}.")
     try:
         if content.startswith("nifti"):
             path = _nifti(file, folder, limits)
@@ -81,11 +83,10 @@ def check_voxels(shape: Sequence[int], name: str, limits: Limits) -> None:
     Raises:
         UploadError: it is not 3D, or too large.
     """
+    # one slice is said by the checks of the file or of the series
+    if (problem := shape_problem(shape)) and (len(shape) != 3 or min(shape) < 1):
+        raise unusable(f"{name}: {problem}.")
     text = " × ".join(map(str, shape))
-    if len(shape) > 3:
-        raise unusable(f"{name}: is {len(shape)}D ({text}): several time points or channels. Extract one 3D volume.")
-    if len(shape) < 3 or min(shape) < 1:
-        raise unusable(f"{name}: has shape {text}, which is not a 3D volume. Give all slices in one file.")
     if math.prod(shape) > limits.voxels:
         raise too_large(
             f"{name}: its header says {text} voxels, more than {limits.voxels:,} in all. Crop or resample the volume."
@@ -106,7 +107,7 @@ def _nifti(file: Received, folder: Path, limits: Limits) -> Path:
     check_voxels(shape, file.name, limits)
     kind = header.get_data_dtype()
     if kind.names or kind.kind not in "iuf":
-        raise unusable(f"{file.name}: its voxels are colours or complex numbers. Convert them to grey values.")
+        raise unusable(f"{file.name}: {NOT_GREY}.")
     need = int(header["vox_offset"]) + math.prod(shape) * kind.itemsize
     if packed:
         _gunzip(file, path, need)
