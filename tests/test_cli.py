@@ -81,7 +81,7 @@ def test_commands_pass_their_arguments_on(calls: list[tuple[Any, ...]]) -> None:
         (["phantm"], "unknown command 'phantm'; did you mean 'phantom'?"),
         (
             ["train"],
-            "unknown command 'train'; there are: phantom, prepare, datasets, evaluate, embed, index, search, "
+            "unknown command 'train'; there are: phantom, prepare, datasets, evaluate, inspect, embed, index, search, "
             "zero_shot, serve, report, check",
         ),
         (

@@ -22,6 +22,7 @@ import unimedi_components
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGE = sorted((REPOSITORY / "unimedi_components").rglob("*.py"))
 SOURCES = [*PACKAGE, *sorted((REPOSITORY / "tests").rglob("*.py"))]
+# 300 lines is where one looks again whether a file is one concept
 MAX_LINES = 450
 MAX_BYTES = 500_000
 
@@ -69,7 +70,7 @@ def test_pins_satisfy_the_ranges(setup_cfg: configparser.ConfigParser) -> None:
     pinned = pins()
     ranges = requirements(setup_cfg["options"]["install_requires"])
     ranges += requirements(setup_cfg["options.extras_require"]["dev"])
-    assert len(ranges) == 34
+    assert len(ranges) == 37
     for requirement in ranges:
         version = pinned[canonicalize_name(requirement.name)]
         assert requirement.specifier.contains(version), f"{requirement} excludes the tested {version}"
@@ -82,7 +83,7 @@ def test_imports_are_declared(setup_cfg: configparser.ConfigParser) -> None:
         canonicalize_name(requirement.name)
         for text in (
             setup_cfg["options"]["install_requires"],
-            *(setup_cfg["options.extras_require"][extra] for extra in ("faiss", "serve", "timm")),
+            *(setup_cfg["options.extras_require"][extra] for extra in ("dicom", "faiss", "serve", "timm")),
         )
         for requirement in requirements(text)
     }

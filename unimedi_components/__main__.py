@@ -15,6 +15,7 @@ from unimedi_components import __version__
 from unimedi_components.command_help import command_help, overview, prepare_help
 from unimedi_components.command_options import check_options, exact_words, whole_number
 from unimedi_components.errors import CheckpointError, ConfigError, DataError
+from unimedi_components.inspect_command import inspect
 from unimedi_components.search_commands import embed, index, search
 from unimedi_components.serve_command import serve
 from unimedi_components.zero_shot_command import zero_shot
@@ -135,6 +136,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "prepare": prepare,
     "datasets": datasets,
     "evaluate": evaluate,
+    "inspect": inspect,
     "embed": embed,
     "index": index,
     "search": search,
@@ -144,7 +146,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "check": check,
 }
 # of these, no word is a Python list
-_EXACT = ("embed", "index", "search", "zero_shot")
+_EXACT = ("inspect", "embed", "index", "search", "zero_shot")
 
 
 def _taker(command: str) -> Callable[..., Any] | None:

@@ -37,7 +37,8 @@ def embed(
         checkpoint: weights that a pre-training run left.
         out: the npz to write.
         device: cpu, cuda, or auto for a GPU where there is one.
-        options: --batch_2d, --batch_3d, --num_workers, --strict (an unreadable file is an error).
+        options: --batch_2d, --batch_3d, --num_workers, --strict (an unreadable file is an error), --assume_hu (take
+            CT values for Hounsfield units that do not say how they are rescaled).
     """
     from unimedi_components.search import Embedder
 
@@ -72,7 +73,8 @@ def index(
         dim: what the reports of the csv are about.
         checkpoint: weights that a pre-training run left; search needs the same.
         device: cpu, cuda, or auto for a GPU where there is one.
-        options: --batch_2d, --batch_3d, --num_workers, --strict (an unreadable file is an error).
+        options: --batch_2d, --batch_3d, --num_workers, --strict (an unreadable file is an error), --assume_hu (take
+            CT values for Hounsfield units that do not say how they are rescaled).
     """
     from unimedi_components.search import Embedder, Embeddings
     from unimedi_components.search.report_table import read_reports
@@ -87,7 +89,8 @@ def index(
     texts = read_reports(str(reports), dim, embedder.pretrained.keep_punct) if reports is not None else []
     if datalist is not None:
         folder = Path(str(datalist)).absolute().parent if root is None else str(root)
-        parts.append(embedder.datalist(str(datalist), folder, str(split), **options))
+        of_items = {name: value for name, value in options.items() if name != "assume_hu"}
+        parts.append(embedder.datalist(str(datalist), folder, str(split), **of_items))
     if paths:
         parts.append(embedder.images([str(path) for path in paths], **options))
     if texts:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ from unimedi_components.errors import ConfigError
 from unimedi_components.search_commands import print_skipped
 
 if TYPE_CHECKING:
+    from unimedi_components.images.find import ImageList
     from unimedi_components.search import PromptSet
 
 __all__ = ["zero_shot"]
@@ -28,6 +29,7 @@ def zero_shot(
     checkpoint: str = CHECKPOINT,
     device: str = "auto",
     out: str | None = None,
+    assume_hu: bool = False,
     **options: Any,
 ) -> None:
     """Say how probable findings are in X-rays and volumes, from sentences alone.
@@ -43,6 +45,7 @@ def zero_shot(
         checkpoint: weights that a pre-training run left.
         device: cpu, cuda, or auto for a GPU where there is one.
         out: csv to write: id, dim, source, and a column for each finding.
+        assume_hu: take CT values for Hounsfield units that do not say how they are rescaled.
         options: --batch_2d, --batch_3d, --num_workers, --strict (an unreadable file is an error).
     """
     import pandas as pd
@@ -55,7 +58,7 @@ def zero_shot(
         raise ConfigError("zero_shot: name at least one file or folder")
     check_options("zero_shot", Embedder.items, options)
     sets = _prompt_sets(*(None if word is None else str(word) for word in (prompts, finding, positive, negative)))
-    items = _fitting(find_images([str(path) for path in paths]), sets)
+    items = _fitting(find_images([str(path) for path in paths], assume_hu=assume_hu), sets)
     embedder = Embedder(str(checkpoint), str(device))
     images = embedder.items(items, ".", **options)
     print_skipped(images)
@@ -72,10 +75,12 @@ def zero_shot(
         write_csv(pd.DataFrame(table), Path(str(out)))
 
 
-def _fitting(items: Sequence[dict[str, Any]], sets: Mapping[int, PromptSet]) -> list[dict[str, Any]]:
+def _fitting(items: ImageList, sets: Mapping[int, PromptSet]) -> ImageList:
     """The images that there are prompts for; says how many others there are."""
+    from unimedi_components.images.find import ImageList
+
     what = {2: "X-rays", 3: "volumes"}
-    kept = [item for item in items if item["dim"] in sets]
+    kept = ImageList((item for item in items if item["dim"] in sets), items.left_out)
     if not kept:
         raise ConfigError(f"the prompts are for {what[min(sets)]}, and none was named; choose other prompts")
     if len(kept) < len(items):

@@ -110,7 +110,7 @@ def test_attention_returns_to_the_files_axes(tmp_path: Path, flips: tuple[int, .
     nib.save(nib.Nifti1Image(np.zeros(shape, np.int16), affine), tmp_path / "v.nii.gz")
     attention = torch.full((4, 2, 2), 0.5 / 15)
     attention[0, 0, 0] = 0.5
-    drawn, got = attention_in_file_geometry(tmp_path / "v.nii.gz", attention)
+    drawn, got = attention_in_file_geometry({"image": str(tmp_path / "v.nii.gz")}, attention)
     assert drawn.shape == shape
     assert np.allclose(got, affine)
     assert drawn.max() == pytest.approx(8.0)

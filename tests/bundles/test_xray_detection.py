@@ -133,7 +133,7 @@ def write_inputs(folder: Path, data: Path) -> None:
     exif = turned.getexif()
     exif[0x0112] = 6
     turned.save(folder / "turned.jpg", exif=exif)
-    (folder / "bad.png").write_bytes(b"no film")
+    (folder / "bad.png").write_bytes(b"\x89PNG\r\n\x1a\n no film")
     shutil.copy(next((data / "rsna" / "stage_2_train_images").iterdir()), folder / "phantom.dcm")
 
 

@@ -134,7 +134,7 @@ KINDS = ("odd.png", "big.png", "long.png", "tall.png", "exif.jpg", "rgb.jpg", "s
 
 def test_masks_come_back_in_their_files_pixels(predict: Any, tmp_path: Path) -> None:
     truths = {kind.partition(".")[0]: write(kind, tmp_path / "films")[1] for kind in KINDS}
-    (tmp_path / "films" / "broken.png").write_bytes(b"no picture")
+    (tmp_path / "films" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n no picture")
     found = predict(str(tmp_path / "films"), **{"network": Bright()})
     assert [Path(entry["file"]).name for entry in found["skipped"]] == ["broken.png"]
     assert [entry["id"] for entry in found["predictions"]] == sorted(truths)

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unimedi_components.data.ct_checks import CTLimits, check_ct, hounsfield_fault, read_ct_header
-from unimedi_components.data.xray_checks import xray_fault
 from unimedi_components.errors import ConfigError, DataError
+from unimedi_components.images.checks import CTLimits, check_ct, hounsfield_fault
+from unimedi_components.images.volume import read_volume_header
+from unimedi_components.images.xray_checks import xray_fault
 
 SMALL = CTLimits(min_megabytes=0.0)
 
@@ -50,7 +51,7 @@ def reason(path, limits=SMALL):
 def test_sound_volume(tmp_path, name):
     path = save(tmp_path / name, body())
     assert check_ct(path, SMALL) is None
-    header = read_ct_header(path)
+    header = read_volume_header(path)
     assert (header.shape, header.spacing, header.voxel_bytes, header.num_slices) == (
         (24, 24, 22),
         (1, 1, 2),
@@ -66,7 +67,7 @@ def test_trailing_axis_and_slices_along_the_axial_axis(tmp_path):
     assert reason(save(tmp_path / "flat.nii.gz", body()[:, :, 0])) == "not a 3D volume"
     sagittal = np.array([[0, 0, 1.0, 0], [1, 0, 0, 0], [0, 2.0, 0, 0], [0, 0, 0, 1]])
     path = save(tmp_path / "s.nii.gz", body((24, 30, 22)), affine=sagittal)
-    assert read_ct_header(path).num_slices == 30
+    assert read_volume_header(path).num_slices == 30
 
 
 def test_affines(tmp_path):
@@ -165,7 +166,7 @@ def test_metaimage(tmp_path):
     image.SetSpacing([1.0, 1.0, 2.0])
     path = tmp_path / "a.mhd"
     itk.imwrite(image, str(path))
-    header = read_ct_header(path)
+    header = read_volume_header(path)
     assert (header.shape, header.spacing, header.num_slices) == ((24, 24, 22), (1.0, 1.0, 2.0), 22)
     assert reason(path) is None
     (tmp_path / "a.raw").unlink()
@@ -204,14 +205,22 @@ def test_xray_files(tmp_path):
 def test_truncated_dicom(tmp_path, vr):
     """Native pixels of a known length, with an explicit and an implicit value representation."""
     pixels = bytes(range(200))
-    head = b"\0" * 128 + b"DICM" + b"\xe0\x7f\x10\x00" + vr + len(pixels).to_bytes(4, "little")
+    start = b"\0" * 128 + b"DICM"
+    for group, number, kind, value in (
+        *((2, 16, b"UI", b"1.2.840.10008.1.2\0" if not vr else b"1.2.840.10008.1.2.1\0"),),
+        *((0x28, 2, b"US", b"\1\0"), (0x28, 4, b"CS", b"MONOCHROME2 "), (0x28, 0x10, b"US", b"\x14\0")),
+        *((0x28, 0x11, b"US", b"\x0a\0"), (0x28, 0x100, b"US", b"\x08\0"), (0x28, 0x101, b"US", b"\x08\0")),
+    ):
+        size = kind + len(value).to_bytes(2, "little") if vr or group == 2 else len(value).to_bytes(4, "little")
+        start += group.to_bytes(2, "little") + number.to_bytes(2, "little") + size + value
+    head = start + b"\xe0\x7f\x10\x00" + vr + len(pixels).to_bytes(4, "little")
     (tmp_path / "whole.dcm").write_bytes(head + pixels)
     (tmp_path / "cut.dcm").write_bytes(head + pixels[:-1])
     assert xray_fault(tmp_path / "whole.dcm") is None
-    assert "truncated DICOM, pixels are missing" in (xray_fault(tmp_path / "cut.dcm") or ("", ""))[1]
+    assert "its header says 200 bytes of pixels, the file has 199" in (xray_fault(tmp_path / "cut.dcm") or ("", ""))[1]
     # frames of no fixed length (JPEG) end with a sequence delimiter
     frames = head[:-4] + b"\xff" * 4 + pixels
     (tmp_path / "frames.dcm").write_bytes(frames + b"\xfe\xff\xdd\xe0\0\0\0\0")
     (tmp_path / "short.dcm").write_bytes(frames)
     assert xray_fault(tmp_path / "frames.dcm") is None
-    assert "the end of the frames is missing" in (xray_fault(tmp_path / "short.dcm") or ("", ""))[1]
+    assert "the end of its frames is missing" in (xray_fault(tmp_path / "short.dcm") or ("", ""))[1]

@@ -12,8 +12,8 @@ from monai.transforms import Compose, EnsureChannelFirstd, LoadImaged, Orientati
 
 from unimedi_components.data.cubes import LoadCubed, NodulesToImaged, ct_nodule_transforms, luna_cube_transforms
 from unimedi_components.data.transforms import RAS_LABELS, ByDimension, ct_transforms
-from unimedi_components.data.volume_io import read_block, read_geometry, voxel_to_world, world_to_voxel
 from unimedi_components.errors import DataError
+from unimedi_components.images.itk_volumes import read_block, read_geometry, voxel_to_world, world_to_voxel
 
 # the first three numbers are the direction of the file's x axis
 IDENTITY, REVERSED = "1 0 0 0 1 0 0 0 1", "-1 0 0 0 -1 0 0 0 1"

@@ -48,7 +48,7 @@ def test_image_is_that_of_the_plain_chain(film):
         assert torch.equal(torch.as_tensor(found["image"]), plain), options
         assert isinstance(found["image"], MetaTensor) == bool(options.get("keep_meta"))
         assert found["label"] == 1 and ("boxes" in found) == (options.get("target") == "boxes")
-    assert film_transforms(64)[3].padder.spatial_size == (64, 64)
+    assert film_transforms(64)[2].padder.spatial_size == (64, 64)
 
 
 def test_boxes_by_hand(film):

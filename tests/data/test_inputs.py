@@ -107,11 +107,15 @@ def test_dicom_that_is_neither_xray_nor_one_series(tmp_path: Path, caplog: pytes
     broken.write_bytes(b"\0" * 128 + b"DICM" + b"\1" * 40)
     xray = write_dicom(tmp_path / "ok.dcm", f"{UID}.4", "DX")
     with caplog.at_level(logging.WARNING):
-        assert found(None, tmp_path) == {"ok": (str(xray), 2)}
+        items = find_images(None, tmp_path)
+    assert [(item["id"], item["dim"]) for item in items] == [("mixed", 3), ("mixed-2", 3), ("ok", 2)]
+    for letter, item in zip("ab", items, strict=False):
+        assert item["files"] == [str(tmp_path / "mixed" / f"{letter}{number}.dcm") for number in (1, 2, 3)]
+    assert items[2]["source"] == str(xray)
     text = caplog.text
-    assert f"{tmp_path / 'mixed'}: left out, it holds 2 DICOM series" in text
-    assert f"{slice_}: left out, it is one slice of a CT series" in text
-    assert f"{broken}: left out, not readable as DICOM" in text
+    assert f"left out {slice_}: is one CT slice" in text
+    assert f"left out {broken}: " in text
+    assert sorted(one.file for one in items.faults) == [str(broken), str(slice_)]
 
 
 def test_the_test_split_of_a_pretraining_folder(tmp_path: Path) -> None:
@@ -134,13 +138,9 @@ def test_loader_keeps_dimensions_apart_and_unreadable_files_out(tmp_path: Path) 
     transform = ByDimension(xray_transforms(16), ct_transforms((8, 16, 16)))
     dataset = PretrainDataset(find_images(None, tmp_path), transform, tmp_path, require_report=False)
     batches = list(image_loader(dataset, batch_2d=2, batch_3d=2))
-    assert [batch["id"] for batch in batches] == [["a"], [], ["ct", "v"]]
-    assert [batch["image"].shape if "image" in batch else None for batch in batches] == [
-        (1, 1, 16, 16),
-        None,
-        (2, 1, 8, 16, 16),
-    ]
+    assert [batch["id"] for batch in batches] == [["a"], ["ct", "v"]]
+    assert [batch["image"].shape for batch in batches] == [(1, 1, 16, 16), (2, 1, 8, 16, 16)]
     # The DICOM series came in as one volume, its slices in the order of their positions: they grow brighter upwards.
-    means = batches[2]["image"][0, 0].mean((1, 2))
+    means = batches[1]["image"][0, 0].mean((1, 2))
     assert (means[1:] > means[:-1]).all()
-    assert sorted(record.id for record in dataset.skipped) == ["b", "c"]
+    assert sorted(Path(record.file).name for record in dataset.skipped) == ["b.png", "c.png"]

@@ -90,7 +90,8 @@ def fault(item, check="quick"):
     return pair_fault(Path(item["image"]), Path(item["mask"]), 14, check)
 
 
-@pytest.mark.parametrize("name", FILES)
+# volumes of a tilted gantry go to another grid: see tests/images/test_one_volume.py
+@pytest.mark.parametrize("name", [name for name in FILES if name != "tilted"])
 def test_world_positions(tmp_path, name):
     image, mask, affine = pair(name)
     world = TURNED.get(name, WORLD)
@@ -108,6 +109,15 @@ def test_world_positions(tmp_path, name):
         np.testing.assert_allclose(apply_affine(item[key].affine.numpy(), SPL), world, atol=1e-5)
 
 
+def check_labels(found: np.ndarray, mask: np.ndarray, exact: bool) -> None:
+    """Equal labels; or, of single voxels that went through an upright grid and back, within a voxel."""
+    if exact:
+        np.testing.assert_array_equal(found, mask)
+    for label in np.unique(mask)[1:]:
+        places = [np.argwhere(values == label).mean(0) for values in (found, mask)]
+        assert np.abs(places[0] - places[1]).max() <= 1
+
+
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("spatial_size", [None, (16, 20, 24)], ids=["kept", "doubled"])
 def test_predictions_return_to_the_file(tmp_path, name, spatial_size):
@@ -119,14 +129,14 @@ def test_predictions_return_to_the_file(tmp_path, name, spatial_size):
     invert = Invertd("pred", chain, orig_keys="image", nearest_interp=True)
     back = invert(item)["pred"]
     assert back.shape == (1, *image.shape)
-    np.testing.assert_array_equal(back[0].numpy(), mask)
+    check_labels(back[0].numpy(), mask, exact=name != "tilted")
     np.testing.assert_allclose(back.affine.numpy(), affine, atol=1e-5)
     scores = torch.nn.functional.one_hot(item["mask"].as_tensor()[0].long(), 10).movedim(-1, 0)
     labels = Restored(chain, labels=True)({"image": item["image"], "pred": scores})["pred"]
     np.testing.assert_array_equal(labels[0].numpy(), mask)
     np.testing.assert_allclose(labels.affine.numpy(), affine, atol=1e-5)
     again = chain.inverse({key: item[key] for key in ("image", "mask")})["mask"]
-    np.testing.assert_array_equal(again[0].numpy(), mask)
+    check_labels(again[0].numpy(), mask, exact=name != "tilted")
     np.testing.assert_allclose(again.affine.numpy(), affine, atol=1e-5)
 
 
@@ -251,13 +261,12 @@ def test_unreadable_files(tmp_path):
         fault(item, "all")
 
 
-def test_voxels_that_only_a_full_check_sees(tmp_path):
+def test_a_voxel_between_the_sampled_slices(tmp_path):
     image = np.repeat(body((12, 10, 8)), 3, axis=2).astype(np.float32)
     # of 24 slices the sample takes 0, 3, 6, 9, 12, 14, 17, 20 and 23
     image[5, 5, 10] = np.nan
     item = write_pair(tmp_path, image)
-    assert fault(item) is None
-    assert fault(item, "full")[0] == "non-finite voxels"
+    assert fault(item)[0] == fault(item, "full")[0] == "non-finite voxels"
     with pytest.raises(RuntimeError) as info:
         run(item)
     assert isinstance(cause(info), DataError) and "image.nii.gz: some voxels are NaN" in str(cause(info))

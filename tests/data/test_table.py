@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unimedi_components.data.ct_checks import CTLimits, check_ct, read_ct_header
 from unimedi_components.data.prepare import prepare
-from unimedi_components.data.table import collect, convert, image_dim
+from unimedi_components.data.table import collect, convert
 from unimedi_components.errors import ConfigError, DataError
+from unimedi_components.images.checks import CTLimits, check_ct
+from unimedi_components.images.volume import read_volume_header
 
 REPORT = "No effusion is seen."
 
@@ -160,8 +161,7 @@ def test_integer_labels_masks_and_ids(tmp_path):
 
 def test_dicom_series_folder(tmp_path):
     folder = dicom_series(tmp_path / "series")
-    assert image_dim(folder) == 3 and image_dim(folder / "slice000.dcm") == 2
-    header = read_ct_header(folder)
+    header = read_volume_header(folder)
     assert (header.shape, header.spacing) == ((20, 20, 21), (1.5, 1.5, 2.0))
     # 40 HU of soft tissue comes back through the rescale intercept
     assert check_ct(folder, CTLimits(min_megabytes=0)) is None

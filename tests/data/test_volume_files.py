@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from unimedi_components.data import ByDimension, PretrainDataset, ct_transforms, find_images
-from unimedi_components.data.ct_checks import CTLimits, check_ct, read_ct_header, voxels_elsewhere
 from unimedi_components.data.segmentation import segmentation_transforms
-from unimedi_components.data.volume_io import check_metaimage, read_geometry
 from unimedi_components.engines.inference import attention_in_file_geometry
 from unimedi_components.errors import DataError
+from unimedi_components.images.checks import CTLimits, check_ct, check_metaimage
+from unimedi_components.images.itk_volumes import read_geometry, voxels_elsewhere
+from unimedi_components.images.volume import read_volume_header
 
 AFFINE = np.diag([2.0, 2.0, 3.0, 1.0])
 LIMITS = CTLimits(min_slices=2, min_megabytes=0.0)
@@ -74,12 +75,12 @@ def test_trailing_axes_are_dropped_by_every_reader(tmp_path: Path, axes: tuple[i
     plain = save(tmp_path / "plain.nii.gz", body())
     path = save(tmp_path / "more.nii.gz", body().reshape(*body().shape, *axes))
     assert nib.load(path).shape == (12, 10, 8, *axes)
-    assert check_ct(path, LIMITS) is None and read_ct_header(path).shape == (12, 10, 8)
+    assert check_ct(path, LIMITS) is None and read_volume_header(path).shape == (12, 10, 8)
     for chain in (ct_transforms((8, 10, 12)), segmentation_transforms(label_map=False)):
         transform = ByDimension((), chain)
         first, second = (transform({"id": "a", "dim": 3, "image": str(file)})["image"] for file in (plain, path))
         assert torch.equal(torch.as_tensor(first), torch.as_tensor(second))
-    values, affine = attention_in_file_geometry(path, torch.ones(2, 2, 2) / 8)
+    values, affine = attention_in_file_geometry({"image": str(path)}, torch.ones(2, 2, 2) / 8)
     assert values.shape == (12, 10, 8)
     np.testing.assert_allclose(affine, AFFINE)
 
@@ -113,7 +114,7 @@ def test_one_refusal_of_what_is_no_volume(tmp_path: Path, volume: np.ndarray, wo
     assert fault is not None and fault.detail == f"{path}: {words}"
     assert refusal(path, tmp_path) == words
     with pytest.raises(Exception) as info:
-        attention_in_file_geometry(path, torch.ones(2, 2, 2))
+        attention_in_file_geometry({"image": str(path)}, torch.ones(2, 2, 2))
     assert str(info.value) == f"{path}: {words}"
 
 
@@ -133,7 +134,7 @@ def test_voxels_outside_the_folder_are_refused(tmp_path: Path, kind: str, where:
     }
     save_header = save_metaimage if kind in ("mhd", "mha") else save_nrrd
     path = save_header(folder / f"scan.{kind}", names[where])
-    words = OUTSIDE.format(names[where])
+    words = OUTSIDE.format(names[where][:80])
     assert voxels_elsewhere(path) == words
     fault = check_ct(path, LIMITS)
     assert fault is not None and (fault.reason, fault.detail) == ("voxels outside the folder", f"{path}: {words}")
@@ -175,7 +176,7 @@ def test_voxels_beside_or_below_are_read(tmp_path: Path, kind: str, name: str) -
 def test_one_volume_with_a_fourth_axis_through_itk(tmp_path: Path) -> None:
     (tmp_path / "scan.raw").write_bytes(body().tobytes(order="F"))
     path = save_metaimage(tmp_path / "scan.mhd", "scan.raw", body()[..., None])
-    assert read_ct_header(path).shape == (12, 10, 8)
+    assert read_volume_header(path).shape == (12, 10, 8)
     assert check_ct(path, LIMITS) is None
     volume: Any = ByDimension((), ct_transforms((8, 10, 12)))({"id": "a", "dim": 3, "image": str(path)})["image"]
     np.testing.assert_allclose(volume[0].numpy(), body().transpose(2, 1, 0) / 1000, atol=1e-6)

@@ -136,9 +136,17 @@ def test_doubts_are_said(files: Any, upload: Any) -> None:
     slices = files.series(count=30)
     status, answer = upload(*slices[:12], *slices[14:])
     assert status == 200 and answer["warnings"] == [
-        "Slices seem to be missing: 1 gap(s) of up to 24 mm where 8 mm is usual."
+        "Slices seem to be missing: 1 gap(s) of up to 24 mm where 8 mm is usual; resampled to 30 slices in even steps "
+        "of 8 mm."
     ]
-    status, answer = upload(files.nifti("mr.nii", (files.voxels() + 1024).astype(np.int16)))
+    odd = files.dicom("b.dcm", files.film(40, 40).astype(np.uint16), "CT", position=99)
+    status, answer = upload(*slices, odd)
+    assert status == 200 and answer["warnings"] == [
+        "Left out: b.dcm: is one CT slice. Give all files of its series, or its folder."
+    ]
+    status, answer = upload(files.nifti("stored.nii", (files.voxels() + 1024).astype(np.int16)))
+    assert status == 422 and "are not Hounsfield units: none reaches air" in answer["error"], answer
+    status, answer = upload(files.nifti("mr.nii", np.clip(files.voxels() + 1024, 0, 200).astype(np.int16)))
     assert status == 200 and len(answer["warnings"]) == 1
     assert answer["warnings"][0].startswith("This does not look like a CT in Hounsfield units: values ")
     status, answer = upload(files.nifti("slab.nii", files.voxels((30, 28, 12)), np.diag([2, 2, 2, 1.0])))

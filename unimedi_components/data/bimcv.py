@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from unimedi_components.data.bimcv_labels import read_labels, session_key
-from unimedi_components.data.ct_checks import CTLimits, Fault, check_ct, read_ct_header
 from unimedi_components.data.datalist import DatalistBuilder
 from unimedi_components.data.registry import Dataset
 from unimedi_components.data.sources import (
@@ -31,6 +30,8 @@ from unimedi_components.data.sources import (
 from unimedi_components.data.splits import split_patients
 from unimedi_components.data.text import clean_report, report_language
 from unimedi_components.errors import DataError
+from unimedi_components.images.checks import CTLimits, Fault, check_ct
+from unimedi_components.images.volume import read_volume_header
 
 __all__ = ["collect", "convert"]
 
@@ -102,7 +103,7 @@ def collect(
         The builder; items have a label, 1 or 0 for each of ``meta.label_names``, where a table has the column Labels.
         Drop reasons: ``session without CT``, ``no report``, ``report of another patient``,
         ``report not English``, ``fewer than N sentences``, ``fewer than N tokens``, ``scout``, ``other series
-        of the session``, and those of :func:`~unimedi_components.data.ct_checks.check_ct`.
+        of the session``, and those of :func:`~unimedi_components.images.checks.check_ct`.
 
     Raises:
         DataError: no sessions or no reports are found, a column is missing, or a fault under ``strict``.
@@ -254,7 +255,7 @@ def _choose_series(files: list[Path], limits: CTLimits) -> tuple[Path | None, li
         elif (fault := check_ct(path, limits, values=False)) is not None:
             dropped.append((fault, path))
         else:
-            sound.append((read_ct_header(path).num_slices, path))
+            sound.append((read_volume_header(path).num_slices, path))
     kept: Path | None = None
     for _, path in sorted(sound, key=lambda entry: (-entry[0], len(entry[1].name), entry[1].name)):
         if kept is not None:

@@ -25,8 +25,8 @@ from unimedi_components.data.registry import Dataset
 from unimedi_components.data.slice_files import in_slice_order
 from unimedi_components.data.sources import existing_root, find_source, progress_map
 from unimedi_components.data.splits import split_patients, strata_by_label
-from unimedi_components.data.xray_checks import IMAGE_CHECKS, xray_fault
 from unimedi_components.errors import ConfigError, DataError
+from unimedi_components.images.xray_checks import IMAGE_CHECKS, xray_fault
 
 __all__ = ["CLASSES", "collect", "convert"]
 
@@ -291,7 +291,7 @@ def _look(scan: _Scan, folder: Path, order: str, min_slices: int, check: str) ->
         fault = reason, f"{folder}: {len(kept)} of {len(listed)} slices are there. Fetch the scan again"
     elif check in ("quick", "full"):
         probed = kept if check == "full" else dict.fromkeys((kept[0], kept[-1]))
-        fault = next(filter(None, (xray_fault(folder / name, check) for name in probed)), None)
+        fault = next(filter(None, (xray_fault(folder / name, check, film=False) for name in probed)), None)
     return _Found(None if kept == present else kept, counts, fault)
 
 

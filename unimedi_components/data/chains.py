@@ -63,7 +63,7 @@ def task_transforms(preprocessing: Mapping[str, Mapping[str, Any]], **options: A
 
     Example:
         >>> len(task_transforms({"xray": {"size": 64}}))
-        7
+        6
     """
     names = set(preprocessing)
     if names == {"slices", "ct"}:

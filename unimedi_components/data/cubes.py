@@ -14,7 +14,8 @@ from monai.data import MetaTensor
 from monai.transforms import EnsureTyped, MapTransform, ScaleIntensityRanged, SpatialResample, Transform
 
 from unimedi_components.data.transforms import RAS_LABELS, ct_transforms
-from unimedi_components.data.volume_io import (
+from unimedi_components.errors import DataError
+from unimedi_components.images.itk_volumes import (
     AIR_HU,
     LPS_TO_RAS,
     VolumeGeometry,
@@ -22,7 +23,6 @@ from unimedi_components.data.volume_io import (
     read_geometry,
     world_to_voxel,
 )
-from unimedi_components.errors import DataError
 
 __all__ = ["LoadCubed", "NodulesToImaged", "ct_nodule_transforms", "luna_cube_transforms"]
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from unimedi_components.data.transforms import ByDimension
 from unimedi_components.errors import DataError
+from unimedi_components.images.find import ImageList
 
 __all__ = ["PretrainDataset", "Skipped"]
 
@@ -27,8 +28,8 @@ logger = logging.getLogger(__name__)
 # where no item of a dimension could be read, at most this many following items are tried in their place
 _MAX_REFILL = 8
 _SKIPPED_FILE = "skipped.jsonl"
-# fields of an item that say which part of its file is the image: the slices of a folder, the centre of a cube
-_PART_FIELDS = ("slices", "center")
+# fields of an item that say what its file is to be taken for: the slices of a folder, the centre of a cube, units
+_PART_FIELDS = ("slices", "center", "assume_hu", "check_hu")
 # fields that name a file, whose size and time decide whether what is kept of it is still valid
 _FILE_FIELDS = ("image", "mask")
 
@@ -82,6 +83,9 @@ class PretrainDataset(PersistentDataset):
         absolute = all(os.path.isabs(str(item.get("image", ""))) for item in data)
         if not absolute and not Path(root).is_dir():
             raise DataError(f"data set root {root} is not a folder; set `dataset_dir` to where the data set lies")
+        faults = data.faults if isinstance(data, ImageList) else []
+        if strict and faults:
+            raise DataError(f"{faults[0].file}: {faults[0].reason}; repair or remove it, or set `strict` to false")
         super().__init__(data=list(data), transform=transform, cache_dir=None if cache_dir is None else str(cache_dir))
         self.root, self.seed, self.strict = Path(root), seed, strict
         self.require_report, self.refill = require_report, True
@@ -89,7 +93,8 @@ class PretrainDataset(PersistentDataset):
         # shared memory, so that workers which outlive an epoch see the next one
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._run = uuid.uuid4().hex
-        self._skipped: dict[str, Skipped] = {}
+        # what was named and is no image that can be read is listed with what turns out to be unreadable
+        self._skipped = {one.file: Skipped(one.file, one.file, one.reason) for one in faults}
         self._memory: dict[str, dict[str, Tensor]] = {}
         self._memory_left = int(memory_mb * 2**20)
 
@@ -163,6 +168,8 @@ class PretrainDataset(PersistentDataset):
     def _source(self, item: Mapping[str, Any]) -> dict[str, Any]:
         """What the transforms are given of an item: "id", "dim", and what says where and which the image is."""
         part = {field: item[field] for field in _PART_FIELDS if field in item}
+        if item.get("files"):
+            part["files"] = [str(self.root / file) for file in item["files"]]
         return {"id": item["id"], "dim": item["dim"], "image": str(self.root / item["image"]), **part}
 
     def _tensors(self, prepared: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -204,7 +211,10 @@ class PretrainDataset(PersistentDataset):
             return self._compute(item)
         dim, place = item["dim"], _place(item)
         place["image"] = os.path.abspath(item["image"])
-        files = [_stamp(Path(item[name])) for name in _FILE_FIELDS if name in item]
+        places = {name: [item[name]] for name in _FILE_FIELDS if name in item}
+        # of an image that is some files of a folder, the others do not matter
+        places |= {"image": item["files"]} if "files" in item else {}
+        files = [_stamp(Path(file)) for named in places.values() for file in named]
         key = json.dumps([place, files, dim, self.transform.fingerprints[dim], self.kept])
         file = self.cache_dir / f"{hashlib.sha256(key.encode()).hexdigest()}.pt"
         try:

@@ -18,6 +18,8 @@ from unimedi_components.data.labelled import distinguish
 from unimedi_components.data.roi_boxes import boxes_of_rois
 from unimedi_components.data.transforms import ByDimension
 from unimedi_components.errors import ConfigError, DataError
+from unimedi_components.images.find import ImageList
+from unimedi_components.images.xray import film_notes
 
 __all__ = ["DenseDataset", "collate_dense"]
 
@@ -58,7 +60,7 @@ class DenseDataset(PretrainDataset):
         self.target, self.keep_meta = target, keep_meta
         extra = () if target is None else (target, "affine") if target == "boxes" else (target,)
         self.kept = ("image", *extra)
-        items = [self._complete(item, dim, require_target) for item in data]
+        items = ImageList((self._complete(item, dim, require_target) for item in data), getattr(data, "left_out", ()))
         distinguish(items)
         chain = ByDimension(transform, ()) if dim == 2 else ByDimension((), transform)
         super().__init__(items, chain, root, require_report=False, **kwargs)
@@ -115,6 +117,7 @@ def collate_dense(items: Sequence[dict[str, Any] | Skipped]) -> dict[str, Any] |
         return None
     batch: dict[str, Any] = {"image": _stack([item["image"] for item in good])}
     batch |= {name: [item[name] for item in good] for name in ("id", "patient", "source") if name in good[0]}
+    batch |= film_notes(good)
     if isinstance(good[0].get("mask"), Tensor):
         batch["label"] = _stack([item["mask"] for item in good])
     if isinstance(good[0].get("boxes"), Tensor):

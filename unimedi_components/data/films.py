@@ -13,9 +13,7 @@ from monai.data import MetaTensor
 from monai.transforms import (
     CenterSpatialCropd,
     DeleteItemsd,
-    EnsureChannelFirstd,
     EnsureTyped,
-    LoadImaged,
     Resized,
     ScaleIntensityRanged,
     SpatialPadd,
@@ -26,8 +24,8 @@ from PIL import Image, ImageOps
 from unimedi_components.data.boxes import BoxesToImaged, BoxesToMaskd
 from unimedi_components.data.itk_loading import load_itk
 from unimedi_components.data.slice_files import IMAGE_ENDINGS
-from unimedi_components.data.transforms import XrayReader
 from unimedi_components.errors import ConfigError, DataError
+from unimedi_components.images.xray import LoadXrayd
 
 __all__ = ["TARGETS", "FilmMaskd", "film_transforms"]
 
@@ -110,20 +108,17 @@ def film_transforms(
 
     Raises:
         ConfigError: an unknown target.
-        DataError: `size` is larger than `long_side`; when run, see `XrayReader`, `FilmMaskd` and `BoxesToImaged`.
+        DataError: `size` is larger than `long_side`; when run, see `LoadXrayd`, `FilmMaskd` and `BoxesToImaged`.
     """
     if target is not None and target not in TARGETS:
         raise ConfigError(f"target {target!r} of a film is unknown; use {', '.join(TARGETS)}, or None")
     long_side = size if long_side is None else long_side
     if size > long_side:
         raise DataError(f"size {size} is larger than long_side {long_side}: there is nothing to crop from")
-    # LoadImaged accepts an instance; its annotation leaves that out
-    reader: Any = XrayReader()
     keys = ["image", "mask"] if target == "mask" else ["image"]
     modes = ["area", "nearest-exact"][: len(keys)]
     return [
-        LoadImaged("image", reader=reader, image_only=True),
-        EnsureChannelFirstd("image"),
+        LoadXrayd("image"),
         *([FilmMaskd()] if target == "mask" else []),
         Resized(keys, spatial_size=long_side, size_mode="longest", mode=modes),
         SpatialPadd(keys, spatial_size=(long_side, long_side)),

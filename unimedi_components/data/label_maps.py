@@ -15,11 +15,12 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
-from unimedi_components.data.ct_checks import CTLimits, check_ct, read_ct_header
 from unimedi_components.data.datalist import DatalistBuilder
 from unimedi_components.data.sources import progress_map
-from unimedi_components.data.xray_checks import IMAGE_CHECKS
 from unimedi_components.errors import ConfigError
+from unimedi_components.images.checks import CTLimits, check_ct
+from unimedi_components.images.volume import read_volume_header
+from unimedi_components.images.xray_checks import IMAGE_CHECKS
 
 __all__ = ["Case", "add_cases", "geometry_difference", "pair_fault", "unknown_labels"]
 
@@ -117,7 +118,7 @@ def pair_fault(
 
     Returns:
         None when sound, otherwise ``(reason, detail)``. Reasons: those of
-        :func:`~unimedi_components.data.ct_checks.check_ct`, ``missing mask``, ``unreadable mask``, ``mask and
+        :func:`~unimedi_components.images.checks.check_ct`, ``missing mask``, ``unreadable mask``, ``mask and
         image differ in geometry`` and ``unknown label values``.
 
     Raises:
@@ -149,9 +150,9 @@ def _voxel_fault(path: Path) -> tuple[str, str] | None:
 
 
 def _mask_fault(image: Path, mask: Path, num_classes: int) -> tuple[str, str] | None:
-    first = read_ct_header(image)
+    first = read_volume_header(image)
     try:
-        second = read_ct_header(mask)
+        second = read_volume_header(mask)
         difference = geometry_difference(first.shape, first.affine, second.shape, second.affine)
         values = np.asanyarray(nib.load(mask).dataobj)  # type: ignore[attr-defined]
         unknown = "" if difference else unknown_labels(values, num_classes)

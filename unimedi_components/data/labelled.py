@@ -20,6 +20,8 @@ from unimedi_components.data.sampler import MixedBatchSampler, rank_share
 from unimedi_components.data.transforms import ByDimension
 from unimedi_components.distributed import gather_objects, rank, world_size
 from unimedi_components.errors import DataError
+from unimedi_components.images.find import ImageList
+from unimedi_components.images.xray import film_notes
 
 __all__ = ["FeatureDataset", "LabelledDataset", "collate_labelled", "distinguish", "labelled_loader"]
 
@@ -56,7 +58,7 @@ class LabelledDataset(PretrainDataset):
         chain = ByDimension(transform, ()) if dim == 2 else ByDimension((), transform)
         self.label_names, self.task = list(label_names), task
         self._labels_from = Path(root)
-        items = [self._complete(item, dim, require_label) for item in data]
+        items = ImageList((self._complete(item, dim, require_label) for item in data), getattr(data, "left_out", ()))
         distinguish(items)
         super().__init__(items, chain, root, require_report=False, **kwargs)
 
@@ -222,6 +224,7 @@ def collate_labelled(items: Sequence[dict[str, Any] | Skipped]) -> dict[str, Any
         return None
     batch: dict[str, Any] = {"image": torch.stack([item["image"] for item in good])}
     batch |= {name: [item[name] for item in good] for name in ("id", "patient")}
+    batch |= film_notes(good)
     if all("label" in item for item in good):
         batch["label"] = torch.as_tensor([item["label"] for item in good], dtype=torch.int64)
     return batch

@@ -17,13 +17,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from unimedi_components.data.ct_checks import Fault
 from unimedi_components.data.datalist import SPLITS, DatalistBuilder
 from unimedi_components.data.registry import Dataset
 from unimedi_components.data.sources import existing_root, find_source, progress_map, read_source
-from unimedi_components.data.volume_io import VolumeGeometry, check_metaimage, world_to_voxel
-from unimedi_components.data.xray_checks import IMAGE_CHECKS
 from unimedi_components.errors import ConfigError, DataError
+from unimedi_components.images.checks import Fault, check_metaimage
+from unimedi_components.images.itk_volumes import VolumeGeometry, world_to_voxel
+from unimedi_components.images.xray_checks import IMAGE_CHECKS
 
 __all__ = ["LABEL_NAMES", "collect", "convert"]
 
@@ -83,7 +83,7 @@ def collect(
     Returns:
         The builder. Drop reasons: ``duplicate row``, ``row without numbers``, ``unknown class``, ``duplicate id``
         (a scan in two folders), ``subset in no split``, ``missing image`` (a scan that the table names),
-        ``unreadable image`` and the others of :func:`~unimedi_components.data.ct_checks.check_ct`, ``candidate
+        ``unreadable image`` and the others of :func:`~unimedi_components.images.checks.check_ct`, ``candidate
         without image``, ``nodule outside the volume``, ``candidate outside the volume``.
 
     Raises:

@@ -164,12 +164,18 @@ def merge_datalists(datalists: Mapping[str, str | Path], out: str | Path, root: 
                 moved["id"] = f"{name}-{item['id']}" if seen[item["id"]] > 1 else item["id"]
                 for key in ("image", "mask"):
                     if key in item:
-                        moved[key] = os.path.normpath(os.path.join(prefixes[name], item[key])).replace(os.sep, "/")
+                        moved[key] = _moved(prefixes[name], item[key])
+                if "files" in item:
+                    moved["files"] = [_moved(prefixes[name], file) for file in item["files"]]
                 joined[split].append(moved)
     joined["meta"] = _joined_meta(parts, joined, root)
     validate_datalist(joined, str(out))
     write_datalist(joined, out)
     return joined
+
+
+def _moved(prefix: str, path: str) -> str:
+    return os.path.normpath(os.path.join(prefix, path)).replace(os.sep, "/")
 
 
 def _prefix(name: str, path: Path, part: dict[str, Any], root: Path) -> str:

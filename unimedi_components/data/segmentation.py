@@ -7,6 +7,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
+from monai.data import NibabelReader
 from monai.transforms import (
     EnsureChannelFirstd,
     EnsureTyped,
@@ -18,8 +19,10 @@ from monai.transforms import (
     Transform,
 )
 
+from unimedi_components.data.itk_loading import load_imaged
 from unimedi_components.data.label_maps import geometry_difference, unknown_labels
-from unimedi_components.data.transforms import RAS_LABELS, CheckVolumed, LoadVolumed
+from unimedi_components.data.transforms import RAS_LABELS, CheckVolumed
+from unimedi_components.data.volume_loading import LoadVolumed, Uprightd
 from unimedi_components.errors import DataError
 
 __all__ = ["CheckFinited", "CheckLabelMapd", "segmentation_transforms"]
@@ -88,6 +91,7 @@ def segmentation_transforms(
     num_classes: int | None = None,
     label_map: bool = True,
     resize_labels: bool = True,
+    upright: bool = True,
 ) -> list[Transform]:
     """Transforms of one CT item with its label map, without random ones.
 
@@ -103,6 +107,7 @@ def segmentation_transforms(
         num_classes: number of labels with the background, to check the label map; None allows any up to 255.
         label_map: False leaves ``"mask"`` out, for images that have none.
         resize_labels: False turns ``"mask"`` alone and keeps its voxels, for an evaluation on the file's grid.
+        upright: resample volumes of a tilted gantry; see :class:`~unimedi_components.data.volume_loading.Uprightd`.
 
     Raises:
         DataError: (when run, as MONAI's RuntimeError's cause) a file is not one 3D volume with a usable affine,
@@ -110,16 +115,19 @@ def segmentation_transforms(
     """
     keys = ("image", "mask") if label_map else ("image",)
     count = len(keys)
-    steps: list[Transform] = [
-        LoadVolumed(keys),
-        EnsureChannelFirstd(keys),
-        CheckVolumed(keys),
-        CheckFinited("image"),
-    ]
+    steps: list[Transform] = [LoadVolumed("image"), CheckFinited("image")]
     if label_map:
+        steps += [
+            load_imaged("mask", NibabelReader(squeeze_non_spatial_dims=True)),
+            EnsureChannelFirstd("mask"),
+            CheckVolumed("mask"),
+        ]
         steps.append(CheckLabelMapd(num_classes=num_classes))
     steps.append(Orientationd(keys, axcodes="SPL", labels=RAS_LABELS))
     resized = keys if resize_labels else ("image",)
+    if upright:
+        # a label map that keeps its voxels stays on the file's own, tilted grid
+        steps.append(Uprightd(resized))
     if spacing is not None:
         steps.append(Spacingd(resized, pixdim=tuple(spacing), mode=("bilinear", "nearest")[: len(resized)]))
     steps.append(ScaleIntensityRanged("image", a_min=window[0], a_max=window[1], b_min=-1, b_max=1, clip=True))

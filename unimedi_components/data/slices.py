@@ -19,7 +19,6 @@ from monai.data import ImageReader
 from monai.transforms import (
     EnsureChannelFirstd,
     EnsureTyped,
-    LoadImaged,
     MapTransform,
     Resized,
     ScaleIntensityRanged,
@@ -27,6 +26,7 @@ from monai.transforms import (
 )
 from PIL import Image
 
+from unimedi_components.data.itk_loading import load_imaged
 from unimedi_components.data.slice_files import IMAGE_ENDINGS, checked_end, evenly_spread, slice_files
 from unimedi_components.errors import DataError
 
@@ -165,11 +165,9 @@ def slice_volume_transforms(
         black, white = grey_window
         # grey levels of the two Hounsfield values, so that one scaling does both steps
         ends = ((window[0] - black) / (white - black), (window[1] - black) / (white - black))
-    # LoadImaged accepts an instance; its annotation leaves that out
-    reader: Any = SliceFolderReader(first_slice)
     return [
         ChooseSlicesd("image", depth=int(spatial_size[0]), first_slice=first_slice),
-        LoadImaged("image", reader=reader, image_only=True),
+        load_imaged("image", SliceFolderReader(first_slice)),
         EnsureChannelFirstd("image"),
         Resized("image", spatial_size=tuple(spatial_size), mode="area"),
         ScaleIntensityRanged("image", a_min=ends[0], a_max=ends[1], b_min=-1, b_max=1, clip=True),

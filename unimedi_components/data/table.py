@@ -15,19 +15,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from unimedi_components.data.ct_checks import CTLimits, check_ct
 from unimedi_components.data.datalist import DatalistBuilder
 from unimedi_components.data.registry import Dataset
 from unimedi_components.data.sources import nearest_hint, progress_map, read_source
 from unimedi_components.data.splits import split_patients, strata_by_dim
 from unimedi_components.data.table_labels import add_labels
 from unimedi_components.data.text import clean_report, report_language
-from unimedi_components.data.xray_checks import xray_fault
 from unimedi_components.errors import ConfigError, DataError
+from unimedi_components.images.checks import CTLimits, check_ct, short_reason
+from unimedi_components.images.find import VOLUME_ENDINGS, image_at
+from unimedi_components.images.identify import PICTURES, VOLUMES, content_fault, identify
+from unimedi_components.images.xray_checks import IMAGE_CHECKS, xray_fault
 
-__all__ = ["collect", "convert", "image_dim"]
+__all__ = ["collect", "convert"]
 
-VOLUME_ENDINGS = (".nii", ".nii.gz", ".mhd", ".mha", ".nrrd", ".nhdr")
 SPLIT_NAMES = {
     **dict.fromkeys(("training", "train", "tr"), "training"),
     **dict.fromkeys(("validation", "validate", "valid", "val", "dev"), "validation"),
@@ -54,9 +55,37 @@ def convert(root: Any, **options: Any) -> dict[str, Any]:
     return collect(root, **options).build()
 
 
-def image_dim(path: Path) -> int:
-    """Return 3 for a volume file or a folder (a DICOM series), otherwise 2."""
-    return 3 if path.name.lower().endswith(VOLUME_ENDINGS) or path.is_dir() else 2
+def _find_image(
+    path: Path, check: str, limits: CTLimits, assume_hu: bool
+) -> tuple[dict[str, Any], tuple[str, str] | None]:
+    """The fields of an item that say what an image is, and its fault.
+
+    Content decides; without a look at the images (``check`` "none" or "exists"), the name does.
+    """
+    if check == "none" or not path.exists() or (check == "exists" and not path.is_dir()):
+        dim = 3 if path.name.lower().endswith(VOLUME_ENDINGS) or path.is_dir() else 2
+        return {"dim": dim}, None if check == "none" or path.exists() else ("missing image", f"{path}: no such file")
+    told: dict[str, Any] = {"assume_hu": True} if assume_hu else {}
+    try:
+        content = identify(path) if path.is_file() else "folder"
+    except OSError as error:
+        return {"dim": 2}, ("unreadable image", f"{path}: cannot be opened ({error.strerror or error})")
+    if content in PICTURES:
+        return {"dim": 2}, xray_fault(path, check)
+    if content in VOLUMES and not content_fault(path.name, content):
+        fault = check_ct(path, limits, assume_hu=assume_hu)
+        return {"dim": 3, **told}, None if fault is None else (fault.reason, fault.detail)
+    try:
+        image = image_at(path, assume_hu)
+    except DataError as error:
+        return {"dim": 2}, (short_reason(str(error)), str(error))
+    if image.dim == 2:
+        # a folder of one film stands for the film
+        return {"dim": 2, "image": image.path}, xray_fault(image.path, check)
+    files = list(image.files) if image.is_folder else []
+    fields: dict[str, Any] = {"dim": 3, **told, **({"files": files} if files else {})}
+    fault = check_ct(image.path, limits, files=files, assume_hu=assume_hu)
+    return fields, None if fault is None else (fault.reason, fault.detail)
 
 
 def collect(
@@ -74,6 +103,7 @@ def collect(
     min_slices: int = 20,
     min_megabytes: float = 0.0,
     hounsfield: bool = True,
+    assume_hu: bool = False,
     image_column: str = "image",
     report_column: str = "report",
     label_column: str = "label",
@@ -101,6 +131,7 @@ def collect(
         min_slices: fewest voxels along every axis of a volume.
         min_megabytes: fewest megabytes of voxels; 0, since crops are welcome.
         hounsfield: whether volumes must be in Hounsfield units; False also admits other modalities.
+        assume_hu: take CT values for Hounsfield units that do not say how they are rescaled.
         image_column: name of the image column.
         report_column: name of the report column; a table without it is read for its labels alone.
         label_column: name of the label column.
@@ -134,19 +165,21 @@ def collect(
         builder.add_source(table)
     limits = CTLimits(min_slices=min_slices, min_megabytes=min_megabytes, hounsfield=hounsfield)
 
-    def fault_of(path: Path) -> tuple[str, str] | None:
-        if image_dim(path) == 2:
-            return xray_fault(path, check_images)
-        fault = check_ct(path, limits)
-        return None if fault is None else (fault.reason, fault.detail)
+    if check_images not in IMAGE_CHECKS:
+        raise ConfigError(f"check_images={check_images!r} is unknown. Use one of {', '.join(IMAGE_CHECKS)}.")
+
+    def look(path: Path) -> tuple[dict[str, Any], tuple[str, str] | None]:
+        return _find_image(path, check_images, limits, assume_hu)
 
     rows = _drop_repeated(builder, rows)
-    faults = progress_map(fault_of, [row.image for row in rows], "images", num_workers, progress)
+    seen = progress_map(look, [row.image for row in rows], "images", num_workers, progress)
     kept: list[tuple[_Row, dict[str, Any]]] = []
-    for row, fault in zip(rows, faults, strict=True):
+    for row, (fields, fault) in zip(rows, seen, strict=True):
         reason, detail = fault if fault is not None else ("", row.place)
-        item: dict[str, Any] = {"id": row.row_id, "patient": row.patient, "image": _relative(row.image, base)}
-        item["dim"] = image_dim(row.image)
+        item: dict[str, Any] = {"id": row.row_id, "patient": row.patient, "image": row.image, **fields}
+        item["image"] = _relative(item["image"], base)
+        if "files" in item:
+            item["files"] = [_relative(file, base) for file in item["files"]]
         if reason:
             detail = f"{detail} ({row.place})"
         elif task is not None and not row.label:

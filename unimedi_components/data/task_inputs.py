@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from unimedi_components.data.datalist import load_datalist, select
-from unimedi_components.data.inputs import find_images
 from unimedi_components.data.slice_files import IMAGE_ENDINGS
 from unimedi_components.errors import DataError
+from unimedi_components.images.find import ImageList, find_images
 
 __all__ = ["find_task_images"]
 
@@ -26,7 +26,8 @@ def find_task_images(
     dim: int = 2,
     slice_folders: bool = False,
     datalist: str | Path | None = None,
-) -> list[dict[str, Any]]:
+    assume_hu: bool = False,
+) -> ImageList:
     """Items for each image of one dimension; those of the other one are left out with a warning.
 
     Args:
@@ -36,6 +37,7 @@ def find_task_images(
         dim: 2 for X-rays, 3 for volumes.
         slice_folders: two or more PNG, JPG, BMP or TIFF files in one folder are the slices of one volume; volumes only.
         datalist: file that a training run has made.
+        assume_hu: see `find_images`.
 
     Returns:
         {"id", "image" and "source": absolute path, "dim"} each, and from a datalist "patient", "slices" and "center"
@@ -49,10 +51,12 @@ def find_task_images(
         return _test_split(Path(datalist), base, dim)
     if inputs is None and not base.is_dir():
         raise DataError(f"{base}: no such folder of images; name files or folders with --inputs PATH")
-    found = find_images("." if inputs is None else inputs, base)
+    found = find_images("." if inputs is None else inputs, base, assume_hu)
+    left_out = found.left_out
     if dim == 3 and slice_folders:
-        found = _gather_slices(found, base)
-    kept = [{name: item[name] for name in ("id", "image", "source", "dim")} for item in found if item["dim"] == dim]
+        found = ImageList(_gather_slices(found, base), left_out)
+    fields = ("id", "image", "source", "dim", "files", "assume_hu", "check_hu")
+    kept = [{name: item[name] for name in fields if name in item} for item in found if item["dim"] == dim]
     others = [item["source"] for item in found if item["dim"] != dim]
     if others:
         logger.warning(
@@ -62,17 +66,20 @@ def find_task_images(
         raise DataError(
             f"{others[0]}: no {_KIND[dim]}, nor any of {len(found)} images named; this bundle reads no other"
         )
-    return kept
+    return ImageList(kept, left_out)
 
 
-def _test_split(path: Path, base: Path, dim: int) -> list[dict[str, Any]]:
+def _test_split(path: Path, base: Path, dim: int) -> ImageList:
     items = select(load_datalist(path, base), "test", dim)
     if not items:
         raise DataError(f"{path}: no {dim}D image in its test split; name files or folders with --inputs PATH")
-    fields = ("id", "patient", "dim", "slices", "center")
+    fields = ("id", "patient", "dim", "slices", "center", "assume_hu")
     known = [{name: item[name] for name in fields if name in item} for item in items]
-    paths = [str(base / item["image"]) for item in items]
-    return [{**item, "image": image, "source": image} for item, image in zip(known, paths, strict=True)]
+    for one, item in zip(known, items, strict=True):
+        one["image"] = one["source"] = str(base / item["image"])
+        if "files" in item:
+            one["files"] = [str(base / file) for file in item["files"]]
+    return ImageList(known)
 
 
 def _gather_slices(found: Sequence[dict[str, Any]], base: Path) -> list[dict[str, Any]]:

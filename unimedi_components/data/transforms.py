@@ -9,19 +9,14 @@ rest.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from monai.config import KeysCollection
-from monai.data import NibabelReader
 from monai.transforms import (
     CenterSpatialCropd,
     Compose,
-    EnsureChannelFirstd,
     EnsureTyped,
-    LoadImaged,
     MapTransform,
     Orientationd,
     Randomizable,
@@ -36,38 +31,15 @@ from monai.transforms import (
     Transform,
 )
 
-from unimedi_components.data.ct_checks import NIFTI_ENDINGS, read_ct_header, require_volume, shape_problem
 from unimedi_components.data.fingerprint import fingerprint
-from unimedi_components.data.xray_reader import XrayReader
+from unimedi_components.data.volume_loading import LoadVolumed, Uprightd
 from unimedi_components.errors import DataError
+from unimedi_components.images.xray import LoadXrayd, XrayReader
 
 __all__ = ["ByDimension", "CheckVolumed", "LoadVolumed", "XrayReader", "ct_transforms", "xray_transforms"]
 
 # nibabel's letter pairs, spelled out because MONAI otherwise follows each reader's own `space`
 RAS_LABELS = (("L", "R"), ("P", "A"), ("I", "S"))
-
-
-class LoadVolumed(LoadImaged):
-    """Load volumes with MONAI's readers: one 3D volume of numbers each, trailing axes of length 1 dropped.
-
-    Args:
-        keys: of the files or DICOM folders.
-    """
-
-    def __init__(self, keys: KeysCollection) -> None:
-        # LoadImaged accepts an instance; its annotation leaves that out
-        reader: Any = NibabelReader(squeeze_non_spatial_dims=True)
-        super().__init__(keys, reader=reader, image_only=True)
-
-    def __call__(self, data: Mapping[Hashable, Any], reader: Any = None) -> dict[Hashable, Any]:
-        """Return ``data`` with MetaTensors under the keys.
-
-        Raises:
-            DataError: a header names voxels outside its folder, or they are not one 3D volume of grey values.
-        """
-        for key in self.key_iterator(dict(data)):
-            require_volume(str(data[key]))
-        return super().__call__(data, reader)
 
 
 class CheckVolumed(MapTransform):
@@ -83,20 +55,14 @@ class CheckVolumed(MapTransform):
         for key in self.key_iterator(dict(data)):
             volume = data[key]
             name = volume.meta.get("filename_or_obj", key)
-            shape = volume.shape[1:] if volume.shape[0] == 1 else (*volume.shape[1:], volume.shape[0])
-            if problem := shape_problem(tuple(shape)):
-                raise DataError(f"{name}: {problem}")
-            affine = torch.as_tensor(_stored_affine(str(name), volume))[:3, :3]
+            if volume.ndim != 4 or volume.shape[0] != 1 or min(volume.shape) < 1:
+                raise DataError(
+                    f"{name}: shape {tuple(volume.shape)} (channel first) is not one 3D volume; extract one time point"
+                )
+            affine = torch.as_tensor(volume.affine)[:3, :3]
             if not torch.isfinite(affine).all() or abs(torch.linalg.det(affine.double())) < 1e-6:
                 raise DataError(f"{name}: the affine is singular or not finite; rewrite the file with a valid header")
         return dict(data)
-
-
-def _stored_affine(name: str, volume: Any) -> Any:
-    """The affine in the file: MONAI's NIfTI reader replaces one that is zero by a guess from the spacing."""
-    if name.lower().endswith(NIFTI_ENDINGS) and Path(name).is_file():
-        return read_ct_header(name).affine
-    return volume.affine
 
 
 def xray_transforms(
@@ -125,11 +91,8 @@ def xray_transforms(
         if random_crop
         else CenterSpatialCropd("image", roi_size=(size, size))
     )
-    # LoadImaged accepts an instance; its annotation leaves that out
-    reader: Any = XrayReader(draft_size=2 * long_side)
     return [
-        LoadImaged("image", reader=reader, image_only=True),
-        EnsureChannelFirstd("image"),
+        LoadXrayd("image", draft_size=2 * long_side),
         Resized("image", spatial_size=long_side, size_mode="longest", mode="area"),
         SpatialPadd("image", spatial_size=(long_side, long_side)),
         ScaleIntensityRanged("image", a_min=0, a_max=1, b_min=-1, b_max=1, clip=True),
@@ -169,9 +132,8 @@ def ct_transforms(
     """
     steps: list[Transform] = [
         LoadVolumed("image"),
-        EnsureChannelFirstd("image"),
-        CheckVolumed("image"),
         Orientationd("image", axcodes="SPL", labels=RAS_LABELS),
+        Uprightd("image"),
     ]
     if spacing is not None:
         steps.append(Spacingd("image", pixdim=tuple(spacing), mode="bilinear"))

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from unimedi_components.data.datalist import write_json
 from unimedi_components.distributed import rank, unwrap
 from unimedi_components.errors import CheckpointError
+from unimedi_components.images.greys import FILM_VALUES
 from unimedi_components.networks.pretrained import CARD, FULL, TEXT, make_card, student_state
 from unimedi_components.networks.weights import load_strict
 
@@ -218,7 +219,8 @@ class TrainingCheckpoint(ResumableCheckpoint):
         folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer.save_pretrained(folder)
         self.network.report_encoder.model.config.save_pretrained(folder)
-        write_json(make_card(self.network, self.preprocessing, **self.card), self.folder / CARD)
+        more = {**_film_values(self.preprocessing), **self.card}
+        write_json(make_card(self.network, self.preprocessing, **more), self.folder / CARD)
 
 
 class TaskCheckpoint(ResumableCheckpoint):
@@ -257,7 +259,12 @@ class TaskCheckpoint(ResumableCheckpoint):
             atomic_save(self.network.state_dict(), self.folder / "model.pt")
 
     def write_card(self) -> None:
-        write_json(self.card, self.folder / CARD)
+        write_json({**self.card, **_film_values(self.card.get("preprocessing", {}))}, self.folder / CARD)
+
+
+def _film_values(preprocessing: Mapping[str, Any]) -> dict[str, str]:
+    """A line of a card on what the values of films become, where the network reads any."""
+    return {"film_values": FILM_VALUES} if {"xray", "film"} & set(preprocessing) else {}
 
 
 def _read_training_state(path: Path) -> dict[str, Any]:

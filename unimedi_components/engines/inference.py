@@ -15,12 +15,13 @@ import numpy.typing as npt
 import torch
 from monai.data import MetaTensor
 from monai.engines import IterationEvents
-from monai.transforms import EnsureChannelFirst, Orientation, Transform
+from monai.transforms import Compose, Orientationd, Transform
 from torch import Tensor
 from torch.nn import functional as F
 
 from unimedi_components.data.datalist import write_json
-from unimedi_components.data.transforms import RAS_LABELS, LoadVolumed
+from unimedi_components.data.transforms import RAS_LABELS
+from unimedi_components.data.volume_loading import LoadVolumed, Uprightd, with_part
 from unimedi_components.errors import DataError
 from unimedi_components.figures.attention import CTView, XrayView, draw_selection, draw_xrays
 
@@ -66,7 +67,8 @@ class SaveEmbeddings(Transform):
     """Write what was made of one image; a postprocessing step after `embed_batch`.
 
     - `<id>.npz`: "embed" (E,) of unit norm in the space of images and reports; "cls" (D,), for probes; "attention",
-      Eq. 1's **v** on the token grid, summing to 1; "dim"; "source"; and for volumes "scores", Eq. 2's for each slab,
+      Eq. 1's **v** on the token grid, summing to 1; "dim"; "source"; for X-rays "film_values", what was done to the
+      file's values; and for volumes "scores", Eq. 2's for each slab,
       "selected", slices of the network's input from inferior to superior, and "selected_position", the same as
       fractions of the volume's extent.
     - `<id>.png`: the image with the attention over it.
@@ -88,6 +90,8 @@ class SaveEmbeddings(Transform):
         name, dim = str(data["id"]), int(data["dim"])
         values = {key: _array(data[key]) for key in ("cls", "attention", "scores", "selected") if key in data}
         values |= {"embed": _array(data["pred"]), "dim": np.asarray(dim), "source": np.asarray(str(data["source"]))}
+        if "film_values" in data:
+            values["film_values"] = np.asarray(str(data["film_values"]))
         image = _array(data["image"])[0]
         if dim == 3:
             values["selected_position"] = (values["selected"] + 0.5) / len(image)
@@ -96,7 +100,9 @@ class SaveEmbeddings(Transform):
         if self.figures:
             self._draw(name, image, values, str(data.get("report") or ""))
         if self.volumes and dim == 3:
-            attention, affine = attention_in_file_geometry(str(data["source"]), torch.as_tensor(values["attention"]))
+            attention, affine = attention_in_file_geometry(
+                with_part(data["source"], data.get("part")), torch.as_tensor(values["attention"])
+            )
             _write_nifti(self.folder / f"{name}_attention.nii.gz", attention, affine)
         return data
 
@@ -109,24 +115,24 @@ class SaveEmbeddings(Transform):
             draw_xrays([XrayView(name[-24:], image, attention, report)], path)
 
 
-def attention_in_file_geometry(source: str | Path, attention: Tensor) -> tuple[Array, Array]:
+def attention_in_file_geometry(item: Mapping[str, Any], attention: Tensor) -> tuple[Array, Array]:
     """Attention over a volume's tokens as a volume with the shape, axes and affine of its file.
 
     Args:
-        source: the file, or the folder of a DICOM series.
+        item: "image", the file or the folder of a DICOM series, and what `LoadVolumed` takes beside it.
         attention: Eq. 1's **v** on the token grid, (slabs, rows, columns), over the whole field of view.
 
     Returns:
         float32 of the file's shape, 1 where attention is what even attention would be, and its affine (RAS+).
     """
-    volume = EnsureChannelFirst()(LoadVolumed("image")({"image": str(source)})["image"])
-    turn = Orientation(axcodes="SPL", labels=RAS_LABELS)
-    oriented = turn(volume)
-    assert isinstance(volume, MetaTensor) and isinstance(oriented, MetaTensor)
+    turn = Compose([Orientationd("image", axcodes="SPL", labels=RAS_LABELS), Uprightd("image")])
+    volume = LoadVolumed("image")(item)["image"]
+    oriented = turn({"image": volume})["image"]
     relative = attention.float() * attention.numel()
     fine = F.interpolate(relative[None, None], size=oriented.shape[1:], mode="trilinear", align_corners=False)[0]
-    back = turn.inverse(MetaTensor(fine, meta=oriented.meta, applied_operations=oriented.applied_operations))
-    assert isinstance(back, MetaTensor)
+    shown = MetaTensor(fine, meta=oriented.meta, applied_operations=oriented.applied_operations)
+    back: Any = turn.inverse({"image": shown})
+    back = back["image"]
     return back[0].numpy().astype(np.float32), np.asarray(volume.affine, dtype=np.float64)
 
 

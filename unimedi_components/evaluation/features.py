@@ -23,6 +23,7 @@ from unimedi_components.data.phantom.paired import PAIRED
 from unimedi_components.data.text import as_trained
 from unimedi_components.data.transforms import ByDimension, ct_transforms, xray_transforms
 from unimedi_components.errors import DataError
+from unimedi_components.images.find import ImageList
 from unimedi_components.networks.output import ImageFeatures
 from unimedi_components.networks.pretrained import Pretrained
 
@@ -98,6 +99,7 @@ def make_dataset(
     items: Sequence[dict[str, Any]],
     root: str | Path,
     cache_dir: str | Path | None = None,
+    strict: bool = False,
 ) -> PretrainDataset:
     """The items as the network was trained to see them, by its card, reports as well, without random transforms.
 
@@ -107,13 +109,15 @@ def make_dataset(
         items: datalist items.
         root: folder of the data set.
         cache_dir: folder to keep prepared images in.
+        strict: an unreadable file is an error.
     """
     preprocessing = pretrained.card["preprocessing"]
     two_d = {**preprocessing["xray"], "random_crop": False}
     transform = ByDimension(xray_transforms(**two_d), ct_transforms(**preprocessing["ct"]))
     texts = [as_trained(item.get("report") or "", pretrained.keep_punct) for item in items]
-    read = [{**item, "report": text} if text else item for item, text in zip(items, texts, strict=True)]
-    return PretrainDataset(read, transform, root, cache_dir, require_report=False)
+    read = ({**item, "report": text} if text else item for item, text in zip(items, texts, strict=True))
+    known = ImageList(read, getattr(items, "left_out", ()))
+    return PretrainDataset(known, transform, root, cache_dir, strict=strict, require_report=False)
 
 
 def extract_features(

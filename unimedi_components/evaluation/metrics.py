@@ -12,7 +12,6 @@ import torch
 from monai.metrics import EmbeddingCollapseMetric
 from torch import Tensor
 
-from unimedi_components.data.ct_checks import read_ct_header
 from unimedi_components.evaluation.common_space import cross_search_metrics, paired_search_metrics, separation_metrics
 from unimedi_components.evaluation.features import Features, labels_of
 from unimedi_components.evaluation.probe import linear_probe
@@ -20,6 +19,7 @@ from unimedi_components.evaluation.retrieval import first_correct_rank, recall_c
 from unimedi_components.evaluation.self_distillation import self_distillation_metrics
 from unimedi_components.evaluation.slices import slice_metrics
 from unimedi_components.evaluation.xray_attention import xray_attention_metrics
+from unimedi_components.images.volume import read_volume_header
 from unimedi_components.metrics.bootstrap import PatientResamples
 from unimedi_components.metrics.measures import Measures
 from unimedi_components.networks.pretrained import Pretrained
@@ -202,7 +202,7 @@ def selection_metrics(
     patch_depth = network.encoder.patch_depth
     depth = part.scores.shape[1] * patch_depth
     spacing = [
-        read_ct_header(file).slice_spacing if truth else 0.0 for file, truth in zip(part.files, truths, strict=True)
+        read_volume_header(file).slice_spacing if truth else 0.0 for file, truth in zip(part.files, truths, strict=True)
     ]
     return slice_metrics(
         part.selected.tolist(), truths, depth, patch_depth, network.expand, part.patients, spacing, measures

@@ -19,6 +19,7 @@ from unimedi_components.data.inputs import find_images, image_loader
 from unimedi_components.data.text import as_trained
 from unimedi_components.errors import DataError
 from unimedi_components.evaluation.features import check_punct, make_dataset
+from unimedi_components.images.find import ImageList
 from unimedi_components.networks.pretrained import Pretrained, load_pretrained
 from unimedi_components.search.embeddings import Embeddings, entry_of
 
@@ -79,6 +80,7 @@ class Embedder:
         num_workers: int = 0,
         strict: bool = False,
         progress: bool = True,
+        assume_hu: bool = False,
     ) -> Embeddings:
         """Embed X-rays and volumes.
 
@@ -90,6 +92,7 @@ class Embedder:
             num_workers: loading processes.
             strict: an unreadable file is an error; otherwise it is left out and listed under `skipped`.
             progress: show a progress bar.
+            assume_hu: take CT values for Hounsfield units that do not say how they are rescaled.
 
         Returns:
             a row per image that could be read, X-rays first.
@@ -98,7 +101,7 @@ class Embedder:
             DataError: an input names nothing, or not one image could be read.
         """
         names = [str(inputs)] if isinstance(inputs, (str, Path)) else [str(name) for name in inputs]
-        return self.items(find_images(names, root), root, batch_2d, batch_3d, num_workers, strict, progress)
+        return self.items(find_images(names, root, assume_hu), root, batch_2d, batch_3d, num_workers, strict, progress)
 
     def items(
         self,
@@ -111,9 +114,9 @@ class Embedder:
         progress: bool = True,
     ) -> Embeddings:
         """Embed datalist items, {"id", "image", "dim"}; other arguments, result and errors as of `images`."""
-        known = [{"source": str(Path(root) / item["image"]), "report": "", **item} for item in items]
-        dataset = make_dataset(self.pretrained, known, root)
-        dataset.strict = strict
+        whole = ({"source": str(Path(root) / item["image"]), "report": "", **item} for item in items)
+        known = ImageList(whole, getattr(items, "left_out", ()))
+        dataset = make_dataset(self.pretrained, known, root, strict=strict)
         rows: list[dict[str, Any]] = []
         with tqdm(total=len(known), desc="embedding", unit="image", disable=not progress) as bar:
             for batch in image_loader(dataset, batch_2d, batch_3d, num_workers):

@@ -3,19 +3,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from unimedi_components.serve.dicom import DicomFile, read_dicom
-from unimedi_components.serve.dicom_series import check_series, check_xray, split_series
-from unimedi_components.serve.faults import ACCEPTED, Limits, bad_request, too_large, unusable
-from unimedi_components.serve.formats import DICOM, PICTURES, VOLUMES, family_of_name, identify, not_read
-from unimedi_components.serve.pictures import check_picture
+from unimedi_components.errors import DataError
+from unimedi_components.images.dicom_series import Sorted, sort_headers
+from unimedi_components.images.headers import DicomHeader, read_header
+from unimedi_components.images.identify import DICOM, PICTURES, VOLUMES, content_fault, family_of_name, identify
+from unimedi_components.images.xray import read_xray
+from unimedi_components.images.xray_checks import modality_words
+from unimedi_components.serve.faults import (
+    ACCEPTED,
+    Limits,
+    UploadError,
+    bad_request,
+    too_large,
+    unsupported,
+    unusable,
+)
+from unimedi_components.serve.pictures import check_picture, check_size
 from unimedi_components.serve.uploads import Received, names_of, unpack
-from unimedi_components.serve.volumes import metaimage_voxels, prepare_volume
+from unimedi_components.serve.volumes import check_voxels, metaimage_voxels, prepare_volume
 
 __all__ = ["Study", "find_study"]
+
+_CHEST = ("CHEST", "THORAX", "LUNG", "TORAX", "ABDOMEN", "TRUNK", "BODY", "RIBS", "HEART")
 
 
 @dataclass(frozen=True)
@@ -28,7 +41,6 @@ class Study:
         path: the file, or the folder of a DICOM series.
         facts: what to say about the file.
         warnings: what the user should know about it.
-        slices: files that a DICOM series must give as slices; 0 where one file holds all.
     """
 
     name: str
@@ -36,7 +48,6 @@ class Study:
     path: Path
     facts: dict[str, str]
     warnings: list[str] = field(default_factory=list)
-    slices: int = 0
 
 
 def find_study(files: Sequence[Received], folder: Path, limits: Limits) -> Study:
@@ -68,6 +79,17 @@ def find_study(files: Sequence[Received], folder: Path, limits: Limits) -> Study
     return _one_study(contents, name, folder, limits)
 
 
+def not_read(name: str, content: str) -> UploadError | None:
+    """The fault of a file whose content is not read, or is another than its name says; None where both are fine."""
+    fault = content_fault(name, content)
+    if not fault:
+        return None
+    if content in ("empty", "bad gzip") or name.lower().endswith((".raw", ".zraw")):
+        return unusable(f"{name}: {fault}.")
+    more = f". Give {ACCEPTED}" if fault.endswith("not read here") else ""
+    return unsupported(f"{name}: {fault}{more}.")
+
+
 def _renamed_zip(file: Received) -> Exception:
     fault = not_read(file.name, "zip")
     assert fault is not None
@@ -95,7 +117,7 @@ def _one_study(contents: dict[Received, str], archive: str, folder: Path, limits
     notes = [f"Left out, no image: {names_of(left_out)}."] if left_out else []
     dicom = [file for file, content in others.items() if content == DICOM]
     if dicom and len(dicom) == len(others):
-        return _dicom_study([read_dicom(file) for file in dicom], archive, notes, folder, limits)
+        return _dicom_study(dicom, archive, notes, folder, limits)
     if len(others) > 1:
         raise unusable(f"{names_of(others)}: {len(others)} studies at once. Drop one X-ray or one CT at a time.")
     ((file, content),) = others.items()
@@ -111,18 +133,91 @@ def _one_study(contents: dict[Received, str], archive: str, folder: Path, limits
     return Study(shown, 3, path, {"File": kinds.get(content, "NIfTI volume")}, notes)
 
 
-def _dicom_study(found: list[DicomFile], archive: str, notes: list[str], folder: Path, limits: Limits) -> Study:
-    images, left_out = split_series(found)
-    first = images[0]
-    if len(images) == 1 and first.modality != "CT":
-        facts, warnings = check_xray(first, limits)
-        path = first.file.path.rename(folder / "xray.dcm")
-        return Study(first.name, 2, path, facts, [*notes, *left_out, *warnings])
-    facts, warnings = check_series(images, limits)
+def _dicom_study(files: Sequence[Received], archive: str, notes: Sequence[str], folder: Path, limits: Limits) -> Study:
+    """The one X-ray or the one stack of CT slices among DICOM files, sorted as every command sorts them."""
+    received = {file.path: file for file in files}
+    headers = [_header(file) for file in files]
+    found = sort_headers(headers)
+    if not found.xrays and not found.stacks:
+        path, reason, _ = found.left_out[0]
+        refuse = unsupported if "modality" in reason and "pixels" not in reason else unusable
+        raise refuse(f"{received[path].name}: {reason}.")
+    if len(found.xrays) + len(found.stacks) > 1:
+        raise _several(found, received)
+    besides = [received[path] for path, _, fault in found.left_out if not fault]
+    warnings = [*notes, *([f"Left out, no image of the series: {names_of(besides)}."] if besides else [])]
+    faults: dict[str, list[Received]] = {}
+    for path, reason, fault in found.left_out:
+        if fault:
+            faults.setdefault(reason, []).append(received[path])
+    warnings += [f"Left out: {names_of(members)}: {reason}." for reason, members in faults.items()]
+    first = received[Path((found.xrays or [found.stacks[0].header])[0].path)]
+    if found.xrays:
+        facts, more = check_xray(found.xrays[0], first.name, limits)
+        path = first.path.rename(folder / "xray.dcm")
+        return Study(first.name, 2, path, facts, [*warnings, *more])
+    stack = found.stacks[0]
+    check_voxels((stack.header.columns, stack.header.rows, len(stack.slices)), first.name, limits)
+    several = len(stack.files) > 1
+    facts = {
+        "File": f"DICOM CT series of {len(stack.files)} files" if several else f"DICOM CT of {len(stack.slices)} frames"
+    }
+    if description := stack.header.text("SeriesDescription")[:60]:
+        facts["Series"] = description
     series = folder / "series"
     series.mkdir()
-    for number, image in enumerate(images):
-        image.file.path.rename(series / f"{number:05d}.dcm")
-    shown = archive or (first.name if len(images) == 1 else f"{first.name} and {len(images) - 1} more")
-    path = series / "00000.dcm" if len(images) == 1 else series
-    return Study(shown, 3, path, facts, [*notes, *left_out, *warnings], len(images) if len(images) > 1 else 0)
+    for number, file in enumerate(stack.files):
+        file.rename(series / f"{number:05d}.dcm")
+    first = min((received[file] for file in stack.files), key=lambda file: list(received).index(file.path))
+    shown = archive or (f"{first.name} and {len(stack.files) - 1} more" if several else first.name)
+    path = series if several else series / "00000.dcm"
+    return Study(shown, 3, path, facts, [*warnings, *body_part_warning(stack.header), *stack.warnings])
+
+
+def _header(file: Received) -> DicomHeader:
+    try:
+        return read_header(file.path)
+    except DataError as error:
+        reason = str(error).removeprefix(f"{file.path}: ").replace(file.path.name, file.name)
+        raise unusable(f"{file.name}: {reason}.") from error
+
+
+def _several(found: Sorted, received: Mapping[Path, Received]) -> UploadError:
+    if not found.stacks:
+        names = names_of(received[Path(header.path)] for header in found.xrays)
+        return unusable(f"{names}: {len(found.xrays)} X-rays at once. Drop one at a time.")
+    parts = []
+    for stack in sorted(found.stacks, key=lambda stack: -len(stack.slices))[:4]:
+        described = stack.header.text("SeriesDescription")[:60]
+        label = f", {stack.label}" if stack.label else ""
+        parts.append(f"{len(stack.slices)} × CT{f' {described!r}' if described else ''}{label}")
+    parts += [f"{len(found.xrays)} X-rays"] if found.xrays else []
+    name = received[found.stacks[0].files[0]].name
+    count = len(found.stacks) + len(found.xrays)
+    return unusable(f"{name}: the files are of {count} DICOM series ({', '.join(parts)}). Drop the files of one alone.")
+
+
+def check_xray(header: DicomHeader, name: str, limits: Limits) -> tuple[dict[str, str], list[str]]:
+    """Check a DICOM X-ray.
+
+    Returns:
+        what to say about it, and warnings.
+
+    Raises:
+        UploadError: a strange size, or what `read_xray` refuses.
+    """
+    check_size((header.columns, header.rows), name, limits)
+    try:
+        read_xray(header.path)
+    except DataError as error:
+        raise unusable(f"{name}: {str(error).removeprefix(f'{header.path}: ')}.") from error
+    facts = {"File": f"DICOM, modality {modality_words(header.modality)}, {header.columns} × {header.rows} pixels"}
+    return facts, body_part_warning(header)
+
+
+def body_part_warning(header: DicomHeader) -> list[str]:
+    """A warning where the header names another part of the body than the chest."""
+    part = header.text("BodyPartExamined")
+    if not part or any(word in part.upper() for word in _CHEST):
+        return []
+    return [f"The DICOM header names the body part {part[:40]}; the network knows chests."]

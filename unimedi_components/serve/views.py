@@ -20,9 +20,10 @@ from monai.transforms import Compose, ScaleIntensityRanged
 from PIL import Image
 from torch import Tensor
 
-from unimedi_components.data.ct_checks import SAMPLED_SLICES, hounsfield_fault
 from unimedi_components.data.transforms import ct_transforms, xray_transforms
+from unimedi_components.data.volume_loading import with_part
 from unimedi_components.figures.attention import COLOUR_MAP, attention_opacity, attention_strength
+from unimedi_components.images.checks import SAMPLED_SLICES, hounsfield_fault
 from unimedi_components.serve.faults import unusable
 from unimedi_components.serve.study import Study
 
@@ -67,7 +68,7 @@ def view_of(study: Study, preprocessing: Mapping[str, Any]) -> View:
         if study.dim == 2:
             view = xray_view(study.path, preprocessing["xray"])
         else:
-            view = volume_view(study.path, preprocessing["ct"], study.slices)
+            view = volume_view(study.path, preprocessing["ct"])
     except MemoryError:
         raise
     except Exception as error:  # the readers raise many kinds for broken files
@@ -88,29 +89,31 @@ def xray_view(path: Path, options: Mapping[str, Any], shown: int = _SHOWN[2]) ->
     size = int(options["size"])
     long_side = int(options.get("long_side") or round(size * 256 / 224))
     item = {"image": str(path)}
-    image = Compose(xray_transforms(**options))(item)["image"]
+    read = Compose(xray_transforms(**options))(item)
+    image = read["image"]
     scale = math.ceil(shown / size)
     finer = Compose(xray_transforms(size * scale, long_side * scale))(item)["image"]
     cut = f"long side to {long_side}, padded to a square" + (f", {size} from its centre" if size < long_side else "")
-    return View(image, finer[0].numpy(), {"Network input": f"{size} × {size} pixels ({cut})"}, [])
+    facts = {"Values": read["film_values"], "Network input": f"{size} × {size} pixels ({cut})"}
+    return View(image, finer[0].numpy(), facts, [])
 
 
-def volume_view(path: Path, options: Mapping[str, Any], slices: int = 0, shown: int = _SHOWN[3]) -> View:
-    """Read a volume; `options` of `ct_transforms`, `slices` how many a DICOM series must give, `shown` as above."""
+def volume_view(path: Path, options: Mapping[str, Any], shown: int = _SHOWN[3], part: str = "") -> View:
+    """Read a volume; `options` of `ct_transforms`, `shown` as above, `part` of `part_of`."""
     steps = ct_transforms(**options)
     # all before the window is read and turned once
     first = next(i for i, step in enumerate(steps) if isinstance(step, ScaleIntensityRanged))
-    volume = Compose(steps[:first])({"image": str(path)})["image"]
+    volume = Compose(steps[:first])({**with_part(path, part), "check_hu": True})["image"]
     image = Compose(steps[first:])({"image": volume})["image"]
     depth, *plane = image.shape[1:]
     scale = math.ceil(shown / max(plane))
     larger = {**options, "spatial_size": (depth, *(side * scale for side in plane))}
     finer = Compose(ct_transforms(**larger)[first:])({"image": volume})["image"]
-    facts, warnings = _describe(volume, image, options, slices)
+    facts, warnings = _describe(volume, image, options)
     return View(image, finer[0].numpy(), facts, warnings, int(volume.shape[1]))
 
 
-def _describe(volume: Any, image: Tensor, options: Mapping[str, Any], slices: int) -> tuple[dict[str, str], list[str]]:
+def _describe(volume: Any, image: Tensor, options: Mapping[str, Any]) -> tuple[dict[str, str], list[str]]:
     """What to say about a volume (1, D, H, W) in its own values, and what to warn of."""
     shape = volume.shape[:0:-1]
     spacing = np.linalg.norm(np.asarray(volume.affine)[:3, :3], axis=0)[::-1]
@@ -137,8 +140,6 @@ def _describe(volume: Any, image: Tensor, options: Mapping[str, Any], slices: in
         )
     if extent[:2].min() < _NARROW_MM:
         warnings.append(f"The field of view is only {_by(extent[:2].round())} mm: a crop, not a whole chest.")
-    if slices and slices not in volume.shape[1:]:
-        warnings.append(f"{slices} files were given, but the volume has {_by(shape)} voxels: some were not used.")
     return facts, warnings
 
 

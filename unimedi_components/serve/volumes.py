@@ -18,8 +18,9 @@ from typing import Any
 
 import nibabel as nib
 
-from unimedi_components.data.ct_checks import NOT_GREY, CTLimits, check_ct, shape_problem, voxels_elsewhere
-from unimedi_components.data.volume_io import check_metaimage
+from unimedi_components.images.checks import CTLimits, check_ct, check_metaimage
+from unimedi_components.images.itk_volumes import NOT_GREY, voxels_elsewhere
+from unimedi_components.images.volume import shape_problem
 from unimedi_components.serve.faults import Limits, UploadError, too_large, unusable
 from unimedi_components.serve.uploads import Received
 

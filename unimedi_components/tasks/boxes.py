@@ -30,6 +30,7 @@ from unimedi_components.metrics.boxes import (
     match_boxes,
     precision_recall,
 )
+from unimedi_components.tasks.dicom_outputs import write_boxes
 from unimedi_components.tasks.evaluate import Row, TaskEvaluation
 from unimedi_components.tasks.writer import PredictionWriter, check_finite, check_probability
 
@@ -176,15 +177,22 @@ class SaveBoxes(PredictionWriter):
         output_dir, figures: see `PredictionWriter`.
         network: of `load_network`; its card gives the labels' names.
         threshold: boxes of lower score are left out; None keeps what the network returns.
+        dicom: write `<id>.dcm` too, a DICOM structured report, of each DICOM film that has a box.
 
     Raises:
         ValueError: a threshold that is no probability.
+        ConfigError: `dicom` without highdicom.
     """
 
     def __init__(
-        self, output_dir: str | Path, network: Any, figures: bool = True, threshold: float | None = None
+        self,
+        output_dir: str | Path,
+        network: Any,
+        figures: bool = True,
+        threshold: float | None = None,
+        dicom: bool = False,
     ) -> None:
-        super().__init__(output_dir, figures)
+        super().__init__(output_dir, figures, dicom)
         self.threshold = check_probability(network.hparams["score_threshold"] if threshold is None else threshold)
         # the first name is the background's
         self.label_names: list[str] = network.card["label_names"][1:]
@@ -206,7 +214,7 @@ class SaveBoxes(PredictionWriter):
         boxes, scores = (torch.as_tensor(found[key]).double().cpu() for key in ("boxes", "scores"))
         check_finite(name, torch.cat([boxes.flatten(), scores]), "boxes")
         kept = scores >= self.threshold
-        film, _ = XrayReader().get_data(str(data["source"]))
+        film, meta = XrayReader().get_data(str(data["source"]))
         height, width = film.shape
         placed = boxes_in_file(boxes[kept], image.affine, width, height)
         labels = [self.label_names[int(label)] for label in torch.as_tensor(found["labels"])[kept.to(boxes.device)]]
@@ -216,14 +224,14 @@ class SaveBoxes(PredictionWriter):
             shown = BoxImage(name, film[::step, ::step], placed / step, scores[kept].numpy())
             title = f"{len(placed)} of a score from {self.threshold:g} on"
             draw_boxes([shown], self.folder / f"{name}.png", title)
-        return {
-            "width": width,
-            "height": height,
-            "boxes": [
-                {"label": label, "score": round(float(score), 6), "box": [round(float(v), 3) for v in box]}
-                for label, score, box in zip(labels, scores[kept], placed, strict=True)
-            ],
-        }
+        rows: list[Row] = [
+            {"label": label, "score": round(float(score), 6), "box": [round(float(v), 3) for v in box]}
+            for label, score, box in zip(labels, scores[kept], placed, strict=True)
+        ]
+        if self.dicom:
+            named = [(row["box"], row["label"], row["score"]) for row in rows]
+            write_boxes(str(data["source"]), named, self.folder / f"{name}.dcm")
+        return {"width": width, "height": height, "film_values": meta["film_values"], "boxes": rows}
 
     def about(self) -> Row:
         """Labels, threshold and what the numbers of a box are."""

@@ -23,9 +23,12 @@ from unimedi_components.data.dense import DenseDataset
 from unimedi_components.data.restore import Restored
 from unimedi_components.data.segmentation import segmentation_transforms
 from unimedi_components.data.transforms import RAS_LABELS
+from unimedi_components.data.volume_loading import with_part
 from unimedi_components.errors import ConfigError
 from unimedi_components.figures.panels import draw_organs
+from unimedi_components.images.volume import find_stack
 from unimedi_components.metrics.organs import METRICS, organ_metrics, organ_scores
+from unimedi_components.tasks.dicom_outputs import write_label_map
 from unimedi_components.tasks.evaluate import Row, TaskEvaluation
 from unimedi_components.tasks.writer import PredictionWriter
 
@@ -153,7 +156,7 @@ class OrganEvaluation(TaskEvaluation):
             row = rows[index]
             source, item = self.item(row["id"])
             heading = f"{row['id']}, mean Dice {means[index]:.2f}"
-            image, spacing = displayed_image(self.data.root / source["image"])
+            image, spacing = displayed_image({"image": str(self.data.root / source["image"])})
             file = folder / f"{row['id']}.png"
             draw_organs(heading, image, item["mask"][0].numpy(), row["labels"], self.organs, file, spacing)
 
@@ -169,10 +172,16 @@ class SaveOrgans(PredictionWriter):
     Args:
         output_dir, figures: see `PredictionWriter`; for a figure the image is read once more.
         label_names: background first.
+        dicom: write `<id>_organs.dcm` too, a DICOM Segmentation, of each series of DICOM slices.
+
+    Raises:
+        ConfigError: `dicom` without highdicom.
     """
 
-    def __init__(self, output_dir: str | Path, label_names: Sequence[str], figures: bool = True) -> None:
-        super().__init__(output_dir, figures)
+    def __init__(
+        self, output_dir: str | Path, label_names: Sequence[str], figures: bool = True, dicom: bool = False
+    ) -> None:
+        super().__init__(output_dir, figures, dicom)
         self.label_names = list(label_names)
 
     def row(self, name: str, data: Mapping[Hashable, Any]) -> Row:
@@ -183,8 +192,14 @@ class SaveOrgans(PredictionWriter):
         _save_labels(values, affine, file)
         litre = abs(float(np.linalg.det(affine[:3, :3]))) / 1000
         counts = np.bincount(values.reshape(-1), minlength=len(self.label_names))
+        source = data.get("source") or data["image"].meta["filename_or_obj"]
+        place = with_part(source, data["image"].meta.get("part"))
+        if self.dicom:
+            stack = find_stack(Path(source), place.get("files") or (), bool(place.get("assume_hu")))
+            files = [] if stack is None else stack.files
+            write_label_map(files, values, affine, self.label_names, self.folder / f"{name}_organs.dcm")
         if self.figures:
-            image, spacing = displayed_image(data.get("source") or data["image"].meta["filename_or_obj"])
+            image, spacing = displayed_image(place)
             organs = self.label_names[1:]
             draw_organs(name, image, None, displayed(labels), organs, self.folder / f"{name}.png", spacing)
         volumes = {organ: round(float(counts[i]) * litre, 3) for i, organ in enumerate(self.label_names) if i}
@@ -201,9 +216,10 @@ def displayed(labels: MetaTensor) -> np.ndarray:
     return torch.as_tensor(turned)[0].cpu().numpy().astype(np.uint8)
 
 
-def displayed_image(file: str | Path) -> tuple[np.ndarray, tuple[float, ...]]:
+def displayed_image(item: Mapping[str, Any]) -> tuple[np.ndarray, tuple[float, ...]]:
     """A volume as `displayed` turns its labels, (D, H, W) in `DISPLAY_WINDOW`, and its spacing."""
-    image = Compose(segmentation_transforms(window=DISPLAY_WINDOW, label_map=False))({"image": str(file)})["image"]
+    chain = segmentation_transforms(window=DISPLAY_WINDOW, label_map=False, upright=False)
+    image = Compose(chain)(item)["image"]
     return image[0].numpy(), voxel_spacing(image)
 
 

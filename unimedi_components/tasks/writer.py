@@ -17,6 +17,7 @@ from monai.transforms import Transform
 from unimedi_components.data.datalist import write_json
 from unimedi_components.data.dataset import PretrainDataset
 from unimedi_components.errors import CheckpointError, DataError
+from unimedi_components.tasks.dicom_outputs import check_dicom_outputs
 
 __all__ = ["PredictionWriter", "check_finite", "check_probability", "write_csv"]
 
@@ -34,10 +35,16 @@ class PredictionWriter(Transform):
     Args:
         output_dir: folder to write to; made when missing.
         figures: write a PNG file of each image.
+        dicom: write DICOM objects too, of images that are DICOM.
+
+    Raises:
+        ConfigError: `dicom` without highdicom.
     """
 
-    def __init__(self, output_dir: str | Path, figures: bool = True) -> None:
-        self.folder, self.figures = Path(output_dir), figures
+    def __init__(self, output_dir: str | Path, figures: bool = True, dicom: bool = False) -> None:
+        if dicom:
+            check_dicom_outputs()
+        self.folder, self.figures, self.dicom = Path(output_dir), figures, dicom
         self.rows: dict[str, Row] = {}
 
     def __call__(self, data: Mapping[Hashable, Any]) -> Mapping[Hashable, Any]:
@@ -49,6 +56,8 @@ class PredictionWriter(Transform):
         if "id" in data:
             name = str(data["id"])
             self.rows[name] = self.row(name, data)
+            if "film_values" in data:
+                self.rows[name]["film_values"] = str(data["film_values"])
         return data
 
     @abstractmethod

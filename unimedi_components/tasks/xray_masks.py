@@ -20,6 +20,7 @@ from unimedi_components.data.dense import DenseDataset
 from unimedi_components.data.transforms import XrayReader
 from unimedi_components.figures.panels import MaskView, draw_masks
 from unimedi_components.metrics.masks import mask_counts, mask_metrics, mask_scores
+from unimedi_components.tasks.dicom_outputs import write_mask
 from unimedi_components.tasks.evaluate import Row, TaskEvaluation
 from unimedi_components.tasks.writer import PredictionWriter, check_finite, check_probability
 
@@ -118,13 +119,17 @@ class SaveMasks(PredictionWriter):
         output_dir, figures: see `PredictionWriter`.
         network: of `load_network`; its card names the label.
         threshold: a pixel belongs to the mask from this probability on.
+        dicom: write `masks/<id>.dcm` too, a DICOM Segmentation, of each DICOM film.
 
     Raises:
         ValueError: a threshold that is no probability.
+        ConfigError: `dicom` without highdicom.
     """
 
-    def __init__(self, output_dir: str | Path, network: Any, figures: bool = True, threshold: float = 0.5) -> None:
-        super().__init__(output_dir, figures)
+    def __init__(
+        self, output_dir: str | Path, network: Any, figures: bool = True, threshold: float = 0.5, dicom: bool = False
+    ) -> None:
+        super().__init__(output_dir, figures, dicom)
         self.threshold = check_probability(threshold)
         # the first name is the background's
         self.label_names: list[str] = network.card["label_names"][1:]
@@ -136,6 +141,8 @@ class SaveMasks(PredictionWriter):
         mask = probability >= self.threshold
         target = self.folder / "masks" / f"{name}.png"
         _write_mask(mask, target)
+        if self.dicom:
+            write_mask(str(data["source"]), mask, self.label_names[0], target.with_suffix(".dcm"))
         if self.figures:
             film, _ = XrayReader().get_data(str(data["source"]))
             view = MaskView(name, film, mask, note=f"{self.label_names[0]}: {100 * mask.mean():.1f}% of the film")

@@ -19,7 +19,7 @@ from unimedi_components.data.phantom import luna16, write_phantom
 from unimedi_components.data.phantom.nodules import PADDING_HU, make_nodule_ct
 from unimedi_components.data.phantom.studies import make_patient
 from unimedi_components.data.transforms import ByDimension
-from unimedi_components.data.volume_io import read_block, read_geometry
+from unimedi_components.images.itk_volumes import read_block, read_geometry
 
 PATIENTS, SEED = 12, 6
 SPLITS = ("training", "validation", "test")

@@ -7,6 +7,8 @@ nibabel and MONAI, so x and y change sign in between.
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,32 +16,30 @@ from typing import Any
 
 import numpy as np
 
-from unimedi_components.data.ct_checks import (
-    SAMPLED_SLICES,
-    CTLimits,
-    Fault,
-    check_ct,
-    hounsfield_fault,
-    voxels_elsewhere,
-)
 from unimedi_components.data.itk_loading import load_itk
 from unimedi_components.errors import DataError
 
 __all__ = [
     "AIR_HU",
     "LPS_TO_RAS",
+    "NOT_GREY",
     "VolumeGeometry",
-    "check_metaimage",
     "read_block",
     "read_geometry",
+    "read_itk",
+    "read_itk_geometry",
+    "voxel_files",
     "voxel_to_world",
+    "voxels_elsewhere",
     "world_to_voxel",
 ]
 
 AIR_HU = -1000.0
+_HEADER_BYTES = 2**16
+#: What every reader says of voxels that are no single number.
+NOT_GREY = "its voxels are colours or complex numbers. Convert them to grey values"
 #: Turns homogeneous LPS coordinates into RAS ones, and back.
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
-_LIMITS = CTLimits(min_slices=2, min_megabytes=0.0)
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,23 @@ def read_geometry(path: str | Path) -> VolumeGeometry:
     """Read size, offset, spacing and direction cosines of a 3D volume with ITK, without its voxels.
 
     Raises:
-        DataError: ITK does not know the format, it is not 3D, the axes do not span space, or the header names voxels
-            outside its folder.
+        DataError: see `read_itk_geometry`; it is not 3D, or the axes do not span space.
+        RuntimeError: ITK cannot read the header.
+    """
+    shape, affine, voxel_bytes = read_itk_geometry(path)
+    if len(shape) != 3:
+        raise DataError(f"{path}: has {len(shape)} axes where a volume has 3")
+    if not np.isfinite(affine).all() or abs(np.linalg.det(affine)) < 1e-6:
+        raise DataError(f"{path}: the direction cosines are singular or not finite; write the header again")
+    return VolumeGeometry(shape, affine, voxel_bytes)
+
+
+def read_itk_geometry(path: str | Path) -> tuple[tuple[int, ...], np.ndarray, int]:
+    """Shape of any number of axes, affine (4, 4) to RAS mm of the first three, and bytes of a voxel.
+
+    Raises:
+        DataError: ITK does not know the format, a voxel holds several values, or the header names voxels outside its
+            folder.
         RuntimeError: ITK cannot read the header.
     """
     if elsewhere := voxels_elsewhere(path):
@@ -73,16 +88,28 @@ def read_geometry(path: str | Path) -> VolumeGeometry:
         raise DataError(f"{path}: no such file, or no reader knows the format")
     image_io.SetFileName(str(path))
     image_io.ReadImageInformation()
-    if (n_axes := image_io.GetNumberOfDimensions()) != 3:
-        raise DataError(f"{path}: has {n_axes} axes where a volume has 3")
+    n_axes = int(image_io.GetNumberOfDimensions())
+    if int(image_io.GetNumberOfComponents()) > 1:
+        raise DataError(f"{path}: {NOT_GREY}")
     affine = np.eye(4)
-    for axis in range(3):
-        affine[:3, axis] = np.array(image_io.GetDirection(axis)) * image_io.GetSpacing(axis)
+    for axis in range(min(3, n_axes)):
+        direction = np.zeros(3)
+        direction[: min(3, n_axes)] = np.asarray(list(image_io.GetDirection(axis)))[:3]
+        affine[:3, axis] = direction * image_io.GetSpacing(axis)
         affine[axis, 3] = image_io.GetOrigin(axis)
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine)) < 1e-6:
-        raise DataError(f"{path}: the direction cosines are singular or not finite; write the header again")
-    shape = tuple(int(image_io.GetDimensions(axis)) for axis in range(3))
-    return VolumeGeometry(shape, LPS_TO_RAS @ affine, int(image_io.GetComponentSize()))
+    shape = tuple(int(image_io.GetDimensions(axis)) for axis in range(n_axes))
+    return shape, LPS_TO_RAS @ affine, int(image_io.GetComponentSize())
+
+
+def read_itk(path: str | Path) -> np.ndarray:
+    """Read all voxels as float32, axes in the file's order.
+
+    Raises:
+        RuntimeError: ITK cannot read the file.
+    """
+    itk = load_itk()
+    array = np.asarray(itk.array_from_image(itk.imread(str(path))))
+    return array.astype(np.float32, copy=False).transpose()
 
 
 def world_to_voxel(world: Any, affine: Any) -> np.ndarray:
@@ -132,54 +159,45 @@ def read_block(path: str | Path, start: Sequence[int], size: Sequence[int], fill
     return block
 
 
-def check_metaimage(path: str | Path, check: str = "quick") -> tuple[Fault | None, VolumeGeometry | None]:
-    """Say what is wrong with a CT volume in an ``.mhd`` file, with the voxels in a file of their own.
+def voxels_elsewhere(path: str | Path) -> str:
+    """Say that a MetaImage or NRRD header names voxels outside its folder; empty when it does not.
+
+    A header is text from a stranger: followed, it would read any file of this machine as an image.
 
     Args:
-        path: the header file.
-        check: ``"exists"`` (header, and whether the voxels' file is there), ``"quick"`` (also its size) or
-            ``"full"`` (also whether some slices are in Hounsfield units).
-
-    Returns:
-        The fault and None, or None and the geometry. Reasons as of
-        :func:`~unimedi_components.data.ct_checks.check_ct`.
+        path: any file; its content decides, not its name.
     """
     path = Path(path)
-    load_itk()
-    fault = check_ct(path, _LIMITS, values=False)
-    if fault is not None:
-        return fault, None
-    geometry = read_geometry(path)
-    problem = _voxel_file_problem(path, geometry, check)
-    if not problem and check == "full":
-        *plane, depth = geometry.shape
-        slices = np.unique(np.linspace(0, depth - 1, SAMPLED_SLICES).round().astype(int))
-        try:
-            sample = np.stack([read_block(path, (0, 0, index), (*plane, 1)) for index in slices.tolist()])
-        except RuntimeError as error:
-            problem = f"its voxels cannot be read ({str(error).strip().splitlines()[-1]})"
-        else:
-            if (values := hounsfield_fault(sample)) is not None:
-                return Fault(values[0], f"{path}: {values[1]}"), None
-    if problem:
-        return Fault("unreadable image", f"{path}: {problem}. Unpack or download it again"), None
-    return None, geometry
+    home = path.parent.resolve()
+    for name in voxel_files(path):
+        parts = re.split(r"[/\\]", name)
+        absolute = os.path.isabs(name) or re.match(r"[A-Za-z]:|\\", name)
+        if absolute or ".." in parts or not (home / name).resolve().is_relative_to(home):
+            return f"its header names voxels outside its folder ({name[:80]}). Put them beside it and name them there"
+    return ""
 
 
-def _voxel_file_problem(path: Path, geometry: VolumeGeometry, check: str) -> str:
-    """Compare the file of voxels that a header names with what the header says; empty when they agree."""
-    fields: dict[str, str] = {}
-    for line in path.read_bytes()[:65536].decode("latin-1").splitlines():
-        name, _, value = line.partition("=")
-        fields[name.strip()] = value.strip()
-    voxels = fields.get("ElementDataFile", "")
-    if not voxels or voxels.split()[0] in ("LOCAL", "LIST") or "%" in voxels:
-        return ""
-    raw = path.parent / voxels
-    if not raw.is_file():
-        return f"its voxels {voxels} are missing"
-    need, size = int(np.prod(geometry.shape)) * geometry.voxel_bytes, raw.stat().st_size
-    if fields.get("CompressedData", "").lower() == "true":
-        stored = fields.get("CompressedDataSize", "")
-        need = int(stored) if stored.isdigit() else 1
-    return f"{voxels} has {size} bytes where the header says {need}" if size < need and check != "exists" else ""
+def voxel_files(path: str | Path) -> list[str]:
+    """Files of voxels that a MetaImage or NRRD header names, patterns and lists included; none of any other file."""
+    if not Path(path).is_file():
+        return []
+    with open(path, "rb") as stream:
+        head = stream.read(_HEADER_BYTES)
+        nrrd = head.startswith(b"NRRD0")
+        if nrrd or b"NDims" in head:
+            head += stream.read(64 * _HEADER_BYTES)
+    if not nrrd and b"ElementDataFile" not in head:
+        return []
+    # an attached NRRD's header ends with an empty line, a MetaImage's with the line ElementDataFile
+    lines = (re.split(rb"\r?\n\r?\n", head)[0] if nrrd else head).decode("latin-1").splitlines()
+    field = re.compile(r"data ?file:\s*(.*)" if nrrd else r"ElementDataFile\s*=\s*(.*)", re.IGNORECASE)
+    for number, line in enumerate(lines):
+        match = field.match(line.strip())
+        if match is None:
+            continue
+        value = match[1].strip()
+        if value.split()[:1] == ["LIST"]:
+            return [name.strip() for name in lines[number + 1 :] if name.strip()]
+        pattern = re.match(r"(.*%\S*)(\s+-?\d+)+$", value)
+        return [] if value.upper() == "LOCAL" else [pattern[1] if pattern else value]
+    return []

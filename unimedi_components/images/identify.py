@@ -7,9 +7,9 @@ import gzip
 import zlib
 from pathlib import Path
 
-from unimedi_components.serve.faults import ACCEPTED, UploadError, unsupported, unusable
+from unimedi_components.images.headers import starts_as_dicom
 
-__all__ = ["DICOM", "PICTURES", "VOLUMES", "family_of_name", "identify", "not_read"]
+__all__ = ["DICOM", "PICTURES", "VOLUMES", "content_fault", "family_of_name", "identify", "is_image"]
 
 PICTURES = {"jpeg": ".jpg", "png": ".png", "bmp": ".bmp", "tiff": ".tif"}
 VOLUMES = {"nifti": ".nii", "nifti.gz": ".nii.gz", "metaimage": ".mhd", "nrrd": ".nrrd"}
@@ -61,8 +61,14 @@ _WORDS = {
 }
 
 
-def identify(path: Path) -> str:
-    """Say what a file holds: a key of `PICTURES` or `VOLUMES`, "dicom", "zip", "empty", or what else it is."""
+def identify(path: str | Path) -> str:
+    """Say what a file holds: a key of `PICTURES` or `VOLUMES`, "dicom", "zip", "empty", or what else it is.
+
+    DICOM is known by its mark behind 128 bytes, or, where these are missing, by elements in rising order.
+
+    Raises:
+        OSError: the file cannot be opened.
+    """
     with open(path, "rb") as stream:
         head = stream.read(_HEAD)
     if not head:
@@ -72,7 +78,7 @@ def identify(path: Path) -> str:
     if head.startswith(b"RIFF") and head[8:12] == b"WEBP":
         return "webp"
     if head.startswith(b"\x1f\x8b"):
-        return _in_gzip(path)
+        return _in_gzip(Path(path))
     if _nifti(head):
         return _nifti(head)
     for start, name in _STARTS:
@@ -80,6 +86,8 @@ def identify(path: Path) -> str:
             return name
     if b"NDims" in head and (b"DimSize" in head or b"ElementDataFile" in head):
         return "metaimage"
+    if starts_as_dicom(head):
+        return DICOM
     return "text" if _is_text(head) else "unknown"
 
 
@@ -119,24 +127,27 @@ def _family_of_content(content: str) -> str:
     return "volume" if content in VOLUMES else content if content == DICOM else ""
 
 
-def not_read(name: str, content: str) -> UploadError | None:
-    """The fault of a file whose content is not read, or is another than its name says; None where both are fine."""
+def is_image(name: str, content: str) -> bool:
+    """Whether a file holds an image that is read here, or calls itself one."""
+    return bool(_family_of_content(content) or family_of_name(name)) or content == "nifti pair"
+
+
+def content_fault(name: str, content: str) -> str:
+    """Say why a file is not read: its content is of another kind, or not what its name says; empty where it is fine."""
     named, held = family_of_name(name), _family_of_content(content)
     if content == "empty":
-        return unusable(f"{name}: the file is empty. Export or download it again.")
+        return "the file is empty. Export or download it again"
     if content == "bad gzip" and named == "volume":
-        return unusable(f"{name}: the compressed data is damaged or cut off. Download or export it again.")
+        return "the compressed data is damaged or cut off. Download or export it again"
     if held and (not named or named == held):
-        return None
+        return ""
     holds = _WORDS[content]
     if held:
-        return unsupported(f"{name}: is named as {_NAMED[named]} but holds {holds}. Give the file its right ending.")
+        return f"is named as {_NAMED[named]} but holds {holds}. Give the file its right ending"
     if name.lower().endswith((".raw", ".zraw")):
-        return unusable(f"{name}: holds voxels without their header. Drop the .mhd file together with it.")
+        return "holds voxels without their header. Give the .mhd file together with it"
     if content == "nifti pair":
-        return unsupported(f"{name}: is {holds}. Convert the pair to one .nii.gz file.")
+        return f"is {holds}. Convert the pair to one .nii.gz file"
     if named:
-        return unsupported(
-            f"{name}: is named as {_NAMED[named]} but holds {holds}. Export the image again from where it came."
-        )
-    return unsupported(f"{name}: holds {holds}, which is not read here. Give {ACCEPTED}.")
+        return f"is named as {_NAMED[named]} but holds {holds}. Export the image again from where it came"
+    return f"holds {holds}, which is not read here"
