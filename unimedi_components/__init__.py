@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 
 _EXPORTS = {
     "UniMedI": "networks.unimedi",
+    "UniMediImageProcessor": "hub",
     "UnifiedViT": "networks.unified_vit",
     "bundle_root": "bundle",
     "check_config": "config_check",
@@ -41,6 +42,7 @@ _SUBPACKAGES = (
 
 __all__ = [
     "UniMedI",
+    "UniMediImageProcessor",
     "UnifiedViT",
     "__version__",
     "bundle_root",

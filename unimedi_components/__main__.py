@@ -118,6 +118,27 @@ def report(*run_dirs: str, out: str, tables: str = "results") -> None:
     write_page([str(folder) for folder in run_dirs], str(out), str(tables))
 
 
+def export(checkpoint: str, folder: str, license: str | None = None) -> None:
+    """Write the image encoder of a pre-training run as a folder in the Hugging Face hub's form.
+
+    UnifiedViT.from_pretrained, and transformers' AutoModel with trust_remote_code=True, load it.
+
+    Args:
+        checkpoint: weights that a pre-training run left, such as bundles/pretrain/models/model.pt.
+        folder: to write to; new or empty.
+        license: of the weights, as the hub names it; by default apache-2.0 for a run on phantoms, else unknown.
+    """
+    from unimedi_components.networks import load_encoder
+
+    place = Path(str(folder))
+    if place.exists() and (not place.is_dir() or any(place.iterdir())):
+        raise ConfigError(f"{place} exists and is no empty folder; name a new one")
+    encoder = load_encoder(str(checkpoint))
+    encoder.save_pretrained(place, model_card_kwargs={} if license is None else {"license": str(license)})
+    for file in sorted(place.iterdir()):
+        print(file)
+
+
 def check(*config: str, **overrides: Any) -> None:
     """Check a bundle's config without running it: unknown keys, overrides, arguments and references.
 
@@ -143,10 +164,11 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "zero_shot": zero_shot,
     "serve": serve,
     "report": report,
+    "export": export,
     "check": check,
 }
 # of these, no word is a Python list
-_EXACT = ("inspect", "embed", "index", "search", "zero_shot")
+_EXACT = ("inspect", "embed", "index", "search", "zero_shot", "export")
 
 
 def _taker(command: str) -> Callable[..., Any] | None:

@@ -26,6 +26,7 @@ EXAMPLES = {
     "zero_shot": "zero_shot films/ --finding 'Edema|Pleural Effusion' --out findings.csv",
     "serve": "serve --index reports.npz --port 8000",
     "report": "report bundles/pretrain results/experiment/small --out page",
+    "export": "export bundles/pretrain/models/model.pt encoder",
     "check": "check bundles/pretrain/configs/train.json my.yaml --epochs 2",
 }
 

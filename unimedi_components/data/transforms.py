@@ -36,7 +36,15 @@ from unimedi_components.data.volume_loading import LoadVolumed, Uprightd
 from unimedi_components.errors import DataError
 from unimedi_components.images.xray import LoadXrayd, XrayReader
 
-__all__ = ["ByDimension", "CheckVolumed", "LoadVolumed", "XrayReader", "ct_transforms", "xray_transforms"]
+__all__ = [
+    "ByDimension",
+    "CheckVolumed",
+    "LoadVolumed",
+    "XrayReader",
+    "ct_transforms",
+    "input_transforms",
+    "xray_transforms",
+]
 
 # nibabel's letter pairs, spelled out because MONAI otherwise follows each reader's own `space`
 RAS_LABELS = (("L", "R"), ("P", "A"), ("I", "S"))
@@ -225,3 +233,13 @@ class ByDimension(Compose):
             for i, transform in enumerate(self.random.branches[dim].transforms):
                 if isinstance(transform, Randomizable):
                     transform.set_random_state(seed=(seed + i) % 2**32)
+
+
+def input_transforms(preprocessing: Mapping[str, Any]) -> ByDimension:
+    """The chains of a trained network's input, as its card names them, without random crops.
+
+    Args:
+        preprocessing: arguments of `xray_transforms` under "xray", and of `ct_transforms` under "ct".
+    """
+    two_d = {**preprocessing["xray"], "random_crop": False}
+    return ByDimension(xray_transforms(**two_d), ct_transforms(**preprocessing["ct"]))

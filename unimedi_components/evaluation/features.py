@@ -21,7 +21,7 @@ from unimedi_components.data.dataset import PretrainDataset
 from unimedi_components.data.loading import eval_loader
 from unimedi_components.data.phantom.paired import PAIRED
 from unimedi_components.data.text import as_trained
-from unimedi_components.data.transforms import ByDimension, ct_transforms, xray_transforms
+from unimedi_components.data.transforms import input_transforms
 from unimedi_components.errors import DataError
 from unimedi_components.images.find import ImageList
 from unimedi_components.networks.output import ImageFeatures
@@ -111,9 +111,7 @@ def make_dataset(
         cache_dir: folder to keep prepared images in.
         strict: an unreadable file is an error.
     """
-    preprocessing = pretrained.card["preprocessing"]
-    two_d = {**preprocessing["xray"], "random_crop": False}
-    transform = ByDimension(xray_transforms(**two_d), ct_transforms(**preprocessing["ct"]))
+    transform = input_transforms(pretrained.card["preprocessing"])
     texts = [as_trained(item.get("report") or "", pretrained.keep_punct) for item in items]
     read = ({**item, "report": text} if text else item for item, text in zip(items, texts, strict=True))
     known = ImageList(read, getattr(items, "left_out", ()))

@@ -85,8 +85,10 @@ def load_encoder(checkpoint: str | Path, device: str | torch.device = "cpu") -> 
         CheckpointError: a file is missing or does not fit.
     """
     path = Path(checkpoint)
-    encoder = UnifiedViT(**read_card(path)["encoder"])
+    card = read_card(path)
+    encoder = UnifiedViT(**card["encoder"])
     load_strict(encoder, read_state_dict(path), str(path))
+    encoder.card = card
     return encoder.to(device).eval()
 
 

@@ -21,13 +21,14 @@ from unimedi_components.networks.embed import (
     resample_pos_embed_3d,
     to_tuple,
 )
+from unimedi_components.networks.hub import HubEncoder
 from unimedi_components.networks.layers import Block, init_vit_weights
 from unimedi_components.networks.output import EncoderOutput
 
 __all__ = ["UnifiedViT"]
 
 
-class UnifiedViT(nn.Module):
+class UnifiedViT(HubEncoder):
     """Vision transformer with tokenizers T_2D and T_3D over one shared backbone (sections 3.1 to 3.3).
 
     The 2D half has timm's parameter names (`cls_token`, `pos_embed`, `patch_embed.proj`, `blocks.*`, `norm`), so that
