@@ -389,6 +389,10 @@ def test_which_faults_are_the_users() -> None:
         user_fault(chain(RuntimeError("a"), RuntimeError("b"), CheckpointError("model.pt: torn"))) == "model.pt: torn"
     )
     assert user_fault(chain(RuntimeError("a"), ValueError("of another package"))) is None
+    said = user_fault(chain(RuntimeError("instantiate"), AssertionError("Torch not compiled with CUDA enabled")))
+    assert said == (
+        "no GPU can be used here (Torch not compiled with CUDA enabled); leave --device out, or give --device cpu"
+    )
     assert user_fault(KeyError("a")) is None
     worker = "Caught DataError in DataLoader worker process 0.\nOriginal Traceback:\n ...\nx.DataError: a.jpg: torn"
     assert user_fault(DataError(worker)) == "a.jpg: torn"

@@ -154,3 +154,24 @@ def test_make_pretrain_runs_the_users_own_line() -> None:
     assert done.stdout.splitlines()[-1] == (
         ".venv/bin/python -m monai.bundle run --config_file bundles/pretrain/configs/train.json"
     )
+
+
+# room -> the other rooms of the package that it may import
+ARROWS = {
+    "images": {"errors", "images"},
+    "networks": {"errors", "networks", "selection", "distributed"},
+    "losses": {"errors", "losses", "networks", "distributed"},
+    "metrics": {"distributed", "errors", "losses", "metrics"},
+    "selection": set(),
+    "distributed": {"errors"},
+}
+
+
+@pytest.mark.parametrize("room", ARROWS)
+def test_imports_go_down(room: str) -> None:
+    package = REPOSITORY / "unimedi_components"
+    files = sorted((package / room).rglob("*.py")) or [package / f"{room}.py"]
+    pattern = re.compile(r"^\s*(?:from|import) unimedi_components\.(\w+)", re.MULTILINE)
+    for file in files:
+        above = set(pattern.findall(file.read_text(encoding="utf-8"))) - ARROWS[room]
+        assert not above, f"{file.relative_to(package)} imports {', '.join(sorted(above))}"

@@ -41,6 +41,8 @@ _RUN_OPTIONS = (
 # what `--tracking mlflow` takes from the overrides (monai.bundle.scripts.run)
 _TRACKING_OPTIONS = ("output_dir", "tracking_uri", "experiment_name", "run_name", "save_execute_config")
 _RUN_SCRIPT = ("monai", "bundle", "__main__.py")
+# what PyTorch says of `--device cuda` without CUDA, a driver or that many devices
+_NO_GPU = ("not compiled with CUDA", "NVIDIA driver", "No CUDA GPUs", "invalid device ordinal")
 _NOT_WRITTEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 _PACKAGE = Path(__file__).resolve().parent
 
@@ -259,8 +261,8 @@ def user_fault(error: BaseException) -> str | None:
 
     Returns:
         The message of the first exception in the chain of causes that is one of `unimedi_components.errors`, a
-        ValueError or FloatingPointError that a line of this package raised, or a file that may not be written (with
-        the options that name another place); None when there is none.
+        ValueError or FloatingPointError that a line of this package raised, a file that may not be written (with the
+        options that name another place), or a GPU that is not there; None when there is none.
     """
     cause: BaseException | None = error
     while cause is not None:
@@ -275,6 +277,8 @@ def user_fault(error: BaseException) -> str | None:
                 f"{cause.filename or 'a file'}: {cause.strerror}; name folders that can be written with --output_dir "
                 "PATH, and for a training with --ckpt_dir and --cache_dir, or set UNIMEDI_DATA for the data"
             )
+        if isinstance(cause, (AssertionError, RuntimeError)) and any(words in str(cause) for words in _NO_GPU):
+            return f"no GPU can be used here ({str(cause).splitlines()[0]}); leave --device out, or give --device cpu"
         cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
     return None
 

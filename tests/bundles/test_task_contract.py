@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
 from jsonschema import validate
@@ -110,8 +112,10 @@ def test_data_for_something_else_is_refused(name: str, task_bundle: Any) -> None
 
 def test_nothing_readable_is_one_error(name: str, task_bundle: Any, tmp_path: Path) -> None:
     bundle = task_bundle(name)
-    bad = tmp_path / ("bad.nii.gz" if "_ct_" in name else "bad.png")
-    bad.write_bytes(b"no image")
+    # headers that say what the files are, and nothing behind them
+    bad = tmp_path / ("bad.nii" if "_ct_" in name else "bad.png")
+    header = nib.Nifti1Image(np.zeros((30, 30, 12), np.int16), np.diag([2.0, 2, 4, 1])).to_bytes()[:400]
+    bad.write_bytes(header if "_ct_" in name else b"\x89PNG\r\n\x1a\n no film")
     changes = {"ckpt_dir": str(bundle.finished()[0] / "models"), "output_dir": str(tmp_path / "out"), "device": "cpu"}
     made = bundle.workflow({**changes, "inputs": str(bad)}, "inference", kind="infer")
     with pytest.raises(Exception) as caught:

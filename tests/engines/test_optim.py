@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from unimedi_components.engines import build_optimizer, warmup_cosine
+from unimedi_components.engines import amp_dtype, build_optimizer, warmup_cosine
+from unimedi_components.errors import ConfigError
 from unimedi_components.networks import DINOHead, ProjectionHead, ReportEncoder, UnifiedViT, UniMedI
 
 TEXT = {"hidden_size": 16, "num_hidden_layers": 1, "vocab_size": 30, "num_attention_heads": 2}
@@ -88,3 +89,14 @@ def test_part_of_an_epoch_of_warm_up_and_none() -> None:
 def test_warm_up_must_end() -> None:
     with pytest.raises(ValueError, match=r"warmup_epochs 2 leaves nothing of 2 epochs; lower it or train longer"):
         rates(1, steps_per_epoch=3, epochs=2, warmup_epochs=2)
+
+
+def test_the_type_of_mixed_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert amp_dtype("float16") == amp_dtype(torch.float16) == torch.float16
+    assert amp_dtype("bfloat16") == torch.bfloat16
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for native, expected in ((True, torch.bfloat16), (False, torch.float16)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, native=native: native)
+        assert amp_dtype() == expected
+    with pytest.raises(ConfigError, match="amp_dtype is 'half'; use one of auto, bfloat16, float16"):
+        amp_dtype("half")

@@ -20,10 +20,16 @@ import pandas as pd
 
 from unimedi_components.data.datalist import DatalistBuilder
 from unimedi_components.data.registry import Dataset
-from unimedi_components.data.sources import existing_root, find_source, folders_below, nearest_hint, read_source
+from unimedi_components.data.sources import (
+    existing_root,
+    find_source,
+    folders_below,
+    nearest_hint,
+    read_source,
+    xray_faults,
+)
 from unimedi_components.data.splits import hold_out
 from unimedi_components.errors import ConfigError, DataError
-from unimedi_components.images.xray_checks import xray_faults
 
 __all__ = ["COMPETITION", "FINDINGS", "UNCERTAIN_ONES", "collect", "convert"]
 

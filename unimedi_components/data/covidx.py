@@ -20,10 +20,9 @@ import pandas as pd
 
 from unimedi_components.data.datalist import DatalistBuilder
 from unimedi_components.data.registry import Dataset
-from unimedi_components.data.sources import existing_root, nearest_hint
+from unimedi_components.data.sources import existing_root, nearest_hint, xray_faults
 from unimedi_components.data.splits import split_patients, strata_by_label
 from unimedi_components.errors import ConfigError, DataError
-from unimedi_components.images.xray_checks import xray_faults
 
 __all__ = ["CLASSES", "collect", "convert"]
 

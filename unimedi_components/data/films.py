@@ -22,9 +22,9 @@ from monai.transforms import (
 from PIL import Image, ImageOps
 
 from unimedi_components.data.boxes import BoxesToImaged, BoxesToMaskd
-from unimedi_components.data.itk_loading import load_itk
 from unimedi_components.data.slice_files import IMAGE_ENDINGS
 from unimedi_components.errors import ConfigError, DataError
+from unimedi_components.images.itk_loading import load_itk
 from unimedi_components.images.xray import LoadXrayd
 
 __all__ = ["TARGETS", "FilmMaskd", "film_transforms"]

@@ -18,10 +18,9 @@ import pandas as pd
 
 from unimedi_components.data.datalist import DatalistBuilder
 from unimedi_components.data.registry import Dataset
-from unimedi_components.data.sources import existing_root, find_source, progress_map, read_source
+from unimedi_components.data.sources import existing_root, find_source, progress_map, read_source, xray_faults
 from unimedi_components.data.text import clean_report, split_sections
 from unimedi_components.errors import DataError
-from unimedi_components.images.xray_checks import xray_faults
 
 __all__ = ["LABEL_MISSING", "collect", "convert"]
 

@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
-from unimedi_components.data.itk_loading import load_itk
 from unimedi_components.errors import DataError
+from unimedi_components.images.itk_loading import load_itk
 
 __all__ = ["boxes_of_rois", "rois_of_boxes"]
 

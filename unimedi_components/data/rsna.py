@@ -19,9 +19,8 @@ import pandas as pd
 
 from unimedi_components.data.datalist import DatalistBuilder
 from unimedi_components.data.registry import Dataset
-from unimedi_components.data.sources import existing_root, find_source, read_source, undoubled
+from unimedi_components.data.sources import existing_root, find_source, read_source, undoubled, xray_faults
 from unimedi_components.errors import ConfigError, DataError
-from unimedi_components.images.xray_checks import xray_faults
 
 __all__ = ["SPLIT_SOURCES", "TASKS", "collect", "convert", "paper_split"]
 

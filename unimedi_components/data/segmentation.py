@@ -19,11 +19,11 @@ from monai.transforms import (
     Transform,
 )
 
-from unimedi_components.data.itk_loading import load_imaged
 from unimedi_components.data.label_maps import geometry_difference, unknown_labels
 from unimedi_components.data.transforms import RAS_LABELS, CheckVolumed
 from unimedi_components.data.volume_loading import LoadVolumed, Uprightd
 from unimedi_components.errors import DataError
+from unimedi_components.images.itk_loading import load_imaged
 
 __all__ = ["CheckFinited", "CheckLabelMapd", "segmentation_transforms"]
 

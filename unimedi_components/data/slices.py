@@ -26,9 +26,9 @@ from monai.transforms import (
 )
 from PIL import Image
 
-from unimedi_components.data.itk_loading import load_imaged
 from unimedi_components.data.slice_files import IMAGE_ENDINGS, checked_end, evenly_spread, slice_files
 from unimedi_components.errors import DataError
+from unimedi_components.images.itk_loading import load_imaged
 
 __all__ = ["ChooseSlicesd", "SliceFolderReader", "slice_volume_transforms"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import os
 import warnings
 import zlib
 from collections import deque
@@ -17,6 +18,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from unimedi_components.errors import DataError
+from unimedi_components.images.xray_checks import xray_fault
 
 __all__ = [
     "existing_root",
@@ -27,6 +29,7 @@ __all__ = [
     "read_source",
     "sha256_of",
     "undoubled",
+    "xray_faults",
 ]
 
 # what macOS leaves beside the files of an archive
@@ -210,3 +213,25 @@ def progress_map(
         parts = [items[start : start + size] for start in range(0, len(items), size)]
         with ThreadPoolExecutor(num_workers) as pool:
             return [result for found in pool.map(work, parts) for result in found]
+
+
+def xray_faults(
+    root: str | Path,
+    images: Sequence[str],
+    check: str = "quick",
+    num_workers: int = 8,
+    progress: bool = True,
+    desc: str = "images",
+) -> list[tuple[str, str] | None]:
+    """Return :func:`~unimedi_components.images.xray_checks.xray_fault` of every image, in order, under a progress bar.
+
+    Args:
+        root: folder that the images are relative to.
+        images: paths relative to it.
+        check: see :func:`~unimedi_components.images.xray_checks.xray_fault`.
+        num_workers: threads that read files.
+        progress: show the bar.
+        desc: text of the bar.
+    """
+    base = str(root)
+    return progress_map(lambda image: xray_fault(os.path.join(base, image), check), images, desc, num_workers, progress)

@@ -68,7 +68,8 @@ class LoadVolumed(MapTransform):
                 "filename_or_obj": path,
                 "part": part_of({**loaded, "files": files}),
                 "original_affine": torch.as_tensor(volume.affine),
-                "spatial_shape": torch.tensor(volume.values.shape),
+                # an array, as of MONAI's readers: MONAI Label compares it with numpy
+                "spatial_shape": np.asarray(volume.values.shape),
                 "space": "RAS",
             }
             values = torch.from_numpy(volume.values[None])

@@ -17,7 +17,7 @@ from unimedi_components.engines.handlers import (
     prepare_mixed_batch,
 )
 from unimedi_components.engines.inference import SaveEmbeddings, embed_batch, finish_embedding
-from unimedi_components.engines.optim import build_optimizer, warmup_cosine
+from unimedi_components.engines.optim import amp_dtype, build_optimizer, warmup_cosine
 from unimedi_components.engines.progress import TrainingProgress
 from unimedi_components.engines.target_information import WatchTargets
 from unimedi_components.engines.whitening import WhitenTokenizers
@@ -39,6 +39,7 @@ __all__ = [
     "TrainingProgress",
     "WatchTargets",
     "WhitenTokenizers",
+    "amp_dtype",
     "build_optimizer",
     "defined_handler",
     "embed_batch",

@@ -86,6 +86,8 @@ class ResumableCheckpoint:
         self.resume = resume
         self.sign = 1.0 if greater_is_better else -1.0
         self.best: float | None = None
+        #: Of the card: the type that a run with mixed precision computes in.
+        self.precision: dict[str, str] = {}
 
     def write_weights(self, improved: bool) -> None:
         """Write what an epoch leaves; `improved` says whether its key metric is the best so far."""
@@ -111,6 +113,9 @@ class ResumableCheckpoint:
             self._load(engine, path)
         elif path.is_file():
             logger.warning("%s: an earlier run's checkpoint will be overwritten; `--resume True` continues it", path)
+        if getattr(engine, "amp", False):
+            kind = getattr(engine, "amp_kwargs", {}).get("dtype", torch.float16)
+            self.precision = {"amp_dtype": str(kind).removeprefix("torch.")}
         if rank() == 0:
             self.write_card()
 
@@ -219,7 +224,7 @@ class TrainingCheckpoint(ResumableCheckpoint):
         folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer.save_pretrained(folder)
         self.network.report_encoder.model.config.save_pretrained(folder)
-        more = {**_film_values(self.preprocessing), **self.card}
+        more = {**_film_values(self.preprocessing), **self.precision, **self.card}
         write_json(make_card(self.network, self.preprocessing, **more), self.folder / CARD)
 
 
@@ -259,7 +264,8 @@ class TaskCheckpoint(ResumableCheckpoint):
             atomic_save(self.network.state_dict(), self.folder / "model.pt")
 
     def write_card(self) -> None:
-        write_json({**self.card, **_film_values(self.card.get("preprocessing", {}))}, self.folder / CARD)
+        films = _film_values(self.card.get("preprocessing", {}))
+        write_json({**self.card, **films, **self.precision}, self.folder / CARD)
 
 
 def _film_values(preprocessing: Mapping[str, Any]) -> dict[str, str]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parameter groups of the optimizer and the learning-rate schedule."""
+"""Parameter groups of the optimizer, the learning-rate schedule, and the type of mixed precision."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from monai.optimizers import WarmupCosineSchedule
 from torch import nn
 
 from unimedi_components.distributed import unwrap
+from unimedi_components.errors import ConfigError
 
-__all__ = ["build_optimizer", "warmup_cosine"]
+__all__ = ["amp_dtype", "build_optimizer", "warmup_cosine"]
 
 NO_DECAY = (
     "cls_token",
@@ -22,6 +23,28 @@ NO_DECAY = (
     "depth_embed",
     "log_temperature",
 )
+
+
+_HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def amp_dtype(name: str | torch.dtype = "auto") -> torch.dtype:
+    """The type of autocast: bfloat16 where the GPU computes in it, else float16, whose gradients need scaling.
+
+    Args:
+        name: "auto", "bfloat16" or "float16".
+
+    Raises:
+        ConfigError: another name.
+    """
+    key = str(name).removeprefix("torch.")
+    if key == "auto":
+        # without a GPU nothing is cast, and the answer does not matter
+        native = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+        key = "bfloat16" if native else "float16"
+    if key not in _HALF:
+        raise ConfigError(f"amp_dtype is {name!r}; use one of auto, {', '.join(_HALF)}")
+    return _HALF[key]
 
 
 def build_optimizer(network: nn.Module, lr: float, weight_decay: float, **kwargs: Any) -> torch.optim.AdamW:

@@ -147,7 +147,9 @@ def expand(names: Sequence[str], base: Path) -> list[Path]:
             if matches:
                 break
         else:
-            raise DataError(f"{name}: no such file, folder or pattern, neither in {base} nor in {Path.cwd()}")
+            # a command line may have read such a name as a number, as 2024_01
+            hint = f"; a name of digits alone is written ./{name}" if name.replace(".", "").isdigit() else ""
+            raise DataError(f"{name}: no such file, folder or pattern, neither in {base} nor in {Path.cwd()}{hint}")
         for match in map(Path, matches):
             if match.is_dir():
                 below = (file for file in match.rglob("*") if not file.name.startswith(".") and file.is_file())

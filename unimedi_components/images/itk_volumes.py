@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from unimedi_components.data.itk_loading import load_itk
 from unimedi_components.errors import DataError
+from unimedi_components.images.itk_loading import load_itk
 
 __all__ = [
     "AIR_HU",

@@ -15,10 +15,10 @@ from monai.data import MetaTensor
 from monai.transforms import MapTransform
 from PIL import Image, ImageOps
 
-from unimedi_components.data.itk_loading import load_itk
 from unimedi_components.errors import DataError
 from unimedi_components.images.dicom import is_dicom, modality_values, read_header
 from unimedi_components.images.greys import dicom_greys, robust_ends, robust_greys
+from unimedi_components.images.itk_loading import load_itk
 from unimedi_components.images.xray_checks import PICTURE_FORMATS, colour_fault, film_fault, pages_fault
 
 __all__ = ["LoadXrayd", "XrayReader", "film_notes", "read_xray"]

@@ -3,16 +3,13 @@
 
 from __future__ import annotations
 
-import os
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from unimedi_components.data.sources import progress_map
 from unimedi_components.errors import ConfigError, DataError
 from unimedi_components.images.dicom import DicomHeader, pixel_fault, read_header, starts_as_dicom
 
@@ -27,7 +24,6 @@ __all__ = [
     "modality_words",
     "pages_fault",
     "xray_fault",
-    "xray_faults",
 ]
 
 IMAGE_CHECKS = ("quick", "full", "exists", "none")
@@ -101,28 +97,6 @@ def xray_fault(path: str | Path, check: str = "quick", film: bool = True) -> tup
         reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
         fault = Fault(UNREADABLE, f"{reason}. Download or export it again")
     return None if fault is None else (fault.reason, f"{path}: {fault.detail}")
-
-
-def xray_faults(
-    root: str | Path,
-    images: Sequence[str],
-    check: str = "quick",
-    num_workers: int = 8,
-    progress: bool = True,
-    desc: str = "images",
-) -> list[tuple[str, str] | None]:
-    """Return :func:`xray_fault` of every image, in order, under a progress bar.
-
-    Args:
-        root: folder that the images are relative to.
-        images: paths relative to it.
-        check: see :func:`xray_fault`.
-        num_workers: threads that read files.
-        progress: show the bar.
-        desc: text of the bar.
-    """
-    base = str(root)
-    return progress_map(lambda image: xray_fault(os.path.join(base, image), check), images, desc, num_workers, progress)
 
 
 def _quick_fault(path: Path) -> Fault | None:

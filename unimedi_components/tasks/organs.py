@@ -111,7 +111,8 @@ class OrganEvaluation(TaskEvaluation):
         self.tolerance_mm, self.figures, self.organs = tolerance_mm, figures, self.label_names[1:]
         # label maps stay as they are filed: the prediction comes to them
         self.chain = Compose(task_transforms(network.card["preprocessing"], resize_labels=False))
-        self.inferer = OrganInferer(network.hparams["vol_size"], mirror_axes, overlap)
+        # windows are put together in main memory: the scores of a whole volume may take 20 GiB
+        self.inferer = OrganInferer(network.hparams["vol_size"], mirror_axes, overlap, device="cpu")
         self.to_file = Restored(self.chain, labels=True)
 
     @property
