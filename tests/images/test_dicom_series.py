@@ -81,7 +81,7 @@ def test_doubles_are_dropped_and_counted(dicom: Any, truth: Any) -> None:
     for path in dicom.slices()[7:9]:
         shutil.copy(path, path.with_name(f"copy of {path.name}"))
     images, left_out = listed(dicom.folder)
-    assert images[0].warnings == ("2 file(s) hold the same slice as another and were dropped.",)
+    assert images[0].warnings == ("2 slice(s) are the same as another and were dropped.",)
     assert len(images[0].files) == 24 and len(left_out) == 2
     assert reasons(left_out) == {"is the same slice as another file (position and pixels)"}
     assert is_body(only_volume(dicom.folder), truth)
@@ -307,3 +307,82 @@ def test_copies_of_one_export_stay_apart_and_halves_come_together(dicom: Any, tr
     assert [str(image.path.relative_to(dicom.folder)) for image in images] == ["a", "b", "c/one.dcm", "c/two.dcm", "e"]
     assert {Path(one.file).parent.name for one in left_out} == {"d"}
     assert all(is_body(read_volume(image.path, image.files), truth) for image in images)
+
+
+def test_a_slice_and_its_copy_are_one_slice(dicom: Any) -> None:
+    path = dicom.slices(places=[0])[0]
+    shutil.copy(path, path.with_name("copy.dcm"))
+    images, left_out = listed(dicom.folder)
+    assert not images and len(left_out) == 2
+    assert reasons(left_out) == {"is one CT slice. Give all files of its series, or its folder"}
+
+
+def test_a_double_of_another_rescale_is_one(dicom: Any, truth: Any) -> None:
+    path = dicom.slices()[5]
+    double = pydicom.dcmread(path)
+    double.RescaleIntercept, stored = -1000, double.pixel_array.astype(np.int16) - 24
+    double.PixelRepresentation, double.PixelData = 1, stored.astype("<i2").tobytes()
+    double.save_as(path.with_name("double.dcm"))
+    images, left_out = listed(dicom.folder)
+    assert images[0].warnings == ("1 slice(s) are the same as another and were dropped.",) and len(left_out) == 1
+    assert is_body(only_volume(dicom.folder), truth)
+
+
+def test_scouts_that_only_their_description_names(dicom: Any, truth: Any) -> None:
+    dicom.slices()
+
+    def scout(number: int, file: Any) -> None:
+        file.ImageOrientationPatient, file.SeriesDescription = [1, 0, 0, 0, 0, -1], "Topogram 0.6"
+        file.ImagePositionPatient = [0, 10 * number, 0]
+
+    dicom.slices(places=[0, 1], start=100, change=scout)
+    assert is_body(only_volume(dicom.folder), truth)
+    _, left_out = listed(dicom.folder)
+    assert [(one.reason, one.fault) for one in left_out] == [("is a scout view (TOPOGRAM)", False)] * 2
+
+
+def test_frames_of_one_file_that_come_twice(dicom: Any, truth: Any) -> None:
+    path = dicom.enhanced("double.dcm", [0, 1, 2, 3, 3, *range(4, 24)])
+    images, left_out = listed(dicom.folder)
+    assert images[0].warnings == ("1 slice(s) are the same as another and were dropped.",) and not left_out
+    assert is_body(read_volume(path), truth)
+
+
+def test_phases_in_one_file_are_refused_by_all(dicom: Any) -> None:
+    path = dicom.enhanced("phases.dcm", [*range(24), *range(24)])
+    file = pydicom.dcmread(path)
+    stored = file.pixel_array.copy()
+    stored[24:] += 7
+    file.PixelData = stored.tobytes()
+    for number, group in enumerate(file.PerFrameFunctionalGroupsSequence):
+        content = Dataset()
+        content.TemporalPositionIndex = 1 + number // 24
+        group.FrameContentSequence = [content]
+    file.save_as(path)
+    images, left_out = listed(dicom.folder)
+    assert not images and left_out[0].reason.startswith("holds 2 volumes in one file (24 slices of 20 x 18 (Temporal")
+    with pytest.raises(DataError, match="holds 2 volumes in one file"):
+        read_volume(path)
+
+
+def test_labels_hold_no_free_text(dicom: Any, truth: Any) -> None:
+    dicom.slices(change=lambda n, f: setattr(f, "SeriesDescription", "Doe^Jane arterial"))
+    other = (truth[0] + 7).astype(np.int16)
+    dicom.slices(start=100, volume=other, change=lambda n, f: setattr(f, "SeriesDescription", "Doe^Jane venous"))
+    images, _ = listed(dicom.folder)
+    assert [image.stack.label for image in images] == [f"SeriesDescription, phase {n} of 2" for n in (2, 1)]
+
+
+@pytest.mark.parametrize("folders", [2, 23])
+def test_a_gap_does_not_tear_folders_apart(dicom: Any, truth: Any, folders: int) -> None:
+    kept = [z for z in range(24) if z != 7]
+    paths = dicom.slices(places=[3.0 * z for z in kept], volume=truth[0][:, :, kept])
+    for number, path in enumerate(paths):
+        place = path.parent / str(number % folders) / path.name
+        place.parent.mkdir(exist_ok=True)
+        path.rename(place)
+    images, left_out = listed(dicom.folder)
+    assert len(images) == 1 and len(images[0].files) == 23 and not left_out
+    assert images[0].warnings[0].startswith("Slices seem to be missing: 1 gap(s) of up to 6 mm where 3 mm is usual")
+    volume = only_volume(dicom.folder)
+    assert np.array_equal(volume.values[:, :, kept], truth[0][:, :, kept]) and np.allclose(volume.affine, truth[1])

@@ -18,8 +18,10 @@ from typing import Any
 import numpy as np
 
 from unimedi_components.errors import DataError
-from unimedi_components.images.dicom import pixel_fault, stored_values
+from unimedi_components.images.dicom import modality_values, pixel_fault
 from unimedi_components.images.dicom_stacks import (
+    MAX_GAP_MM,
+    ONE_SLICE,
     DicomSlice,
     Stack,
     file_slices,
@@ -34,6 +36,8 @@ from unimedi_components.images.xray_checks import CT_CLASSES, XRAYS, modality_wo
 __all__ = ["Sorted", "is_ct", "sort_headers"]
 
 _SCOUTS = ("LOCALIZER", "SCOUT", "TOPOGRAM", "SURVIEW", "SCANOGRAM")
+# so many views are scouts where their description says so
+_SCOUT_VIEWS = 3
 # one place along the normal, and one direction
 _SAME_MM, _SAME_COSINE = 0.01, 1e-3
 # what tells phases or reconstructions in one series apart, in the order of trust
@@ -139,30 +143,31 @@ def _groups(slices: Iterable[DicomSlice]) -> list[list[DicomSlice]]:
 
 
 def _by_folder(group: list[DicomSlice]) -> list[list[DicomSlice]]:
-    """Slices of each folder, and frames of each file, by themselves unless they make one even stack together.
+    """Slices of each folder, and frames of each file, by themselves unless they make one stack together.
 
-    Copies of one export keep its UIDs, so that these do not say that folders belong together.
+    Copies of one export keep its UIDs, so that these do not say that folders belong together; folders of one slice each
+    say nothing.
     """
     parts: dict[Path, list[DicomSlice]] = {}
     for one in group:
         path = Path(one.header.path)
         parts.setdefault(path if one.header.frames > 1 else path.parent, []).append(one)
-    if len(parts) == 1:
+    if len(parts) in (1, len(group)):
         return [group]
     places = _at_places(_sorted(group))
-    together = len(places) == len(group) and is_even(offsets([place[0] for place in places]))
-    return [group] if together else list(parts.values())
+    if len(places) < len(group):
+        return list(parts.values())
+    along = offsets([place[0] for place in places])
+    apart = np.diff(along).max() > MAX_GAP_MM or _interleaved([_sorted(part) for part in parts.values()])
+    return list(parts.values()) if apart and not is_even(along) else [group]
 
 
 def _add_stacks(group: list[DicomSlice], result: Sorted, assume_hu: bool) -> None:
     """Sort one group's slices into stacks, or leave them out."""
-    if len(group) == 1:
-        described = group[0].header.text("SeriesDescription").upper()
-        scout = next((word for word in _SCOUTS if word in described), "")
-        reason = (
-            f"is a scout view ({scout})" if scout else "is one CT slice. Give all files of its series, or its folder"
-        )
-        result.leave(group, reason, fault=not scout)
+    described = group[0].header.text("SeriesDescription").upper()
+    scout = next((word for word in _SCOUTS if word in described), "")
+    if len(group) == 1 or (scout and len(group) <= _SCOUT_VIEWS):
+        result.leave(group, f"is a scout view ({scout})" if scout else ONE_SLICE, fault=not scout)
         return
     if not assume_hu and (bare := [one for one in group if not has_rescale(one)]):
         count = len({one.header.path for one in bare})
@@ -174,12 +179,18 @@ def _add_stacks(group: list[DicomSlice], result: Sorted, assume_hu: bool) -> Non
         return
     try:
         parts, doubles = _parts(_sorted(group))
-        for number, (label, part) in enumerate(parts):
-            result.stacks.append(make_stack(part, label, [] if number else doubles))
+        stacks = [make_stack(part, label, [] if number else doubles) for number, (label, part) in enumerate(parts)]
+        files = [file for stack in stacks for file in stack.files]
+        if len(set(files)) < len(files):
+            # an item is its files, which cannot say which of their frames are meant
+            named = "; ".join(stack.described for stack in stacks[:4])
+            raise DataError(f"holds {len(stacks)} volumes in one file ({named}). Export each to files of its own")
     except DataError as error:
         result.leave(group, str(error))
         return
-    result.leave(doubles, "is the same slice as another file (position and pixels)", fault=False)
+    result.stacks += stacks
+    dropped = [one for one in doubles if Path(one.header.path) not in files]
+    result.leave(dropped, "is the same slice as another file (position and pixels)", fault=False)
 
 
 def _sorted(slices: Iterable[DicomSlice]) -> list[DicomSlice]:
@@ -253,10 +264,7 @@ def _without_doubles(
 def _same_pixels(one: DicomSlice, other: DicomSlice) -> bool:
     if np.abs(one.position - other.position).max() > 10 * _SAME_MM:
         return False
-    first, second = (stored_values(each.header)[each.frame] for each in (one, other))
-    rescale = ("RescaleSlope", "RescaleIntercept")
-    same = all(one.value(name) == other.value(name) for name in rescale)
-    return same and np.array_equal(first, second)
+    return np.array_equal(*(modality_values(each.header).values[each.frame] for each in (one, other)))
 
 
 def _partitions(group: list[DicomSlice]) -> Iterable[tuple[list[str], list[list[DicomSlice]]]]:
@@ -292,8 +300,8 @@ def _by_time(group: list[DicomSlice]) -> Iterable[tuple[list[str], list[list[Dic
 
 
 def _labels(name: str, values: Sequence[str]) -> list[str]:
-    """What stacks are called: no date or time, which would tell who the patient is."""
-    if name.endswith(("Time", "UID")):
+    """What stacks are called: no date, time or free text, which would tell who the patient is."""
+    if name.endswith(("Time", "UID", "Description", "Name", "Comments")):
         return [f"{name}, phase {number} of {len(values)}" for number in range(1, len(values) + 1)]
     return [f"{name} {value or 'none'}" for value in values]
 

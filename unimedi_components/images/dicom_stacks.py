@@ -13,12 +13,25 @@ import numpy as np
 from unimedi_components.errors import DataError
 from unimedi_components.images.headers import DicomHeader, functional_group, numbers_of, values_of
 
-__all__ = ["DicomSlice", "Stack", "file_slices", "has_rescale", "is_even", "make_stack", "offsets"]
+__all__ = [
+    "MAX_GAP_MM",
+    "ONE_SLICE",
+    "DicomSlice",
+    "Stack",
+    "file_slices",
+    "has_rescale",
+    "is_even",
+    "make_stack",
+    "offsets",
+]
+
+#: Why a slice alone is left out.
+ONE_SLICE = "is one CT slice. Give all files of its series, or its folder"
 
 # steps that stray further than both from even ones are uneven: positions are often rounded to a tenth of a millimetre
 _UNEVEN_MM, _UNEVEN_SHARE = 0.11, 0.02
 # a larger block without slices is not filled
-_MAX_GAP_MM = 30.0
+MAX_GAP_MM = 30.0
 
 
 @dataclass(frozen=True)
@@ -61,7 +74,7 @@ class Stack:
         places: (N,) mm along the normal from the first one.
         label: what tells this stack from others of its series, such as "AcquisitionNumber 2".
         warnings: gaps, doubles, tilt.
-        doubles: files that were dropped because another holds the same slice.
+        doubles: files of slices that were dropped because they come twice.
     """
 
     slices: tuple[DicomSlice, ...]
@@ -187,8 +200,10 @@ def make_stack(slices: list[DicomSlice], label: str, doubles: Sequence[DicomSlic
     """Slices in order as a volume.
 
     Raises:
-        DataError: they lie beside each other, or a block of them is missing.
+        DataError: there is one alone, they lie beside each other, or a block of them is missing.
     """
+    if len(slices) == 1:
+        raise DataError(ONE_SLICE)
     places = offsets(slices)
     positions = np.asarray([one.position for one in slices])
     line = positions[0] + np.outer(places / places[-1], positions[-1] - positions[0])
@@ -203,7 +218,7 @@ def make_stack(slices: list[DicomSlice], label: str, doubles: Sequence[DicomSlic
     usual = float(np.median(steps))
     if not is_even(places):
         gaps = steps[steps > 1.5 * usual]
-        if len(gaps) and gaps.max() > max(_MAX_GAP_MM, 2.5 * usual):
+        if len(gaps) and gaps.max() > max(MAX_GAP_MM, 2.5 * usual):
             raise DataError(
                 f"slices are missing: a block of {gaps.max():.4g} mm where steps of {usual:.4g} mm are usual. "
                 "Export the whole series"
@@ -222,6 +237,6 @@ def make_stack(slices: list[DicomSlice], label: str, doubles: Sequence[DicomSlic
     if tilt > 0.1:
         warnings.append(f"The gantry was tilted by {tilt:.3g} degrees; the network sees the volume upright.")
     if doubles:
-        warnings.append(f"{len(doubles)} file(s) hold the same slice as another and were dropped.")
+        warnings.append(f"{len(doubles)} slice(s) are the same as another and were dropped.")
     files = tuple(dict.fromkeys(Path(one.header.path) for one in doubles))
     return Stack(tuple(slices), places, label, tuple(warnings), files)
