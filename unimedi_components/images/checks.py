@@ -21,6 +21,7 @@ from unimedi_components.images.volume import (
     shape_problem,
     stack_header,
 )
+from unimedi_components.images.xray_checks import Fault
 
 __all__ = [
     "SAMPLED_SLICES",
@@ -55,14 +56,6 @@ _REASONS = {
     "complex numbers": "not grey values",
     "voxels outside its folder": "voxels outside the folder",
 }
-
-
-@dataclass(frozen=True)
-class Fault:
-    """What is wrong with a file: a stable ``reason`` to count by, and a ``detail`` with file and remedy."""
-
-    reason: str
-    detail: str
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ _COLOURED, _COLOURED_SHARE, _FEW = 32, 0.05, 1024
 
 
 class Fault(NamedTuple):
-    """Why a file is left out: the reason to count it under, and the fault with its remedy."""
+    """What is wrong with a file: a stable ``reason`` to count by, and a ``detail`` with the remedy."""
 
     reason: str
     detail: str
