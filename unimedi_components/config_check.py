@@ -38,7 +38,7 @@ _READ_BY_MONAI = frozenset(
     )
 )
 # what two overlays of a bundle set differently if they are of two data sets
-_DATA_KEYS = ("data_set", "dataset_dir", "datalist_file", "datalist")
+_DATA_KEYS = ("data#datalist#dataset", "dataset_dir", "datalist_file", "datalist")
 _MISSING = object()
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 # ids whose value is a file or folder; `inputs` too, which takes a number as it is

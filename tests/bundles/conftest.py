@@ -26,16 +26,16 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGS = REPOSITORY / "bundles" / "pretrain" / "configs"
 EPOCHS = 3
 TINY = {
-    "phantoms": {"mimic_cxr": 36, "bimcv": 36},
-    "batch_2d": 4,
-    "batch_3d": 4,
+    "datalist#phantoms": {"mimic_cxr": 36, "bimcv": 36},
+    "train#sampler#batch_2d": 4,
+    "train#sampler#batch_3d": 4,
     "epochs": EPOCHS,
     "device": "cpu",
     # The default rounds to bfloat16 on CPUs that have it, so that other batch shapes give other digits.
     "matmul_precision": "highest",
     "img_size": 32,
     "vol_size": [16, 24, 24],
-    "out_dim": 64,
+    "network_def#dino_head#out_dim": 64,
     "network_def#encoder#embed_dim": 32,
     "network_def#encoder#depth": 2,
     "network_def#encoder#num_heads": 2,
@@ -166,22 +166,34 @@ def configs() -> Path:
 # Sizes and rates of runs of seconds; losses rise and fall at these rates, so that the best epoch is not the last.
 ENCODER = {"img_size": 32, "vol_size": [8, 24, 24], "patch_size": 16, "patch_size_3d": [4, 12, 12]}
 ENCODER |= {"embed_dim": 16, "depth": 1, "num_heads": 2}
+DATA_SET, BATCH = "data#datalist#dataset", "train#dataloader#batch_size"
 PHANTOMS = {"chexpert": 32, "covidx": 18, "cc_ccii": 18, "rsna": 40, "bcv": 5, "amos": 5}
-PROBE = {"epochs": 4, "probe_lr": 0.5, "probe_weight_decay": 0.0}
-FILM = {"epochs": 4, "img_size": 48}
-ORGANS = {"epochs": 2, "vol_size": [8, 24, 24], "hidden_states": [0, 1], "feature_size": 4, "steps_per_pass": 6}
+PROBE = {"epochs": 4, "recipe#probe#lr": 0.5, "recipe#probe#weight_decay": 0.0}
+FILM = {"epochs": 4}
+ORGANS = {"epochs": 2, "vol_size": [8, 24, 24], "network_def#hidden_states": [0, 1]}
+ORGANS |= {"network_def#feature_size": 4, "train#repeated#steps": 6}
 #: Bundle -> its data set, sizes of its encoder, overrides, and figures of its evaluation.
 TASK_BUNDLES: dict[str, tuple[str, dict[str, Any], dict[str, Any], set[str]]] = {
-    "chest_xray_classification": ("chexpert", {}, {**PROBE, "img_size": 32}, {"roc.png", "confusion.png"}),
+    "chest_xray_classification": (
+        "chexpert",
+        {},
+        {**PROBE, "preprocessing#xray#size": 32},
+        {"roc.png", "confusion.png"},
+    ),
     "chest_ct_classification": ("cc_ccii", {}, {**PROBE, "vol_size": [8, 24, 24]}, {"roc.png", "confusion.png"}),
-    "chest_xray_segmentation": ("rsna", {"patch_size": 8}, {**FILM, "widths": [8, 8, 4]}, {"masks.png"}),
+    "chest_xray_segmentation": (
+        "rsna",
+        {"patch_size": 8},
+        {**FILM, "preprocessing#film#size": 48, "network_def#widths": [8, 8, 4]},
+        {"masks.png"},
+    ),
     "chest_xray_detection": (
         "rsna",
         {"patch_size": 8},
-        {**FILM, "pyramid_width": 8, "score_threshold": 0.6, "lr": 0.01},
+        {**FILM, "img_size": 48, "network_def#width": 8, "network_def#score_threshold": 0.6, "optimizer#lr": 0.01},
         {"precision_recall.png", "boxes.png"},
     ),
-    "abdomen_ct_segmentation": ("bcv", {"depth": 2}, {**ORGANS, "figures": 1}, {"img0032.png"}),
+    "abdomen_ct_segmentation": ("bcv", {"depth": 2}, {**ORGANS, "evaluation#figures": 1}, {"img0032.png"}),
 }
 
 
@@ -212,11 +224,12 @@ class TaskBundle:
 
     def overrides(self, folder: Path, **changes: Any) -> dict[str, Any]:
         """Of train.json, for a run of seconds that writes to `folder`."""
-        name = changes.get("data_set", self.data_set)
+        name = changes.get(DATA_SET, self.data_set)
         places = {"dataset_dir": self.data / name, "cache_dir": self.data / f"{self.name}-cache"}
         places |= {"datalist_file": folder / "data.json", "encoder_weights": self.encoder}
         places |= {"ckpt_dir": folder / "models", "output_dir": folder / "eval"}
-        small = {"size": self.sizes, "device": "cpu", "bootstrap": 20, "memory_mb": 10, "phantoms": PHANTOMS[name]}
+        small = {"size": self.sizes, "device": "cpu", "evaluation#bootstrap": 20}
+        small |= {"train#dataset#memory_mb": 10, "data#datalist#phantoms": PHANTOMS[name]}
         return {**small, **self.changes, **{key: str(path) for key, path in places.items()}, **changes}
 
     def files(self, *names: str) -> list[str]:

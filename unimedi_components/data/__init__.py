@@ -38,7 +38,6 @@ _EXPORTS = {
     "select": "datalist",
     "task_datalist": "tasks",
     "task_transforms": "chains",
-    "training_items": "tasks",
     "write_json": "datalist",
     "xray_transforms": "transforms",
 }

@@ -110,7 +110,7 @@ class FeatureDataset(Dataset[Any]):
     read are left out then.
 
     Args:
-        dataset: the images; without random transforms, or every epoch would see the same draw.
+        dataset: the images; with random transforms they pass through, or every epoch would see the same draw.
         network: with `features`; in evaluation mode for the pass.
         device: where the network is.
         enabled: False passes the images through.
@@ -132,12 +132,13 @@ class FeatureDataset(Dataset[Any]):
         enabled: bool = True,
         batch_size: int = 32,
         num_workers: int = 0,
-        share: bool = False,
+        share: bool = True,
         desc: str = "features",
     ) -> None:
         self.dataset = dataset
         self.network: Any = getattr(network, "module", network)
-        self.device, self.enabled, self.desc = torch.device(device), enabled, desc
+        self.device, self.desc = torch.device(device), desc
+        self.enabled = enabled and not any(chain.transforms for chain in dataset.transform.random.branches.values())
         self.batch_size, self.num_workers, self.share = batch_size, num_workers, share
         self._items: list[dict[str, Any]] | None = None
         self._encoder: list[int] = []

@@ -16,7 +16,7 @@ from unimedi_components.data.splits import nested_fraction
 from unimedi_components.distributed import first_rank_first
 from unimedi_components.errors import DataError
 
-__all__ = ["load_task", "task_datalist", "training_items"]
+__all__ = ["load_task", "task_datalist"]
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,13 @@ def task_datalist(
 
 
 def load_task(
-    path: str | Path, root: str | Path, dim: int, task: str | None = None, label_names: Sequence[str] | None = None
+    path: str | Path,
+    root: str | Path,
+    dim: int,
+    task: str | None = None,
+    label_names: Sequence[str] | None = None,
+    label_fraction: float = 1.0,
+    fraction_seed: int = 42,
 ) -> dict[str, Any]:
     """Read a datalist for a task and check that it has what the task needs.
 
@@ -82,6 +88,9 @@ def load_task(
         dim: 2 or 3; items of the other dimension are left out.
         task: what the config expects of `meta.task`.
         label_names: what the config expects of `meta.label_names`.
+        label_fraction: share of the patients whose training items are kept, nested over fractions and stratified by
+            label.
+        fraction_seed: of their choice.
 
     Raises:
         DataError: unreadable, without items of this dimension, or labelled for another task.
@@ -95,9 +104,5 @@ def load_task(
         datalist[split] = select(datalist, split, dim)
     if not datalist["training"]:
         raise DataError(f"{path}: no {dim}D training item; this bundle reads {dim}D images, prepare such a data set")
+    datalist["training"] = nested_fraction(datalist["training"], label_fraction, fraction_seed)
     return datalist
-
-
-def training_items(datalist: dict[str, Any], label_fraction: float = 1.0, seed: int = 42) -> Sequence[dict[str, Any]]:
-    """The labelled training items of a fraction of the patients, nested over fractions and stratified by label."""
-    return nested_fraction(datalist["training"], label_fraction, seed)

@@ -75,7 +75,9 @@ class CalibrateProjection:
         self.samples = {2: samples_2d, 3: samples_3d}
 
     def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(Events.EPOCH_COMPLETED, self)
+        # an epoch's last step, so that no other handler of the epoch's end comes first
+        ends = Events.ITERATION_COMPLETED(event_filter=lambda _, step: step % engine.state.epoch_length == 0)
+        engine.add_event_handler(ends, self)
 
     def __call__(self, engine: Engine) -> None:
         head: ProjectionHead = self.network.image_projection

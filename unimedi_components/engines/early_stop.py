@@ -14,17 +14,17 @@ __all__ = ["EarlyStop"]
 
 
 class EarlyStop(EarlyStopHandler):
-    """MONAI's early stopping by the validation loss, with a state that a resumed run takes up.
+    """MONAI's early stopping by the validation's key metric, with a state that a resumed run takes up.
 
     Args:
-        evaluator: validation engine with the loss among its metrics.
-        patience: epochs without a lower loss after which the run ends; None never ends it.
-        metric: name of the loss.
+        evaluator: validation engine.
+        patience: epochs without a better value after which the run ends; None never ends it.
+        greater_is_better: False where the key metric is a loss.
     """
 
-    def __init__(self, evaluator: Engine, patience: int | None, metric: str = "val_loss") -> None:
+    def __init__(self, evaluator: Engine, patience: int | None, greater_is_better: bool = False) -> None:
         self.enabled = patience is not None
-        self.evaluator, self.metric = evaluator, metric
+        self.evaluator, self.sign = evaluator, 1.0 if greater_is_better else -1.0
         super().__init__(patience or 1, self.score)
 
     def attach(self, engine: Engine) -> None:
@@ -33,9 +33,10 @@ class EarlyStop(EarlyStopHandler):
             super().attach(engine)
 
     def score(self, engine: Engine) -> float:
-        """The negative loss; a loss that is no number is as bad as any can be."""
-        loss = float(self.evaluator.state.metrics[self.metric])
-        return -math.inf if math.isnan(loss) else -loss
+        """The key metric, or a loss's negative; one that is no number is as bad as any can be."""
+        state: Any = self.evaluator.state
+        value = float(state.metrics[state.key_metric_name])
+        return -math.inf if math.isnan(value) else self.sign * value
 
     @property
     def _stopping(self) -> Any:
@@ -50,20 +51,3 @@ class EarlyStop(EarlyStopHandler):
         self._stopping.counter, self._stopping.best_score = state["counter"], state["best_score"]
         if self.enabled and self._stopping.counter >= self.patience:
             self._stopping.trainer.terminate()
-
-
-class EarlyStopByScore(EarlyStop):
-    """Early stopping by a validation score, of which more is better, such as MGCA's detector's mean average precision.
-
-    Args:
-        evaluator, patience: see `EarlyStop`.
-        metric: name of the score.
-    """
-
-    def __init__(self, evaluator: Engine, patience: int | None, metric: str = "val_map") -> None:
-        super().__init__(evaluator, patience, metric)
-
-    def score(self, engine: Engine) -> float:
-        """The score; one that is no number is as bad as any can be."""
-        value = float(self.evaluator.state.metrics[self.metric])
-        return -math.inf if math.isnan(value) else value

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 
 from unimedi_components.engines.optim import build_optimizer
 
-__all__ = ["fine_tuning_optimizer", "warmup_poly"]
+__all__ = ["choose_recipe", "fine_tuning_optimizer", "warmup_poly"]
 
 
 def fine_tuning_optimizer(
@@ -57,3 +58,8 @@ def warmup_poly(
         return rise * max(0.0, 1 - step / max(1, total_iters)) ** power
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def choose_recipe(freeze_encoder: bool, probe: Mapping[str, Any], fine_tune: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The schedule of a probe where the encoder is frozen, else that of fine-tuning."""
+    return probe if freeze_encoder else fine_tune

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from ignite.engine import Engine, Events
 from monai.engines import IterationEvents
-from monai.handlers import TensorBoardStatsHandler
+from monai.handlers import StatsHandler, TensorBoardStatsHandler
 from torch import Tensor, nn
 
 from unimedi_components.data.datalist import write_json
@@ -26,6 +26,7 @@ __all__ = [
     "SkippedStudies",
     "TeacherUpdate",
     "TensorBoardLosses",
+    "ValidationLog",
     "defined_handler",
     "losses",
     "prepare_mixed_batch",
@@ -189,22 +190,23 @@ class History:
         self.optimizer = optimizer
         self.evaluator = evaluator
         self.rows: list[dict[str, float]] = []
+        self._lr = 0.0
 
     def attach(self, engine: Engine) -> None:
+        # a schedule that was attached before has moved on when the step is completed
+        engine.add_event_handler(Events.ITERATION_STARTED, self.started)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.validated)
         if self.evaluator is not None:
             self.evaluator.add_event_handler(Events.COMPLETED, self.validated)
 
+    def started(self) -> None:
+        """Keep the learning rate of the step."""
+        self._lr = self.optimizer.param_groups[0]["lr"]
+
     def __call__(self, engine: Engine) -> None:
-        self.rows.append(
-            {
-                "iteration": engine.state.iteration,
-                "epoch": engine.state.epoch,
-                "lr": self.optimizer.param_groups[0]["lr"],
-                **losses(engine),
-            }
-        )
+        state = engine.state
+        self.rows.append({"iteration": state.iteration, "epoch": state.epoch, "lr": self._lr, **losses(engine)})
 
     def validated(self, engine: Engine) -> None:
         """Add the scalar metrics of the trainer or the evaluator to the newest row."""
@@ -297,3 +299,24 @@ class EndWithLoader:
 
     def __call__(self, engine: Engine) -> None:
         engine.terminate_epoch()
+
+
+class ValidationLog(EndWithLoader):
+    """What a validation says after its epoch, in the log and in TensorBoard, from rank 0 alone; ends with the loader.
+
+    Args:
+        log_dir: folder of the event files.
+    """
+
+    def __init__(self, log_dir: str) -> None:
+        self.parts: list[Any] = []
+        if rank() == 0:
+            self.parts = [
+                StatsHandler(iteration_log=False),
+                TensorBoardStatsHandler(log_dir=log_dir, iteration_log=False),
+            ]
+
+    def attach(self, engine: Engine) -> None:
+        for part in self.parts:
+            part.attach(engine)
+        super().attach(engine)

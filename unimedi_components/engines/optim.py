@@ -12,7 +12,7 @@ from torch import nn
 from unimedi_components.distributed import unwrap
 from unimedi_components.errors import ConfigError
 
-__all__ = ["amp_dtype", "build_optimizer", "warmup_cosine"]
+__all__ = ["amp_dtype", "build_optimizer", "use_amp", "warmup_cosine"]
 
 NO_DECAY = (
     "cls_token",
@@ -28,22 +28,28 @@ NO_DECAY = (
 _HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def amp_dtype(name: str | torch.dtype = "auto") -> torch.dtype:
+def use_amp(amp: bool | str, device: torch.device | str) -> bool:
+    """Whether a config's `amp` asks for mixed precision here: "auto" does on a GPU, the name of a type always."""
+    on_gpu = torch.cuda.is_available() and str(device) != "cpu"
+    return on_gpu if amp == "auto" else bool(amp)
+
+
+def amp_dtype(amp: bool | str | torch.dtype = "auto") -> torch.dtype:
     """The type of autocast: bfloat16 where the GPU computes in it, else float16, whose gradients need scaling.
 
     Args:
-        name: "auto", "bfloat16" or "float16".
+        amp: "auto", True or False, which name none, "bfloat16" or "float16".
 
     Raises:
         ConfigError: another name.
     """
-    key = str(name).removeprefix("torch.")
+    key = "auto" if isinstance(amp, bool) else str(amp).removeprefix("torch.")
     if key == "auto":
         # without a GPU nothing is cast, and the answer does not matter
         native = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
         key = "bfloat16" if native else "float16"
     if key not in _HALF:
-        raise ConfigError(f"amp_dtype is {name!r}; use one of auto, {', '.join(_HALF)}")
+        raise ConfigError(f"amp is {amp!r}; use one of auto, True, False, {', '.join(_HALF)}")
     return _HALF[key]
 
 

@@ -36,8 +36,8 @@ class ViTDet(nn.Module):
         width: channels of the pyramid and the heads, a multiple of 8; ViTDet has 256.
         scales, last_pool: of the pyramid, see `SimpleFeaturePyramid`.
         head_convs: 3x3 convolutions before the last one in each head; RetinaNet has 4.
-        anchor_sizes: side of the anchors in pixels of the input, one list per map; None: RetinaNet's, 4 times the
-            map's stride times 1, 2^(1/3), 2^(2/3).
+        anchor_sizes: side of the anchors in pixels of the input, one list per map or one for all; None: RetinaNet's, 4
+            times the map's stride times 1, 2^(1/3), 2^(2/3).
         aspect_ratios: height over width of the anchors.
         candidates, alpha, gamma: see `BoxDetector`.
         score_threshold: boxes of lower score are left out.
@@ -86,6 +86,7 @@ class ViTDet(nn.Module):
             raise ValueError(f"width {width} must be a multiple of 8, the groups of the heads' norms")
         self.pyramid = SimpleFeaturePyramid(encoder.embed_dim, width, scales, last_pool)
         sizes = _default_sizes(encoder, scales, last_pool) if anchor_sizes is None else anchor_sizes
+        sizes = list(sizes) * (self.pyramid.num_levels if len(sizes) == 1 else 1)
         if len(sizes) != self.pyramid.num_levels:
             raise ValueError(f"{len(sizes)} lists of anchor_sizes for {self.pyramid.num_levels} maps of the pyramid")
         self.hparams: dict[str, Any] = {

@@ -6,7 +6,7 @@ from unimedi_components.search.embeddings import Embeddings
 from unimedi_components.search.examples import draw_examples
 from unimedi_components.search.index import EmbeddingIndex, Hit
 from unimedi_components.search.prompts import PromptSet, load_prompt_sets, load_prompts, shipped_prompts
-from unimedi_components.search.report import HEADLINE, evaluate_search
+from unimedi_components.search.report import HEADLINE, evaluate_search, headline
 from unimedi_components.search.save_neighbours import SaveNeighbours
 from unimedi_components.search.zero_shot import ZeroShot, zero_shot_scores
 
@@ -21,6 +21,7 @@ __all__ = [
     "ZeroShot",
     "draw_examples",
     "evaluate_search",
+    "headline",
     "load_prompt_sets",
     "load_prompts",
     "model_hash",

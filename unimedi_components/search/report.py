@@ -32,7 +32,7 @@ from unimedi_components.search.protocol_report import protocol_metrics
 from unimedi_components.search.zero_shot import ZeroShot, zero_shot_scores
 from unimedi_components.tasks.writer import write_csv
 
-__all__ = ["HEADLINE", "evaluate_search"]
+__all__ = ["HEADLINE", "evaluate_search", "headline"]
 
 Array = npt.NDArray[Any]
 Values = dict[str, Any]
@@ -48,6 +48,11 @@ HEADLINE = (
     "zero_shot_auroc_2d",
     "zero_shot_auroc_3d",
 )
+
+
+def headline(values: Values) -> Values:
+    """The values of `HEADLINE` alone."""
+    return {name: values[name] for name in HEADLINE}
 
 
 def evaluate_search(

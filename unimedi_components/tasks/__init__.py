@@ -3,7 +3,7 @@
 
 from unimedi_components.tasks.boxes import RoisOfBoxesd, SaveBoxes, ServedDetector, prepare_boxes
 from unimedi_components.tasks.classification import SavePredictions
-from unimedi_components.tasks.evaluate import after_task_training, evaluate_task
+from unimedi_components.tasks.evaluate import evaluate_task, measure_run
 from unimedi_components.tasks.organs import OrganInferer, SaveOrgans
 from unimedi_components.tasks.xray_masks import SaveMasks, ServedMaskd
 
@@ -16,7 +16,7 @@ __all__ = [
     "SavePredictions",
     "ServedDetector",
     "ServedMaskd",
-    "after_task_training",
     "evaluate_task",
+    "measure_run",
     "prepare_boxes",
 ]

@@ -25,7 +25,7 @@ from unimedi_components.networks.cards import load_network
 from unimedi_components.provenance import provenance
 from unimedi_components.tasks.writer import write_csv
 
-__all__ = ["TASKS", "TaskEvaluation", "after_task_training", "evaluate_task", "split_items"]
+__all__ = ["TASKS", "TaskEvaluation", "evaluate_task", "measure_run", "split_items"]
 
 Datalist = dict[str, Any]
 Row = dict[str, Any]
@@ -221,43 +221,31 @@ def split_items(lists: Datalist, split: str, dim: int, datalist: str) -> tuple[s
     raise DataError(f"{datalist}: no {dim}D item in the {' or '.join(tried)} split; prepare the data with one")
 
 
-def after_task_training(
-    checkpoint: str | Path,
-    training: PretrainDataset,
-    validation: PretrainDataset,
-    datalist_file: str | Path,
-    output_dir: str | Path,
-    history: Sequence[Mapping[str, float]] = (),
-    device: torch.device | str = "cpu",
-    **options: Any,
-) -> dict[str, Any]:
-    """Measure the best checkpoint on the test split and draw the run's curves; on rank 0 alone.
+def measure_run(run: Any, datalist_file: str | Path, output_dir: str | Path, **evaluation: Any) -> dict[str, Any]:
+    """Measure the best checkpoint of a finished training and draw the run's curves; on rank 0 alone.
 
     Where the run was given other items than the datalist's (MONAI Label, a federated client), it is measured on the
     run's own validation items.
 
     Args:
-        checkpoint: `models/model.pt` of the run.
-        training: the run's training images.
-        validation: the run's validation images.
+        run: `engines.TaskRun`, with the training's data sets and history.
         datalist_file: the datalist that the config names; it need not be there.
         output_dir: folder for what `evaluate_task` writes, for `loss_curves.png` and `run.json` (command, commit,
             machine).
-        history: one dict per iteration, see `draw_loss_curves`.
-        device: where to run.
-        options: of `evaluate_task`, such as `bootstrap`.
+        evaluation: of `evaluate_task`.
 
     Returns:
         the content of `metrics.json`; empty on other ranks.
     """
     if rank() != 0:
         return {}
-    if history:
-        draw_loss_curves(history, Path(output_dir) / "loss_curves.png")
+    if run.history.rows:
+        draw_loss_curves(run.history.rows, Path(output_dir) / "loss_curves.png")
     write_json(provenance(), Path(output_dir) / "run.json")
+    training, validation = run.datasets
     lists: Datalist = {"training": [], "validation": validation.data, "test": []}
     if Path(datalist_file).is_file():
         datalist = load_datalist(datalist_file)
         if {item["id"] for item in training.data} <= {item["id"] for item in datalist["training"]}:
             lists = datalist
-    return evaluate_task(checkpoint, lists, validation.root, output_dir, device=device, **options)
+    return evaluate_task(datalist=lists, output_dir=output_dir, **evaluation)

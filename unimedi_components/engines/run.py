@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All that a training run does beside its schedule and its validation, as one handler."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import monai
+import torch
+from ignite.engine import Engine
+from torch import nn
+
+from unimedi_components.engines.calibration import CalibrateProjection
+from unimedi_components.engines.checkpoint import TaskCheckpoint, TrainingCheckpoint
+from unimedi_components.engines.early_stop import EarlyStop
+from unimedi_components.engines.handlers import (
+    EpochSeed,
+    GradientCare,
+    History,
+    SkippedStudies,
+    TeacherUpdate,
+    TensorBoardLosses,
+)
+from unimedi_components.engines.optim import use_amp
+from unimedi_components.engines.progress import TrainingProgress
+from unimedi_components.engines.target_information import WatchTargets
+from unimedi_components.engines.whitening import WhitenTokenizers
+from unimedi_components.networks.cards import network_card
+
+__all__ = ["PretrainingRun", "TaskRun", "set_up"]
+
+
+def set_up(seed: int, device: torch.device | str, matmul_precision: str | None = None) -> None:
+    """Settings of the process: seeds, flash attention on a GPU alone, and how float32 matrices are multiplied.
+
+    Args:
+        seed: of random numbers; MONAI's determinism.
+        device: of the run.
+        matmul_precision: of `torch.set_float32_matmul_precision`; None leaves it.
+    """
+    monai.utils.set_determinism(seed)
+    if matmul_precision is not None:
+        torch.set_float32_matmul_precision(matmul_precision)
+    torch.backends.cuda.enable_flash_sdp(use_amp("auto", device))
+
+
+class _Run:
+    """Handlers in the order in which a trainer's events reach them, behind its schedule and its validation."""
+
+    def __init__(self, history: History, datasets: Sequence[Any], parts: Sequence[Any]) -> None:
+        self.history, self.datasets, self.parts = history, datasets, parts
+
+    def attach(self, engine: Engine) -> None:
+        for part in self.parts:
+            part.attach(engine)
+
+
+class TaskRun(_Run):
+    """Seeds, checks of loss and gradient, history, early stopping, checkpoints and logs of a task's training.
+
+    The last of a trainer's handlers: what an epoch leaves is written after its validation.
+
+    Args:
+        network: a task's network, or its distributed wrapper.
+        optimizer, lr_scheduler: kept in `last.ckpt`, as the history is.
+        loader: training loader, moved to each epoch.
+        evaluator: validation engine; its key metric decides what is best.
+        datasets: training and validation images, whose unreadable files are listed.
+        card: "task", "label_names" and "preprocessing" of the network's card.
+        ckpt_dir, output_dir: folders for checkpoints and for logs.
+        seed: of every epoch.
+        resume: continue from `last.ckpt`.
+        max_grad_norm: see `GradientCare`.
+        patience: see `EarlyStop`.
+        greater_is_better: False where the key metric is a loss.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        optimizer: Any,
+        lr_scheduler: Any,
+        loader: Any,
+        evaluator: Engine,
+        datasets: Sequence[Any],
+        card: Mapping[str, Any],
+        ckpt_dir: str,
+        output_dir: str,
+        seed: int = 0,
+        resume: bool = False,
+        max_grad_norm: float | None = None,
+        patience: int | None = None,
+        greater_is_better: bool = False,
+    ) -> None:
+        history = History(optimizer, evaluator)
+        state = {"optimizer": optimizer, "lr_scheduler": lr_scheduler, "history": history}
+        stop = EarlyStop(evaluator, patience, greater_is_better)
+        if patience is not None:
+            state["early_stop"] = stop
+        parts = [
+            EpochSeed(seed, loader),
+            GradientCare(network, max_grad_norm),
+            history,
+            stop,
+            TaskCheckpoint(
+                ckpt_dir, network, state, network_card(network, **card), evaluator, resume, greater_is_better
+            ),
+            TensorBoardLosses(output_dir),
+            TrainingProgress("training"),
+            SkippedStudies(datasets, output_dir),
+        ]
+        super().__init__(history, datasets, parts)
+
+
+class PretrainingRun(_Run):
+    """What `TaskRun` is to a task, with the teacher, the start of the tokenizers and the last calibration.
+
+    Args:
+        network: `UniMedI`, or its distributed wrapper.
+        loss: `UniMediLoss`.
+        optimizer, lr_scheduler, loader, evaluator, datasets: see `TaskRun`.
+        preprocessing, tokenizer, card: see `TrainingCheckpoint`.
+        total_steps: optimizer steps of the whole run, for the teacher's momentum.
+        ckpt_dir, output_dir, seed, resume: see `TaskRun`.
+        max_grad_norm, freeze_last_layer_epochs: see `GradientCare`.
+        momentum_teacher: at the first step.
+        warmup_epochs: epochs in which collapsed targets are not warned of.
+        whiten_tokenizers: start new runs with whitened tokenizers, see `WhitenTokenizers`.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        loss: Any,
+        optimizer: Any,
+        lr_scheduler: Any,
+        loader: Any,
+        evaluator: Engine,
+        datasets: Sequence[Any],
+        preprocessing: Mapping[str, Any],
+        tokenizer: Any,
+        card: Mapping[str, Any],
+        total_steps: int,
+        ckpt_dir: str,
+        output_dir: str,
+        seed: int = 0,
+        resume: bool = False,
+        max_grad_norm: float | None = 3.0,
+        freeze_last_layer_epochs: int = 1,
+        momentum_teacher: float = 0.996,
+        warmup_epochs: float = 1.0,
+        whiten_tokenizers: bool = False,
+    ) -> None:
+        history = History(optimizer, evaluator)
+        state = {"optimizer": optimizer, "lr_scheduler": lr_scheduler, "loss": loss, "history": history}
+        self.checkpoint = TrainingCheckpoint(
+            ckpt_dir, network, state, preprocessing, tokenizer, evaluator, resume, card
+        )
+        enabled = whiten_tokenizers and not resume
+        parts = [
+            WhitenTokenizers(network, datasets[0], eps=10.0, position_std=0.2, enabled=enabled),
+            EpochSeed(seed, loader, loss),
+            GradientCare(network, max_grad_norm, freeze_last_layer_epochs),
+            TeacherUpdate(network, momentum_teacher, total_steps),
+            WatchTargets(loss, warmup_epochs=warmup_epochs),
+            history,
+            CalibrateProjection(network, datasets[0]),
+            self.checkpoint,
+            TensorBoardLosses(output_dir),
+            TrainingProgress(),
+            SkippedStudies(datasets, output_dir),
+        ]
+        super().__init__(history, datasets, parts)
