@@ -26,7 +26,6 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 from unimedi_components.data.datalist import write_json
 from unimedi_components.data.phantom import LAYOUTS
 from unimedi_components.data.splits import nested_fraction
-from unimedi_components.engines import TrainingCheckpoint
 from unimedi_components.evaluation.evaluate import evaluate, heldout_items
 from unimedi_components.evaluation.features import Features, extract_features, labels_of, load_truth
 from unimedi_components.evaluation.probe import linear_probe, transfer_scores
@@ -39,7 +38,7 @@ CONFIGS = Path("bundles/pretrain/configs")
 FRACTIONS = {"1pct": 0.01, "10pct": 0.1, "100pct": 1.0}
 RESULT, STAMP = "result.json", "training.json"
 # where a run reads and writes; not what it computes
-_PLACES = ("bundle_root", "ckpt_dir", "output_dir", "data_dir", "dataset_dir", "cache_dir", "resume", "num_workers")
+_PLACES = ("bundle_root", "ckpt_dir", "output_dir", "data_dir", "dataset_dir", "cache_dir", "resume")
 _RESAMPLES = 1000
 Json = dict[str, Any]
 
@@ -188,11 +187,10 @@ def _save_untrained(cell: Mapping[str, Any]) -> None:
     """Write the checkpoint of the network as its seed initialises it."""
     folder = Path(cell["folder"])
     places = {"ckpt_dir": str(folder / "models"), "output_dir": str(folder / "eval")}
-    over = {**overrides(cell), "seed": cell["seed"], **places, "whiten_tokenizers": False}
+    over = {**overrides(cell), "seed": cell["seed"], **places, "train#run#whiten_tokenizers": False}
     run = ConfigWorkflow(config_files(cell), workflow_type="train", logging_file=False, **over)
     run.initialize()
-    handlers = run.parser.get_parsed_content("train#handlers")
-    [checkpoint] = [handler for handler in handlers if isinstance(handler, TrainingCheckpoint)]
+    checkpoint = run.parser.get_parsed_content("train#run").checkpoint
     checkpoint.write_card()
     checkpoint.write_weights(improved=False)
     monai.utils.set_determinism(None)
@@ -204,7 +202,7 @@ def _device(cell: Mapping[str, Any]) -> str:
 
 def held_out(cell: Mapping[str, Any], dim: int, seed: int, patients: int) -> None:
     """Write phantoms that no cell trains on, and beside them their items, which take as long to find as to use."""
-    phantoms, punct = cell["settings"]["phantoms"], bool(_parser(cell).get("keep_punct"))
+    phantoms, punct = cell["settings"]["phantoms"], bool(_parser(cell).get("datalist#keep_punct"))
     items, root, _ = heldout_items(dim, Path(phantoms, f"seed_{seed}"), patients, seed, keep_punct=punct)
     write_json({"root": str(root), "items": items}, _items_file(phantoms, dim, seed, patients, punct))
 

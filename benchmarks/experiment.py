@@ -104,7 +104,7 @@ def run(
         out: folder; the experiment goes to OUT/SIZE.
         page: draw the page at the end.
         table: path without its ending, for the chosen variants alone as `.csv` and `.md`.
-        overrides: further overrides of every training, such as `--batch_2d 16`.
+        overrides: further overrides of every training, such as `--train#sampler#batch_2d 16`.
     """
     folder = Path(out) / _known(size, SIZES, "size")
     count = workers or (1 if torch.cuda.is_available() else os.cpu_count() or 1)

@@ -34,7 +34,7 @@ def pixel_probe(config: ConfigParser, seed: int = 0) -> dict[str, Any]:
     """
     training: LabelledDataset = config.get_parsed_content("train#dataset")
     task, names, dim = training.task, training.label_names, training.data[0]["dim"]
-    _, test = split_items(config.get_parsed_content("items"), "test", dim, str(training.root))
+    _, test = split_items(config.get_parsed_content("data#items"), "test", dim, str(training.root))
     chain = task_transforms(config.get_parsed_content("preprocessing"))
     (x, y, groups), (x_test, y_test, patients) = (
         _inputs(LabelledDataset(items, chain, training.root, names, task, dim, cache_dir=training.cache_dir))

@@ -76,7 +76,7 @@ def segmentation(
 def _train(name: str, minutes: float, phantoms: int, seed: int) -> list[dict[str, Any]]:
     parser = ConfigParser(json_module.loads(Path(CONFIG).read_text(encoding="utf-8")))
     # only what is asked for is built: the network for the peer never is
-    changes: dict[str, Any] = {"phantoms": phantoms, "seed": seed}
+    changes: dict[str, Any] = {"data#datalist#phantoms": phantoms, "seed": seed}
     if name == "random":
         changes["encoder_weights"] = "none"
     parser.update(changes)
@@ -88,11 +88,11 @@ def _train(name: str, minutes: float, phantoms: int, seed: int) -> list[dict[str
     held_out = _held_out(parser)
     loader = labelled_loader(RepeatedDataset(dataset, steps=50), 1, shuffle=True, seed=seed)
     loss: Any = parser.get_parsed_content("loss")
-    lr, encoder_lr = parser["lr"], parser["encoder_lr"]
+    rates = {key: parser[f"optimizer#{key}"] for key in ("lr", "weight_decay", "encoder_lr")}
     if name == "monai":
-        optimizer = torch.optim.AdamW(network.parameters(), lr=lr, weight_decay=parser["weight_decay"])
+        optimizer = torch.optim.AdamW(network.parameters(), lr=rates["lr"], weight_decay=rates["weight_decay"])
     else:
-        optimizer = fine_tuning_optimizer(network, lr, parser["weight_decay"], encoder_lr)
+        optimizer = fine_tuning_optimizer(network, **rates)
     peaks = [group["lr"] for group in optimizer.param_groups]
     rows: list[dict[str, Any]] = []
     steps, trained, epoch = 0, 0.0, 0
@@ -109,12 +109,12 @@ def _train(name: str, minutes: float, phantoms: int, seed: int) -> list[dict[str
                 break
             share = trained / (60 * minutes)
             for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                rise = min(1.0, (steps + 1) / (parser["warmup_iters"] + 1))
-                group["lr"] = peak * rise * max(0.0, 1 - share) ** parser["lr_power"]
+                rise = min(1.0, (steps + 1) / (parser["lr_scheduler#warmup_iters"] + 1))
+                group["lr"] = peak * rise * max(0.0, 1 - share) ** parser["lr_scheduler#power"]
             value = loss(network(batch["image"].to(device)), batch["label"].to(device))
             optimizer.zero_grad()
             value.backward()
-            nn.utils.clip_grad_norm_(network.parameters(), parser["max_grad_norm"])
+            nn.utils.clip_grad_norm_(network.parameters(), parser["train#run#max_grad_norm"])
             optimizer.step()
             steps += 1
             trained += time.perf_counter() - started
@@ -137,7 +137,7 @@ def _network(name: str, parser: ConfigParser) -> nn.Module:
         1,
         len(parser["label_names"]),
         parser["vol_size"],
-        feature_size=parser["feature_size"],
+        feature_size=parser["network_def#feature_size"],
         hidden_size=width,
         mlp_dim=4 * width,
         num_heads=encoder["num_heads"],
@@ -145,7 +145,7 @@ def _network(name: str, parser: ConfigParser) -> nn.Module:
 
 
 def _held_out(parser: ConfigParser) -> DenseDataset:
-    items: Any = parser.get_parsed_content("items")
+    items: Any = parser.get_parsed_content("data#items")
     chain: Any = parser.get_parsed_content("validate#preprocessing")
     folders = {key: parser.get_parsed_content(key) for key in ("dataset_dir", "cache_dir")}
     return DenseDataset(items["test"], chain, folders["dataset_dir"], dim=3, cache_dir=folders["cache_dir"])

@@ -81,7 +81,8 @@ TABLES: dict[int, tuple[Cell, ...]] = {
     9: (Cell(XRAY, "covidx", ("accuracy", "macro_auroc")),),
 }
 # what an overlay says of its data set, and not of the paper's sizes and schedule
-DATA_KEYS = ("data_set", "data_options", "task", "label_names", "preprocessing")
+DATA_KEYS = ("task", "label_names", "preprocessing")
+DATA, PHANTOMS = "data#datalist#", "data#datalist#phantoms"
 COLUMNS = (
     "table",
     "data_set",
@@ -123,7 +124,7 @@ def table(
     if table not in TABLES:
         raise SystemExit(f"table {table} is none of {', '.join(map(str, TABLES))}")
     logging.disable(logging.INFO)
-    chosen = {"phantoms": phantoms, "epochs": epochs}
+    chosen = {PHANTOMS: phantoms, "epochs": epochs}
     path = Path(out or f"results/table{table}")
     rows: list[Row] = []
     probed = set()
@@ -181,12 +182,14 @@ def run_bundle(cell: Cell, overrides: Row, pixels: bool = False) -> tuple[str, R
     real = bool(os.environ.get("UNIMEDI_DATA")) and Path(os.environ["UNIMEDI_DATA"], cell.data_set).is_dir()
     if real:
         files.append(configs / f"{cell.data_set}.json")
-        overrides = {key: value for key, value in overrides.items() if key != "phantoms"}
+        overrides = {key: value for key, value in overrides.items() if key != PHANTOMS}
     else:
         overlay = ConfigParser.load_config_file(str(configs / f"{cell.data_set}.json"))
         default = ConfigParser.load_config_file(str(configs / "train.json"))
-        if overlay["data_set"] != default["data_set"]:
-            overrides = {**{key: overlay[key] for key in DATA_KEYS if key in overlay}, **overrides}
+        if overlay[f"{DATA}dataset"] != default["data"]["datalist"]["dataset"]:
+            data = {key: overlay[key] for key in overlay if key in DATA_KEYS or key.startswith(DATA)}
+            del data[PHANTOMS]
+            overrides = {**data, **overrides}
     with tempfile.TemporaryDirectory() as folder:
         places = {"ckpt_dir": f"{folder}/models", "output_dir": f"{folder}/eval"}
         run = ConfigWorkflow(

@@ -49,7 +49,8 @@ def untrained_bundle() -> Callable[..., Path]:
         source, bundle = REPOSITORY / "bundles" / name, folder / name
         shutil.copytree(source / "configs", bundle / "configs")
         train: dict[str, Any] = json.loads((source / "configs" / "train.json").read_text())
-        dim, size = (2, train["img_size"]) if "xray" in train["preprocessing"] else (3, train["vol_size"])
+        films = train["preprocessing"].get("xray")
+        dim, size = (2, films["size"]) if films else (3, train["vol_size"])
         sizes = {"patch_size_3d": (4, 12, 12), "vol_size": size} if dim == 3 else {"vol_size": (8, 32, 32)}
         with torch.random.fork_rng():
             torch.manual_seed(seed)

@@ -34,8 +34,15 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIG = REPOSITORY / "bundles" / "pretrain" / "configs" / "train.json"
 WORDS = ["left", "right", "lung", "clear", "effusion", "heart", "normal", "small", "large", "opacity", "nodule"]
 TINY = {
-    **{"batch_2d": 4, "batch_3d": 4, "epochs": 1, "device": "cpu", "img_size": 32, "vol_size": [16, 24, 24]},
-    **{"out_dim": 32, "network_def#encoder#embed_dim": 32, "network_def#encoder#depth": 1},
+    **{
+        "train#sampler#batch_2d": 4,
+        "train#sampler#batch_3d": 4,
+        "epochs": 1,
+        "device": "cpu",
+        "img_size": 32,
+        "vol_size": [16, 24, 24],
+    },
+    **{"network_def#dino_head#out_dim": 32, "network_def#encoder#embed_dim": 32, "network_def#encoder#depth": 1},
     **{"network_def#encoder#num_heads": 2, "network_def#report_encoder#config#hidden_size": 32},
     **{"network_def#report_encoder#config#num_hidden_layers": 1},
 }

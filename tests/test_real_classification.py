@@ -52,8 +52,8 @@ def test_probe_on_real_xrays(tmp_path: Path) -> None:
         ckpt_dir=str(tmp_path / "models"),
         output_dir=str(tmp_path / "eval"),
         epochs=3,
-        bootstrap=200,
         device="cpu",
+        **{"evaluation#bootstrap": 200},
     )
     run.initialize()
     run.run()

@@ -57,7 +57,7 @@ def test_one_volume_by_heart_and_another_segmented(tmp_path: Path) -> None:
     (tmp_path / "list.json").write_text(json.dumps(datalist))
     folders = {"dataset_dir": str(tmp_path), "datalist_file": str(tmp_path / "list.json")}
     folders |= {"cache_dir": str(tmp_path / "cache"), "ckpt_dir": str(tmp_path / "models")}
-    sizes = {"vol_size": [24, 48, 48], "encoder_weights": "none", "steps_per_pass": 110, "epochs": 1}
+    sizes = {"vol_size": [24, 48, 48], "encoder_weights": "none", "train#repeated#steps": 110, "epochs": 1}
     # the evaluation of a run wants a test split: the volume itself is measured below
     run(
         "train",
@@ -68,7 +68,7 @@ def test_one_volume_by_heart_and_another_segmented(tmp_path: Path) -> None:
         output_dir=str(tmp_path / "run"),
         **{"train#random_transforms": [], "run": ["$@train#trainer.run()"]},
     )
-    measured = {"split": "training", "output_dir": str(tmp_path / "eval"), "figures": 1}
+    measured = {"evaluation#split": "training", "output_dir": str(tmp_path / "eval"), "evaluation#figures": 1}
     run("train", "train.json", "evaluate.json", **folders, **sizes, label_names=meta["label_names"], **measured)
     metrics = json.loads((tmp_path / "eval" / "metrics.json").read_text())
     assert metrics["cases"] == 1

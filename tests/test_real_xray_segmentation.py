@@ -61,14 +61,10 @@ def test_lungs_of_one_film_and_masks_of_others(tmp_path: Path) -> None:
         ckpt_dir=str(tmp_path / "models"),
         output_dir=str(tmp_path / "eval"),
         epochs=150,
-        img_size=80,
-        widths=[64, 32, 16, 8],
-        lr=2e-3,
-        patience="$None",
-        batch_size=4,
-        augment_prob=0.0,
-        bootstrap=0,
         device="cpu",
+        **{"preprocessing#film#size": 80, "network_def#widths": [64, 32, 16, 8], "optimizer#lr": 2e-3},
+        **{"train#run#patience": "$None", "train#dataloader#batch_size": 4, "train#augment#prob": 0.0},
+        **{"evaluation#bootstrap": 0},
     )
     assert json.loads((tmp_path / "eval" / "metrics.json").read_text())["dice"] > 0.9
     others = [str(TABLE.parent / other["image"]) for other in rows[:4]]

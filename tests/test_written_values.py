@@ -53,7 +53,7 @@ def test_numbers_that_yaml_reads_as_text(tmp_path: Path, text: str, words: str) 
 
 
 def test_the_same_where_the_default_is_an_expression_or_none(tmp_path: Path) -> None:
-    for text in ("lr: 1e-4", "max_grad_norm: 3e0"):
+    for text in ("optimizer#lr: 1e-4", "train#run#max_grad_norm: 3e0"):
         with pytest.raises(ConfigError, match="where a number is meant"):
             check_config([PROBE, overlay(tmp_path, text)])
     with pytest.raises(ConfigError, match="override '--epochs' is the text '5' where a number is meant; write 5"):
@@ -61,8 +61,11 @@ def test_the_same_where_the_default_is_an_expression_or_none(tmp_path: Path) -> 
 
 
 def test_text_of_digits_stays_text_where_text_is_meant(tmp_path: Path) -> None:
-    merged = check_config([PROBE, overlay(tmp_path, "data_set: '2024'\ncache_dir: '2025'\nlr: 1.0e-4")])
-    assert (merged["data_set"], merged["cache_dir"], merged["lr"]) == ("2024", "2025", 1e-4)
+    merged = check_config(
+        [PROBE, overlay(tmp_path, "data#datalist#dataset: '2024'\ncache_dir: '2025'\noptimizer#lr: 1.0e-4")]
+    )
+    assert (merged["data"]["datalist"]["dataset"], merged["cache_dir"]) == ("2024", "2025")
+    assert merged["optimizer"]["lr"] == 1e-4
 
 
 @pytest.mark.parametrize(

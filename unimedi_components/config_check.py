@@ -39,6 +39,21 @@ _READ_BY_MONAI = frozenset(
 )
 # what two overlays of a bundle set differently if they are of two data sets
 _DATA_KEYS = ("data#datalist#dataset", "dataset_dir", "datalist_file", "datalist")
+# what no longer stands at the top of a config, by the place that sets it
+_MOVED = {
+    "amp_dtype": ("amp",),
+    "box_weight": ("loss#box_regression",),
+    "data_options": ("data#datalist",),
+    "data_set": ("data#datalist#dataset",),
+    "focal_gamma": ("loss#gamma",),
+    "focal_weight": ("loss#alpha",),
+    "img_size": ("preprocessing#xray#size", "preprocessing#film#size"),
+    "lr_power": ("lr_scheduler#power",),
+    "pyramid_width": ("network_def#width",),
+    "resize": ("preprocessing#organs#spatial_size",),
+    "steps_per_pass": ("train#repeated#steps",),
+    "sw_overlap": ("evaluation#overlap",),
+}
 _MISSING = object()
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 # ids whose value is a file or folder; `inputs` too, which takes a number as it is
@@ -211,7 +226,21 @@ def _check_defined(id_: str, parser: ConfigParser, used: set[str], what: str) ->
     # a new entry of a section, such as `train#sampler`, is sound when another line refers to it
     elif isinstance(parent, dict) and _is_used(id_, used):
         return _MISSING
-    raise ConfigError(f"unknown {what}: nothing defines it{_hint(id_, _ids(parser.get(), signatures=True))}")
+    raise ConfigError(f"unknown {what}: nothing defines it{_hint(id_, _candidates(id_, parser))}")
+
+
+def _candidates(id_: str, parser: ConfigParser) -> list[str]:
+    """Ids that may be meant: those with the same last word and a value of their own, else with any, else all."""
+    written = _ids(parser.get())
+    moved = [ReferenceResolver.normalize_id(place) for place in _MOVED.get(id_, ())]
+    own = [name for name in written if not str(parser[name]).startswith(("@", "%"))]
+    for names in (own, written):
+        if same := [name for name in names if name in moved or name.split(_SEP)[-1] == id_.split(_SEP)[-1]]:
+            return same
+        joined = [name for name in names if f"_{name.replace(_SEP, '_')}".endswith(f"_{id_}")]
+        if joined:
+            return joined
+    return _ids(parser.get(), signatures=True)
 
 
 def _check_override(key: str, value: Any, parser: ConfigParser, referenced: set[str]) -> None:

@@ -166,34 +166,24 @@ def configs() -> Path:
 # Sizes and rates of runs of seconds; losses rise and fall at these rates, so that the best epoch is not the last.
 ENCODER = {"img_size": 32, "vol_size": [8, 24, 24], "patch_size": 16, "patch_size_3d": [4, 12, 12]}
 ENCODER |= {"embed_dim": 16, "depth": 1, "num_heads": 2}
-DATA_SET, BATCH = "data#datalist#dataset", "train#dataloader#batch_size"
+# keyword -> id of the configs
+SHORT = {"batch_size": "train#dataloader#batch_size", "bootstrap": "evaluation#bootstrap", "lr": "optimizer#lr"}
+SHORT |= {"data_set": "data#datalist#dataset", "phantoms": "data#datalist#phantoms", "patience": "train#run#patience"}
+SHORT |= {"memory_mb": "train#dataset#memory_mb", "variant": "network_def#variant", "widths": "network_def#widths"}
 PHANTOMS = {"chexpert": 32, "covidx": 18, "cc_ccii": 18, "rsna": 40, "bcv": 5, "amos": 5}
 PROBE = {"epochs": 4, "recipe#probe#lr": 0.5, "recipe#probe#weight_decay": 0.0}
-FILM = {"epochs": 4}
-ORGANS = {"epochs": 2, "vol_size": [8, 24, 24], "network_def#hidden_states": [0, 1]}
-ORGANS |= {"network_def#feature_size": 4, "train#repeated#steps": 6}
+MASKS = {"epochs": 4, "preprocessing#film#size": 48, "widths": [8, 8, 4]}
+BOXES = {"epochs": 4, "img_size": 48, "network_def#width": 8, "network_def#score_threshold": 0.6, "lr": 0.01}
+ORGANS = {"epochs": 2, "vol_size": [8, 24, 24], "network_def#hidden_states": [0, 1], "network_def#feature_size": 4}
+ORGANS |= {"train#repeated#steps": 6, "evaluation#figures": 1}
+CURVES = {"roc.png", "confusion.png"}
 #: Bundle -> its data set, sizes of its encoder, overrides, and figures of its evaluation.
 TASK_BUNDLES: dict[str, tuple[str, dict[str, Any], dict[str, Any], set[str]]] = {
-    "chest_xray_classification": (
-        "chexpert",
-        {},
-        {**PROBE, "preprocessing#xray#size": 32},
-        {"roc.png", "confusion.png"},
-    ),
-    "chest_ct_classification": ("cc_ccii", {}, {**PROBE, "vol_size": [8, 24, 24]}, {"roc.png", "confusion.png"}),
-    "chest_xray_segmentation": (
-        "rsna",
-        {"patch_size": 8},
-        {**FILM, "preprocessing#film#size": 48, "network_def#widths": [8, 8, 4]},
-        {"masks.png"},
-    ),
-    "chest_xray_detection": (
-        "rsna",
-        {"patch_size": 8},
-        {**FILM, "img_size": 48, "network_def#width": 8, "network_def#score_threshold": 0.6, "optimizer#lr": 0.01},
-        {"precision_recall.png", "boxes.png"},
-    ),
-    "abdomen_ct_segmentation": ("bcv", {"depth": 2}, {**ORGANS, "evaluation#figures": 1}, {"img0032.png"}),
+    "chest_xray_classification": ("chexpert", {}, {**PROBE, "preprocessing#xray#size": 32}, CURVES),
+    "chest_ct_classification": ("cc_ccii", {}, {**PROBE, "vol_size": [8, 24, 24]}, CURVES),
+    "chest_xray_segmentation": ("rsna", {"patch_size": 8}, MASKS, {"masks.png"}),
+    "chest_xray_detection": ("rsna", {"patch_size": 8}, BOXES, {"precision_recall.png", "boxes.png"}),
+    "abdomen_ct_segmentation": ("bcv", {"depth": 2}, ORGANS, {"img0032.png"}),
 }
 
 
@@ -224,13 +214,13 @@ class TaskBundle:
 
     def overrides(self, folder: Path, **changes: Any) -> dict[str, Any]:
         """Of train.json, for a run of seconds that writes to `folder`."""
-        name = changes.get(DATA_SET, self.data_set)
+        name = changes.get("data_set", self.data_set)
         places = {"dataset_dir": self.data / name, "cache_dir": self.data / f"{self.name}-cache"}
         places |= {"datalist_file": folder / "data.json", "encoder_weights": self.encoder}
         places |= {"ckpt_dir": folder / "models", "output_dir": folder / "eval"}
-        small = {"size": self.sizes, "device": "cpu", "evaluation#bootstrap": 20}
-        small |= {"train#dataset#memory_mb": 10, "data#datalist#phantoms": PHANTOMS[name]}
-        return {**small, **self.changes, **{key: str(path) for key, path in places.items()}, **changes}
+        small = {"size": self.sizes, "device": "cpu", "bootstrap": 20, "memory_mb": 10, "phantoms": PHANTOMS[name]}
+        given = {**small, **self.changes, **{key: str(path) for key, path in places.items()}, **changes}
+        return {SHORT.get(key, key): value for key, value in given.items()}
 
     def files(self, *names: str) -> list[str]:
         """Configs by name."""

@@ -88,7 +88,7 @@ def test_without_validation_the_newest_epoch_counts(trained: Any, checkpoint_dif
 def test_the_best_epoch_of_a_split_with_validation_cases(bundle: Any, tmp_path: Path) -> None:
     names = ["background", *amos.ORGANS]
     options = {"data_set": "amos", "label_names": names, "lr": 0.02, "epochs": 2, "bootstrap": 0}
-    bundle.train(tmp_path, **options, data_options={"split": "official"})
+    bundle.train(tmp_path, **options, **{"data#datalist#split": "official"})
     rows = [row["val_dice"] for row in last(tmp_path)["history"]["rows"] if "val_dice" in row]
     assert len(rows) == 2
     assert last(tmp_path)["best"] == max(rows)
@@ -115,8 +115,9 @@ def test_amos_reports_the_last_weights_on_cases_that_chose_nothing(
 def test_crops_and_sliding_windows(bundle: Any, tmp_path: Path) -> None:
     """The paper's way in a small size: spacing, random crops, windows over the volume."""
     overlay = read(CONFIGS / "bcv.json")
-    changes = {key: overlay[key] for key in ("train#crop", "resize", "deep_supervision", "class_balance")}
-    made = bundle.train(tmp_path, **changes, spacing=[12.0, 8.0, 8.0], epochs=1, label_fraction=0.5)
+    keys = ("train#crop", "preprocessing#organs#spatial_size", "network_def#deep_supervision", "loss#class_balance")
+    changes = {**{key: overlay[key] for key in keys}, "preprocessing#organs#spacing": [12.0, 8.0, 8.0]}
+    made = bundle.train(tmp_path, **changes, epochs=1, label_fraction=0.5)
     batch = next(iter(made.parser.get_parsed_content("train#dataloader")))
     assert batch["image"].shape == batch["label"].shape == (1, 1, 8, 24, 24)
     assert len(made.parser.get_parsed_content("train#dataset").data) == 2
@@ -130,23 +131,22 @@ def test_crops_and_sliding_windows(bundle: Any, tmp_path: Path) -> None:
 def test_overlays_hold_the_papers_numbers(name: str) -> None:
     parser = ConfigParser(read(CONFIGS / "train.json"))
     parser.update(read(CONFIGS / f"{name}.json"))
-    found = {key: parser[key] for key in ("vol_size", "batch_size", "iterations", "lr", "encoder_lr", "freeze_encoder")}
-    assert found == {
-        "vol_size": [48, 224, 224],
-        "batch_size": 2,
-        "iterations": 25000,
-        "lr": 1e-4,
-        "encoder_lr": 1e-4,
-        "freeze_encoder": False,
+    paper = {
+        **{"vol_size": [48, 224, 224], "size": "vit_b16", "freeze_encoder": False, "iterations": 25000},
+        **{"preprocessing#organs#spatial_size": None, "preprocessing#organs#spacing": [3.0, 0.76, 0.76]},
+        **{"train#dataloader#batch_size": 2, "train#run#max_grad_norm": 12.0, "train#augment#prob": 0.3},
+        **{"train#augment#flip_prob": 0.5, "optimizer#lr": 1e-4, "optimizer#encoder_lr": 1e-4},
+        **{"optimizer#weight_decay": 1e-5, "lr_scheduler#warmup_iters": 0, "loss#class_balance": 0.0},
+        **{"network_def#deep_supervision": False, "network_def#background_prior": None},
+        **{"network_def#hidden_states": [3, 6, 9], "network_def#normalize_states": False},
+        **{"network_def#residual_scores": False, "network_def#feature_size": 16},
     }
-    assert (parser["class_balance"], parser["deep_supervision"], parser["background_prior"]) == (0.0, False, None)
-    assert (parser["hidden_states"], parser["normalize_states"], parser["residual_scores"]) == ([3, 6, 9], False, False)
-    assert parser["size"] == "vit_b16"
+    assert {key: parser[key] for key in paper} == paper
     organs = {"bcv": bcv.ORGANS, "amos": amos.ORGANS}[name]
     assert parser["label_names"] == ["background", *organs]
-    assert parser["data_set"] == name and parser["phantoms"] is None
+    assert parser["data#datalist#dataset"] == name and parser["data#datalist#phantoms"] is None
     # neither protocol chooses an epoch on the cases that it reports
-    assert parser["data_options"] == {"bcv": {}, "amos": {"split": "paper"}}[name]
+    assert parser["data#datalist"].get("split") == {"bcv": None, "amos": "paper"}[name]
     random = [step["_target_"].rsplit(".", 1)[-1] for step in parser["train#random_transforms"]]
     # the list of the supplement, 7.2
     assert set(random) == {

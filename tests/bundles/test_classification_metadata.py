@@ -37,7 +37,7 @@ def configs(name: str) -> dict[str, Any]:
 
 def image_size(name: str) -> tuple[int, ...]:
     train = configs(name)["train"]
-    return (train["img_size"],) * 2 if "xray" in name else tuple(train["vol_size"])
+    return (train["preprocessing"]["xray"]["size"],) * 2 if "xray" in name else tuple(train["vol_size"])
 
 
 @each_bundle

@@ -57,7 +57,7 @@ def recipe(name: str, *others: str, **changes: Any) -> ConfigParser:
     """The config with what needs data or weights replaced; nothing of the recipe's numbers."""
     files = [BUNDLES / OVERLAYS[name] / "configs" / f"{file}.json" for file in ("train", *others, name)]
     parser = ConfigParser(deepcopy(check_config(files)))
-    parser.update({"encoder_weights": "none", "device": "meta", "steps_per_epoch": STEPS, **changes})
+    parser.update({"encoder_weights": "none", "device": "meta", "train#dataloader": range(STEPS), **changes})
     return parser
 
 
@@ -72,13 +72,9 @@ def check_optimisation(parser: ConfigParser, numbers: tuple[float, float, int, i
     optimizer = parser.get_parsed_content("optimizer")
     assert type(optimizer) is torch.optim.AdamW
     assert [group["weight_decay"] for group in optimizer.param_groups] == [weight_decay, 0.0]
-    assert parser.get_parsed_content("batch_size") == batch_size
-    assert (
-        parser["train"]["dataloader"]["batch_size"] == parser["validate"]["dataloader"]["batch_size"] == "@batch_size"
-    )
+    assert parser["validate#dataloader#batch_size"] == "@train#dataloader#batch_size"
     assert parser.get_parsed_content("train#trainer#max_epochs") == epochs
-    assert parser["train"]["early_stop"]["patience"] == "@patience"
-    assert parser.get_parsed_content("patience") == 10
+    assert parser["train#run#patience"] == 10
     scheduler = parser.get_parsed_content("lr_scheduler")
     for step in range(3):
         assert scheduler.get_last_lr() == pytest.approx([lr * (1 - step / (epochs * STEPS)) ** power] * 2)
@@ -146,8 +142,6 @@ def test_xrays_are_padded_to_256_and_cropped_to_224(name: str) -> None:
         (crop,) = [step.cropper for name, step in steps.items() if "Crop" in name]
         assert isinstance(crop, kind)
         assert tuple(crop.roi_size) == (224, 224)
-    # features of a random crop cannot be computed once
-    assert parser.get_parsed_content("cache_features") is False
     assert len(ByDimension(chain(parser, "train"), ()).random.branches[2].transforms) == 2
 
 
@@ -170,7 +164,6 @@ def test_volumes_are_resized_and_flipped_in_plane(name: str) -> None:
         assert arguments["window"] == [-1000, 1000]
     if name == "cc_ccii":
         assert preprocessing["slices"]["grey_window"] is None
-    assert parser.get_parsed_content("cache_features") is False
 
 
 LABELS = {
@@ -190,15 +183,18 @@ def test_labels_are_those_of_the_converter(name: str) -> None:
     assert (parser["task"], parser["label_names"]) == (task, list(names))
     assert network_of(parser).head.out_features == (1 if task == "binary" else len(names))
     assert parser.get_parsed_content("loss").task == task
-    options = inspect.signature(find_dataset(parser["data_set"]).collect).parameters
-    given = {key: value.default for key, value in options.items()} | parser["data_options"]
+    options = inspect.signature(find_dataset(parser["data#datalist#dataset"]).collect).parameters
+    given = {key: value.default for key, value in options.items()}
+    fixed = ("_target_", "dataset", "dataset_dir", "out", "phantoms", "phantom_seed")
+    given |= {key: value for key, value in parser["data#datalist"].items() if key not in fixed}
     assert given.keys() == options.keys()
     assert given.get("findings", "competition") == "competition"
     assert given.get("uncertain", "paper") == "paper"
     assert given.get("mode", "volume") == ("candidates" if name == "luna16_candidates" else "volume")
-    assert parser["phantoms"] is None
+    assert parser["data#datalist#phantoms"] is None
     places = [parser.get_parsed_content(key) for key in ("data_dir", "dataset_dir", "datalist_file")]
-    assert [str(Path(place).relative_to(places[0])) for place in places[1:]] == [parser["data_set"], f"{name}.json"]
+    found = [str(Path(place).relative_to(places[0])) for place in places[1:]]
+    assert found == [parser["data#datalist#dataset"], f"{name}.json"]
 
 
 def test_rsna_converter_says_the_names(tmp_path: Path) -> None:
@@ -210,21 +206,5 @@ def test_rsna_converter_says_the_names(tmp_path: Path) -> None:
 def test_the_defaults_are_those_of_the_phantom_sets() -> None:
     for bundle, name in ((XRAY, "chexpert"), (CT, "cc_ccii")):
         default = check_config([BUNDLES / bundle / "configs" / "train.json"])
-        assert default["data_set"] == name
+        assert default["data"]["datalist"]["dataset"] == name
         assert (default["task"], tuple(default["label_names"])) == (LABELS[name][0], tuple(LABELS[name][1]))
-
-
-@pytest.mark.parametrize("bundle", [XRAY, CT])
-def test_the_overlay_for_several_devices_silences_what_it_means_to(bundle: str) -> None:
-    """It names validation handlers by their place in train.json."""
-    configs = BUNDLES / bundle / "configs"
-    handlers = ConfigParser.load_config_file(configs / "train.json")["validate"]["handlers"]
-    overlay = ConfigParser.load_config_file(configs / "multi_gpu_train.json")
-    silenced = [int(key.split("#")[2]) for key in overlay if key.endswith("#_disabled_")]
-    assert [handlers[place]["_target_"].rsplit(".", 1)[-1] for place in silenced] == [
-        "StatsHandler",
-        "TensorBoardStatsHandler",
-    ]
-    # ranks may have different numbers of validation batches: no collective in their forward passes
-    assert overlay["network"]["broadcast_buffers"] is False
-    check_config([configs / "train.json", configs / "multi_gpu_train.json"])

@@ -48,7 +48,7 @@ def test_what_a_cell_depends_on() -> None:
     # other places and other cells beside it change nothing
     assert key == cells.cell_key(make_cell(folder=Path("elsewhere"), phantoms="q", seeds=[0]))
     # other weights
-    others = [make_cell("vl"), make_cell(seed=1), make_cell(epochs=3), make_cell(overrides={"lr": 0.1})]
+    others = [make_cell("vl"), make_cell(seed=1), make_cell(epochs=3), make_cell(overrides={"optimizer#lr": 0.1})]
     assert len({trained, *(cells.training_key(other) for other in others)}) == 5
     assert len({key, *(cells.cell_key(other) for other in others)}) == 5
     # other measurements of the same weights
@@ -69,13 +69,13 @@ def test_all_variants_override_what_the_config_defines() -> None:
 
 
 def test_the_command_of_a_cell() -> None:
-    words = cells.train_command(make_cell("vl", 1, Path("out"), overrides={"batch_2d": 4}))
+    words = cells.train_command(make_cell("vl", 1, Path("out"), overrides={"train#sampler#batch_2d": 4}))
     config = "bundles/pretrain/configs/train.json"
     assert words[1:8] == ["-m", "monai.bundle", "run", "--config_file", config, "--seed", "1"]
     flags = dict(zip(words[6::2], words[7::2], strict=True))
     assert flags["--network_def#self_distillation"] == "False"
     assert flags["--network_def#selector"] == "random"
-    assert (flags["--epochs"], flags["--batch_2d"]) == ("2", "4")
+    assert (flags["--epochs"], flags["--train#sampler#batch_2d"]) == ("2", "4")
     assert flags["--ckpt_dir"] == str(Path("out/vl/1/models"))
     literal = cells.train_command(make_cell("literal"))
     assert literal[5] == f"['{config}','bundles/pretrain/configs/literal.json']"

@@ -65,7 +65,7 @@ def test_pairs_commute_or_are_refused(bundle: str, base: str, one: str, two: str
 
 def epochs(*names: str, bundle: str = "chest_ct_classification", **changes: Any) -> tuple[int, float | None]:
     parser = ConfigParser(check_config(files(bundle, *names), changes))
-    return parser.get_parsed_content("epochs"), parser.get_parsed_content("max_grad_norm")
+    return parser.get_parsed_content("epochs"), parser.get_parsed_content("train#run#max_grad_norm")
 
 
 def test_epochs_and_clip_of_probes_and_fine_tuning() -> None:

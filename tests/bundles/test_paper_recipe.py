@@ -6,6 +6,7 @@ Networks are built on the meta device. `BERT_CONFIG` is the architecture of emil
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections import Counter
 from copy import deepcopy
@@ -19,6 +20,7 @@ from torch import nn
 
 from unimedi_components.config_check import check_config
 from unimedi_components.data import MixedBatchSampler
+from unimedi_components.engines import TeacherUpdate
 
 BERT_CONFIG = {
     "model_type": "bert",
@@ -55,7 +57,7 @@ def recipe(written: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) ->
     parser["encoder_weights"] = "none"
     parser["device"] = "meta"
     parser["network"] = "$@network_def.to(@device)"
-    parser["steps_per_epoch"] = STEPS
+    parser["lr_scheduler#steps_per_epoch"] = STEPS
     with torch.device("meta"):
         parser.get_parsed_content("network_def")
     return parser
@@ -176,20 +178,19 @@ def test_optimizer(recipe: ConfigParser, written: dict[str, Any]) -> None:
     assert len(decayed["params"]) + len(rest["params"]) == len(trainable)
     # Word embeddings, 12 + 12 layers and so on: nearly all weights are in the decayed group.
     assert sum(p.numel() for p in decayed["params"]) > 0.99 * sum(p.numel() for p in trainable)
-    values = {name: written[name] for name in ("max_grad_norm", "freeze_last_layer_epochs", "momentum_teacher")}
+    run = written["train"]["run"]
+    values = {name: run[name] for name in ("max_grad_norm", "freeze_last_layer_epochs", "momentum_teacher")}
     assert values == {"max_grad_norm": 3.0, "freeze_last_layer_epochs": 1, "momentum_teacher": 0.996}
-    handlers = {handler["_target_"].rsplit(".", 1)[-1]: handler for handler in written["train"]["handlers"]}
-    assert handlers["TeacherUpdate"].get("momentum_end", 1.0) == 1.0
+    assert inspect.signature(TeacherUpdate).parameters["momentum_end"].default == 1.0
 
 
 def test_batch_of_144_over_8_gpus(written: dict[str, Any]) -> None:
     sampler = written["train"]["sampler"]
-    assert (sampler["batch_2d"], sampler["batch_3d"]) == ("@batch_2d", "@batch_3d")
     dims = [2] * 960 + [3] * 240
     seen: Counter[int] = Counter()
     for rank in range(8):
         batches = MixedBatchSampler(
-            dims, written["batch_2d"], written["batch_3d"], num_replicas=8, rank=rank, epoch_over=sampler["epoch_over"]
+            dims, sampler["batch_2d"], sampler["batch_3d"], num_replicas=8, rank=rank, epoch_over=sampler["epoch_over"]
         )
         assert len(batches) == 10
         first = next(iter(batches))
@@ -199,6 +200,8 @@ def test_batch_of_144_over_8_gpus(written: dict[str, Any]) -> None:
 
 
 def test_data_and_sizes(written: dict[str, Any]) -> None:
-    assert (written["img_size"], written["vol_size"], written["window"]) == (224, [32, 128, 128], [-1000, 1000])
-    assert (written["max_length"], written["phantoms"], written["dataset_dir"]) == (112, None, "@data_dir")
-    assert (written["whiten_tokenizers"], written["keep_punct"]) == (False, False)
+    preprocessing, datalist = written["preprocessing"], written["datalist"]
+    assert (written["img_size"], written["vol_size"]) == (224, [32, 128, 128])
+    assert (preprocessing["ct"]["window"], preprocessing["max_length"]) == ([-1000, 1000], 112)
+    assert (datalist["phantoms"], datalist["keep_punct"], written["dataset_dir"]) == (None, False, "@data_dir")
+    assert written["train"]["run"]["whiten_tokenizers"] is False

@@ -38,7 +38,8 @@ def evaluated(trained: Any, heldout: Path, tmp_path: Path) -> Path:
     out = tmp_path / "eval"
     overrides = {"checkpoint": str(trained.models / "model.pt"), "dataset_dir": str(heldout), "output_dir": str(out)}
     # of thirty films too few show a single finding of the protocols
-    fast = {"phantoms": {"mimic_cxr": 30, "bimcv": 20}, "protocols": [], "bootstrap": 20, "device": "cpu"}
+    fast = {"datalist#phantoms": {"mimic_cxr": 30, "bimcv": 20}, "protocols": [], "device": "cpu"}
+    fast["metrics#bootstrap"] = 20
     run([str(CONFIGS / "evaluate.json")], {**overrides, **fast})
     return out
 
@@ -142,8 +143,12 @@ def test_the_protocols_on_chexperts_layout(trained: Any, tmp_path: Path, monkeyp
     monkeypatch.setenv("UNIMEDI_DATA", str(tmp_path / "data"))
     write_phantom("chexpert", tmp_path / "data" / "chexpert", patients=90, seed=4, workers=1)
     files = [str(CONFIGS / "evaluate.json"), str(CONFIGS / "chexpert.json")]
-    overrides: dict[str, Any] = {"checkpoint": str(trained.models / "model.pt"), "device": "cpu", "bootstrap": 0}
-    overrides |= {"output_dir": str(tmp_path / "out"), "protocol_queries": 1, "num_workers": 0}
+    overrides: dict[str, Any] = {
+        "checkpoint": str(trained.models / "model.pt"),
+        "device": "cpu",
+        "metrics#bootstrap": 0,
+    }
+    overrides |= {"output_dir": str(tmp_path / "out"), "metrics#protocol_queries": 1, "metrics#num_workers": 0}
     with pytest.raises(Exception) as fault:
         run(files, overrides)
     assert isinstance(cause(fault.value), DataError) and "1 + 200 are needed" in str(cause(fault.value))

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from jsonschema import validate
+from monai.bundle import ConfigParser
 from PIL import Image
 
 from unimedi_components.bundle import user_fault
@@ -144,13 +145,16 @@ def test_the_metadata_fits_the_schema_and_the_configs(name: str, task_bundle: An
     formats = metadata["network_data_format"]
     image, (output,) = formats["inputs"]["image"], formats["outputs"].values()
     assert image["num_channels"] == 1
-    assert image["spatial_shape"] == (train["vol_size"] if "_ct_" in name else [train["img_size"]] * 2)
+    (size, *_) = (chain.get("size") for chain in ConfigParser(train).get_parsed_content("preprocessing").values())
+    assert image["spatial_shape"] == (train["vol_size"] if "_ct_" in name else [size] * 2)
     assert output["spatial_shape"] in ([], image["spatial_shape"])
     labels = train["label_names"][1:] if name == "chest_xray_detection" else train["label_names"]
     assert output["channel_def"] == {str(index): label for index, label in enumerate(labels)}
     channels = {"chest_xray_segmentation": 1, "chest_xray_detection": 4}
     assert output["num_channels"] == channels.get(name, len(labels))
     assert "classification" not in name or output["value_range"] == [0, 1]
-    shared = ["data_set", "data_dir", "dataset_dir", "datalist_file", "ckpt_dir", "bundle_root", "device", "amp"]
-    shared += ["threshold"] if "threshold" in train else []
+    shared = ["data_dir", "datalist_file", "ckpt_dir", "bundle_root", "device", "amp"]
     assert {key: inference[key] for key in shared} == {key: train[key] for key in shared}
+    assert inference["data_set"] == train["data"]["datalist"]["dataset"]
+    assert inference["dataset_dir"] == train["dataset_dir"].replace("data#datalist#dataset", "data_set")
+    assert inference.get("threshold") == train["evaluation"].get("threshold")

@@ -59,8 +59,9 @@ def small(name: str, folder: Path) -> dict[str, Any]:
     if name == "pretrain":
         sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
         changes |= {f"network_def#report_encoder#config#{key}": value for key, value in sizes.items()}
-        return {**changes, "phantoms": {"mimic_cxr": 12, "bimcv": 12}, "batch_2d": 4, "batch_3d": 4, "out_dim": 32}
-    return {**changes, "datalist_file": str(folder / "data.json"), "phantoms": 24}
+        changes |= {"datalist#phantoms": {"mimic_cxr": 12, "bimcv": 12}, "network_def#dino_head#out_dim": 32}
+        return {**changes, "train#sampler#batch_2d": 4, "train#sampler#batch_3d": 4}
+    return {**changes, "datalist_file": str(folder / "data.json"), "data#datalist#phantoms": 24}
 
 
 @with_mlflow
@@ -75,7 +76,7 @@ def test_training_is_tracked(name: str, tmp_path: Path) -> None:
     client = MlflowClient(store)
     (run,) = client.search_runs([client.get_experiment_by_name(name).experiment_id])
     losses = [point.value for point in client.get_metric_history(run.info.run_id, "train_loss")]
-    rows = made.parser.get_parsed_content("train#history").rows
+    rows = made.parser.get_parsed_content("train#run").history.rows
     assert losses == pytest.approx([row["loss"] for row in rows]) and len(losses) > 0
     assert run.info.status == "FINISHED"
     assert any(key.startswith("val_") for key in run.data.metrics)

@@ -89,7 +89,11 @@ def test_validation_and_test_count_the_same_boxes(run: Any, bundle: Any) -> None
     """The test measured on the validation split gives the best epoch's score: neither leaves a box out."""
     folder, _ = run
     checkpoint = folder / "models" / "model.pt"
-    assert load_network(checkpoint).hparams["lowest_score"] == read(CONFIGS / "train.json")["lowest_score"] == 0.02
+    assert (
+        load_network(checkpoint).hparams["lowest_score"]
+        == read(CONFIGS / "train.json")["network_def"]["lowest_score"]
+        == 0.02
+    )
     values = evaluate_task(checkpoint, folder / "data.json", bundle.data / "rsna", split="validation", bootstrap=0)
     assert values["lowest_score"] == 0.02
     assert values["map_coco"] == pytest.approx(last(folder)["best"], abs=1e-6)
@@ -190,17 +194,12 @@ def test_the_overlay_has_the_papers_numbers() -> None:
         9,
     )
     assert len(network.classification_head.conv) == 12
-    assert parser.get("max_grad_norm") is None
-    values = {name: parser.get(name) for name in ("lr", "weight_decay", "lr_power", "epochs", "patience", "batch_size")}
-    assert values == {
-        "lr": 5e-4,
-        "weight_decay": 1e-6,
-        "lr_power": 0.0,
-        "epochs": 50,
-        "patience": 10,
-        "batch_size": 16,
+    paper = {
+        **{"train#run#max_grad_norm": None, "optimizer#lr": 5e-4, "optimizer#weight_decay": 1e-6},
+        **{"lr_scheduler#power": 0.0, "epochs": 50, "train#run#patience": 10, "train#dataloader#batch_size": 16},
+        **{"data#datalist#phantoms": None, "train#augment": {"flip_prob": 0.0, "zoom_prob": 0.0}},
     }
-    assert (parser.get("phantoms"), parser.get("flip_prob"), parser.get("zoom_prob")) == (None, 0.0, 0.0)
+    assert {key: parser[key] for key in paper} == paper
 
 
 @pytest.mark.slow
@@ -242,14 +241,11 @@ def test_boxes_of_real_films_can_be_learned(bundle: Any, tmp_path: Path) -> None
         epochs=120,
         batch_size=8,
         img_size=96,
-        pyramid_width=32,
-        head_convs=1,
         lr=5e-3,
-        flip_prob=0.0,
-        zoom_prob=0.0,
         patience="$None",
-        anchor_sizes="$[[12, 24], [24, 48]]",
-        **{"train#dataset#data": items, "validate#dataset#data": items},
+        **{"train#dataset#data": items, "validate#dataset#data": items, "train#augment#flip_prob": 0.0},
+        **{"train#augment#zoom_prob": 0.0, "network_def#width": 32, "network_def#head_convs": 1},
+        **{"network_def#anchor_sizes": "$[[12, 24], [24, 48]]"},
     )
     metrics = read(tmp_path / "eval" / "metrics.json")
     assert metrics["true_boxes"] == sum(len(item["boxes"]) for item in items)

@@ -142,7 +142,8 @@ def test_augmentation_moves_image_and_mask_alike_and_pads_with_black(bundle: Any
 
 
 def test_a_variant_and_a_fraction_of_the_labels(bundle: Any, tmp_path: Path) -> None:
-    changes = {"variant": "original", "auxiliary": [0], "label_fraction": 0.5, "epochs": 1, "dice": "log"}
+    changes = {"variant": "original", "network_def#auxiliary": [0], "loss#dice": "log"}
+    changes |= {"label_fraction": 0.5, "epochs": 1}
     made = bundle.train(tmp_path, **changes)
     training = read(tmp_path / "data.json")["training"]
     assert len(made.parser.get_parsed_content("train#dataset").data) == len(training) // 2

@@ -21,8 +21,13 @@ CONFIGS = Path(__file__).resolve().parents[2] / "bundles" / "chest_xray_segmenta
 @pytest.fixture(scope="module")
 def recipe() -> ConfigParser:
     parser = ConfigParser(deepcopy(check_config([CONFIGS / "train.json", CONFIGS / "rsna.json"])))
-    parser.update({"encoder_weights": "none", "device": "meta", "steps_per_epoch": 100})
+    parser.update({"encoder_weights": "none", "device": "meta", "train#dataloader": range(100)})
     return parser
+
+
+@pytest.fixture(scope="module")
+def batch_size() -> int:
+    return check_config([CONFIGS / "train.json", CONFIGS / "rsna.json"])["train"]["dataloader"]["batch_size"]
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +36,7 @@ def network(recipe: ConfigParser) -> Any:
         return recipe.get_parsed_content("network_def")
 
 
-def test_optimisation(recipe: ConfigParser, network: Any) -> None:
+def test_optimisation(recipe: ConfigParser, network: Any, batch_size: int) -> None:
     optimizer = recipe.get_parsed_content("optimizer")
     assert type(optimizer) is torch.optim.AdamW
     assert {group["lr"] for group in optimizer.param_groups} == {5e-4}
@@ -41,8 +46,7 @@ def test_optimisation(recipe: ConfigParser, network: Any) -> None:
         assert set(scheduler.get_last_lr()) == {5e-4}
         optimizer.step()
         scheduler.step()
-    assert (recipe["epochs"], recipe["patience"], recipe["batch_size"]) == (50, 10, 16)
-    assert recipe["train"]["early_stop"]["patience"] == "@patience"
+    assert (recipe["epochs"], recipe["train#run#patience"], batch_size) == (50, 10, 16)
     assert list(recipe["validate"]["key_metric"]) == ["val_loss"]
 
 
@@ -76,8 +80,8 @@ def test_images_and_augmentation(recipe: ConfigParser) -> None:
 
 
 def test_split_of_the_official_patients(recipe: ConfigParser) -> None:
-    assert recipe["data_options"] == {"task": "segmentation"}
+    assert recipe["data#datalist#task"] == "segmentation"
     # 16,010 / 5,337 / 5,337 of 26,684: tests/data/test_rsna.py
     assert TASKS["segmentation"] == ("segmentation", 0.4)
-    assert recipe["phantoms"] is None and recipe["data_set"] == "rsna"
+    assert recipe["data#datalist#phantoms"] is None and recipe["data#datalist#dataset"] == "rsna"
     assert recipe["label_names"] == ["background", "pneumonia"]

@@ -11,7 +11,7 @@ from PIL import Image
 
 from unimedi_components.data import tasks
 from unimedi_components.data.phantom import write_phantom
-from unimedi_components.data.tasks import load_task, task_datalist, training_items
+from unimedi_components.data.tasks import load_task, task_datalist
 from unimedi_components.errors import ConfigError, DataError
 
 NAMES = ["normal", "pneumonia", "COVID-19"]
@@ -150,14 +150,18 @@ def test_items_of_the_other_dimension_are_left_out(root):
 
 
 def test_fractions_of_the_labels_are_nested_and_stratified(root):
-    datalist = load_task(task_datalist("covidx", root), root, 2)
-    kept = {f: [item["id"] for item in training_items(datalist, f)] for f in (0.01, 0.1, 0.5, 1.0)}
+    path = task_datalist("covidx", root)
+
+    def training(fraction, **options):
+        return load_task(path, root, 2, label_fraction=fraction, **options)["training"]
+
+    kept = {f: [item["id"] for item in training(f)] for f in (0.01, 0.1, 0.5, 1.0)}
     # 54 patients: 0.54, 5.4 and 27 of them, rounded, and at least one
     assert [len(ids) for ids in kept.values()] == [1, 5, 27, 54]
     assert set(kept[0.01]) < set(kept[0.1]) < set(kept[0.5]) < set(kept[1.0])
-    labels = [item["label"] for item in training_items(datalist, 0.5)]
+    labels = [item["label"] for item in training(0.5)]
     assert [labels.count(label) for label in range(3)] == [9, 9, 9]
-    assert [item["id"] for item in training_items(datalist, 0.1)] == kept[0.1]
-    assert [item["id"] for item in training_items(datalist, 0.1, seed=1)] != kept[0.1]
+    assert [item["id"] for item in training(0.1)] == kept[0.1]
+    assert [item["id"] for item in training(0.1, fraction_seed=1)] != kept[0.1]
     with pytest.raises(DataError, match="fraction 0 is not in"):
-        training_items(datalist, 0)
+        training(0)

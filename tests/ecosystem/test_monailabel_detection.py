@@ -43,9 +43,10 @@ def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     size = {"vol_size": [8, 32, 32], "embed_dim": 32, "depth": 1, "num_heads": 2}
     write_json({**train, "size": size}, folder / "configs" / "train.json")
     encoder = UnifiedViT(64, **size)
-    options = {name: train[name] for name in ("scales", "last_pool", "head_convs", "aspect_ratios")}
-    sizes = [[0.18 * 128, 0.25 * 128]] * len(train["scales"])
-    network = ViTDet(encoder, 1, width=train["pyramid_width"], anchor_sizes=sizes, **options)
+    made = train["network_def"]
+    options = {name: made[name] for name in ("scales", "last_pool", "head_convs", "aspect_ratios")}
+    sizes = [[0.18 * 128, 0.25 * 128]] * len(made["scales"])
+    network = ViTDet(encoder, 1, width=made["width"], anchor_sizes=sizes, **options)
     nn.init.normal_(network.classification_head.cls_logits.weight, std=0.1)
     nn.init.zeros_(network.classification_head.cls_logits.bias)
     (folder / "models").mkdir()

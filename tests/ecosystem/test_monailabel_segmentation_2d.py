@@ -42,14 +42,15 @@ def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     # the default's decoder is made for a trained encoder: this one is random, so that the decoder must do the work
     train = json.loads((folder / "configs" / "train.json").read_text())
     sizes = {"vol_size": [8, 32, 32], "embed_dim": 32, "depth": 2, "num_heads": 2}
-    train |= {"widths": [64, 32, 16, 8], "img_size": 80, "size": sizes}
+    train |= {"size": sizes, "preprocessing": {"film": {"size": 80}}}
+    train["network_def"]["widths"] = [64, 32, 16, 8]
     (folder / "configs" / "train.json").write_text(json.dumps(train))
     with torch.random.fork_rng():
         torch.manual_seed(0)
         encoder = UnifiedViT(64, **sizes)
-        network = SETRPUP(encoder, widths=train["widths"])
+        network = SETRPUP(encoder, widths=train["network_def"]["widths"])
         torch.nn.init.normal_(network.head.weight, std=20.0)
-        size = train["img_size"]
+        size = train["preprocessing"]["film"]["size"]
         example = Compose(task_transforms({"film": {"size": size}}))({"image": str(write_film(tmp_path / "any", 1)[0])})
         with torch.no_grad():
             # about half of a film is found
@@ -147,7 +148,9 @@ def test_training_and_then_inference(bundle: Path, monailabel: Any, tmp_path: Pa
     before, weights = served(task, image), torch.load(bundle / "models" / "model.pt")
     items = datastore(tmp_path / "store", 12)
     config = bundle / "configs" / "train.json"
-    config.write_text(json.dumps({**json.loads(config.read_text()), "batch_size": 4, "lr": 0.01}))
+    content = json.loads(config.read_text())
+    content["train"]["dataloader"]["batch_size"], content["optimizer"]["lr"] = 4, 0.01
+    config.write_text(json.dumps(content))
     train(monailabel, bundle, items, max_epochs=12)
     after = torch.load(bundle / "models" / "model.pt")
     assert not torch.equal(after["head.weight"], weights["head.weight"])

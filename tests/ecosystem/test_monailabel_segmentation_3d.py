@@ -42,7 +42,9 @@ def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(SOURCE / "configs", made / "configs")
     # a network of seconds
     config = json.loads((made / "configs" / "train.json").read_text())
-    config |= {"feature_size": 4, "hidden_states": [0, 1], "steps_per_pass": 4, "figures": 0, "bootstrap": 10}
+    config["network_def"] |= {"feature_size": 4, "hidden_states": [0, 1]}
+    config["train"]["repeated"]["steps"] = 4
+    config["evaluation"] |= {"figures": 0, "bootstrap": 10}
     config["size"] = {"patch_size_3d": [4, 12, 12], "embed_dim": 32, "depth": 2, "num_heads": 2}
     (made / "configs" / "train.json").write_text(json.dumps(config))
     torch.manual_seed(0)

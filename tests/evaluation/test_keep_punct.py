@@ -182,4 +182,4 @@ def test_the_card_says_what_the_datalist_holds(overlay, meta, expected):
 
 def test_the_retrieval_bundle_prepares_as_the_card_says():
     config = json.loads((BUNDLES / "report_retrieval" / "configs" / "evaluate.json").read_text())
-    assert "keep_punct=@embedder.pretrained.keep_punct" in config["datalist"]
+    assert config["datalist"]["keep_punct"] == "$@embedder.pretrained.keep_punct"
