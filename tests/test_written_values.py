@@ -34,8 +34,8 @@ def overlay(tmp_path: Path, text: str, name: str = "own.yaml") -> Path:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("lr: 1e-4", "'lr' in own.yaml is the text '1e-4' where a number is meant; write 0.0001"),
-        ("lr: 2E-6", "'lr' in own.yaml is the text '2E-6' where a number is meant; write 2.0e-06"),
+        ("optimizer#lr: 1e-4", "'optimizer#lr' in own.yaml is the text '1e-4' where a number is meant; write 0.0001"),
+        ("optimizer#lr: 2E-6", "'optimizer#lr' in own.yaml is the text '2E-6' where a number is meant; write 2.0e-06"),
         ("epochs: '20'", "'epochs' in own.yaml is the text '20' where a number is meant; write 20"),
         (
             "optimizer#betas: [0.9, 999e-3]",

@@ -234,7 +234,7 @@ def _candidates(id_: str, parser: ConfigParser) -> list[str]:
     written = _ids(parser.get())
     moved = [ReferenceResolver.normalize_id(place) for place in _MOVED.get(id_, ())]
     own = [name for name in written if not str(parser[name]).startswith(("@", "%"))]
-    for names in (own, written):
+    for names in (own, written) if _SEP not in id_ else ():
         if same := [name for name in names if name in moved or name.split(_SEP)[-1] == id_.split(_SEP)[-1]]:
             return same
         joined = [name for name in names if f"_{name.replace(_SEP, '_')}".endswith(f"_{id_}")]

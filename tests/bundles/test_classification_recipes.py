@@ -57,6 +57,7 @@ def recipe(name: str, *others: str, **changes: Any) -> ConfigParser:
     """The config with what needs data or weights replaced; nothing of the recipe's numbers."""
     files = [BUNDLES / OVERLAYS[name] / "configs" / f"{file}.json" for file in ("train", *others, name)]
     parser = ConfigParser(deepcopy(check_config(files)))
+    parser["batch_size"] = parser["train#dataloader#batch_size"]
     parser.update({"encoder_weights": "none", "device": "meta", "train#dataloader": range(STEPS), **changes})
     return parser
 
@@ -72,6 +73,7 @@ def check_optimisation(parser: ConfigParser, numbers: tuple[float, float, int, i
     optimizer = parser.get_parsed_content("optimizer")
     assert type(optimizer) is torch.optim.AdamW
     assert [group["weight_decay"] for group in optimizer.param_groups] == [weight_decay, 0.0]
+    assert parser.get_parsed_content("batch_size") == batch_size
     assert parser["validate#dataloader#batch_size"] == "@train#dataloader#batch_size"
     assert parser.get_parsed_content("train#trainer#max_epochs") == epochs
     assert parser["train#run#patience"] == 10

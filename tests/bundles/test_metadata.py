@@ -5,17 +5,20 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from monai.bundle import verify_metadata
 from monai.bundle.workflows import _apply_logging_file
 from packaging.requirements import Requirement
 
 import unimedi_components
+from unimedi_components.config_check import check_config
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCHEMA = Path(__file__).with_name("meta_schema_20240725.json")
@@ -100,3 +103,39 @@ def test_monai_accepts_the_logging_file(bundle: Path) -> None:
         root.setLevel(level)
         for name, disabled in switched_off.items():
             logging.getLogger(name).disabled = disabled
+
+
+def leaves(value: Any) -> Iterator[str]:
+    """Keys and texts of a config."""
+    for part in value.items() if isinstance(value, dict) else enumerate(value):
+        for word in part:
+            if isinstance(word, dict | list):
+                yield from leaves(word)
+            elif isinstance(word, str):
+                yield word
+
+
+CONFIGS = sorted(path for path in REPOSITORY.glob("bundles/*/configs/*.json") if path.stem != "metadata")
+each_config = pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parents[1].name}-{path.stem}")
+
+
+@each_config
+def test_configs_stay_readable(path: Path) -> None:
+    """Few keys and handlers, expressions of a line, and nothing that is named by its place in a list."""
+    config = json.loads(path.read_text())
+    assert path.stem not in ("train", "inference", "evaluate") or len(config) <= 35
+    assert len(config.get("train", {}).get("handlers", ())) <= 5
+    words = list(leaves(config))
+    assert [word for word in words if word[:1] == "$" and len(word) > 80] == []
+    assert [word for word in words if re.search(r"\w(#|::)\d+(\W|$)", word)] == []
+
+
+@each_config
+def test_yaml_says_the_same(path: Path, tmp_path: Path) -> None:
+    own = tmp_path / f"{path.stem}.yaml"
+    own.write_text(yaml.safe_dump(json.loads(path.read_text()), sort_keys=False))
+    base = path.with_name("train.json") if path.with_name("train.json").is_file() else path.with_name("evaluate.json")
+    if path.stem in ("train", "inference") or path == base:
+        assert check_config(own) == check_config(path)
+    else:
+        assert check_config([base, own]) == check_config([base, path])
