@@ -226,21 +226,20 @@ def _check_defined(id_: str, parser: ConfigParser, used: set[str], what: str) ->
     # a new entry of a section, such as `train#sampler`, is sound when another line refers to it
     elif isinstance(parent, dict) and _is_used(id_, used):
         return _MISSING
-    raise ConfigError(f"unknown {what}: nothing defines it{_hint(id_, _candidates(id_, parser))}")
+    raise ConfigError(f"unknown {what}: nothing defines it{_place(id_, parser)}")
 
 
-def _candidates(id_: str, parser: ConfigParser) -> list[str]:
-    """Ids that may be meant: those with the same last word and a value of their own, else with any, else all."""
-    written = _ids(parser.get())
-    moved = [ReferenceResolver.normalize_id(place) for place in _MOVED.get(id_, ())]
-    own = [name for name in written if not str(parser[name]).startswith(("@", "%"))]
-    for names in (own, written) if _SEP not in id_ else ():
-        if same := [name for name in names if name in moved or name.split(_SEP)[-1] == id_.split(_SEP)[-1]]:
-            return same
-        joined = [name for name in names if f"_{name.replace(_SEP, '_')}".endswith(f"_{id_}")]
-        if joined:
-            return joined
-    return _ids(parser.get(), signatures=True)
+def _place(id_: str, parser: ConfigParser) -> str:
+    """Hint at where a key of the top stands now, its own value before a reference to it; at the nearest name else."""
+    names = _ids(parser.get())
+    moved = [name for name in map(ReferenceResolver.normalize_id, _MOVED.get(id_, ())) if name in names]
+    same = [name for name in names if _SEP not in id_ and name.split(_SEP)[-1] == id_]
+    same = [name for name in same if not str(parser[name]).startswith(("@", "%"))] or same
+    joined = [name for name in names if f"_{name.replace(_SEP, '_')}".endswith(f"_{id_}")]
+    for found in (moved, same, joined):
+        if found:
+            return f"; did you mean '{_shown(min(found, key=len))}'?"
+    return _hint(id_, _ids(parser.get(), signatures=True))
 
 
 def _check_override(key: str, value: Any, parser: ConfigParser, referenced: set[str]) -> None:

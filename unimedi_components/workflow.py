@@ -85,9 +85,9 @@ def _fit_tracking(workflow: Any) -> None:
     parser = workflow.parser
     if "train#trainer" not in parser or parser["train#trainer"].get("decollate") is not False:
         return
-    for index, handler in enumerate(parser.get("train#handlers") or ()):
+    for handler in parser.get("train#handlers") or ():
         if isinstance(handler, dict) and "from_engine(['loss']" in str(handler.get("output_transform")):
-            parser[f"train#handlers#{index}#output_transform"] = "$lambda output: output['loss'].item()"
+            handler["output_transform"] = "$lambda output: output['loss'].item()"
             parser.parse(reset=True)
 
 

@@ -74,7 +74,7 @@ def check_optimisation(parser: ConfigParser, numbers: tuple[float, float, int, i
     assert type(optimizer) is torch.optim.AdamW
     assert [group["weight_decay"] for group in optimizer.param_groups] == [weight_decay, 0.0]
     assert parser.get_parsed_content("batch_size") == batch_size
-    assert parser["validate#dataloader#batch_size"] == "@train#dataloader#batch_size"
+    assert parser["validate#dataloader#batch_size"] == "@train::dataloader::batch_size"
     assert parser.get_parsed_content("train#trainer#max_epochs") == epochs
     assert parser["train#run#patience"] == 10
     scheduler = parser.get_parsed_content("lr_scheduler")

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -145,7 +146,8 @@ def test_the_metadata_fits_the_schema_and_the_configs(name: str, task_bundle: An
     formats = metadata["network_data_format"]
     image, (output,) = formats["inputs"]["image"], formats["outputs"].values()
     assert image["num_channels"] == 1
-    (size, *_) = (chain.get("size") for chain in ConfigParser(train).get_parsed_content("preprocessing").values())
+    preprocessing = ConfigParser(deepcopy(train)).get_parsed_content("preprocessing")
+    (size, *_) = (chain.get("size") for chain in preprocessing.values())
     assert image["spatial_shape"] == (train["vol_size"] if "_ct_" in name else [size] * 2)
     assert output["spatial_shape"] in ([], image["spatial_shape"])
     labels = train["label_names"][1:] if name == "chest_xray_detection" else train["label_names"]

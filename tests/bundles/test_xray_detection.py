@@ -197,7 +197,7 @@ def test_the_overlay_has_the_papers_numbers() -> None:
     paper = {
         **{"train#run#max_grad_norm": None, "optimizer#lr": 5e-4, "optimizer#weight_decay": 1e-6},
         **{"lr_scheduler#power": 0.0, "epochs": 50, "train#run#patience": 10, "train#dataloader#batch_size": 16},
-        **{"data#datalist#phantoms": None, "train#augment": {"flip_prob": 0.0, "zoom_prob": 0.0}},
+        **{"data#datalist#phantoms": None, "train#augment#flip_prob": 0.0, "train#augment#zoom_prob": 0.0},
     }
     assert {key: parser[key] for key in paper} == paper
 

@@ -23,6 +23,7 @@ from unimedi_components.engines import (
     TeacherUpdate,
     TensorBoardLosses,
     TrainingProgress,
+    ValidationLog,
     losses,
     prepare_mixed_batch,
 )
@@ -302,6 +303,25 @@ def test_tensorboard_has_the_loss_and_its_parts(tmp_path: Any, monkeypatch: pyte
     monkeypatch.setattr("unimedi_components.engines.handlers.rank", lambda: 1)
     run(TensorBoardLosses(str(other)), vl=1.5)
     assert not list(other.glob("*tfevents*"))
+
+
+def test_validation_speaks_from_rank_0_alone_and_ends_with_its_loader(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def validate(log_dir: Any) -> list[int]:
+        seen: list[int] = []
+        engine = Engine(lambda engine, batch: seen.append(batch))
+        ValidationLog(str(log_dir)).attach(engine)
+        engine.add_event_handler(Events.EPOCH_STARTED, lambda e: e.state.metrics.update(val_loss=0.5))
+        engine.run(iter([1, 2]), epoch_length=5)
+        return seen
+
+    assert validate(tmp_path) == [1, 2]
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [event.value for event in events.Scalars("val_loss")] == [0.5]
+    monkeypatch.setattr("unimedi_components.engines.handlers.rank", lambda: 1)
+    assert validate(tmp_path / "rank1") == [1, 2] and not (tmp_path / "rank1").exists()
 
 
 class Terminal(io.StringIO):

@@ -126,7 +126,8 @@ class PretrainingRun(_Run):
         max_grad_norm, freeze_last_layer_epochs: see `GradientCare`.
         momentum_teacher: at the first step.
         warmup_epochs: epochs in which collapsed targets are not warned of.
-        whiten_tokenizers: start new runs with whitened tokenizers, see `WhitenTokenizers`.
+        whiten_tokenizers, whiten_eps, position_std: start new runs with whitened tokenizers, see `WhitenTokenizers`.
+        calibrate: see `CalibrateProjection`.
     """
 
     def __init__(
@@ -151,21 +152,24 @@ class PretrainingRun(_Run):
         momentum_teacher: float = 0.996,
         warmup_epochs: float = 1.0,
         whiten_tokenizers: bool = False,
+        whiten_eps: float = 10.0,
+        position_std: float | None = 0.2,
+        calibrate: bool = True,
     ) -> None:
         history = History(optimizer, evaluator)
         state = {"optimizer": optimizer, "lr_scheduler": lr_scheduler, "loss": loss, "history": history}
         self.checkpoint = TrainingCheckpoint(
             ckpt_dir, network, state, preprocessing, tokenizer, evaluator, resume, card
         )
-        enabled = whiten_tokenizers and not resume
+        whiten = {"eps": whiten_eps, "position_std": position_std, "enabled": whiten_tokenizers and not resume}
         parts = [
-            WhitenTokenizers(network, datasets[0], eps=10.0, position_std=0.2, enabled=enabled),
+            WhitenTokenizers(network, datasets[0], **whiten),  # type: ignore[arg-type]
             EpochSeed(seed, loader, loss),
             GradientCare(network, max_grad_norm, freeze_last_layer_epochs),
             TeacherUpdate(network, momentum_teacher, total_steps),
             WatchTargets(loss, warmup_epochs=warmup_epochs),
             history,
-            CalibrateProjection(network, datasets[0]),
+            CalibrateProjection(network, datasets[0], enabled=calibrate),
             self.checkpoint,
             TensorBoardLosses(output_dir),
             TrainingProgress(),
