@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from monai.data import MetaObj, MetaTensor
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
@@ -92,12 +93,54 @@ class DeviceTensor(torch.Tensor):
     def tolist(self) -> Any:
         return self.cpu().tolist()
 
+    def as_subclass(self, cls: type) -> Tensor:
+        """Of MONAI's tensor with meta data, which cannot be a second class of this one, the one below."""
+        return (MetaDeviceTensor if issubclass(cls, MetaTensor) else DeviceTensor)(self.host)
+
+    def __format__(self, spec: str) -> str:
+        return format(self.item(), spec) if self.dim() == 0 else repr(self)
+
+    def __repr__(self, **_: Any) -> str:
+        return f"DeviceTensor({tuple(self.shape)}, {self.dtype})"
+
     def new_tensor(self, data: Any, *, dtype: torch.dtype | None = None, device: Any = None) -> Tensor:
-        return torch.as_tensor(data, dtype=dtype or self.dtype).to(device or self.device)
+        return _TENSOR(data, dtype=dtype or self.dtype).to(device or self.device)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _call(func, *args, **(kwargs or {}))
+
+
+class MetaDeviceTensor(DeviceTensor, MetaTensor):
+    """MONAI's MetaTensor on the rehearsed device."""
+
+    def __init__(self, host: Tensor, source: MetaObj | None = None) -> None:
+        MetaObj.__init__(self)
+        if source is not None:
+            self.copy_meta_from(source)
+
+    def copy_meta_from(self, input_objs: Any, copy_attr: bool = True, keys: Any = None) -> Any:
+        host = self.host  # MONAI copies or replaces all attributes
+        super().copy_meta_from(input_objs, copy_attr, keys)
+        self.host = host
+        return self
+
+    @staticmethod
+    def __new__(cls, host: Tensor, source: MetaObj | None = None) -> Any:
+        return DeviceTensor.__new__(cls, host)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        source = next(x for x in tree_flatten((args, kwargs))[0] if isinstance(x, MetaTensor))
+
+        def kept(x: Tensor) -> Tensor:
+            if isinstance(x, DeviceTensor):
+                return MetaDeviceTensor(x.host, source)
+            return MetaTensor(x, meta={}).copy_meta_from(source, keys=[k for k in source.__dict__ if k != "host"])
+
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **(kwargs or {}))
+        return tree_map_only(Tensor, lambda x: x if isinstance(x, MetaTensor) else kept(x), result)
 
 
 def _line() -> str:
@@ -167,7 +210,27 @@ def _setup() -> list[torch.library.Library]:
     return [library, factories]
 
 
-_LIBRARIES = _setup()
+def _tensor(data: Any, *, device: Any = None, **kwargs: Any) -> Tensor:
+    """`torch.tensor`, which cannot make a tensor of a device that is written in Python."""
+    made = _TENSOR(data, **kwargs)
+    return made if device is None else made.to(device)
+
+
+def _moved(cls: type, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    """What MONAI's tensor with meta data becomes on the rehearsed device."""
+    if any(isinstance(x, DeviceTensor) for x in tree_flatten((args, kwargs))[0]):
+        return MetaDeviceTensor.__torch_function__(func, types, args, kwargs)
+    return _META(cls, func, types, args, kwargs)
+
+
+def _as_tensor(data: Any, dtype: torch.dtype | None = None, device: Any = None) -> Tensor:
+    """`torch.as_tensor`, for the same reason."""
+    made = data if isinstance(data, DeviceTensor) else _AS_TENSOR(data, dtype=dtype)
+    return made if dtype is None and device is None else made.to(device=device or made.device, dtype=dtype or made.dtype)
+
+
+_LIBRARIES, _TENSOR, _AS_TENSOR, _META = _setup(), torch.tensor, torch.as_tensor, MetaTensor.__torch_function__.__func__
+torch.tensor, torch.as_tensor, MetaTensor.__torch_function__ = _tensor, _as_tensor, classmethod(_moved)
 DEVICE = torch.device(NAME, 0)
 
 

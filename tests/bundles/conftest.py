@@ -24,13 +24,15 @@ from unimedi_components.networks import UnifiedViT
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGS = REPOSITORY / "bundles" / "pretrain" / "configs"
+#: "cuda" or, with `pytest -p tests.rehearsal`, "rehearsal" runs these tests on a GPU or a rehearsed one.
+DEVICE = os.environ.get("UNIMEDI_TEST_DEVICE", "cpu")
 EPOCHS = 3
 TINY = {
     "phantoms": {"mimic_cxr": 36, "bimcv": 36},
     "batch_2d": 4,
     "batch_3d": 4,
     "epochs": EPOCHS,
-    "device": "cpu",
+    "device": DEVICE,
     # The default rounds to bfloat16 on CPUs that have it, so that other batch shapes give other digits.
     "matmul_precision": "highest",
     "img_size": 32,
@@ -189,7 +191,7 @@ class TaskBundle:
     """A task bundle over small phantoms and a tiny pre-trained encoder, which all bundles and workers share."""
 
     def __init__(self, name: str, data: Path) -> None:
-        self.name, self.data = name, data
+        self.name, self.data, self.device = name, data, DEVICE
         self.configs = REPOSITORY / "bundles" / name / "configs"
         self.data_set, sizes, self.changes, self.figures = TASK_BUNDLES[name]
         self.sizes = {**ENCODER, **sizes}
@@ -216,7 +218,7 @@ class TaskBundle:
         places = {"dataset_dir": self.data / name, "cache_dir": self.data / f"{self.name}-cache"}
         places |= {"datalist_file": folder / "data.json", "encoder_weights": self.encoder}
         places |= {"ckpt_dir": folder / "models", "output_dir": folder / "eval"}
-        small = {"size": self.sizes, "device": "cpu", "bootstrap": 20, "memory_mb": 10, "phantoms": PHANTOMS[name]}
+        small = {"size": self.sizes, "device": DEVICE, "bootstrap": 20, "memory_mb": 10, "phantoms": PHANTOMS[name]}
         return {**small, **self.changes, **{key: str(path) for key, path in places.items()}, **changes}
 
     def files(self, *names: str) -> list[str]:
