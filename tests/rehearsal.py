@@ -14,7 +14,7 @@ import collections
 import runpy
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -93,6 +93,10 @@ class DeviceTensor(torch.Tensor):
     def tolist(self) -> Any:
         return self.cpu().tolist()
 
+    def __matmul__(self, other: Tensor) -> Tensor:
+        # PyTorch squeezes this product in place, which a wrapper cannot follow
+        return torch.mv(other.T, self) if (self.dim(), other.dim()) == (1, 2) else torch.matmul(self, other)
+
     def as_subclass(self, cls: type) -> Tensor:
         """Of MONAI's tensor with meta data, which cannot be a second class of this one, the one below."""
         return (MetaDeviceTensor if issubclass(cls, MetaTensor) else DeviceTensor)(self.host)
@@ -131,16 +135,16 @@ class MetaDeviceTensor(DeviceTensor, MetaTensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        source = next(x for x in tree_flatten((args, kwargs))[0] if isinstance(x, MetaTensor))
-
-        def kept(x: Tensor) -> Tensor:
-            if isinstance(x, DeviceTensor):
-                return MetaDeviceTensor(x.host, source)
-            return MetaTensor(x, meta={}).copy_meta_from(source, keys=[k for k in source.__dict__ if k != "host"])
-
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **(kwargs or {}))
-        return tree_map_only(Tensor, lambda x: x if isinstance(x, MetaTensor) else kept(x), result)
+
+        def kept(x: Tensor) -> Tensor:
+            return MetaDeviceTensor(x.host) if isinstance(x, DeviceTensor) else MetaTensor(x, meta={})
+
+        made = tree_map_only(Tensor, lambda x: x if isinstance(x, MetaTensor) else kept(x), result)
+        rows = list(made) if isinstance(made, list | tuple) else [made]
+        rows = MetaTensor.update_meta(rows, func, args, kwargs or {})
+        return type(made)(rows) if type(made) in (list, tuple) else rows[0] if len(rows) == 1 else made
 
 
 def _line() -> str:
@@ -164,13 +168,22 @@ def _call(func: Any, *args: Any, **kwargs: Any) -> Any:
     if ours and not copies and any(x.dim() or name in {"cat", "stack"} for x in hosts) and not by_host_index:
         shapes = [f"{tuple(x.shape)} {x.device}" for x in flat if isinstance(x, Tensor)]
         raise RuntimeError(f"Expected all tensors to be on the same device: {name} of {', '.join(shapes)}")
-    to_host = bool(ours) and (target is not None and target.type == "cpu" if name == "_to_copy" else name == "copy_" and not isinstance(args[0], DeviceTensor))
-    from_host = bool(hosts) and copies and not to_host and (name == "copy_" or (target is not None and target.type == NAME))
+    to_host = bool(ours) and (
+        target is not None and target.type == "cpu"
+        if name == "_to_copy"
+        else name == "copy_" and not isinstance(args[0], DeviceTensor)
+    )
+    from_host = (
+        bool(hosts) and copies and not to_host and (name == "copy_" or (target is not None and target.type == NAME))
+    )
     blocking = not (kwargs.get("non_blocking") or (name == "copy_" and len(args) > 2 and args[2]))
     masked = name in INDEXED and any(isinstance(x, Tensor) and x.dtype in (torch.bool, torch.uint8) for x in args[1])
-    if ours and (name in WAITING or to_host or masked or (by_host_index and hosts)) or (from_host and blocking):
+    if (ours and (name in WAITING or to_host or masked or (by_host_index and hosts))) or (from_host and blocking):
         waits[f"{name} {_line()}"] += 1
-    plain = [x.host if isinstance(x, DeviceTensor) else torch.device("cpu") if isinstance(x, torch.device) else x for x in flat]
+    plain = [
+        x.host if isinstance(x, DeviceTensor) else torch.device("cpu") if isinstance(x, torch.device) else x
+        for x in flat
+    ]
     host_args, host_kwargs = tree_unflatten(plain, spec)
     result = func(*host_args, **host_kwargs)
     if not (target.type == NAME if target is not None else ours) or (name == "copy_" and to_host):
@@ -201,12 +214,16 @@ def _setup() -> list[torch.library.Library]:
     _setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
     library = torch.library.Library("_", "IMPL")
     library.fallback(_call, "PrivateUse1")
-    library.fallback(_autocast, "AutocastPrivateUse1")
+    library.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
     factories = torch.library.Library("aten", "IMPL")
     for factory in (torch.ops.aten.arange, torch.ops.aten.eye, torch.ops.aten.linspace):
         for overload in (getattr(factory, name) for name in factory.overloads() if "out" not in name):
             # PyTorch's own would resize an empty tensor, which a wrapper cannot follow
             factories.impl(overload._name, partial(_call, overload), "PrivateUse1")
+    for name in sorted(LOWER | FLOAT32 | PROMOTED):
+        packet = getattr(torch.ops.aten, name)
+        for overload in (getattr(packet, part) for part in packet.overloads() if "out" not in part):
+            factories.impl(overload._name, partial(_autocast, overload), "AutocastPrivateUse1")
     return [library, factories]
 
 
@@ -226,7 +243,9 @@ def _moved(cls: type, func: Any, types: Any, args: Any = (), kwargs: Any = None)
 def _as_tensor(data: Any, dtype: torch.dtype | None = None, device: Any = None) -> Tensor:
     """`torch.as_tensor`, for the same reason."""
     made = data if isinstance(data, DeviceTensor) else _AS_TENSOR(data, dtype=dtype)
-    return made if dtype is None and device is None else made.to(device=device or made.device, dtype=dtype or made.dtype)
+    return (
+        made if dtype is None and device is None else made.to(device=device or made.device, dtype=dtype or made.dtype)
+    )
 
 
 _LIBRARIES, _TENSOR, _AS_TENSOR, _META = _setup(), torch.tensor, torch.as_tensor, MetaTensor.__torch_function__.__func__
@@ -254,5 +273,4 @@ def main(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-
     main(sys.argv[1:])

@@ -147,6 +147,12 @@ def new_run(trained: Run, tmp_path: Path) -> Run:
 
 
 @pytest.fixture
+def empty_run(tmp_path: Path) -> Run:
+    """Folders of a run over phantoms of its own."""
+    return Run(tmp_path / "run", tmp_path / "data")
+
+
+@pytest.fixture
 def in_process() -> Iterator[None]:
     """For runs within the test's own process: puts back what a run changes for the whole process."""
     precision, flash = torch.get_float32_matmul_precision(), torch.backends.cuda.flash_sdp_enabled()
