@@ -121,7 +121,7 @@ def test_another_data_set_and_a_fraction_of_its_labels(xray: Any, tmp_path: Path
 def test_fine_tuning_ct_moves_the_encoder_and_the_probe_does_not(ct: Any, tmp_path: Path) -> None:
     ct.train(tmp_path / "probe", epochs=1)
     assert encoder_changed(tmp_path / "probe", ct) == set()
-    made = ct.train(tmp_path / "fine", "fine_tune", epochs=1, use_slices=True, batch_size=8)
+    made = ct.train(tmp_path / "fine", "fine_tune", epochs=1, batch_size=8, **{"network_def#use_slices": True})
     moved = encoder_changed(tmp_path / "fine", ct)
     assert set(UnifiedViT(**ct.sizes).state_dict()) - moved == {"mask_token"}
     network = load_classifier(tmp_path / "fine" / "models" / "model.pt")
