@@ -152,7 +152,7 @@ def test_the_protocols_on_chexperts_layout(trained: Any, tmp_path: Path, monkeyp
     with pytest.raises(Exception) as fault:
         run(files, overrides)
     assert isinstance(cause(fault.value), DataError) and "1 + 200 are needed" in str(cause(fault.value))
-    run(files, {**overrides, "exact": False})
+    run(files, {**overrides, "metrics#exact": False})
     values = json.loads((tmp_path / "out" / "metrics.json").read_text())
     datalist = json.loads((tmp_path / "data" / "chexpert_all.json").read_text())
     names = datalist["meta"]["label_names"]
@@ -174,8 +174,8 @@ def test_every_overlay_is_spelled_right() -> None:
     for overlay in ("mimic_cxr_bimcv.json", "chexpert.json"):
         check_config([str(CONFIGS / "evaluate.json"), str(CONFIGS / overlay)], {})
     check_config([str(CONFIGS / "inference.json")], {"inputs": "x", "index": "$None"})
-    with pytest.raises(ConfigError, match="protocol_queries"):
-        check_config([str(CONFIGS / "evaluate.json")], {"protocol_query": 1})
+    with pytest.raises(ConfigError, match="protocols"):
+        check_config([str(CONFIGS / "evaluate.json")], {"protocol": 1})
 
 
 def run(files: list[str], overrides: dict[str, Any]) -> None:
