@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import warnings
 from collections.abc import Callable
@@ -106,9 +107,9 @@ def _towers(path: Path) -> dict[str, _Part]:
         "encoder_2d": _Part(tokens, film, *names),
         "encoder_3d": _Part(tokens, volume, *names),
         "encoder_joint": _Part(tokens, {**volume, **chosen}, *names),
-        "image_2d": _Part(embed, film, "embedding"),
-        "image_3d": _Part(embed, volume, "embedding"),
-        "report": _Part(report, words, "embedding"),
+        "image_2d": _Part(embed, film, "embed"),
+        "image_3d": _Part(embed, volume, "embed"),
+        "report": _Part(report, words, "embed"),
     }
 
 
@@ -118,8 +119,10 @@ def _write(part: _Part, file: Path) -> float:
 
     batch, length = torch.export.Dim("batch"), torch.export.Dim("length", max=512)
     axes = tuple({0: batch, 1: length} if name in _OF_ANY_LENGTH else {0: batch} for name in part.inputs)
+    # torch's exporter warns of its own deprecated calls, and that it does not find torchvision
+    logging.getLogger("torch.onnx._internal.exporter._registration").setLevel(logging.ERROR)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's exporter warns of its own deprecated calls
+        warnings.simplefilter("ignore")
         torch.onnx.export(
             part.eval(),
             tuple(part.inputs.values()),
@@ -145,7 +148,7 @@ def _write(part: _Part, file: Path) -> float:
 
 
 def _sort(values: Any, stable: bool = True, dim: int = -1, descending: bool = False) -> Any:
-    """`aten.sort.stable`, which torch's exporter lacks: TopK, which gives equal values in the order of their indices."""
+    """`aten.sort.stable`, which torch's exporter lacks: TopK gives equal values in the order of their indices."""
     from onnxscript import opset18
 
     size = opset18.Gather(opset18.Shape(values), opset18.Constant(value_ints=[dim]))
