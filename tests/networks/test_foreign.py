@@ -298,6 +298,58 @@ def test_features_are_those_of_open_clip_without_ln_pre(tmp_path: Path) -> None:
         close(encoder, image, model.eval()(image))
 
 
+#: timm models at a few sizes, and what is said of those that cannot be represented.
+TIMM = {
+    "vit_base_patch16_224": {},
+    "deit3_base_patch16_224": {"init_values": 0.5},
+    "vit_base_patch14_dinov2": {"init_values": 0.5},
+    "vit_base_patch14_reg4_dinov2": {"what": "register tokens"},
+    "deit_base_distilled_patch16_224": {"what": "a distillation token"},
+    "vit_base_patch16_clip_224": {"what": "a layer norm before the first block"},
+    "vit_small_patch16_dinov3": {"what": "register tokens"},
+    "vit_base_patch16_siglip_224": {"what": "has no cls_token"},
+}
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_features_are_those_of_timm(name: str, tmp_path: Path) -> None:
+    try:
+        import timm
+    except (ImportError, RuntimeError) as error:
+        pytest.skip(f"the extra [timm] is not installed, or its torchvision does not load: {error}")
+    options = {**{"embed_dim": WIDTH, "depth": DEPTH, "num_heads": HEADS, "img_size": SIDE}, **TIMM[name]}
+    what = options.pop("what", None)
+    model = timm.create_model(name, patch_size=PATCH, **options).eval()
+    state = randomise(model.state_dict())
+    model.load_state_dict(state)
+    if what is not None:
+        assert what in refused(state, tmp_path)
+        return
+    torch.save(state, tmp_path / "timm.pt")
+    image = torch.randn(2, 3, SIDE, SIDE)
+    with torch.no_grad():
+        tokens = model.forward_features(image)
+    close(create_encoder(tmp_path / "timm.pt", **{**SIZES, "mlp_ratio": 4.0}), image, tokens)
+
+
+def test_features_are_those_of_torchvision_s_own_code(tmp_path: Path) -> None:
+    try:
+        from torchvision.models import VisionTransformer
+    except (ImportError, RuntimeError) as error:
+        pytest.skip(f"torchvision is not installed or does not load: {error}")
+    model = VisionTransformer(SIDE, PATCH, DEPTH, HEADS, WIDTH, 2 * WIDTH).eval()
+    model.load_state_dict(randomise(model.state_dict()))
+    torch.save(model.state_dict(), tmp_path / "vit.pth")
+    image, plain = torch.randn(2, 3, SIDE, SIDE), TorchViT().eval()
+    plain.heads = nn.Sequential()
+    plain.load_state_dict({name: v for name, v in model.state_dict().items() if not name.startswith("heads")})
+    model.heads = nn.Identity()
+    with torch.no_grad():
+        tokens = plain(image)
+        torch.testing.assert_close(tokens[:, 0], model(image))
+    close(create_encoder(tmp_path / "vit.pth", **SIZES), image, tokens)
+
+
 def test_a_grey_image_gives_the_features_of_three_equal_channels(tmp_path: Path) -> None:
     torch.save(timm_state(), tmp_path / "vit.pth")
     grey = torch.randn(2, 1, SIDE, SIDE)
