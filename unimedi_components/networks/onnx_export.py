@@ -149,7 +149,8 @@ def _write(part: _Part, file: Path) -> float:
 
 def _sort(values: Any, stable: bool = True, dim: int = -1, descending: bool = False) -> Any:
     """`aten.sort.stable`, which torch's exporter lacks: TopK gives equal values in the order of their indices."""
-    from onnxscript import opset18
+    import onnxscript
 
-    size = opset18.Gather(opset18.Shape(values), opset18.Constant(value_ints=[dim]))
-    return opset18.TopK(values, size, axis=dim, largest=int(descending))
+    operators: Any = onnxscript.opset18
+    size = operators.Gather(operators.Shape(values), operators.Constant(value_ints=[dim]))
+    return operators.TopK(values, size, axis=dim, largest=int(descending))
