@@ -432,8 +432,14 @@ def test_models_of_others_that_are_refused(tmp_path: Path) -> None:
         ({"pos_embed": torch.zeros(1, 19, WIDTH)}, "19 positions are no CLS token and a square of patches"),
         ({"cls_token": torch.zeros(1, 1, 5)}, "its tensors are of no ViT"),
         ({"blocks.0.ls1.gamma": torch.ones(7)}, "its tensors are of no ViT"),
+        ({"blocks.0.ls1.gamma": torch.tensor(1.0)}, "its tensors are of no ViT"),
+        ({"patch_embed.proj.weight": torch.ones(WIDTH, 192)}, "its tensors are of no ViT"),
+        ({"patch_embed_3d.proj.weight": torch.ones(1)}, "missing: mask_token"),
         ({"blocks.0.extra.weight": torch.ones(7)}, "unexpected: blocks.0.extra.weight"),
-        ({"teacher.a.patch_embed.proj.weight": torch.ones(7), "patch_embed.proj.weight": None}, "has no cls_token"),
+        (
+            {"teacher.a.patch_embed.proj.weight": torch.ones(WIDTH, 3, 8, 8), "patch_embed.proj.weight": None},
+            "has no cls_token",
+        ),
     ],
 )
 def test_damaged_weights_are_one_error(change: dict[str, Tensor | None], message: str, tmp_path: Path) -> None:

@@ -183,12 +183,12 @@ def _timm_names(state: Mapping[str, Tensor], family: Family, source: str) -> dic
             layer = name[: -len("ls1.gamma")] + layer
             result[f"{layer}.weight"] = gamma[:, None] * result[f"{layer}.weight"]
             result[f"{layer}.bias"] = gamma * result[f"{layer}.bias"]
-        width = result["patch_embed.proj.weight"].shape[0]
+        width, _, _, _ = result["patch_embed.proj.weight"].shape
         result.setdefault("patch_embed.proj.bias", torch.zeros(width))
         result["cls_token"], table = result["cls_token"].reshape(1, 1, width), result["pos_embed"].reshape(1, -1, width)
     except KeyError as error:
         raise CheckpointError(f"{source}: has no {error.args[0]}; give the whole of a ViT with a CLS token") from error
-    except RuntimeError as error:
+    except (IndexError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{source}: its tensors are of no ViT ({error}); give a plain ViT's weights") from error
     if math.isqrt(table.shape[1]) ** 2 == table.shape[1]:
         # DeiT-3 and others give the CLS token no position

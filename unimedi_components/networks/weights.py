@@ -202,6 +202,8 @@ def _size_option(width: int) -> str:
 def _fit_tables(state: dict[str, Tensor], encoder: UnifiedViT) -> dict[str, Tensor]:
     """Resample this project's own position tables where the encoder was built for another grid (same patches)."""
     result = dict(state)
+    if not {"pos_embed", "pos_embed_3d", "depth_embed"} <= state.keys():
+        return result  # what is missing is named where it is loaded
     rows = state["depth_embed"].shape[1]
     if state["pos_embed"].shape != encoder.pos_embed.shape:
         side = math.isqrt(state["pos_embed"].shape[1] - 1)
