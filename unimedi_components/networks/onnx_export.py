@@ -130,7 +130,6 @@ def _write(part: _Part, file: Path) -> float:
             input_names=list(part.inputs),
             output_names=list(part.outputs),
             dynamic_shapes=(axes,),
-            custom_translation_table={torch.ops.aten.sort.stable: _sort},
             external_data=False,
             dynamo=True,
             verbose=False,
@@ -145,12 +144,3 @@ def _write(part: _Part, file: Path) -> float:
     if not difference <= TOLERANCE:
         raise CheckpointError(f"{file}: differs from torch by {difference:.1e}, more than {TOLERANCE}; do not use it")
     return difference
-
-
-def _sort(values: Any, stable: bool = True, dim: int = -1, descending: bool = False) -> Any:
-    """`aten.sort.stable`, which torch's exporter lacks: TopK gives equal values in the order of their indices."""
-    import onnxscript
-
-    operators: Any = onnxscript.opset18
-    size = operators.Gather(operators.Shape(values), operators.Constant(value_ints=[dim]))
-    return operators.TopK(values, size, axis=dim, largest=int(descending))
