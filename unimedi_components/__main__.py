@@ -118,21 +118,32 @@ def report(*run_dirs: str, out: str, tables: str = "results") -> None:
     write_page([str(folder) for folder in run_dirs], str(out), str(tables))
 
 
-def export(checkpoint: str, folder: str, license: str | None = None) -> None:
-    """Write the image encoder of a pre-training run as a folder in the Hugging Face hub's form.
+def export(checkpoint: str, folder: str, license: str | None = None, format: str = "hub") -> None:
+    """Write trained weights for other software: a folder in the Hugging Face hub's form, or ONNX files.
 
-    UnifiedViT.from_pretrained, and transformers' AutoModel with trust_remote_code=True, load it.
+    The hub's folder holds the image encoder of a pre-training run: UnifiedViT.from_pretrained, and transformers'
+    AutoModel with trust_remote_code=True, load it. ONNX files (extra [onnx]) hold the encoder and both towers of a
+    pre-training run, or a task's network, and are checked with onnxruntime.
 
     Args:
-        checkpoint: weights that a pre-training run left, such as bundles/pretrain/models/model.pt.
+        checkpoint: weights that a run left, such as bundles/pretrain/models/model.pt.
         folder: to write to; new or empty.
         license: of the weights, as the hub names it; by default apache-2.0 for a run on phantoms, else unknown.
+        format: hub or onnx.
     """
-    from unimedi_components.networks import load_encoder
-
     place = Path(str(folder))
+    if format not in ("hub", "onnx"):
+        raise ConfigError(f"--format {format!r} is unknown; formats are hub and onnx")
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise ConfigError(f"{place} exists and is no empty folder; name a new one")
+    if format == "onnx":
+        from unimedi_components.networks.onnx_export import write_onnx
+
+        for file, difference in write_onnx(str(checkpoint), place).items():
+            print(f"{file}  within {difference:.1e} of torch")
+        return
+    from unimedi_components.networks import load_encoder
+
     encoder = load_encoder(str(checkpoint))
     encoder.save_pretrained(place, model_card_kwargs={} if license is None else {"license": str(license)})
     for file in sorted(place.iterdir()):

@@ -115,6 +115,9 @@ def _check_k(k: int, most: int, what: str, slabs: int, patch_depth: int) -> None
 
 def _top(scores: Tensor, k: int) -> Tensor:
     """Indices of the k largest in ascending order; a stable sort makes ties go to the lower index on every device."""
+    if torch.onnx.is_in_onnx_export():
+        # ONNX has no stable sort, and its TopK gives equal values in the order of their indices
+        return scores.topk(k, dim=1).indices.sort(dim=1).values
     return scores.sort(dim=1, descending=True, stable=True).indices[:, :k].sort(dim=1).values
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers.models.bert.tokenization_bert import BertTokenizer
 
+from unimedi_components.__main__ import main
 from unimedi_components.engines import TrainingCheckpoint
 from unimedi_components.errors import CheckpointError
 from unimedi_components.networks import DINOHead, ProjectionHead, ReportEncoder, UnifiedViT, UniMedI
@@ -186,3 +187,32 @@ def test_a_damaged_or_foreign_file(models: Path, tmp_path: Path) -> None:
     assert text.startswith(f"{path}: 1 of ") and "missing: mask_token" in text
     torch.save([1, 2], path)
     assert "holds no state dict" in message(load_encoder, path)
+
+
+@torch.no_grad()
+def test_encoder_and_towers_in_onnx(models: Path, tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime", reason="the extra [onnx] is not installed")
+    main(["export", str(models / "model.pt"), str(tmp_path / "onnx"), "--format", "onnx"])
+    network, count = build(0), 5
+    film, volume = torch.randn(count, 1, 16, 16), torch.randn(count, 1, 8, 16, 16)
+    joint = (volume, torch.randn(count, 3, 1, 16, 16), torch.rand(count, 3))
+    words = torch.randint(4, 30, (count, 6))
+    reports = (words, (torch.arange(6) < torch.tensor([[6], [4], [2], [6], [1]])).long(), torch.arange(count) % 2)
+    for name, inputs, expected in (
+        ("encoder_2d", (film,), network.encoder(film, return_attention=True)),
+        ("encoder_3d", (volume,), network.encoder(volume, return_attention=True)),
+        ("encoder_joint", joint, network.encoder(*joint, return_attention=True)),
+        ("image_2d", (film,), network.encode_image(film).embed),
+        ("image_3d", (volume,), network.encode_image(volume).embed),
+        ("report", reports, network.encode_text(*reports)),
+    ):
+        session = onnxruntime.InferenceSession(str(tmp_path / "onnx" / f"{name}.onnx"))
+        feed = {entry.name: value.numpy() for entry, value in zip(session.get_inputs(), inputs, strict=True)}
+        outputs = [torch.from_numpy(output) for output in session.run(None, feed)]
+        if isinstance(expected, Tensor):
+            wanted = [expected / expected.norm(dim=1, keepdim=True)]
+        else:
+            wanted = [expected.cls, expected.patches, expected.attention]
+        torch.testing.assert_close(outputs, wanted, atol=1e-4, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+    assert json.loads((tmp_path / "onnx" / "model.json").read_text())["preprocessing"] == PREPROCESSING
+    assert (tmp_path / "onnx" / "report_encoder" / "tokenizer.json").is_file()

@@ -49,18 +49,18 @@ def test_rgb_kernel_is_summed_and_inflated(tmp_path):
     assert torch.equal(encoder.blocks[1].attn.qkv.weight, state["blocks.1.attn.qkv.weight"])
 
 
-def test_position_table_and_kernel_of_another_size_are_resampled():
-    state = timm_like_state(grid=7, patch=16)
+def test_position_table_and_kernel_of_another_size_are_resampled(tmp_path):
+    state = timm_like_state(grid=7, patch=4)
     state["pos_embed"][:, 1:] = 2.0
-    state["patch_embed.proj.weight"].fill_(1.0)
-    from unimedi_components.networks.weights import adapt_vit_state
-
-    fitted = adapt_vit_state(state, UnifiedViT(**SIZES))
-    assert torch.allclose(fitted["pos_embed"][:, 1:], torch.full((1, 16, 24), 2.0), atol=1e-5)
-    # Response to a constant image of ones: 3 channels x 16 x 16 before and after.
-    response = fitted["patch_embed.proj.weight"].sum((1, 2, 3))
-    assert torch.allclose(response, torch.full((24,), 768.0), rtol=1e-4)
-    assert torch.allclose(fitted["patch_embed_3d.proj.weight"].sum((1, 2, 3, 4)), response, rtol=1e-4)
+    torch.save(state, tmp_path / "vit.pth")
+    fitted = create_encoder(tmp_path / "vit.pth", **SIZES)
+    assert torch.allclose(fitted.pos_embed[:, 1:], torch.full((1, 16, 24), 2.0), atol=1e-5)
+    # a constant image looks the same in patches of 4 and of 8, alone and at every depth
+    image = torch.ones(1, 1, 32, 32)
+    token = state["patch_embed.proj.weight"].sum((1, 2, 3)) + state["patch_embed.proj.bias"]
+    assert torch.allclose(fitted.patch_embed(image), token.expand(1, 16, -1), atol=1e-4)
+    volume = image.unsqueeze(2).repeat(1, 1, 8, 1, 1)
+    assert torch.allclose(fitted.patch_embed_3d(volume), token.expand(1, 32, -1), atol=1e-4)
 
 
 def test_own_weights_load_strictly_and_round_trip(tmp_path):

@@ -161,10 +161,7 @@ class ImageClassifier(nn.Module):
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What `torch.jit.script`, and so `monai.bundle ckpt_export`, compiles in place of this network."""
-        encoder = self.encoder
-        size = encoder.img_size if self.spatial_dims == 2 else encoder.vol_size
-        channels = encoder.patch_embed.proj.in_channels
-        return scriptable(self, torch.zeros(2, channels, *size, device=self.head.weight.device))
+        return scriptable(self)
 
     def attention_maps(self, image: Tensor) -> Tensor:
         """Eq. 1's **v** of an image's own tokens on their grid: (B, rows, columns) or (B, slabs, rows, columns)."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["PatchEmbed", "resample_pos_embed_2d", "resample_pos_embed_3d", "to_tuple"]
+__all__ = ["PatchEmbed", "resample_patch_embed", "resample_pos_embed_2d", "resample_pos_embed_3d", "to_tuple"]
 
 
 def to_tuple(value: int | Sequence[int], length: int, name: str) -> tuple[int, ...]:
@@ -82,13 +82,34 @@ class PatchEmbed(nn.Module):
         return F.linear(self.patches(x), self.proj.weight.flatten(1), self.proj.bias)
 
 
-def resample_pos_embed_2d(table: Tensor, old: Sequence[int], new: Sequence[int]) -> Tensor:
-    """A 2D position table on another grid: bicubic with antialiasing, as timm's `resample_abs_pos_embed`.
+def resample_patch_embed(kernel: Tensor, size: Sequence[int]) -> Tensor:
+    """A 2D patch kernel for patches of another size, by FlexiViT's pseudo-inverse (Beyer et al., CVPR 2023, eq. 5).
+
+    Args:
+        kernel: (D, C, ph, pw).
+        size: patch wanted.
+
+    Returns:
+        (D, C, ph', pw'): of a patch that is resized bicubically it makes the token that `kernel` makes of the patch,
+        exactly for larger patches and with the least squared error for smaller ones.
+    """
+    old = kernel.shape[-2:]
+    if tuple(old) == tuple(size):
+        return kernel
+    pixels = torch.eye(math.prod(old), dtype=torch.float64).view(-1, 1, *old)
+    resize = F.interpolate(pixels, size=tuple(size), mode="bicubic", antialias=True).flatten(1)  # (old, new) pixels
+    fitted = kernel.double().flatten(-2) @ torch.linalg.pinv(resize).T
+    return fitted.unflatten(-1, tuple(size)).to(kernel.dtype)
+
+
+def resample_pos_embed_2d(table: Tensor, old: Sequence[int], new: Sequence[int], antialias: bool = True) -> Tensor:
+    """A 2D position table on another grid, bicubic.
 
     Args:
         table: (1, h * w, D) without the CLS entry.
         old: grid (h, w) of the table.
         new: grid wanted.
+        antialias: as timm's `resample_abs_pos_embed`; False as `transformers`.
 
     Returns:
         (1, h' * w', D); the table itself where the grids agree.
@@ -96,7 +117,7 @@ def resample_pos_embed_2d(table: Tensor, old: Sequence[int], new: Sequence[int])
     if tuple(old) == tuple(new):
         return table
     maps = table.float().reshape(1, *old, -1).permute(0, 3, 1, 2)
-    maps = F.interpolate(maps, size=tuple(new), mode="bicubic", antialias=True)
+    maps = F.interpolate(maps, size=tuple(new), mode="bicubic", antialias=antialias)
     return maps.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)
 
 

@@ -6,11 +6,12 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ScriptableByDimension", "ScriptableNetwork", "scriptable", "trace"]
+__all__ = ["ScriptableByDimension", "ScriptableNetwork", "example", "scriptable", "trace"]
 
 
 class ScriptableNetwork(nn.Module):
@@ -48,9 +49,19 @@ class ScriptableByDimension(nn.Module):
         return self.three_d(image)
 
 
-def scriptable(network: nn.Module, example: Tensor) -> ScriptableNetwork:
-    """The module to script, for a network's `__prepare_scriptable__`; arguments as of `trace`."""
-    return ScriptableNetwork(trace(network, example)).eval()
+def scriptable(network: Any) -> ScriptableNetwork:
+    """The module to script, for the `__prepare_scriptable__` of a task's network."""
+    return ScriptableNetwork(trace(network, example(network))).eval()
+
+
+def example(network: Any) -> Tensor:
+    """Two empty images (2, C, ...) such as a task's network is fed with, on its device."""
+    encoder = network.encoder
+    size = encoder.img_size if network.spatial_dims == 2 else encoder.vol_size
+    # what X-rays are prepared to for masks, which need not be the size of the pre-training
+    side = network.card.get("preprocessing", {}).get("film", {}).get("size")
+    size = size if side is None else (side, side)
+    return torch.zeros(2, encoder.patch_embed.proj.in_channels, *size, device=encoder.cls_token.device)
 
 
 def trace(network: nn.Module, example: Tensor, leave_out: Sequence[str] = ()) -> nn.Module:

@@ -16,7 +16,7 @@ from torch import nn
 from unimedi_components import __version__
 from unimedi_components.errors import CheckpointError
 
-__all__ = ["MODEL_TYPE", "PROCESSOR_FILE", "HubEncoder", "hub_folder", "read_hub_json"]
+__all__ = ["MODEL_TYPE", "PROCESSOR_FILE", "HubEncoder", "hub_folder", "read_hub_json", "read_json"]
 
 MODEL_TYPE = "unimedi_vit"
 CONFIG_FILE, PROCESSOR_FILE, WEIGHTS_FILE = "config.json", "preprocessor_config.json", "model.safetensors"
@@ -205,22 +205,31 @@ def hub_folder(name: str | Path, **options: Any) -> Path:
         ) from error
 
 
-def read_hub_json(folder: Path, file: str) -> dict[str, Any]:
-    """One of a hub folder's JSON files.
+def read_json(path: Path, missing: str, again: str) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Args:
+        path: of the file.
+        missing: what to do where there is none.
+        again: what to do where it is damaged.
 
     Raises:
         CheckpointError: missing or damaged.
     """
-    path = folder / file
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: missing; give a folder that the command export wrote") from error
+        raise CheckpointError(f"{path}: missing; {missing}") from error
     except ValueError as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error}); export or download it again") from error
+        raise CheckpointError(f"{path}: not valid JSON ({error}); {again}") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: holds no JSON object; export or download it again")
+        raise CheckpointError(f"{path}: holds no JSON object; {again}")
     return content
+
+
+def read_hub_json(folder: Path, file: str) -> dict[str, Any]:
+    """One of a hub folder's JSON files; raises as `read_json`."""
+    return read_json(folder / file, "give a folder that the command export wrote", "export or download it again")
 
 
 def _of_images(card: Mapping[str, Any]) -> dict[str, Any]:

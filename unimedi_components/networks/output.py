@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 __all__ = ["EncoderOutput", "ImageFeatures", "UniMediOutput"]
@@ -25,6 +26,10 @@ class EncoderOutput:
     patches: Tensor
     attention: Tensor | None = None
     hidden_states: tuple[Tensor, ...] = ()
+
+
+# for torch.export, whose programs return what the network does
+torch.export.register_dataclass(EncoderOutput, serialized_type_name="unimedi_components.EncoderOutput")
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from unimedi_components.errors import CheckpointError
 from unimedi_components.networks.heads import ProjectionHead
+from unimedi_components.networks.hub import read_json
 from unimedi_components.networks.report_encoder import ReportEncoder, load_tokenizer
 from unimedi_components.networks.unified_vit import UnifiedViT
 from unimedi_components.networks.unimedi import UniMedI
@@ -147,14 +147,8 @@ def read_card(checkpoint: Path) -> dict[str, Any]:
         CheckpointError: missing, damaged, or of another format.
     """
     path = checkpoint.with_name(CARD)
-    try:
-        card = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{path}: missing; keep {CARD} beside {checkpoint.name}, it says how the network is built"
-        ) from error
-    except json.JSONDecodeError as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error}); copy it again from the training run") from error
+    kept = f"keep {CARD} beside {checkpoint.name}, it says how the network is built"
+    card = read_json(path, kept, "copy it again from the training run")
     if card.get("format") != 1:
         raise CheckpointError(f"{path}: format {card.get('format')!r} is not known to this version; expected 1")
     return card

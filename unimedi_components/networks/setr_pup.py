@@ -86,6 +86,7 @@ class SETRPUP(nn.Module):
     """
 
     kind = "setr_pup"
+    spatial_dims = 2
 
     def __init__(
         self,
@@ -183,11 +184,7 @@ class SETRPUP(nn.Module):
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What `torch.jit.script`, and so `monai.bundle ckpt_export`, compiles in place of this network."""
-        channels = self.encoder.patch_embed.proj.in_channels
-        # what its images are prepared to, which need not be the size of the pre-training
-        side = self.card.get("preprocessing", {}).get("film", {}).get("size")
-        size = self.encoder.img_size if side is None else (side, side)
-        return scriptable(self, torch.zeros(2, channels, *size, device=self.head.weight.device))
+        return scriptable(self)
 
 
 def _check_auxiliary(auxiliary: Sequence[int], variant: str, blocks: int) -> None:

@@ -88,6 +88,7 @@ class UnifiedUNETR(nn.Module):
     """
 
     kind = "unetr"
+    spatial_dims = 3
 
     def __init__(
         self,
@@ -203,9 +204,7 @@ class UnifiedUNETR(nn.Module):
 
     def __prepare_scriptable__(self) -> nn.Module:
         """What `torch.jit.script`, and so `monai.bundle ckpt_export`, compiles in place of this network."""
-        encoder = self.encoder
-        channels = encoder.patch_embed_3d.proj.in_channels
-        return scriptable(self, torch.zeros(2, channels, *encoder.vol_size, device=encoder.cls_token.device))
+        return scriptable(self)
 
 
 def _check_hidden_states(wanted: Sequence[int], stages: int, blocks: int, patch: Sequence[int]) -> None:

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights in: strict loading with one message, and ViT weights of other projects fitted to both tokenizers."""
+"""Weights in: files read without running code, and loaded strictly with one message."""
 
 from __future__ import annotations
 
+import argparse
 import logging
 import math
+import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,17 +18,29 @@ from torch.nn import functional as F
 
 from unimedi_components.errors import CheckpointError
 from unimedi_components.networks.embed import resample_pos_embed_2d, resample_pos_embed_3d
+from unimedi_components.networks.foreign import Family, adapt_vit_state, vit_state
 from unimedi_components.networks.sizes import SHAPES, SIZES, check_size, encoder_sizes, sizes_of_state
 from unimedi_components.networks.unified_vit import UnifiedViT
 
-__all__ = ["adapt_vit_state", "create_encoder", "load_strict", "load_weights", "read_state_dict"]
+__all__ = ["create_encoder", "load_strict", "load_weights", "read_state_dict"]
 
 logger = logging.getLogger(__name__)
 
-NESTED = ("state_dict", "model", "student", "network")
-PREFIXES = ("module.", "encoder.", "backbone.", "visual.trunk.", "vit.")
-ADDED_HERE = ("mask_token", "segment_embed", "depth_embed")
-HEADS = ("head.", "head_dist.", "fc_norm.", "pre_logits.", "dist_token", "decoder")
+NESTED = ("state_dict", "model", "teacher", "student", "network")
+#: A file of code, by torch's message: what it is, and how its weights alone are saved by who trusts it.
+CODE = (
+    (
+        r"TorchScript archive",
+        "a TorchScript program",
+        "torch.save(torch.jit.load(FILE, 'cpu').state_dict(), 'weights.pt')",
+    ),
+    (
+        r"GLOBAL (?:__main__ )?(\S+)",
+        "pickled code",
+        "c = torch.load(FILE, 'cpu', weights_only=False); "
+        "torch.save(next((c[k] for k in ('state_dict', 'model', 'teacher') if k in c), c), 'weights.pt')",
+    ),
+)
 
 
 def create_encoder(
@@ -59,7 +74,9 @@ def create_encoder(
         check_size(own, sizes, source)
         encoder = UnifiedViT(**{**own, **{name: value for name, value in explicit.items() if name not in SHAPES}})
         return load_weights(encoder, weights)
-    state = _strip(read_state_dict(weights))
+    state, family = vit_state(read_state_dict(source), source)
+    if family is not None:
+        sizes = {"norm_eps": family.norm_eps, **sizes}
     if (sizes_in_file := sizes_of_state(state)) is not None:
         width, depth = sizes_in_file["embed_dim"], sizes_in_file["depth"]
         if size == "tiny" and not set(explicit) & set(SHAPES) and width != SIZES["tiny"]["embed_dim"]:
@@ -67,14 +84,14 @@ def create_encoder(
             logger.warning("%s: %d wide, %d blocks; the encoder gets its size", source, width, depth)
         else:
             check_size(sizes_in_file, sizes, source, ("embed_dim", "depth"))
-    return _load(UnifiedViT(**sizes), state, source)
+    return _load(UnifiedViT(**sizes), state, family, source)
 
 
 def load_weights(encoder: UnifiedViT, source: str | Path) -> UnifiedViT:
-    """Fill an encoder from this project's `model.pt` or from any ViT with timm's names.
+    """Fill an encoder from this project's `model.pt` or from a ViT that `foreign` knows.
 
     Args:
-        encoder: network to fill, in place.
+        encoder: network to fill, in place; the epsilon of its norms stays its own.
         source: a local file (.pt, .pth, .safetensors), `timm:<model name>` (extra `[timm]`) or
             `hf:<owner>/<repo>/<file>`. The last two reach the network, as they name a remote model.
 
@@ -82,16 +99,22 @@ def load_weights(encoder: UnifiedViT, source: str | Path) -> UnifiedViT:
         the encoder.
 
     Raises:
-        CheckpointError: file or model not found, not a state dict, or tensors that do not fit; the message lists them.
+        CheckpointError: file or model not found, not a state dict, what `UnifiedViT` cannot compute, or tensors that do
+            not fit; the message lists them.
     """
-    return _load(encoder, _strip(read_state_dict(source)), str(source))
+    return _load(encoder, *vit_state(read_state_dict(source), str(source)), str(source))
 
 
-def _load(encoder: UnifiedViT, state: dict[str, Tensor], source: str) -> UnifiedViT:
-    if "patch_embed_3d.proj.weight" not in state:
-        state = adapt_vit_state(state, encoder, source)
-    else:
+def _load(encoder: UnifiedViT, state: dict[str, Tensor], family: Family | None, source: str) -> UnifiedViT:
+    if family is None:
         state = _fit_tables(state, encoder)
+    elif (width := state["pos_embed"].shape[-1]) != encoder.embed_dim:
+        raise CheckpointError(
+            f"{source}: tokens are {width} wide, the network's embed_dim is {encoder.embed_dim}; give the "
+            f"weights' size with {_size_option(width)}"
+        )
+    else:
+        state = adapt_vit_state(state, encoder, family.antialias)
     load_strict(encoder, state, source)
     return encoder
 
@@ -123,10 +146,12 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: str) -> 
 
 
 def read_state_dict(source: str | Path) -> dict[str, Tensor]:
-    """Read a state dict from a file, `timm:` or `hf:`, without unpickling code.
+    """Read a state dict from a file, `timm:` or `hf:`, without running code.
+
+    Of a checkpoint that holds a student and its teacher (DINO, iBOT) it is the teacher's, which a log line says.
 
     Raises:
-        CheckpointError: nothing there, or not a mapping of names to tensors.
+        CheckpointError: nothing there, a file of code, or not a mapping of names to tensors.
     """
     text = str(source)
     if text.startswith("timm:"):
@@ -140,66 +165,30 @@ def read_state_dict(source: str | Path) -> dict[str, Tensor]:
 
             content: Any = load_file(path)
         else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            # DINO and MAE save their arguments too; a Namespace is no more than a dict
+            with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of TorchScript, whose error says the same
+                content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and safetensors raise many kinds for a broken file
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{path}: cannot be read as weights ({reason}); download or train it again") from error
+        raise CheckpointError(f"{path}: cannot be read as weights ({_unreadable(path, str(error), error)}") from error
     for key in NESTED:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            if key == "teacher" and "student" in content:
+                logger.warning("%s: holds a student and its teacher; the teacher's weights are taken", path)
             content = content[key]
     if not isinstance(content, Mapping) or not any(isinstance(value, Tensor) for value in content.values()):
         raise CheckpointError(f"{path}: holds no state dict (a mapping of parameter names to tensors)")
     return {name: value for name, value in content.items() if isinstance(value, Tensor)}
 
 
-def adapt_vit_state(state: Mapping[str, Tensor], encoder: UnifiedViT, source: str = "weights") -> dict[str, Tensor]:
-    """A 2D ViT's state dict made to fit `UnifiedViT`.
-
-    The RGB kernel is summed over its channels, which equals feeding the grey image three times; the T_3D kernel is
-    the T_2D kernel spread over the patch depth (inflation, divided by the depth); both position tables are resampled
-    from the 2D one, the 3D table repeating it at every depth; classifier heads are left out.
-
-    Args:
-        state: parameters with timm's names.
-        encoder: the network that gives the sizes; its own values fill what a 2D ViT does not have.
-        source: name for messages.
-
-    Returns:
-        a state dict that fits strictly if the widths and depths agree.
-
-    Raises:
-        CheckpointError: no patch embedding or position table where timm has them.
-    """
-    own = encoder.state_dict()
-    result = {name: value for name, value in state.items() if not name.startswith(HEADS)}
-    try:
-        kernel, table = result["patch_embed.proj.weight"].float(), result["pos_embed"].float()
-    except KeyError as error:
-        raise CheckpointError(
-            f"{source}: has no {error.args[0]}; expected a ViT with timm's parameter names"
-        ) from error
-    channels = encoder.patch_embed.proj.in_channels
-    if channels == 1 and kernel.shape[1] != 1:
-        kernel = kernel.sum(1, keepdim=True)
-    if table.shape[-1] != encoder.embed_dim or kernel.shape[0] != encoder.embed_dim:
-        raise CheckpointError(
-            f"{source}: tokens are {table.shape[-1]} wide, the network's embed_dim is {encoder.embed_dim}; give the "
-            f"weights' size with {_size_option(table.shape[-1])}"
-        )
-    patches = table[:, table.shape[1] - math.isqrt(table.shape[1] - 1) ** 2 :]
-    side = math.isqrt(patches.shape[1])
-    depth, rows, columns = encoder.grid_3d
-    plane = resample_pos_embed_2d(patches, (side, side), (rows, columns))
-    kernel_3d = _resize_kernel(kernel, encoder.patch_embed_3d.patch_size[1:])
-    pd = encoder.patch_depth
-    result |= {
-        "patch_embed.proj.weight": _resize_kernel(kernel, encoder.patch_embed.patch_size),
-        "pos_embed": torch.cat([table[:, :1], resample_pos_embed_2d(patches, (side, side), encoder.grid_2d)], 1),
-        "patch_embed_3d.proj.weight": kernel_3d.unsqueeze(2).repeat(1, 1, pd, 1, 1) / pd,
-        "patch_embed_3d.proj.bias": result["patch_embed.proj.bias"],
-        "pos_embed_3d": plane.repeat(1, depth, 1),
-    }
-    return {**result, **{name: own[name] for name in ADDED_HERE if name not in result}}
+def _unreadable(path: Path, message: str, error: Exception) -> str:
+    """Why, and what to do."""
+    for pattern, what, command in CODE:
+        if match := re.search(pattern, message):
+            named = f"{what}, {match[1]}" if match.lastindex else what
+            run = f'python -c "import torch; {command.replace("FILE", repr(str(path)))}"'
+            return f"{named}, which is not run); if you trust it, save its weights alone: {run}"
+    return f"{(message.splitlines() or [type(error).__name__])[0]}); download or train it again"
 
 
 def _size_option(width: int) -> str:
@@ -210,17 +199,11 @@ def _size_option(width: int) -> str:
     return f"--size \"{{'embed_dim': {width}, 'depth': ..., 'num_heads': ...}}\""
 
 
-def _resize_kernel(kernel: Tensor, size: tuple[int, ...]) -> Tensor:
-    """Resample a patch kernel and keep its response to a constant image."""
-    if tuple(kernel.shape[-2:]) == tuple(size):
-        return kernel
-    resized = F.interpolate(kernel, size=size, mode="bicubic", antialias=True)
-    return resized * (math.prod(kernel.shape[-2:]) / math.prod(size))
-
-
 def _fit_tables(state: dict[str, Tensor], encoder: UnifiedViT) -> dict[str, Tensor]:
     """Resample this project's own position tables where the encoder was built for another grid (same patches)."""
     result = dict(state)
+    if not {"pos_embed", "pos_embed_3d", "depth_embed"} <= state.keys():
+        return result  # what is missing is named where it is loaded
     rows = state["depth_embed"].shape[1]
     if state["pos_embed"].shape != encoder.pos_embed.shape:
         side = math.isqrt(state["pos_embed"].shape[1] - 1)
@@ -235,19 +218,6 @@ def _fit_tables(state: dict[str, Tensor], encoder: UnifiedViT) -> dict[str, Tens
     if rows != encoder.grid_3d[0]:
         table = F.interpolate(state["depth_embed"].transpose(1, 2), size=encoder.grid_3d[0], mode="linear")
         result["depth_embed"] = table.transpose(1, 2)
-    return result
-
-
-def _strip(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Cut wrappers' prefixes such as `module.` where the ViT's own names lie behind them."""
-    result = dict(state)
-    for _ in range(len(PREFIXES)):
-        if "cls_token" in result:
-            break
-        prefix = next((p for p in PREFIXES if f"{p}cls_token" in result or any(k.startswith(p) for k in result)), None)
-        if prefix is None:
-            break
-        result = {k.removeprefix(prefix): v for k, v in result.items() if k.startswith(prefix)}
     return result
 
 

@@ -1,0 +1,480 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights of other projects: files with their names and shapes, and the features of their own forward."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from unimedi_components.errors import CheckpointError
+from unimedi_components.networks import UnifiedViT, create_encoder
+from unimedi_components.networks.embed import resample_patch_embed
+
+WIDTH, DEPTH, HEADS, PATCH, SIDE = 24, 2, 3, 8, 32
+SIZES: dict[str, Any] = {
+    **{"img_size": SIDE, "vol_size": (8, SIDE, SIDE), "patch_size": PATCH, "patch_size_3d": (4, PATCH, PATCH)},
+    **{"embed_dim": WIDTH, "depth": DEPTH, "num_heads": HEADS, "mlp_ratio": 2.0, "in_chans": 3},
+}
+State = dict[str, Tensor]
+
+
+def randomise(state: State, seed: int = 0) -> State:
+    """Values none of which is at its default, scales such as trained weights have them."""
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(value.shape, generator=generator) * 0.2 for name, value in state.items()}
+
+
+def timm_state(channels: int = 3, patch: int = PATCH, grid: int = SIDE // PATCH) -> State:
+    """timm's names, written out."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "cls_token": (1, 1, WIDTH),
+        "pos_embed": (1, 1 + grid**2, WIDTH),
+        "patch_embed.proj.weight": (WIDTH, channels, patch, patch),
+        "patch_embed.proj.bias": (WIDTH,),
+        "norm.weight": (WIDTH,),
+        "norm.bias": (WIDTH,),
+    }
+    for i in range(DEPTH):
+        for name, out, into in (
+            ("attn.qkv", 3 * WIDTH, WIDTH),
+            ("attn.proj", WIDTH, WIDTH),
+            ("mlp.fc1", 2 * WIDTH, WIDTH),
+            ("mlp.fc2", WIDTH, 2 * WIDTH),
+        ):
+            shapes |= {f"blocks.{i}.{name}.weight": (out, into), f"blocks.{i}.{name}.bias": (out,)}
+        for name in ("norm1", "norm2"):
+            shapes |= {f"blocks.{i}.{name}.weight": (WIDTH,), f"blocks.{i}.{name}.bias": (WIDTH,)}
+    return randomise({name: torch.empty(shape) for name, shape in shapes.items()})
+
+
+def plain_vit(state: State, image: Tensor) -> Tensor:
+    """Tokens (B, 1 + P, D) of a ViT with timm's names, LayerScale and positions without a CLS entry, step by step."""
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-6).sqrt()
+        return x * state[f"{name}.weight"] + state[f"{name}.bias"]
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        return x @ state[f"{name}.weight"].T + state[f"{name}.bias"]
+
+    kernel = state["patch_embed.proj.weight"]
+    x = F.conv2d(image, kernel, state["patch_embed.proj.bias"], stride=kernel.shape[-1]).flatten(2).transpose(1, 2)
+    cls, positions = state["cls_token"].expand(len(x), -1, -1), state["pos_embed"]
+    first = positions.new_zeros(1, 1 if positions.shape[1] == x.shape[1] else 0, WIDTH)
+    x = torch.cat([cls, x], 1) + torch.cat([first, positions], 1)
+    for i in range(DEPTH):
+        block = f"blocks.{i}"
+        one = torch.ones(WIDTH)
+        qkv = linear(norm(x, f"{block}.norm1"), f"{block}.attn.qkv").chunk(3, -1)
+        q, k, v = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in qkv)
+        mixed = ((q @ k.transpose(-2, -1)) * (WIDTH // HEADS) ** -0.5).softmax(-1) @ v
+        mixed = linear(mixed.transpose(1, 2).flatten(2), f"{block}.attn.proj")
+        x = x + state.get(f"{block}.ls1.gamma", one) * mixed
+        hidden = F.gelu(linear(norm(x, f"{block}.norm2"), f"{block}.mlp.fc1"))
+        x = x + state.get(f"{block}.ls2.gamma", one) * linear(hidden, f"{block}.mlp.fc2")
+    return norm(x, "norm")
+
+
+def layer_scales(name: str = "ls{}.gamma") -> State:
+    scales = {f"blocks.{i}.{name.format(k)}": torch.zeros(WIDTH) for i in range(DEPTH) for k in (1, 2)}
+    return randomise(scales, seed=1)
+
+
+def prefixed(state: State, prefix: str) -> State:
+    return {prefix + name: value for name, value in state.items()}
+
+
+def heads_beside(*names: str) -> State:
+    return {name: torch.zeros(3, 5) for name in names}
+
+
+def mgca() -> dict[str, Any]:
+    beside = heads_beside("img_encoder_q.global_embed.weight", "text_encoder_q.model.embeddings.word_embeddings.weight")
+    state = {**prefixed(timm_state(), "img_encoder_q.model."), **beside}
+    return {"epoch": 49, "state_dict": state, "hyper_parameters": {"emb_dim": 128}, "callbacks": {}}
+
+
+def mae() -> dict[str, Any]:
+    beside = {"mask_token": torch.zeros(1, 1, 5), **heads_beside("decoder_pos_embed", "decoder_blocks.0.norm1.weight")}
+    return {"model": {**timm_state(), **beside}, "args": argparse.Namespace(norm_pix_loss=True), "epoch": 799}
+
+
+def dino() -> dict[str, Any]:
+    student = prefixed({n: v + 1 for n, v in timm_state().items()}, "module.backbone.")
+    teacher = {**prefixed(timm_state(), "backbone."), **heads_beside("head.mlp.0.weight", "head.last_layer.weight_g")}
+    return {"student": student, "teacher": teacher, "epoch": 9, "args": argparse.Namespace(arch="vit_small")}
+
+
+def dinov2_in_training() -> dict[str, Any]:
+    teacher = {**timm_state(), **layer_scales()}
+    chunked = {re.sub(r"^blocks\.(\d)", r"blocks.\1.\1", name): value for name, value in teacher.items()}
+    student = {name: value + 1 for name, value in chunked.items()}
+    return {"model": {**prefixed(student, "student.backbone."), **prefixed(chunked, "teacher.backbone.")}}
+
+
+def clear() -> dict[str, Any]:
+    dinov2 = {**timm_state(), **layer_scales(), "mask_token": torch.zeros(1, WIDTH)}
+    text = heads_beside("transformer.resblocks.0.ln_1.weight", "positional_embedding", "visual.projection.weight")
+    return {**prefixed(dinov2, "visual.backbone."), **text}
+
+
+def deit3() -> dict[str, Any]:
+    return {"model": {**timm_state(), **layer_scales("gamma_{}"), "pos_embed": timm_state()["pos_embed"][:, 1:]}}
+
+
+@pytest.mark.parametrize(
+    ("write", "reference"),
+    [
+        (lambda: {**timm_state(), **heads_beside("head.weight", "head.bias")}, timm_state),
+        (lambda: prefixed(timm_state(), "visual.trunk."), timm_state),
+        (mgca, timm_state),
+        (mae, timm_state),
+        (dino, timm_state),
+        (lambda: {"teacher": prefixed(timm_state(), "backbone.")}, timm_state),
+        (lambda: {**timm_state(), **layer_scales()}, lambda: {**timm_state(), **layer_scales()}),
+        (dinov2_in_training, lambda: {**timm_state(), **layer_scales()}),
+        (clear, lambda: {**timm_state(), **layer_scales()}),
+        (deit3, lambda: {**timm_state(), **layer_scales(), "pos_embed": timm_state()["pos_embed"][:, 1:]}),
+    ],
+    ids=[
+        "timm",
+        "BiomedCLIP",
+        "MGCA",
+        "MAE",
+        "DINO",
+        "DINO's teacher",
+        "DINOv2",
+        "DINOv2 in training",
+        "CLEAR",
+        "DeiT-3",
+    ],
+)
+def test_features_are_those_of_a_vit_with_timm_names(
+    write: Callable[[], dict[str, Any]], reference: Callable[[], State], tmp_path: Path
+) -> None:
+    torch.save(write(), tmp_path / "weights.pth")
+    image = torch.randn(2, 3, SIDE, SIDE)
+    close(create_encoder(tmp_path / "weights.pth", **SIZES), image, plain_vit(reference(), image))
+
+
+@torch.no_grad()
+def close(encoder: UnifiedViT, image: Tensor, tokens: Tensor) -> None:
+    output = encoder.eval()(image)
+    torch.testing.assert_close(torch.cat([output.cls.unsqueeze(1), output.patches], 1), tokens, atol=1e-5, rtol=0)
+
+
+HF: dict[str, Any] = {
+    **{"hidden_size": WIDTH, "num_hidden_layers": DEPTH, "num_attention_heads": HEADS, "image_size": SIDE},
+    **{"intermediate_size": 2 * WIDTH, "patch_size": PATCH},
+}
+
+
+def saved(model: Any, folder: Path) -> Any:
+    model.load_state_dict(randomise(model.state_dict()))
+    model.eval().save_pretrained(folder)
+    return model
+
+
+@pytest.mark.parametrize("size", [SIDE, 48])
+@pytest.mark.parametrize("name", ["ViT", "Dinov2"])
+def test_features_are_those_of_transformers(name: str, size: int, tmp_path: Path) -> None:
+    options = {**HF, **({"mlp_ratio": 2} if name == "Dinov2" else {})}
+    model = getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**options))
+    saved(model, tmp_path)
+    image = torch.randn(2, 3, size, size)
+    encoder = create_encoder(tmp_path / "model.safetensors", **{**SIZES, "img_size": size})
+    assert encoder.hparams["norm_eps"] == (1e-12 if name == "ViT" else 1e-6)
+    with torch.no_grad():
+        tokens = model(image, **({"interpolate_pos_encoding": True} if name == "ViT" else {})).last_hidden_state
+    close(encoder, image, tokens)
+    # names as transformers 5 has them in memory, behind a wrapper
+    save_file(prefixed(model.state_dict(), "vit."), tmp_path / "memory.safetensors")
+    close(create_encoder(tmp_path / "memory.safetensors", **{**SIZES, "img_size": size}), image, tokens)
+
+
+def test_features_are_those_of_transformers_mae(tmp_path: Path) -> None:
+    config = transformers.ViTMAEConfig(**HF, decoder_hidden_size=16, decoder_num_hidden_layers=1, mask_ratio=0.0)
+    model = saved(transformers.ViTMAEForPreTraining(config), tmp_path)
+    image = torch.randn(2, 3, SIDE, SIDE)
+    encoder = create_encoder(tmp_path / "model.safetensors", **SIZES)
+    with torch.no_grad():
+        # MAE shuffles its patches even when it masks none
+        tokens = model.vit(image, noise=torch.arange(16.0).expand(2, -1)).last_hidden_state
+    close(encoder, image, tokens)
+
+
+class TorchViT(nn.Module):
+    """torchvision's `VisionTransformer`: its names, and its forward over `nn.MultiheadAttention`."""
+
+    def __init__(self, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.class_token = nn.Parameter(torch.zeros(1, 1, WIDTH))
+        self.conv_proj = nn.Conv2d(3, WIDTH, PATCH, PATCH)
+        self.encoder = nn.Module()
+        self.encoder.pos_embedding = nn.Parameter(torch.zeros(1, 1 + (SIDE // PATCH) ** 2, WIDTH))
+        self.encoder.layers = nn.Sequential()
+        for i in range(DEPTH):
+            block = nn.Module()
+            block.ln_1, block.ln_2 = nn.LayerNorm(WIDTH, eps), nn.LayerNorm(WIDTH, eps)
+            block.self_attention = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
+            block.mlp = nn.Sequential(
+                nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Dropout(0), nn.Linear(2 * WIDTH, WIDTH)
+            )
+            self.encoder.layers.add_module(f"encoder_layer_{i}", block)
+        self.encoder.ln = nn.LayerNorm(WIDTH, eps)
+        self.heads = nn.Sequential()
+        self.heads.add_module("head", nn.Linear(WIDTH, 5))
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = self.conv_proj(image).flatten(2).transpose(1, 2)
+        x = torch.cat([self.class_token.expand(len(x), -1, -1), x], 1) + self.encoder.pos_embedding
+        for block in self.encoder.layers:
+            y = block.ln_1(x)
+            x = x + block.self_attention(y, y, y, need_weights=False)[0]
+            x = x + block.mlp(block.ln_2(x))
+        return self.encoder.ln(x)
+
+
+@pytest.mark.parametrize("published", [False, True])
+def test_features_are_those_of_torchvision(published: bool, tmp_path: Path) -> None:
+    model = TorchViT()
+    model.load_state_dict(randomise(model.state_dict()))
+    state = model.state_dict()
+    if published:
+        # the files have names older than the code
+        state = {n.replace("mlp.0.", "mlp.linear_1.").replace("mlp.3.", "mlp.linear_2."): v for n, v in state.items()}
+    torch.save(state, tmp_path / "vit.pth")
+    image = torch.randn(2, 3, SIDE, SIDE)
+    with torch.no_grad():
+        close(create_encoder(tmp_path / "vit.pth", **SIZES), image, model.eval()(image))
+
+
+def clip_state(model: TorchViT) -> State:
+    """OpenAI's and open_clip's names of a vision tower without `ln_pre`, beside a text tower."""
+    names = {
+        r"^class_token": "class_embedding",
+        r"^conv_proj": "conv1",
+        r"^encoder\.pos_embedding": "positional_embedding",
+        r"^encoder\.layers\.encoder_layer_": "transformer.resblocks.",
+        r"\.self_attention\.": ".attn.",
+        r"\.mlp\.0\.": ".mlp.c_fc.",
+        r"\.mlp\.3\.": ".mlp.c_proj.",
+        r"^encoder\.ln\.": "ln_post.",
+    }
+    state = {}
+    for name, value in model.state_dict().items():
+        for pattern, replacement in names.items():
+            name = re.sub(pattern, replacement, name)
+        if not name.startswith("heads"):
+            state[f"visual.{name}"] = value
+    state["visual.class_embedding"] = state["visual.class_embedding"].flatten()
+    state["visual.positional_embedding"] = state["visual.positional_embedding"][0]
+    del state["visual.conv1.bias"]
+    beside = heads_beside("visual.proj", "positional_embedding", "transformer.resblocks.0.ln_1.weight", "ln_final.bias")
+    return {**state, **beside}
+
+
+def test_features_are_those_of_open_clip_without_ln_pre(tmp_path: Path) -> None:
+    model = TorchViT(eps=1e-5)
+    model.load_state_dict(randomise(model.state_dict()))
+    assert model.conv_proj.bias is not None
+    nn.init.zeros_(model.conv_proj.bias)
+    torch.save(clip_state(model), tmp_path / "open_clip_pytorch_model.bin")
+    image = torch.randn(2, 3, SIDE, SIDE)
+    encoder = create_encoder(tmp_path / "open_clip_pytorch_model.bin", **SIZES)
+    with torch.no_grad():
+        # timm's names put the norm after all tokens; the CLS token alone is CLIP's feature
+        close(encoder, image, model.eval()(image))
+
+
+#: timm models at a few sizes, and what is said of those that cannot be represented.
+TIMM = {
+    "vit_base_patch16_224": {},
+    "deit3_base_patch16_224": {"init_values": 0.5},
+    "vit_base_patch14_dinov2": {"init_values": 0.5},
+    "vit_base_patch14_reg4_dinov2": {"what": "register tokens"},
+    "deit_base_distilled_patch16_224": {"what": "a distillation token"},
+    "vit_base_patch16_clip_224": {"what": "a layer norm before the first block"},
+    "vit_small_patch16_dinov3": {"what": "register tokens"},
+    "vit_base_patch16_siglip_224": {"what": "has no cls_token"},
+}
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_features_are_those_of_timm(name: str, tmp_path: Path) -> None:
+    try:
+        import timm
+    except (ImportError, RuntimeError) as error:
+        pytest.skip(f"the extra [timm] is not installed, or its torchvision does not load: {error}")
+    options = {**{"embed_dim": WIDTH, "depth": DEPTH, "num_heads": HEADS, "img_size": SIDE}, **TIMM[name]}
+    what = options.pop("what", None)
+    model = timm.create_model(name, patch_size=PATCH, **options).eval()
+    state = randomise(model.state_dict())
+    model.load_state_dict(state)
+    if what is not None:
+        assert what in refused(state, tmp_path)
+        return
+    torch.save(state, tmp_path / "timm.pt")
+    image = torch.randn(2, 3, SIDE, SIDE)
+    with torch.no_grad():
+        tokens = model.forward_features(image)
+    close(create_encoder(tmp_path / "timm.pt", **{**SIZES, "mlp_ratio": 4.0}), image, tokens)
+
+
+def test_features_are_those_of_torchvision_s_own_code(tmp_path: Path) -> None:
+    try:
+        from torchvision.models import VisionTransformer
+    except (ImportError, RuntimeError) as error:
+        pytest.skip(f"torchvision is not installed or does not load: {error}")
+    model = VisionTransformer(SIDE, PATCH, DEPTH, HEADS, WIDTH, 2 * WIDTH).eval()
+    model.load_state_dict(randomise(model.state_dict()))
+    torch.save(model.state_dict(), tmp_path / "vit.pth")
+    image, plain = torch.randn(2, 3, SIDE, SIDE), TorchViT().eval()
+    plain.heads = nn.Sequential()
+    plain.load_state_dict({name: v for name, v in model.state_dict().items() if not name.startswith("heads")})
+    model.heads = nn.Identity()
+    with torch.no_grad():
+        tokens = plain(image)
+        torch.testing.assert_close(tokens[:, 0], model(image))
+    close(create_encoder(tmp_path / "vit.pth", **SIZES), image, tokens)
+
+
+def test_a_grey_image_gives_the_features_of_three_equal_channels(tmp_path: Path) -> None:
+    torch.save(timm_state(), tmp_path / "vit.pth")
+    grey = torch.randn(2, 1, SIDE, SIDE)
+    encoder = create_encoder(tmp_path / "vit.pth", **{**SIZES, "in_chans": 1})
+    close(encoder, grey, plain_vit(timm_state(), grey.expand(-1, 3, -1, -1)))
+
+
+def test_a_larger_patch_makes_the_tokens_of_the_smaller_one() -> None:
+    kernel, small = torch.randn(6, 3, 14, 14), torch.randn(5, 3, 14, 14)
+    large = F.interpolate(small, size=(16, 16), mode="bicubic", antialias=True)
+    tokens = torch.einsum("dchw,bchw->bd", resample_patch_embed(kernel, (16, 16)), large)
+    torch.testing.assert_close(tokens, torch.einsum("dchw,bchw->bd", kernel, small), atol=1e-3, rtol=1e-4)
+    # for smaller patches it is the best of all kernels: none in its neighbourhood has a smaller error
+    resize = F.interpolate(torch.eye(64).view(-1, 1, 8, 8), size=(6, 6), mode="bicubic", antialias=True).flatten(1)
+    kernel = torch.randn(1, 1, 8, 8)
+    best = torch.linalg.lstsq(resize.double(), kernel.flatten().double()[:, None]).solution
+    torch.testing.assert_close(resample_patch_embed(kernel, (6, 6)).flatten().double(), best[:, 0], atol=1e-4, rtol=0)
+
+
+def test_dinov2_with_patches_of_14_starts_an_encoder_of_patches_of_16(tmp_path: Path) -> None:
+    state = {**timm_state(patch=14, grid=37), **layer_scales()}
+    torch.save(state, tmp_path / "dinov2.pth")
+    encoder = create_encoder(
+        tmp_path / "dinov2.pth", **{**SIZES, "img_size": 224, "patch_size": 16, "vol_size": (8, 48, 48), "in_chans": 1}
+    )
+    assert encoder.pos_embed.shape == (1, 1 + 14 * 14, WIDTH)
+    kernel = state["patch_embed.proj.weight"].sum(1, keepdim=True)
+    torch.testing.assert_close(encoder.patch_embed.proj.weight.data, resample_patch_embed(kernel, (16, 16)))
+    qkv, proj = "blocks.1.attn.qkv.weight", "blocks.1.attn.proj.weight"
+    torch.testing.assert_close(encoder.state_dict()[qkv], state[qkv])
+    torch.testing.assert_close(encoder.state_dict()[proj], state["blocks.1.ls1.gamma"][:, None] * state[proj])
+
+
+def refused(state: dict[str, Any], folder: Path) -> str:
+    torch.save(state, folder / "weights.pt")
+    with pytest.raises(CheckpointError) as caught:
+        create_encoder(folder / "weights.pt", **SIZES)
+    message = str(caught.value)
+    assert message.startswith(f"{folder / 'weights.pt'}: ") and "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("added", "what"),
+    [
+        ({"reg_token": (1, 4, WIDTH)}, "register tokens"),
+        ({"register_tokens": (1, 4, WIDTH)}, "register tokens"),
+        ({"dist_token": (1, 1, WIDTH), "pos_embed": (1, 18, WIDTH)}, "a distillation token"),
+        ({"norm_pre.weight": (WIDTH,)}, "a layer norm before the first block"),
+        ({"rope_embed.periods": (2,)}, "rotary or relative positions"),
+        ({"blocks.0.attn.q_norm.weight": (8,)}, "norms of queries and keys"),
+        ({"blocks.0.mlp.w12.weight": (2, 2)}, "a gated MLP"),
+        ({"fc_norm.weight": (WIDTH,)}, "a norm of averaged patches"),
+    ],
+)
+def test_what_cannot_be_represented_is_refused(added: dict[str, tuple[int, ...]], what: str, tmp_path: Path) -> None:
+    state = {**timm_state(), **{name: torch.zeros(shape) for name, shape in added.items()}}
+    assert f": has {what}" in refused(state, tmp_path)
+
+
+def test_models_of_others_that_are_refused(tmp_path: Path) -> None:
+    clip = clip_state(TorchViT())
+    assert "a layer norm before the first block" in refused({**clip, "visual.ln_pre.weight": torch.ones(1)}, tmp_path)
+    for name, what in (
+        ("CLIPVision", "a layer norm before the first block"),
+        ("Dinov2WithRegisters", "register tokens"),
+        ("DINOv3ViT", "register tokens"),
+    ):
+        model: Any = getattr(transformers, f"{name}Model")
+        model = model(getattr(transformers, f"{name}Config")(**HF))
+        model.save_pretrained(tmp_path / name)
+        with pytest.raises(CheckpointError, match=what):
+            create_encoder(tmp_path / name / "model.safetensors", **SIZES)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"cls_token": None}, "has no cls_token"),
+        ({"pos_embed": torch.zeros(1, 19, WIDTH)}, "19 positions are no CLS token and a square of patches"),
+        ({"cls_token": torch.zeros(1, 1, 5)}, "its tensors are of no ViT"),
+        ({"blocks.0.ls1.gamma": torch.ones(7)}, "its tensors are of no ViT"),
+        ({"blocks.0.ls1.gamma": torch.tensor(1.0)}, "its tensors are of no ViT"),
+        ({"patch_embed.proj.weight": torch.ones(WIDTH, 192)}, "its tensors are of no ViT"),
+        ({"patch_embed_3d.proj.weight": torch.ones(1)}, "missing: mask_token"),
+        ({"blocks.0.extra.weight": torch.ones(7)}, "unexpected: blocks.0.extra.weight"),
+        (
+            {"teacher.a.patch_embed.proj.weight": torch.ones(WIDTH, 3, 8, 8), "patch_embed.proj.weight": None},
+            "has no cls_token",
+        ),
+    ],
+)
+def test_damaged_weights_are_one_error(change: dict[str, Tensor | None], message: str, tmp_path: Path) -> None:
+    state = {name: value for name, value in {**timm_state(), **change}.items() if value is not None}
+    assert message in refused(state, tmp_path)
+
+
+def test_two_vits_in_one_file_are_refused_by_name(tmp_path: Path) -> None:
+    state = {**prefixed(timm_state(), "image."), **prefixed(timm_state(), "sketch.")}
+    assert "holds 2 ViTs (image., sketch.)" in refused(state, tmp_path)
+
+
+def test_one_line_says_that_the_teacher_is_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for content in (dino(), dinov2_in_training()):
+        torch.save(content, tmp_path / "full.pth")
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, "unimedi_components"):
+            create_encoder(tmp_path / "full.pth", **SIZES)
+        said = f"{tmp_path / 'full.pth'}: holds a student and its teacher; the teacher's weights are taken"
+        assert [record.getMessage() for record in caplog.records] == [said]
+
+
+class Trap:
+    """Pickled code."""
+
+
+def test_files_of_code_are_refused_with_the_remedy(tmp_path: Path) -> None:
+    message = refused({"state_dict": timm_state(), "hyper_parameters": Trap()}, tmp_path)
+    assert "Trap, which is not run); if you trust it, save its weights alone: python -c " in message
+    command = message.split('python -c "')[1].removesuffix('"')
+    place = {"__name__": "remedy"}
+    exec(command.replace("'weights.pt'", repr(str(tmp_path / "clean.pt"))), place)
+    create_encoder(tmp_path / "clean.pt", **SIZES)
+
+    torch.jit.script(nn.Linear(2, 2)).save(str(tmp_path / "program.pt"))
+    with pytest.raises(CheckpointError, match=r"a TorchScript program, which is not run\); if you trust it") as caught:
+        create_encoder(tmp_path / "program.pt", **SIZES)
+    assert "\n" not in str(caught.value) and "torch.jit.load(" in str(caught.value)
