@@ -105,12 +105,10 @@ def stage(name: str, models: Path, place: Path) -> Path:
 
 
 def data_licence(configs: Path) -> str:
-    """Whose data the weights of the release have seen, and the licences of the data sets that configs name."""
+    """What the weights have seen, and the licences of the data sets that a bundle's configs name."""
     texts = [path.stem + path.read_text(encoding="utf-8") for path in configs.glob("*.json")]
-    lines = [
-        "The weights of this release were trained on synthetic images that the project makes itself (Apache-2.0).",
-        "",
-    ]
+    lines = ["Weights of the default trainings have seen nothing but synthetic images, which the project makes itself"]
+    lines += ["(Apache-2.0); weights of other trainings are under the terms of their data.", ""]
     lines += ["No data set is included. Those that the configs read have their own licences:", ""]
     for name, data in DATASETS.items():
         if name != "table" and any(re.search(rf"(?<![a-z]){name}(?![a-z])", text) for text in texts):
