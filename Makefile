@@ -11,11 +11,13 @@ WEIGHTS ?= bundles
 VENV := .venv
 VENV_PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+DEMO := results/demo
+TASKS := chest_xray_classification chest_ct_classification chest_xray_segmentation chest_xray_detection abdomen_ct_segmentation
 ECOSYSTEM := .venv-ecosystem
 ECOSYSTEM_PYTHON := $(ECOSYSTEM)/bin/python
 ECOSYSTEM_STAMP := $(ECOSYSTEM)/.installed
 
-.PHONY: help venv pretrain table1 table2 table3 table4 table5 table6 table7 table8 table9 experiment publish bundles test test-ecosystem lint format clean
+.PHONY: help venv pretrain table1 table2 table3 table4 table5 table6 table7 table8 table9 experiment publish demo bundles test test-ecosystem lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9 -]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9 -]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -46,6 +48,17 @@ table7: venv ## the rows of the paper's ablation alone, cells of the experiment,
 publish: venv ## copy the numbers of experiment and tables to results/published, and quote them in README and cards
 	$(VENV_PYTHON) -m benchmarks.experiment publish --size $(EXPERIMENT)
 	$(VENV_PYTHON) -m benchmarks.published
+
+demo: $(TASKS:%=$(DEMO)/%.done) $(DEMO)/report_retrieval.done ## pretrain, every bundle and the page of results; goes on where it was stopped
+	$(VENV_PYTHON) -m unimedi_components report bundles/pretrain $(TASKS:%=bundles/%) bundles/report_retrieval --out $(DEMO)/page
+
+# A part that is finished has a file of its name; one that was stopped resumes from the last epoch that it saved.
+$(DEMO)/%.done: | $(STAMP)
+	$(VENV_PYTHON) -m monai.bundle run --config_file bundles/$*/configs/$(if $(filter report_retrieval,$*),evaluate,train).json \
+	  $(if $(wildcard bundles/$*/models/last.*),--resume True)
+	@mkdir -p $(DEMO) && touch $@
+
+$(TASKS:%=$(DEMO)/%.done) $(DEMO)/report_retrieval.done: | $(DEMO)/pretrain.done
 
 bundles: venv ## to dist/: the wheel, a zip of every bundle with its trained weights (WEIGHTS, URL), and SHA256SUMS
 	$(VENV_PYTHON) -m pip wheel --no-deps --wheel-dir dist .

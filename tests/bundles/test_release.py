@@ -6,7 +6,10 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 import threading
 import zipfile
 import zlib
@@ -209,3 +212,25 @@ def test_a_bundle_without_weights_is_an_error_that_names_the_training(weights: P
     with pytest.raises(CheckpointError, match=r"chest_xray_detection/models/model\.json: missing"):
         release(str(tmp_path / "trained"), str(tmp_path))
     assert list(tmp_path.glob("*.zip")) == []
+
+
+@pytest.mark.skipif("MODEL_ZOO" not in os.environ, reason="MODEL_ZOO names no checkout of Project-MONAI/model-zoo")
+def test_the_zoos_own_checks(served: tuple[Path, str], tmp_path: Path) -> None:
+    shutil.copytree(Path(os.environ["MODEL_ZOO"], "ci"), tmp_path / "ci")
+    (tmp_path / "models").mkdir()
+    shutil.copy(Path(os.environ["MODEL_ZOO"], "models", "model_info.json"), tmp_path / "models")
+    lines = ["import sys; sys.path.insert(0, 'ci')", "import bundle_custom_data as own, verify_bundle"]
+    for name in NAMES:
+        with zipfile.ZipFile(served[0] / f"{name}_v0.1.0.zip") as archive:
+            archive.extractall(tmp_path / "models")
+        (tmp_path / "models" / name / "eval").mkdir()
+        shutil.copy(SCHEMA, tmp_path / "models" / name / "eval" / "schema.json")
+        if metadata(tmp_path / "models" / name).get("excluded_checks"):
+            lines += [f"own.exclude_verify_shape_list.append({name!r})"]
+            lines += [f"own.exclude_verify_torchscript_list.append({name!r})"]
+        lines.append(f"verify_bundle.verify({name!r})")
+    command = [sys.executable, "-c", "\n".join(lines)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("data shape is verified correctly.") == len(NAMES) - 1
+    assert done.stdout.count("Provided TorchScript module is verified correctly.") == len(NAMES) - 1
