@@ -1,5 +1,5 @@
 # Every target works in a fresh clone. PYTHON chooses the interpreter that makes .venv, JOBS the test processes,
-# EXPERIMENT the size of the ablation.
+# EXPERIMENT the size of the ablation, WEIGHTS the folder whose <bundle>/models are released, URL where they will be served.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 SHELL := /bin/bash
@@ -7,14 +7,17 @@ SHELL := /bin/bash
 PYTHON ?= $(shell python3.11 -c '' >/dev/null 2>&1 && echo python3.11 || echo python3)
 JOBS ?= 2
 EXPERIMENT ?= small
+WEIGHTS ?= bundles
 VENV := .venv
 VENV_PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+DEMO := results/demo
+TASKS := chest_xray_classification chest_ct_classification chest_xray_segmentation chest_xray_detection abdomen_ct_segmentation
 ECOSYSTEM := .venv-ecosystem
 ECOSYSTEM_PYTHON := $(ECOSYSTEM)/bin/python
 ECOSYSTEM_STAMP := $(ECOSYSTEM)/.installed
 
-.PHONY: help venv pretrain table1 table2 table3 table4 table5 table6 table7 table8 table9 experiment publish test test-ecosystem lint format clean
+.PHONY: help venv pretrain table1 table2 table3 table4 table5 table6 table7 table8 table9 experiment publish demo bundles test test-ecosystem lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9 -]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9 -]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -45,6 +48,21 @@ table7: venv ## the rows of the paper's ablation alone, cells of the experiment,
 publish: venv ## copy the numbers of experiment and tables to results/published, and quote them in README and cards
 	$(VENV_PYTHON) -m benchmarks.experiment publish --size $(EXPERIMENT)
 	$(VENV_PYTHON) -m benchmarks.published
+
+demo: $(TASKS:%=$(DEMO)/%.done) $(DEMO)/report_retrieval.done ## pretrain, every bundle and the page of results; goes on where it was stopped
+	$(VENV_PYTHON) -m unimedi_components report bundles/pretrain $(TASKS:%=bundles/%) bundles/report_retrieval --out $(DEMO)/page
+
+# A part that is finished has a file of its name; one that was stopped resumes from the last epoch that it saved.
+$(DEMO)/%.done: | $(STAMP)
+	$(VENV_PYTHON) -m monai.bundle run --config_file bundles/$*/configs/$(if $(filter report_retrieval,$*),evaluate,train).json \
+	  $(if $(wildcard bundles/$*/models/last.*),--resume True)
+	@mkdir -p $(DEMO) && touch $@
+
+$(TASKS:%=$(DEMO)/%.done) $(DEMO)/report_retrieval.done: | $(DEMO)/pretrain.done
+
+bundles: venv ## to dist/: the wheel, a zip of every bundle with its trained weights (WEIGHTS, URL), and SHA256SUMS
+	$(VENV_PYTHON) -m pip wheel --no-deps --wheel-dir dist .
+	$(VENV_PYTHON) -m benchmarks.release --weights $(WEIGHTS) --out dist $(if $(URL),--url $(URL))
 
 test: lint ## lint, type checks and tests
 	OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -n $(JOBS)

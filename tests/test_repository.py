@@ -14,6 +14,7 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -76,6 +77,32 @@ def test_pins_satisfy_the_ranges(setup_cfg: configparser.ConfigParser) -> None:
         assert requirement.specifier.contains(version), f"{requirement} excludes the tested {version}"
     assert pinned["torch"] == "2.13.0"
     assert not any("+" in version for version in pinned.values())
+
+
+def test_the_lowest_python_is_one(setup_cfg: configparser.ConfigParser) -> None:
+    low = setup_cfg["options"]["python_requires"].removeprefix(">=")
+    major, minor = low.split(".")
+    said = {
+        "pyproject.toml": [f'target-version = "py{major}{minor}"', f'python_version = "{low}"'],
+        "Makefile": [f"sys.version_info < ({major}, {minor})", f"needs Python {low} or newer"],
+        **{page: [f"Python {low} or newer"] for page in ("README.md", "docs/package.md")},
+        "constraints.txt": [f"(Python {low})"],
+        "setup.cfg": [f"Programming Language :: Python :: {low}\n"],
+    }
+    for name, texts in said.items():
+        content = (REPOSITORY / name).read_text()
+        assert [text for text in texts if text not in content] == [], name
+
+
+def test_citation_names_the_version_and_the_paper(setup_cfg: configparser.ConfigParser) -> None:
+    cited = yaml.safe_load((REPOSITORY / "CITATION.cff").read_text())
+    assert cited["version"] == unimedi_components.__version__ and cited["license"] == setup_cfg["metadata"]["license"]
+    assert cited["authors"] == [{"name": setup_cfg["metadata"]["author"]}]
+    (paper,) = cited["references"]
+    for card in REPOSITORY.glob("bundles/*/docs/README.md"):
+        entry = " ".join(card.read_text().split("```bibtex")[1].split("```")[0].split())
+        names = " and ".join(f"{author['family-names']}, {author['given-names']}" for author in paper["authors"])
+        assert f"title = {{{paper['title']}}}" in entry and f"author = {{{names}}}" in entry, card
 
 
 def test_imports_are_declared(setup_cfg: configparser.ConfigParser) -> None:

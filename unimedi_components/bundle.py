@@ -18,7 +18,7 @@ from fire.parser import DefaultParseValue
 
 from unimedi_components.command_options import loses_hash
 from unimedi_components.errors import CheckpointError, ConfigError, DataError
-from unimedi_components.workflow import fit_workflow, folders_in_use
+from unimedi_components.workflow import fit_workflow, folders_in_use, keep_log, log_fault
 
 __all__ = ["RunCall", "bundle_root", "check_run", "data_dir", "encoder_weights", "parse_run_call", "user_fault"]
 
@@ -220,7 +220,8 @@ def check_run(config_file: str | Sequence[str] | None = None, argv: Sequence[str
     Without arguments it reads the command line of ``python -m monai.bundle run`` and ends the program with
     the one line ``error: ...`` and exit code 2, since MONAI would bury an exception under its own. From then
     on, a fault of the user's data, weights or settings (``user_fault``) ends the program in the same way; the
-    traceback is shown with ``UNIMEDI_DEBUG=1`` in the environment. In any other program, such as MONAI
+    traceback is shown with ``UNIMEDI_DEBUG=1`` in the environment. What the run logs is added to ``run.log`` in its
+    ``output_dir``, see ``keep_log``. In any other program, such as MONAI
     Label's server, there is no such command line and nothing is checked; call ``check_config`` there. In all of them
     the workflow is fitted to the call that made it, see ``fit_workflow``.
 
@@ -249,8 +250,10 @@ def check_run(config_file: str | Sequence[str] | None = None, argv: Sequence[str
             raise
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
-    if not explicit and not os.environ.get("UNIMEDI_DEBUG"):
-        _report_user_faults()
+    if not explicit:
+        keep_log()
+        if not os.environ.get("UNIMEDI_DEBUG"):
+            _report_user_faults()
 
 
 def user_fault(error: BaseException) -> str | None:
@@ -296,6 +299,7 @@ def _report_user_faults() -> None:
 
     def report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         message = user_fault(error)
+        log_fault(error)
         if message is None:
             shown(kind, error, trace)
             return

@@ -7,15 +7,19 @@ the calls that lead here, for which MONAI is pinned below 1.7.
 
 from __future__ import annotations
 
+import logging
+import os
+import shlex
 import sys
 from collections.abc import Iterator, Mapping
+from io import TextIOWrapper
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from unimedi_components.errors import ConfigError
 
-__all__ = ["fit_workflow", "folders_in_use", "only_a_network_is_wanted"]
+__all__ = ["fit_workflow", "folders_in_use", "keep_log", "log_fault", "only_a_network_is_wanted"]
 
 _SCRIPTS = "monai.bundle.scripts"
 _NETWORK_CALLS = ("load", "verify_net_in_out", "ckpt_export", "onnx_export", "trt_export")
@@ -58,6 +62,41 @@ def fit_workflow() -> None:
     call = next((frame.f_locals for frame in frames if _scripts_call(frame) == "load"), None)
     if call is not None:
         _fit_load(workflow, call)
+
+
+class _RunLog(logging.FileHandler):
+    """`run.log` of a run, below the command line; made with the first record, so that a refused run leaves none."""
+
+    def __init__(self, folder: str) -> None:
+        super().__init__(Path(folder, "run.log"), encoding="utf-8", delay=True)
+        self.setFormatter(logging.Formatter("%(asctime)s - %(name)s - %(levelname)s - %(message)s"))
+
+    def _open(self) -> TextIOWrapper:
+        Path(self.baseFilename).parent.mkdir(parents=True, exist_ok=True)
+        stream = super()._open()
+        stream.write(f"$ {shlex.join(sys.orig_argv)}\n")
+        return stream
+
+
+def keep_log() -> None:
+    """Add what the workflow that is being initialised logs to `run.log` in its `output_dir`, on the first rank.
+
+    A bundle's `logging.conf` cannot: MONAI takes literals alone in it, and the folder is known when the config is read.
+    """
+    workflow = next((found for found in map(_workflow_of, _callers()) if found is not None), None)
+    if workflow is not None and "output_dir" in workflow.parser and os.environ.get("RANK", "0") == "0":
+        folder = workflow.parser.get_parsed_content("output_dir")
+        logging.getLogger().addHandler(_RunLog(os.fspath(folder)))
+
+
+def log_fault(error: BaseException) -> None:
+    """Write the traceback of what ends the run to its `run.log`, where the run has begun."""
+    record = logging.LogRecord(
+        "unimedi_components", logging.ERROR, __file__, 0, str(error), None, (type(error), error, error.__traceback__)
+    )
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, _RunLog) and handler.stream is not None:
+            handler.handle(record)
 
 
 def _callers() -> Iterator[FrameType]:

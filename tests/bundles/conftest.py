@@ -18,9 +18,24 @@ import torch
 from filelock import FileLock
 from ignite.engine import Events
 from monai.bundle import ConfigWorkflow
+from torch import nn
 
+from unimedi_components.data.datalist import write_json
 from unimedi_components.data.phantom import write_phantom
-from unimedi_components.networks import UnifiedViT
+from unimedi_components.data.vocabulary import build_wordpiece
+from unimedi_components.networks import (
+    SETRPUP,
+    ImageClassifier,
+    ProjectionHead,
+    ReportEncoder,
+    UnifiedViT,
+    UniMedI,
+    ViTDet,
+    load_tokenizer,
+    network_card,
+)
+from unimedi_components.networks.pretrained import make_card, student_state
+from unimedi_components.networks.unetr import UnifiedUNETR
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGS = REPOSITORY / "bundles" / "pretrain" / "configs"
@@ -303,3 +318,56 @@ def task_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tas
         return made[name]
 
     return get
+
+
+def untrained_task(name: str, sizes: dict[str, Any], outputs: int) -> tuple[nn.Module, list[str], dict[str, Any]]:
+    """A small task network with its label names and the preparation of its images."""
+    encoder, labels = UnifiedViT(**sizes), ["background", *(f"label {i}" for i in range(1, outputs))]
+    film = {"film": {"size": sizes["img_size"]}}
+    if name == "abdomen_ct_segmentation":
+        organs = {"spatial_size": sizes["vol_size"], "spacing": None, "window": (-175, 250), "num_classes": outputs}
+        network = UnifiedUNETR(encoder, outputs, hidden_states=(0, 1), feature_size=4)
+        return network, labels, {"organs": organs}
+    if name == "chest_xray_segmentation":
+        return SETRPUP(encoder, widths=(8, 8, 4)), ["background", "pneumonia"], film
+    if name == "chest_xray_detection":
+        return ViTDet(encoder, 1, width=16), ["background", "pneumonia"], film
+    dim, preparation = (3, "ct") if "ct" in name else (2, "xray")
+    return ImageClassifier(encoder, outputs, dim), labels, {preparation: {}}
+
+
+def write_untrained(name: str, models: Path, sizes: dict[str, Any], outputs: int = 3) -> None:
+    """What a bundle's training leaves in `models`, of a small network with random weights.
+
+    Args:
+        name: of the bundle; retrieval carries what pre-training leaves.
+        models: folder to make.
+        sizes: of the encoder.
+        outputs: classes, or dimensions of the common space.
+    """
+    models.mkdir(parents=True)
+    with torch.random.fork_rng():
+        torch.manual_seed(len(name))
+        if name not in ("pretrain", "report_retrieval"):
+            network, labels, preprocessing = untrained_task(name, sizes, outputs)
+            torch.save(network.state_dict(), models / "model.pt")
+            write_json(network_card(network, "any", labels, preprocessing), models / "model.json")
+            return
+        tokenizer = load_tokenizer(build_wordpiece(["clear lungs.", "large effusion."], models / "report_encoder", 60))
+        width = sizes["embed_dim"]
+        reports = ReportEncoder(config={"hidden_size": width, "num_hidden_layers": 1, "vocab_size": len(tokenizer)})
+        heads = (ProjectionHead(width, 16, outputs, norm="batch_per_modality") for _ in range(2))
+        towers = UniMedI(
+            UnifiedViT(**sizes), reports, *heads, selector="student", self_distillation=False, num_slices=2
+        ).eval()
+        for parameter in towers.parameters():
+            nn.init.normal_(parameter, std=0.2)
+    preprocessing = {"xray": {"size": sizes["img_size"]}, "ct": {"spatial_size": sizes["vol_size"]}}
+    torch.save(towers.encoder.state_dict(), models / "model.pt")
+    torch.save(student_state(towers), models / "unimedi.pt")
+    write_json(make_card(towers, preprocessing), models / "model.json")
+
+
+@pytest.fixture(scope="session")
+def write_weights() -> Callable[..., None]:
+    return write_untrained

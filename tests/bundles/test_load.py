@@ -18,21 +18,7 @@ from torch import nn
 
 from unimedi_components.bundle import user_fault
 from unimedi_components.data import write_json
-from unimedi_components.data.vocabulary import build_wordpiece
-from unimedi_components.networks import (
-    SETRPUP,
-    EmbeddingNetwork,
-    ImageClassifier,
-    ProjectionHead,
-    ReportEncoder,
-    UnifiedViT,
-    UniMedI,
-    ViTDet,
-    load_tokenizer,
-    network_card,
-)
-from unimedi_components.networks.pretrained import make_card, student_state
-from unimedi_components.networks.unetr import UnifiedUNETR
+from unimedi_components.networks import EmbeddingNetwork
 
 BUNDLES = Path(__file__).resolve().parents[2] / "bundles"
 NAMES = sorted(path.name for path in BUNDLES.iterdir() if (path / "configs").is_dir())
@@ -43,54 +29,17 @@ SIZES |= {"embed_dim": 16, "depth": 2, "num_heads": 2}
 pytestmark = pytest.mark.usefixtures("in_process")
 
 
-def task_network(name: str) -> tuple[nn.Module, list[str], dict[str, Any]]:
-    encoder = UnifiedViT(**SIZES)
-    if name == "abdomen_ct_segmentation":
-        organs = {"spatial_size": SIZES["vol_size"], "spacing": None, "window": (-175, 250), "num_classes": 3}
-        network = UnifiedUNETR(encoder, 3, hidden_states=(0, 1), feature_size=4)
-        return network, ["background", "liver", "spleen"], {"organs": organs}
-    if name == "chest_xray_segmentation":
-        return SETRPUP(encoder, widths=(8, 8, 4)), ["background", "pneumonia"], {"film": {"size": 32}}
-    if name == "chest_xray_detection":
-        return ViTDet(encoder, 1, width=16), ["background", "pneumonia"], {"film": {"size": 32}}
-    dim, preparation = (3, "ct") if "ct" in name else (2, "xray")
-    return ImageClassifier(encoder, 2, dim), ["a", "b"], {preparation: {}}
-
-
-def write_pretrained(models: Path) -> None:
-    tokenizer = load_tokenizer(build_wordpiece(["clear lungs.", "large effusion."], models / "report_encoder", 60))
-    reports = ReportEncoder(config={"hidden_size": 16, "num_hidden_layers": 1, "vocab_size": len(tokenizer)})
-    heads = (ProjectionHead(16, 16, 8, norm="batch_per_modality") for _ in range(2))
-    network = UniMedI(
-        UnifiedViT(**SIZES), reports, *heads, selector="student", self_distillation=False, num_slices=2
-    ).eval()
-    for parameter in network.parameters():
-        nn.init.normal_(parameter, std=0.2)
-    preprocessing = {"xray": {"size": 32}, "ct": {"spatial_size": SIZES["vol_size"]}}
-    torch.save(network.encoder.state_dict(), models / "model.pt")
-    torch.save(student_state(network), models / "unimedi.pt")
-    write_json(make_card(network, preprocessing), models / "model.json")
-
-
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made(tmp_path_factory: pytest.TempPathFactory, write_weights: Any) -> Path:
     """All bundles with weights of tiny networks; retrieval carries the pretrain bundle's."""
     folder = tmp_path_factory.mktemp("downloaded")
     for name in NAMES:
         models = folder / name / "models"
         shutil.copytree(BUNDLES / name / "configs", folder / name / "configs")
-        models.mkdir()
         train = folder / name / "configs" / "train.json"
         if train.is_file():
             write_json({**json.loads(train.read_text()), "size": SIZES}, train)
-        with torch.random.fork_rng():
-            torch.manual_seed(len(name))
-            if name in ("pretrain", "report_retrieval"):
-                write_pretrained(models)
-                continue
-            network, labels, preprocessing = task_network(name)
-            torch.save(network.state_dict(), models / "model.pt")
-            write_json(network_card(network, "any", labels, preprocessing), models / "model.json")
+        write_weights(name, models, SIZES, 2 if "classification" in name else 3)
     return folder
 
 
