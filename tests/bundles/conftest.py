@@ -192,7 +192,7 @@ ENCODER |= {"embed_dim": 16, "depth": 1, "num_heads": 2}
 # keyword -> id of the configs
 SHORT = {"batch_size": "train#dataloader#batch_size", "bootstrap": "evaluation#bootstrap", "lr": "optimizer#lr"}
 SHORT |= {"data_set": "data#datalist#dataset", "phantoms": "data#datalist#phantoms", "patience": "train#run#patience"}
-SHORT |= {"memory_mb": "train#dataset#memory_mb", "variant": "network_def#variant", "widths": "network_def#widths"}
+SHORT |= {"variant": "network_def#variant", "widths": "network_def#widths"}
 PHANTOMS = {"chexpert": 32, "covidx": 18, "cc_ccii": 18, "rsna": 40, "bcv": 5, "amos": 5}
 PROBE = {"epochs": 4, "recipe#probe#lr": 0.5, "recipe#probe#weight_decay": 0.0}
 MASKS = {"epochs": 4, "preprocessing#film#size": 48, "widths": [8, 8, 4]}
@@ -241,7 +241,7 @@ class TaskBundle:
         places = {"dataset_dir": self.data / name, "cache_dir": self.data / f"{self.name}-cache"}
         places |= {"datalist_file": folder / "data.json", "encoder_weights": self.encoder}
         places |= {"ckpt_dir": folder / "models", "output_dir": folder / "eval"}
-        small = {"size": self.sizes, "device": DEVICE, "bootstrap": 20, "memory_mb": 10, "phantoms": PHANTOMS[name]}
+        small = {"size": self.sizes, "device": DEVICE, "bootstrap": 20, "phantoms": PHANTOMS[name]}
         given = {**small, **self.changes, **{key: str(path) for key, path in places.items()}, **changes}
         return {SHORT.get(key, key): value for key, value in given.items()}
 

@@ -301,4 +301,4 @@ def test_two_processes_share_the_work_and_have_all_features(root, tmp_path):
 def test_items_survive_json(root):
     """What a datalist holds is all that a data set needs."""
     items = json.loads(json.dumps(items_of()))
-    assert dataset_of(root, items).data == dataset_of(root).data
+    assert list(dataset_of(root, items).data) == list(dataset_of(root).data)

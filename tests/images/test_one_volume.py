@@ -16,6 +16,7 @@ from monai.transforms import Compose
 from unimedi_components.data.segmentation import segmentation_transforms
 from unimedi_components.data.transforms import ct_transforms
 from unimedi_components.errors import DataError
+from unimedi_components.images import volume as volume_module
 from unimedi_components.images.checks import check_ct
 from unimedi_components.images.find import expand, find_images, sort_files
 from unimedi_components.images.volume import read_volume
@@ -178,3 +179,20 @@ def test_what_is_no_volume_is_refused_in_the_same_words(make: Any, reason: str, 
     with pytest.raises(RuntimeError) as caught:
         Compose(ct_transforms((8, 16, 16)))({"image": str(path)})
     assert reason in str(caught.value.__cause__)
+
+
+def test_gzip_is_read_alike_with_and_without_isal(tmp_path, monkeypatch):
+    pytest.importorskip("isal")
+    values = np.random.default_rng(0).integers(-1000, 1000, (9, 8, 7)).astype(np.int16)
+    image = nib.Nifti1Image(values, np.eye(4))
+    image.header.set_slope_inter(0.5, -3)
+    nib.save(image, tmp_path / "a.nii.gz")
+    whole = (tmp_path / "a.nii.gz").read_bytes()
+    (tmp_path / "cut.nii.gz").write_bytes(whole[: len(whole) // 2])
+    found = []
+    for library in (volume_module.igzip, None):
+        monkeypatch.setattr(volume_module, "igzip", library)
+        found.append(volume_module.read_volume(tmp_path / "a.nii.gz").values)
+        with pytest.raises(DataError, match=r"cut\.nii\.gz: cannot be read .*Download or export it again"):
+            volume_module.read_volume(tmp_path / "cut.nii.gz")
+    assert np.array_equal(found[0], found[1]) and found[0].std() > 100

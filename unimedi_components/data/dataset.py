@@ -3,23 +3,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from monai.data import MetaTensor, PersistentDataset
+from monai.data import MetaTensor, PersistentDataset, get_track_meta, set_track_meta
+from monai.transforms import (
+    CenterSpatialCropd,
+    DeleteItemsd,
+    EnsureTyped,
+    Resized,
+    ScaleIntensityRanged,
+    SpatialPadd,
+)
 from torch import Tensor
 
+from unimedi_components.data.store import FORMAT, ImageStore, ItemList, pack, unpack
 from unimedi_components.data.transforms import ByDimension
 from unimedi_components.errors import DataError
 from unimedi_components.images.find import ImageList
+from unimedi_components.images.xray import LoadXrayd
 
 __all__ = ["PretrainDataset", "Skipped"]
 
@@ -32,6 +44,9 @@ _SKIPPED_FILE = "skipped.jsonl"
 _PART_FIELDS = ("slices", "center", "assume_hu", "check_hu")
 # fields that name a file, whose size and time decide whether what is kept of it is still valid
 _FILE_FIELDS = ("image", "mask")
+
+# transforms of arrays alone, whose results do not depend on what a MetaTensor knows
+_BLIND = {LoadXrayd, Resized, SpatialPadd, ScaleIntensityRanged, CenterSpatialCropd, DeleteItemsd, EnsureTyped}
 
 
 class Skipped(NamedTuple):
@@ -47,19 +62,19 @@ class PretrainDataset(PersistentDataset):
 
     Random transforms are seeded by (`seed`, epoch, index): neither the number of workers nor what was drawn
     before matters. Cached images are keyed by the file's path, size and time and by the parameters of the
-    transforms that made them, so that changing any of these never meets a stale image.
+    transforms that made them, so that changing any of these never meets a stale image; a file's size and time are
+    looked at once a run. With a cache, images have 256 grey levels from -1 to 1, see `store.pack`, also when they are
+    made. Any number of workers, ranks and runs fill and read one cache at a time, see `store.ImageStore`.
 
     Args:
         data: items {"id", "image": path relative to `root`, "dim": 2 or 3, "report"}; "slices" and "center", which
             say which part of the file is meant, reach the transforms too.
         transform: chains that turn a file name under "image" into a (1, ...) float image.
         root: folder of the data set.
-        cache_dir: folder for cached images, made when missing; None computes each image every time.
+        cache_dir: folder for cached images, made when missing; None computes each image every time, unrounded.
         seed: of the random transforms.
         strict: an unreadable file ends the run; otherwise it is left out of its batch, counted and listed.
         require_report: items without report text are an error (pre-training) or get an empty text.
-        memory_mb: mebibytes of cached images to keep in memory too, in each process that loads; what was kept
-            is not looked up on disk again, so changes to its file go unseen until the next run.
 
     Raises:
         DataError: `root` is missing and an image's path is relative to it, or an item lacks a field.
@@ -78,7 +93,6 @@ class PretrainDataset(PersistentDataset):
         seed: int = 0,
         strict: bool = False,
         require_report: bool = True,
-        memory_mb: float = 0,
     ) -> None:
         absolute = all(os.path.isabs(str(item.get("image", ""))) for item in data)
         if not absolute and not Path(root).is_dir():
@@ -86,22 +100,31 @@ class PretrainDataset(PersistentDataset):
         faults = data.faults if isinstance(data, ImageList) else []
         if strict and faults:
             raise DataError(f"{faults[0].file}: {faults[0].reason}; repair or remove it, or set `strict` to false")
-        super().__init__(data=list(data), transform=transform, cache_dir=None if cache_dir is None else str(cache_dir))
+        super().__init__(data=(), transform=transform, cache_dir=None if cache_dir is None else str(cache_dir))
         self.root, self.seed, self.strict = Path(root), seed, strict
         self.require_report, self.refill = require_report, True
-        _check_items(self.data, require_report)
+        self.set_data(data)
+        self._stores = {} if self.cache_dir is None else {dim: self._store(dim, self.cache_dir) for dim in (2, 3)}
+        if self.cache_dir is not None:
+            _name_older_images(self.cache_dir)
         # shared memory, so that workers which outlive an epoch see the next one
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._run = uuid.uuid4().hex
         # what was named and is no image that can be read is listed with what turns out to be unreadable
         self._skipped = {one.file: Skipped(one.file, one.file, one.reason) for one in faults}
-        self._memory: dict[str, dict[str, Tensor]] = {}
-        self._memory_left = int(memory_mb * 2**20)
+
+    def _store(self, dim: int, folder: Path) -> ImageStore:
+        """Where images of a dimension are kept that these transforms make."""
+        made_by = json.dumps([FORMAT, dim, self.transform.fingerprints[dim], self.kept])
+        return ImageStore(folder / f"{dim}d-{hashlib.sha256(made_by.encode()).hexdigest()[:16]}")
 
     def set_data(self, data: Sequence[dict[str, Any]]) -> None:
         """Replace the items. The cache stays: its keys tell which images are still valid."""
         _check_items(data, self.require_report)
-        self.data = list(data)
+        self.data = ItemList(data)
+        self._dims = np.array([item["dim"] for item in data], np.uint8)
+        # what an item is kept under, once its files were looked at; zeros before
+        self._keys = np.zeros((len(data), 16), np.uint8)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose random transforms the next items get; workers follow at once."""
@@ -110,7 +133,7 @@ class PretrainDataset(PersistentDataset):
     @property
     def dims(self) -> list[int]:
         """2 or 3 for every item."""
-        return [item["dim"] for item in self.data]
+        return self._dims.tolist()
 
     @property
     def skipped(self) -> list[Skipped]:
@@ -136,7 +159,7 @@ class PretrainDataset(PersistentDataset):
         items = [self._transform(index) for index in indices]
         fetched = list(zip(indices, items, strict=True))
         for dim in (2, 3) if self.refill else ():
-            own = [(index, item) for index, item in fetched if self.data[index]["dim"] == dim]
+            own = [(index, item) for index, item in fetched if self._dims[index] == dim]
             if own and all(isinstance(item, Skipped) for _, item in own):
                 items += self._stand_in(dim, own[0][0], set(indices))
         return items
@@ -144,7 +167,7 @@ class PretrainDataset(PersistentDataset):
     def _stand_in(self, dim: int, start: int, taken: set[int]) -> list[dict[str, Any] | Skipped]:
         tried: list[dict[str, Any] | Skipped] = []
         for index in (*range(start + 1, len(self)), *range(start)):
-            if self.data[index]["dim"] != dim or index in taken:
+            if self._dims[index] != dim or index in taken:
                 continue
             tried.append(self._transform(index))
             if not isinstance(tried[-1], Skipped) or len(tried) == _MAX_REFILL:
@@ -153,17 +176,17 @@ class PretrainDataset(PersistentDataset):
 
     def _transform(self, index: int) -> dict[str, Any] | Skipped:
         item = self.data[index]
-        path = self.root / item["image"]
         try:
-            prepared = self._cachecheck(self._source(item))
+            prepared = self._prepared(item, index)
             key = [self.seed, int(self._epoch), index]
             self.transform.seed_random(item["dim"], int(np.random.SeedSequence(key).generate_state(1)[0]))
-            tensors = self._tensors(self._post_transform({**prepared, "dim": item["dim"]}))
+            with _meta(any(isinstance(value, MetaTensor) for value in prepared.values())):
+                tensors = self._tensors(self.transform.random(prepared | {"dim": item["dim"]}))
         except MemoryError:
             raise
         except Exception as error:
-            return self._skip(item["id"], path, error)
-        return {**item, "report": item.get("report") or "", **tensors}
+            return self._skip(item["id"], self.root / item["image"], error)
+        return {**item, "report": item.get("report") or "", "index": index, **tensors}
 
     def _source(self, item: Mapping[str, Any]) -> dict[str, Any]:
         """What the transforms are given of an item: "id", "dim", and what says where and which the image is."""
@@ -194,44 +217,29 @@ class PretrainDataset(PersistentDataset):
                     file.write(json.dumps({**record._asdict(), "run": self._run}) + "\n")
         return record
 
-    def _cachecheck(self, item_transformed: dict[str, Any]) -> dict[str, Any]:
-        source = json.dumps(_place(item_transformed))
-        if source in self._memory:
-            # transforms may work in place
-            return {name: tensor.clone() for name, tensor in self._memory[source].items()}
-        found = self._from_disk(item_transformed)
-        size = sum(tensor.nbytes for tensor in found.values())
-        if size <= self._memory_left:
-            self._memory_left -= size
-            self._memory[source] = {name: tensor.clone() for name, tensor in found.items()}
-        return dict(found)
-
-    def _from_disk(self, item: dict[str, Any]) -> dict[str, Tensor]:
-        if self.cache_dir is None:
-            return self._compute(item)
-        dim, place = item["dim"], _place(item)
-        place["image"] = os.path.abspath(item["image"])
-        places = {name: [item[name]] for name in _FILE_FIELDS if name in item}
-        # of an image that is some files of a folder, the others do not matter
-        places |= {"image": item["files"]} if "files" in item else {}
-        files = [_stamp(Path(file)) for named in places.values() for file in named]
-        key = json.dumps([place, files, dim, self.transform.fingerprints[dim], self.kept])
-        file = self.cache_dir / f"{hashlib.sha256(key.encode()).hexdigest()}.pt"
-        try:
-            found = torch.load(file, weights_only=True)
-            return {name: found[name] for name in self.kept}
-        except FileNotFoundError:
-            pass
-        except Exception as error:
-            # a damaged file shows in many ways: bad zip, short read, foreign pickle
-            logger.warning("cached image %s is damaged (%s) and is made again", file, type(error).__name__)
-        found = self._compute(item)
-        _save_atomic(found, file)
+    def _prepared(self, item: Mapping[str, Any], index: int) -> dict[str, Any]:
+        """The tensors of an item before random transforms, from the cache where there is one."""
+        dim = item["dim"]
+        if dim not in self._stores:
+            return self._compute(self._source(item))
+        source = None
+        if not self._keys[index].any():
+            source = self._source(item)
+            self._keys[index] = np.frombuffer(_key(source), np.uint8)
+        key = self._keys[index].tobytes()
+        if (found := self._stores[dim].get(key)) is None:
+            block = pack(self._compute(source or self._source(item)))
+            self._stores[dim].put(key, block)
+            # rounded as it will be when it is read
+            found = unpack(block)
         return found
 
     def _compute(self, item: dict[str, Any]) -> dict[str, Tensor]:
-        found = self._tensors(self._pre_transform(item))
-        if not torch.isfinite(found["image"]).all():
+        steps = self.transform.cached_transforms(item["dim"])
+        with _meta(not all(type(step) in _BLIND for step in steps)):
+            found = self._tensors(self._pre_transform(item))
+        # one pass, in which a NaN comes through
+        if not torch.isfinite(torch.stack(found["image"].aminmax())).all():
             raise DataError(f"{item['image']}: holds values that are not finite numbers")
         return found
 
@@ -245,17 +253,41 @@ def _check_items(data: Sequence[Mapping[str, Any]], require_report: bool) -> Non
             raise DataError(f"item {i} ({item.get('id')!r}) of the datalist {fault}; make the datalist again")
 
 
-def _place(source: Mapping[str, Any]) -> dict[str, Any]:
-    """A source without what does not decide on its tensors."""
-    return {name: value for name, value in source.items() if name not in ("id", "dim")}
+@contextlib.contextmanager
+def _meta(wanted: bool) -> Iterator[None]:
+    """Let MONAI's transforms give plain tensors where nobody wants their notes, which take most of the time."""
+    tracks = get_track_meta()
+    set_track_meta(tracks and wanted)
+    try:
+        yield
+    finally:
+        set_track_meta(tracks)
+
+
+@lru_cache
+def _name_older_images(cache_dir: Path) -> None:
+    if next(cache_dir.glob("*.pt"), None) is not None:
+        logger.warning("cached images *.pt in %s are of an earlier version and not read; remove them", cache_dir)
+
+
+def _key(source: Mapping[str, Any]) -> bytes:
+    """16 bytes of what decides on tensors beside the transforms: what a source names, size and time of its files."""
+    place = {name: value for name, value in source.items() if name not in ("id", "dim")}
+    place["image"] = os.path.abspath(source["image"])
+    places = {name: [place[name]] for name in _FILE_FIELDS if name in place}
+    # of an image that is some files of a folder, the others do not matter
+    places |= {"image": source["files"]} if "files" in source else {}
+    stamps = [_stamp(Path(file)) for named in places.values() for file in named]
+    return hashlib.sha256(json.dumps([place, stamps]).encode()).digest()[:16]
 
 
 def _plain(value: Any, float_only: bool) -> Tensor:
     value = value.as_tensor() if isinstance(value, MetaTensor) else torch.as_tensor(value)
     # a label map keeps its small whole numbers
     kind = torch.float32 if float_only or value.is_floating_point() else value.dtype
+    value = value.to(kind).contiguous()
     # a crop is a view: cloning lets go of the rest and makes what workers send small
-    return value.to(kind).clone(memory_format=torch.contiguous_format)
+    return value if value.untyped_storage().nbytes() == value.nbytes else value.clone()
 
 
 def _stamp(path: Path) -> list[Any]:
@@ -265,14 +297,3 @@ def _stamp(path: Path) -> list[Any]:
         files += [voxels for ending in (".raw", ".zraw") if (voxels := path.with_suffix(ending)).is_file()]
     stats = [(file.name, file.stat()) for file in files]
     return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
-
-
-def _save_atomic(content: dict[str, Tensor], file: Path) -> None:
-    # in the same folder: a rename is atomic only within one file system
-    temporary = file.with_name(f".{file.stem}-{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        torch.save(content, temporary)
-        os.replace(temporary, file)
-    except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
-        logger.warning("could not cache to %s (%s); the image is computed again next time", file, error)

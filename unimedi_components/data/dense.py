@@ -87,12 +87,13 @@ class DenseDataset(PretrainDataset):
             source["boxes"] = boxes_of_rois(source["image"], item["box"]) if "box" in item else []
         return source
 
-    def _cachecheck(self, item_transformed: dict[str, Any]) -> dict[str, Any]:
+    def _prepared(self, item: Mapping[str, Any], index: int) -> dict[str, Any]:
         if not self.keep_meta:
-            return super()._cachecheck(item_transformed)
-        prepared = dict(self._pre_transform(item_transformed))
+            return super()._prepared(item, index)
+        source = self._source(item)
+        prepared = dict(self._pre_transform(source))
         if not torch.isfinite(prepared["image"]).all():
-            raise DataError(f"{item_transformed['image']}: holds values that are not finite numbers")
+            raise DataError(f"{source['image']}: holds values that are not finite numbers")
         return prepared
 
     def _tensors(self, prepared: Mapping[str, Any]) -> dict[str, Tensor]:

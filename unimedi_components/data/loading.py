@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 import copy
+import mmap
 import os
-from collections.abc import Iterator, Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from monai.data import DataLoader
 from torch import Tensor
@@ -39,13 +42,25 @@ class MixedCollate:
     def __init__(
         self, tokenizer: Any, max_length_2d: int = 112, max_length_3d: int = 112, skip_empty: bool = False
     ) -> None:
-        self.tokenizer = str(tokenizer) if isinstance(tokenizer, os.PathLike) else tokenizer
+        self.tokenizer: Any = str(tokenizer) if isinstance(tokenizer, os.PathLike) else tokenizer
         self.max_length = {2: max_length_2d, 3: max_length_3d}
         self.skip_empty = skip_empty
-        self._tokens: dict[tuple[int, str], list[int]] = {}
+        self._rows = np.zeros((0, 0), np.uint32)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_tokens": {}}
+        return {**self.__dict__, "_rows": self._rows[:0]}
+
+    def remembering(self, count: int) -> MixedCollate:
+        """A copy that tokenises the report of each of `count` items, told by their "index", once for all processes.
+
+        Their tokens lie in one array, which processes that are forked later share, instead of lists in each of them.
+        """
+        collate = copy.copy(self)
+        width = 2 + max(self.max_length.values())
+        # a row: checksum of the report, number of tokens, tokens plus one; pages that nobody writes take no memory
+        collate._rows = np.frombuffer(mmap.mmap(-1, max(4, 4 * count * width)), np.uint32)[: count * width]
+        collate._rows.shape = count, width
+        return collate
 
     def __call__(self, items: Sequence[dict[str, Any] | Skipped]) -> dict[str, Any] | None:
         """Collate.
@@ -76,22 +91,31 @@ class MixedCollate:
         batch["dim"] = [item["dim"] for item in good]
         return batch
 
+    def _tokenised(self, item: Mapping[str, Any]) -> np.ndarray:
+        report, index = item["report"], item.get("index", len(self._rows))
+        checksum = zlib.crc32(report.encode(errors="surrogatepass"))
+        if index < len(self._rows) and self._rows[index, 0] == checksum:
+            row = self._rows[index, 2 : 2 + self._rows[index, 1]]
+            # another process may be writing it
+            if len(row) and row.all():
+                return row.astype(np.int64) - 1
+        encoded = self.tokenizer(report, truncation=True, max_length=self.max_length[item["dim"]])
+        tokens = np.asarray(encoded["input_ids"], np.int64)
+        if index < len(self._rows):
+            self._rows[index, 1 : 2 + len(tokens)] = [len(tokens), *(tokens + 1)]
+            self._rows[index, 0] = checksum
+        return tokens
+
     def _text(self, items: Sequence[dict[str, Any]]) -> tuple[Tensor, Tensor]:
         if isinstance(self.tokenizer, str):
             from transformers import AutoTokenizer
 
             self.tokenizer = AutoTokenizer.from_pretrained(self.tokenizer)
-        rows = []
-        for item in items:
-            key = (item["dim"], item["report"])
-            if key not in self._tokens:
-                encoded = self.tokenizer(item["report"], truncation=True, max_length=self.max_length[item["dim"]])
-                self._tokens[key] = encoded["input_ids"]
-            rows.append(self._tokens[key])
+        rows = [torch.from_numpy(self._tokenised(item)) for item in items]
         ids = torch.full((len(rows), max(map(len, rows))), self.tokenizer.pad_token_id or 0, dtype=torch.int64)
         mask = torch.zeros_like(ids)
         for i, row in enumerate(rows):
-            ids[i, : len(row)] = torch.as_tensor(row)
+            ids[i, : len(row)] = row
             mask[i, : len(row)] = 1
         return ids, mask
 
@@ -126,6 +150,8 @@ class MixedDataLoader(DataLoader):
         # with the trainer's `non_blocking`, copies to a GPU then run beside its work
         kwargs.setdefault("pin_memory", torch.cuda.is_available())
         kwargs.setdefault("generator", torch.Generator().manual_seed(seed))
+        if isinstance(collate_fn, MixedCollate):
+            collate_fn = collate_fn.remembering(len(dataset))
         super().__init__(dataset, num_workers, batch_sampler=batch_sampler, collate_fn=collate_fn, **kwargs)
 
     def set_epoch(self, epoch: int, skip: int = 0) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import logging
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+from nibabel.arrayproxy import ArrayProxy
 
 from unimedi_components.errors import DataError
 from unimedi_components.images.dicom import modality_values
@@ -20,6 +22,12 @@ from unimedi_components.images.dicom_stacks import DicomSlice, Stack
 from unimedi_components.images.headers import DicomHeader, is_dicom, read_header
 from unimedi_components.images.identify import identify
 from unimedi_components.images.itk_volumes import AIR_HU, NOT_GREY, read_itk, read_itk_geometry
+
+try:
+    # decodes faster than zlib
+    from isal import igzip
+except ImportError:
+    igzip = None  # type: ignore[assignment]
 
 __all__ = [
     "NIFTI_ENDINGS",
@@ -272,7 +280,11 @@ def _is_nifti(path: Path) -> bool:
 
 def _nifti_values(path: Path) -> np.ndarray:
     proxy: Any = nib.load(path).dataobj  # type: ignore[attr-defined]
-    stored: np.ndarray = np.asanyarray(proxy)
+    with contextlib.ExitStack() as stack:
+        if igzip is not None and path.name.lower().endswith(".gz"):
+            spec = (proxy.shape, proxy.dtype, proxy.offset, proxy.slope, proxy.inter)
+            proxy = ArrayProxy(stack.enter_context(igzip.open(path)), spec, mmap=False)
+        stored: np.ndarray = np.asanyarray(proxy)
     return stored.astype(np.float32, order="C", copy=False)
 
 
