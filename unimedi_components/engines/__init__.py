@@ -17,7 +17,7 @@ from unimedi_components.engines.handlers import (
     prepare_mixed_batch,
 )
 from unimedi_components.engines.inference import SaveEmbeddings, embed_batch, finish_embedding
-from unimedi_components.engines.optim import amp_dtype, build_optimizer, warmup_cosine
+from unimedi_components.engines.optim import amp_dtype, build_optimizer, scaled_lr, warmup_cosine
 from unimedi_components.engines.progress import TrainingProgress
 from unimedi_components.engines.target_information import WatchTargets
 from unimedi_components.engines.whitening import WhitenTokenizers
@@ -46,5 +46,6 @@ __all__ = [
     "finish_embedding",
     "losses",
     "prepare_mixed_batch",
+    "scaled_lr",
     "warmup_cosine",
 ]

@@ -49,7 +49,7 @@ class UnifiedViT(HubEncoder):
         qkv_bias: bias in the query-key-value projections.
         norm_eps: epsilon of the layer norms (timm's ViTs use 1e-6).
         include_cls_key: let the CLS key share in Eq. 1's softmax, as A-CLIP's code does; the paper's equation does not.
-        grad_checkpointing: recompute the blocks in the backward pass instead of storing their activations (timm's name).
+        grad_checkpointing: recompute the blocks in the backward pass instead of storing what is in them (timm's name).
 
     Raises:
         ValueError: a size that its patch does not divide, or an `embed_dim` that `num_heads` does not divide.
@@ -220,7 +220,7 @@ class UnifiedViT(HubEncoder):
 
 
 def compiled_forward(backend: bool | str = True) -> Callable[..., EncoderOutput]:
-    """`UnifiedViT.forward` by `torch.compile`: called with an encoder and its inputs, one graph for each of their shapes.
+    """`UnifiedViT.forward` by `torch.compile`: takes an encoder and its inputs, with one graph for each of their shapes.
 
     Args:
         backend: of torch.compile; True for Inductor, which needs a C++ compiler, on a GPU Triton.
