@@ -65,7 +65,8 @@ def test_learning_rate_of_another_batch(caplog: pytest.LogCaptureFixture) -> Non
     assert found == pytest.approx([2e-5, 5e-6, 1e-5])
     assert len(caplog.messages) == 3
     assert caplog.messages[-1] == (
-        "a step has 36 images (18 on each of 2 ranks), the learning rate 2e-05 is for 144: lr_rule 'sqrt' makes it 1e-05"
+        "a step has 36 images (18 on each of 2 ranks), the learning rate 2e-05 is for 144: "
+        "lr_rule 'sqrt' makes it 1e-05"
     )
     with pytest.raises(ConfigError, match="lr_rule is 'cubic'; use one of none, linear, sqrt"):
         scaled_lr(2e-5, sampler, 144, "cubic")
