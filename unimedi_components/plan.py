@@ -33,6 +33,16 @@ GPUS = {
 GIB = 2**30
 # of the card's memory; the rest is left to CUDA, cuDNN and fragments
 _USABLE = 0.9
+_IDS = {
+    "batch_2d": "train#sampler#batch_2d",
+    "batch_3d": "train#sampler#batch_3d",
+    "text_tokens": "preprocessing#max_length",
+    "epochs": "train#trainer#max_epochs",
+    "amp": "train#trainer#amp",
+    "loss": "loss_def",
+    "xray": "preprocessing#xray",
+    "ct": "preprocessing#ct",
+}
 _BERT_BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "vocab_size": 28996}
 
 
@@ -187,16 +197,7 @@ def network_of_config(config: dict[str, Any]) -> UniMedI:
     Raises:
         ConfigError: no pre-training config.
     """
-    parser = ConfigParser(config)
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, str) and value.startswith("@"):
-            return plain(parser[value[1:]])
-        if isinstance(value, dict):
-            return {key: plain(part) for key, part in value.items() if key != "_target_"}
-        return [plain(part) for part in value] if isinstance(value, list) else value
-
-    parts = plain(config.get("network_def", {}))
+    parts = _plain(config, "@network_def") if "network_def" in config else {}
     if "report_encoder" not in parts:
         raise ConfigError("plan reads the configs of pre-training, and this network has no report_encoder")
     sizes = {name: value for name, value in parts.pop("encoder").items() if name != "weights"}
@@ -209,6 +210,15 @@ def network_of_config(config: dict[str, Any]) -> UniMedI:
         if parts.get("dino_head") is not None:
             parts["dino_head"] = DINOHead(**{**parts["dino_head"], "in_dim": encoder.embed_dim})
         return UniMedI(encoder, report, **{**parts, "compile": False})
+
+
+def _plain(config: dict[str, Any], value: Any) -> Any:
+    """A value with what its references lead to; expressions stay text."""
+    if isinstance(value, str) and value.startswith("@"):
+        return _plain(config, ConfigParser(config)[value[1:]])
+    if isinstance(value, dict):
+        return {key: _plain(config, part) for key, part in value.items() if key != "_target_"}
+    return [_plain(config, part) for part in value] if isinstance(value, list) else value
 
 
 def _report_config(text: dict[str, Any]) -> dict[str, Any]:
@@ -241,14 +251,15 @@ def describe(
         whole_number(name, value, 1)
     if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
         raise ConfigError(f"--share must be in (0, 1], got {share!r}")
-    network, amp = network_of_config(config), config.get("amp") is not False
-    batches, tokens = (config["batch_2d"], config["batch_3d"]), config["max_length"]
-    rounds = 0 if config["loss_def"].get("targets", "sinkhorn") == "center" else 3
+    network = network_of_config(config)
+    at = {name: _plain(config, f"@{id_}") for name, id_ in _IDS.items()}
+    batches, amp = (at["batch_2d"], at["batch_3d"]), at["amp"] is not False
+    rounds = 0 if at["loss"].get("targets") == "center" else at["loss"].get("sinkhorn_rounds", 3)
     memory, *peaks = GPUS[gpu]
     peak = peaks[0] if amp else peaks[1]
 
     def cost(batch_2d: int, batch_3d: int) -> StepCost:
-        return step_cost(network, batch_2d, batch_3d, tokens, rounds=rounds, amp=amp)
+        return step_cost(network, batch_2d, batch_3d, at["text_tokens"], rounds=rounds, amp=amp)
 
     fixed, step = state_bytes(network, amp), cost(*batches)
     used = (fixed + step.activations + step.passing) / GIB
@@ -259,10 +270,10 @@ def describe(
         if fixed + larger.activations + larger.passing > _USABLE * memory * GIB:
             break
         times += 1
-    items, batch = (xrays, batches[0]) if batches[0] else (cts, batches[1])
-    epochs, steps = config["epochs"], max(1, items // (batch * gpus))
+    images, batch = (xrays, batches[0]) if batches[0] else (cts, batches[1])
+    epochs, steps = at["epochs"], max(1, images // (batch * gpus))
     hours = epochs * steps * step.flops / (peak * 1e12 * share) / 3600
-    side, volume = round(network.encoder.img_size[0] * 256 / 224), math.prod(network.encoder.vol_size)
+    side, volume = round(at["xray"]["size"] * 256 / 224), math.prod(at["ct"]["spatial_size"])
     cache = 4.0 * (xrays * side**2 + cts * volume) / GIB
     count = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in network.named_children()}
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad) / 1e6
@@ -270,12 +281,12 @@ def describe(
     largest = f"{times * unit[0]} + {times * unit[1]}" if times else "none fits"
     lines = {
         "parameters": f"{trained:.1f} M trained; " + ", ".join(f"{n} {m:.1f} M" for n, m in count.items()),
-        "a step": f"{batches[0]} X-rays + {batches[1]} CTs on each of {gpus} ranks: {step.flops / 1e12:.2f} TFLOP a rank",
+        "a step": f"{batches[0]} X-rays + {batches[1]} CTs on each of {gpus} ranks: {step.flops / 1e12:.2f} TFLOP each",
         "memory a rank": f"{used:.1f} of {memory} GiB ({gpu}): {fixed / GIB:.1f} of weights, gradients, AdamW, "
         f"{step.activations / GIB:.1f} of activations, {step.passing / GIB:.1f} in passing",
         "largest batch": f"{largest} a rank, in {_USABLE:.0%} of the memory; --accumulation and "
         "--network_def#encoder#grad_checkpointing True make room",
-        "hours": f"{hours:.1f}: {epochs} epochs of {steps} steps ({items} images), at {share:.0%} of {peak} TFLOP/s "
+        "hours": f"{hours:.1f}: {epochs} epochs of {steps} steps ({images} images), at {share:.0%} of {peak} TFLOP/s "
         f"in {kind} (assumed), without waiting for data or other ranks",
         "cache": f"{cache:.0f} GiB of {xrays} X-rays and {cts} CTs",
     }

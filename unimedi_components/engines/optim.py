@@ -75,7 +75,15 @@ def scaled_lr(lr: float, sampler: Any, lr_batch: int, rule: str = "none") -> flo
     return scaled
 
 
-def build_optimizer(network: nn.Module, lr: float, weight_decay: float, **kwargs: Any) -> torch.optim.AdamW:
+def build_optimizer(
+    network: nn.Module,
+    lr: float,
+    weight_decay: float,
+    sampler: Any = None,
+    lr_batch: int | None = None,
+    lr_rule: str = "none",
+    **kwargs: Any,
+) -> torch.optim.AdamW:
     """AdamW with weight decay on matrices alone: not on biases, norms, tokens, position tables and temperature.
 
     A learnable temperature is clamped after every step, as in CLIP.
@@ -84,8 +92,10 @@ def build_optimizer(network: nn.Module, lr: float, weight_decay: float, **kwargs
         network: its trainable parameters are optimised; the teacher has none.
         lr: peak learning rate.
         weight_decay: of the decayed group.
+        sampler, lr_batch, lr_rule: see `scaled_lr`; without `lr_batch` the learning rate stays as it is.
         kwargs: further arguments of `torch.optim.AdamW`, such as `betas` or `fused`.
     """
+    lr = lr if lr_batch is None else scaled_lr(lr, sampler, lr_batch, lr_rule)
     decay: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
     for name, parameter in network.named_parameters():
