@@ -19,7 +19,7 @@ from transformers import AutoConfig
 from unimedi_components.command_options import whole_number
 from unimedi_components.errors import ConfigError
 from unimedi_components.networks import DINOHead, ProjectionHead, ReportEncoder, UnifiedViT, UniMedI, encoder_sizes
-from unimedi_components.selection import kept_counts
+from unimedi_components.selection import Grid, kept_counts
 
 __all__ = ["GPUS", "StepCost", "describe", "network_of_config", "state_bytes", "step_cost"]
 
@@ -102,20 +102,22 @@ def step_cost(
         rounds: `sinkhorn_rounds` of the loss; 0 for targets "center".
         amp: mixed precision: matrix products and what they keep are of 2 bytes a value.
     """
-    encoder, half = network.encoder, 2 if amp else 4
-    block: Any = encoder.blocks[0]
-    stack = _Stack(encoder.embed_dim, block.mlp.fc1.out_features, len(encoder.blocks), encoder.num_heads, half)
+    encoder: Any = network.encoder
+    half = 2 if amp else 4
+    stack = _Stack(
+        encoder.embed_dim, encoder.blocks[0].mlp.fc1.out_features, len(encoder.blocks), encoder.num_heads, half
+    )
     parts, checkpointing = network.accumulation, encoder.grad_checkpointing
-    flops = kept = passing = rows = 0.0
+    flops = kept = passing = 0.0
+    rows = 0
     recomputed = int(parts > 1) + int(checkpointing)
     slices = network.num_slices if network.pseudo_pairs else 0
     values_2d, values_3d = (embed.proj.weight[0].numel() for embed in (encoder.patch_embed, encoder.patch_embed_3d))
-    for images, grids, values in (
+    inputs: tuple[tuple[int, list[Grid], int], ...] = (
         (batch_2d, [(1, *encoder.grid_2d)], values_2d),
         (batch_3d, [encoder.grid_3d, *([(slices, *encoder.grid_2d)] if slices else [])], values_3d),
-    ):
-        if images == 0:
-            continue
+    )
+    for images, grids, values in inputs:
         first = math.prod(grids[0])
         patches = sum(math.prod(grid) for grid in grids)
         embed = 2.0 * stack.width * (first * values + (patches - first) * values_2d)
@@ -136,47 +138,57 @@ def step_cost(
             blocks = stack.depth * (4.0 * stack.width * (1 + tokens) if checkpointing else one)
             # of the tokens: the final norm's input, and the images that the tokenizer keeps
             inner = blocks + 4.0 * stack.width * (1 + tokens) + half * (first * values + (patches - first) * values_2d)
-            kept += (some if parts > 1 else images) * inner
-            # micro-batches leave their outputs, and those of what was masked are gathered from them
-            kept += images * (1 + tokens) * stack.width * 4.0 if parts > 1 else 0.0
-            passing = max(passing, some * one)
+            if parts == 1:
+                kept += images * inner
+                passing = max(passing, images * one)
+            else:  # a part is recomputed at a time; what lasts is its images and outputs
+                kept += images * 4.0 * (stack.width * (1 + tokens) + first * values)
+                passing = max(passing, some * (inner + one))
         passing = max(passing, some * stack.block_bytes(1 + patches))
-    extra = _text_and_heads(network, batch_2d + batch_3d, text_tokens, int(rows), rounds, half)
-    return StepCost(flops + extra[0], kept + extra[1], passing)
+    report_flops, report_bytes = _report_cost(network.report_encoder.model, text_tokens, half, parts > 1)
+    flops += (batch_2d + batch_3d) * report_flops
+    if parts == 1:
+        kept += (batch_2d + batch_3d) * report_bytes
+    passing = max(passing, -(-(batch_2d + batch_3d) // parts) * report_bytes if parts > 1 else 0.0)
+    more_flops, more_bytes = _head_cost(network, batch_2d + batch_3d, rows, rounds, half)
+    return StepCost(flops + more_flops, kept + more_bytes, passing)
 
 
-def _text_and_heads(
-    network: UniMedI, batch: int, text_tokens: int, rows: int, rounds: int, half: int
-) -> tuple[float, float]:
-    """FLOPs and kept bytes of the report encoder, the projections and the self-distillation."""
-    model: Any = network.report_encoder.model
+def _report_cost(model: Any, tokens: int, half: int, recomputed: bool) -> tuple[float, float]:
+    """FLOPs, and bytes kept, of the report encoder's passes over one report."""
     config = model.config
     sizes = config.hidden_size, getattr(config, "intermediate_size", 4 * config.hidden_size)
     layers = next((list(module) for module in model.modules() if isinstance(module, nn.ModuleList)), [])
     trained = sum(any(p.requires_grad for p in layer.parameters()) for layer in layers)
-    text = _Stack(*sizes, len(layers), config.num_attention_heads, half, post_norm=True)
-    recompute = network.accumulation > 1
-    flops = batch * text.flops(text_tokens) * (1 + (2 + int(recompute)) * trained / max(len(layers), 1))
-    some = -(-batch // network.accumulation)
-    masks = 2 * text.width * (getattr(config, "hidden_dropout_prob", 0) > 0)
-    layer = text.block_bytes(text_tokens) + text_tokens * masks
+    stack = _Stack(*sizes, len(layers), config.num_attention_heads, half, post_norm=True)
+    backward = (2 + int(recomputed)) * trained / max(len(layers), 1)
+    masks = 2 * stack.width * (getattr(config, "hidden_dropout_prob", 0) > 0)
+    layer = stack.block_bytes(tokens) + tokens * masks
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
-        layer = 4.0 * text.width * text_tokens
-    kept = some * (trained * layer + 8.0 * text.width * text_tokens)
+        layer = 4.0 * stack.width * tokens
+    return stack.flops(tokens) * (1 + backward), trained * layer + 8.0 * stack.width * tokens
+
+
+def _head_cost(network: UniMedI, batch: int, rows: int, rounds: int, half: int) -> tuple[float, float]:
+    """FLOPs, and bytes kept, of the projections and of the self-distillation over `rows` patch tokens."""
+    flops = kept = 0.0
     for head in (network.image_projection, network.text_projection):
-        weights = [layer.weight for layer in head.modules() if isinstance(layer, nn.Linear)]
-        flops += 3 * 2.0 * batch * sum(weight.numel() for weight in weights)
-        kept += batch * sum((4 * 4 + half) * sum(weight.shape) for weight in weights)
+        for out, into in _matrices(head):
+            flops += 3 * 2.0 * batch * out * into
+            kept += batch * (16 + half) * (out + into)
     if network.dino_head is not None:
-        layers = [layer for layer in network.dino_head.mlp.modules() if isinstance(layer, nn.Linear)]
-        bottleneck = layers[-1].out_features
+        matrices = _matrices(network.dino_head.mlp)
+        bottleneck, hidden = matrices[-1][0], sum(out for out, _ in matrices[:-1])
         rows += batch
-        flops += 4 * 2.0 * rows * sum(layer.weight.numel() for layer in layers)
-        flops += (4 + rounds) * 2.0 * rows * bottleneck * network.dino_head.prototypes.shape[0]
-        hidden = sum(layer.out_features for layer in layers[:-1])
+        flops += 4 * 2.0 * rows * sum(out * into for out, into in matrices)
+        flops += (4 + rounds) * 2.0 * rows * bottleneck * network.dino_head.hparams["out_dim"]
         # inputs of the linear layers and GELUs; of the bottleneck: centring, unit norm, gradients of the loss
-        kept += rows * (half * (layers[0].in_features + 2 * hidden) + 4 * 4.0 * bottleneck)
+        kept += rows * (half * (matrices[0][1] + 2 * hidden) + 16.0 * bottleneck)
     return flops, kept
+
+
+def _matrices(module: nn.Module) -> list[tuple[int, int]]:
+    return [(layer.out_features, layer.in_features) for layer in module.modules() if isinstance(layer, nn.Linear)]
 
 
 def state_bytes(network: UniMedI, amp: bool = True) -> float:

@@ -249,8 +249,7 @@ class UniMedI(nn.Module):
 
     def _run(self, encoder: UnifiedViT, *inputs: Tensor, **options: Any) -> EncoderOutput:
         """A pass of student, teacher or selector: in parts and, in training, compiled where asked for."""
-        compiled = self._compiled is not None and self.training
-        run = partial(self._compiled, encoder) if compiled else encoder
+        run = partial(self._compiled, encoder) if self._compiled is not None and self.training else encoder
         return in_micro_batches(run, self.accumulation, *inputs, **options)
 
     def _view(self, image: Tensor) -> _View:
