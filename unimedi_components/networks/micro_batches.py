@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -38,17 +39,17 @@ def in_micro_batches(run: Callable[..., T], parts: int, *inputs: Tensor, **optio
     size = -(-batch // parts)
     if parts == 1 or batch <= 1:
         return run(*inputs, **options)
+    recompute: Any = partial(checkpoint, run, use_reentrant=False) if torch.is_grad_enabled() else run
     found = []
     for start in range(0, batch, size):
         rows = slice(start, start + size)
         some = [tensor[rows] for tensor in inputs]
         more = {name: value[rows] if isinstance(value, Tensor) else value for name, value in options.items()}
-        recompute = torch.is_grad_enabled()
-        found.append(checkpoint(run, *some, use_reentrant=False, **more) if recompute else run(*some, **more))
+        found.append(recompute(*some, **more))
     return _join(found)
 
 
-def _join(parts: Sequence[T]) -> T:
+def _join(parts: list[Any]) -> Any:
     if isinstance(parts[0], Tensor):
         return torch.cat(parts)
     attention = None if parts[0].attention is None else torch.cat([part.attention for part in parts])

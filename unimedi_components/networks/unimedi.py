@@ -238,6 +238,7 @@ class UniMedI(nn.Module):
             selector = by or (self.teacher if self.selector == "teacher" else self.encoder)
             assert selector is not None
             attention = self._run(selector, volume, return_attention=True).attention
+            assert attention is not None
             scores = selection.slice_scores(attention, grid)
             # what autocast cast here without a history would leave the student's own pass without a gradient
             torch.clear_autocast_cache()
