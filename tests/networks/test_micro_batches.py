@@ -10,13 +10,14 @@ from unimedi_components.losses import UniMediLoss
 from unimedi_components.networks.micro_batches import in_micro_batches
 
 
-def step(dtype=torch.float64, loss=None, **options):
+def step(dtype=torch.float64, loss=None, amp=False, **options):
     """Loss, its parts, gradients and buffers of one step on 6 X-rays and 5 volumes."""
     network = build(**options).to(dtype).train()
     loss_function = UniMediLoss(out_dim=20, **(loss or {})).to(dtype)
     batch = {n: v.to(dtype) if v.is_floating_point() else v for n, v in make_batch(6, 5).items()}
     torch.manual_seed(2)
-    value = loss_function(network(batch))
+    with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+        value = loss_function(network(batch))
     value.backward()
     found = {"loss": value.detach(), **loss_function.last}
     found |= {f"gradient {n}": p.grad for n, p in network.named_parameters() if p.grad is not None}
@@ -43,6 +44,16 @@ def test_accumulation_is_the_whole_batch(options, dtype):
         for name, value in expected.items():
             size = scale if name in names else value.abs().max()
             assert (found[name] - value).abs().max() <= (1e-10 if dtype == torch.float64 else 1e-5) * size, name
+
+
+def test_a_part_is_recomputed_under_its_autocast():
+    # the student selects: what autocast casts there has no history
+    expected, found = (step(torch.float32, amp=True, selector="student", accumulation=parts) for parts in (1, 3))
+    gradients = [name for name in expected if name.startswith("gradient")]
+    largest = max(expected[name].abs().max() for name in gradients)
+    assert gradients == [name for name in found if name.startswith("gradient")]
+    for name in gradients:
+        assert (found[name] - expected[name]).abs().max() <= 1e-3 * largest, name
 
 
 def test_a_part_is_recomputed_in_the_random_state_of_its_first_pass():
