@@ -77,17 +77,20 @@ def counter() -> Any:
     return counted()
 
 
-def pretraining(mask_mode: str = "drop", selector: str = "teacher", targets: str = "sinkhorn") -> Case:
+def pretraining(
+    mask_mode: str = "drop", selector: str = "teacher", targets: str = "sinkhorn", accumulation: int = 1
+) -> Case:
     projections = [ProjectionHead(24, 32, 16, norm="batch_per_modality") for _ in range(2)]
     text = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 50}
     network = UniMedI(
-        UnifiedViT(**SIZES),
+        UnifiedViT(**SIZES, grad_checkpointing=accumulation > 1),
         ReportEncoder(config={**text, "max_position_embeddings": 32}),
         *projections,
         DINOHead(24, 64, 32, 16, center_kinds=5),
         num_slices=1,
         mask_mode=mask_mode,
         selector=selector,
+        accumulation=accumulation,
     ).to(DEVICE)
     objective = UniMediLoss(out_dim=64, targets=targets, within_modality=True).to(DEVICE)
     mask = torch.ones(7, 9, dtype=torch.int64)
@@ -137,6 +140,7 @@ def detection(count: int = 3) -> Case:
 CASES: dict[str, Callable[[], Case]] = {
     "pretraining": pretraining,
     "pretraining_by_student": lambda: pretraining("mask_token", "student", "center"),
+    "pretraining_in_parts": lambda: pretraining(accumulation=2),
     "classification": lambda: classification(False),
     "classification_with_slices": classification,
     "xray_segmentation": xray_segmentation,
@@ -164,7 +168,7 @@ def test_a_step_waits_for_nothing(name: str) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "least"), [(torch.float16, 0.98), (torch.bfloat16, 0.95)])
-@pytest.mark.parametrize("name", [name for name in CASES if name != "detection"])
+@pytest.mark.parametrize("name", [name for name in CASES if name not in ("detection", "pretraining_in_parts")])
 def test_half_precision_keeps_the_gradients(name: str, dtype: torch.dtype, least: float) -> None:
     gradients = []
     for enabled in (False, True):

@@ -163,6 +163,36 @@ def check(*config: str, **overrides: Any) -> None:
     print(f"ok: {len(merged)} keys in {', '.join(str(file) for file in config)}")
 
 
+def plan(
+    *config: str,
+    gpu: str = "h100-80",
+    gpus: int = 8,
+    share: float = 0.4,
+    xrays: int = 300_000,
+    cts: int = 10_000,
+    **overrides: Any,
+) -> None:
+    """Say what a pre-training run needs: parameters, FLOPs, memory, largest batch, hours, cache.
+
+    Counted from the sizes in the config; no data or weights are read. A report encoder that is not at hand counts as a
+    BERT-base.
+
+    Args:
+        config: the config file, and the files that overlay it in their order.
+        gpu: the card, one of v100-32, a100-40, a100-80 and h100-80.
+        gpus: number of cards, one rank each.
+        share: of the card's peak that the run reaches; assumed, so measure it.
+        xrays: X-rays in the training split.
+        cts: volumes in the training split.
+        overrides: what `monai.bundle run` would be given, such as --batch_2d 48 or --accumulation 4.
+    """
+    from unimedi_components.config_check import check_config
+    from unimedi_components.plan import describe
+
+    merged = check_config([str(file) for file in config], overrides)
+    print(describe(merged, gpu=str(gpu), gpus=gpus, share=share, xrays=xrays, cts=cts))
+
+
 _COMMANDS: dict[str, Callable[..., None]] = {
     "phantom": phantom,
     "prepare": prepare,
@@ -177,6 +207,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "report": report,
     "export": export,
     "check": check,
+    "plan": plan,
 }
 # of these, no word is a Python list
 _EXACT = ("inspect", "embed", "index", "search", "zero_shot", "export")

@@ -24,6 +24,7 @@ def test_two_processes_train_as_one(trained: Any, command: Any, configs: Path, t
     new_run = type(trained)(tmp_path / "run", tmp_path / "data")
     files = [configs / "train.json", configs / "multi_gpu_train.json"]
     half = {name: trained.overrides[name] // 2 for name in ("train#sampler#batch_2d", "train#sampler#batch_3d")}
+    half["network_def#accumulation"] = 2
     result = command(files, {**new_run.overrides, **half}, tmp_path, TORCHRUN)
     assert result.returncode == 0, result.stderr[-3000:]
     ours, theirs = new_run.last(), trained.last()

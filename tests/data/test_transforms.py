@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import math
 import struct
 
 import nibabel as nib
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from monai.data import CacheDataset, MetaTensor, PersistentDataset
-from monai.transforms import RandFlipd
+from monai.transforms import Compose, RandFlipd
 from PIL import Image
 
 from unimedi_components.data.transforms import ByDimension, XrayReader, ct_transforms, xray_transforms
@@ -319,3 +320,21 @@ def test_by_dimension_dispatches_and_splits(tmp_path):
     with pytest.raises(RuntimeError) as info:
         ByDimension(xray_transforms(16))(items[1])
     assert '"dim" is 3, must be one of [2]' in str(root_cause(info))
+
+
+def test_ct_rotation_turns_every_slice_alike_and_never_flips() -> None:
+    chain = ct_transforms((4, 32, 32), rotate=10.0)
+    turn = Compose(chain[-2:])
+    ramp = torch.arange(32.0).expand(32, 32) / 32
+    volume = ramp.expand(1, 4, 32, 32) + torch.arange(4.0).view(1, 4, 1, 1)
+    angles = []
+    for seed in range(6):
+        turn.set_random_state(seed)
+        found = turn({"image": volume})["image"]
+        assert type(found) is torch.Tensor and found.shape == volume.shape
+        depths = found[0] - found[0, :1]
+        assert torch.allclose(depths, torch.arange(4.0).view(4, 1, 1).expand(4, 32, 32), atol=1e-4)
+        inner = found[0, 0, 8:24, 8:24]
+        down, across = inner.diff(dim=0).mean(), inner.diff(dim=1).mean()
+        angles.append(math.degrees(math.atan2(float(down), float(across))))
+    assert max(map(abs, angles)) <= 10.01 and min(angles) < -1 and max(angles) > 1

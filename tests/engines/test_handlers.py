@@ -288,6 +288,37 @@ def test_gradient_of_a_group_of_batches_is_unscaled_and_clipped_once() -> None:
     assert calls == [-1, -2, 7, -3, -4, 7, -5, 7]
 
 
+@pytest.mark.filterwarnings("ignore:.*CUDA is not available.*")
+def test_accumulated_batches_with_a_scaler_step_as_their_joint_batch() -> None:
+    x, target = torch.randn(8, 3), torch.randn(8, 1)
+
+    def trained(batch_size: int, **options: Any) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        network = nn.Linear(3, 1)
+        rows = zip(x.split(batch_size), target.split(batch_size), strict=True)
+        trainer = SupervisedTrainer(
+            device=torch.device("cpu"),
+            max_epochs=1,
+            train_data_loader=[{"image": image, "label": label} for image, label in rows],
+            network=network,
+            optimizer=torch.optim.SGD(network.parameters(), lr=0.1),
+            loss_function=nn.MSELoss(),
+            train_handlers=[GradientCare(network, max_norm=0.5)],
+            decollate=False,
+            **options,
+        )
+        # MONAI makes one for CUDA in `run`, which does nothing here
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0) if options.get("amp") else None
+        trainer.add_event_handler(Events.STARTED, lambda: setattr(trainer, "scaler", scaler))
+        trainer.run()
+        return [parameter.detach() for parameter in network.parameters()]
+
+    expected = trained(4)
+    for amp in (False, True):
+        found = trained(2, accumulation_steps=2, amp=amp)
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found, expected, strict=True))
+
+
 def test_tensorboard_has_the_loss_and_its_parts(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     run(TensorBoardLosses(str(tmp_path)), vl=1.5, pcl=0.5)
     events = EventAccumulator(str(tmp_path))

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from unimedi_components.engines import amp_dtype, build_optimizer, warmup_cosine
+from unimedi_components.data import MixedBatchSampler
+from unimedi_components.engines import amp_dtype, build_optimizer, scaled_lr, warmup_cosine
 from unimedi_components.errors import ConfigError
 from unimedi_components.networks import DINOHead, ProjectionHead, ReportEncoder, UnifiedViT, UniMedI
 
@@ -54,6 +55,21 @@ def test_weight_decay_moves_matrices_alone() -> None:
     optimizer.step()
     assert torch.allclose(model.weight, start["weight"] * (1 - 0.1 * 0.5))
     assert torch.equal(model.bias, start["bias"])
+
+
+def test_learning_rate_of_another_batch(caplog: pytest.LogCaptureFixture) -> None:
+    sampler = MixedBatchSampler([2] * 24 + [3] * 12, batch_2d=12, batch_3d=6, num_replicas=2, rank=0)
+    assert scaled_lr(2e-5, sampler, 36, "linear") == 2e-5
+    assert not caplog.records
+    found = [scaled_lr(2e-5, sampler, 144, rule) for rule in ("none", "linear", "sqrt")]
+    assert found == pytest.approx([2e-5, 5e-6, 1e-5])
+    assert len(caplog.messages) == 3
+    assert caplog.messages[-1] == (
+        "a step has 36 images (18 on each of 2 ranks), the learning rate 2e-05 is for 144: "
+        "lr_rule 'sqrt' makes it 1e-05"
+    )
+    with pytest.raises(ConfigError, match="lr_rule is 'cubic'; use one of none, linear, sqrt"):
+        scaled_lr(2e-5, sampler, 144, "cubic")
 
 
 def rates(steps: int, **kwargs: float) -> list[float]:

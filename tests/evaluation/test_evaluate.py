@@ -14,7 +14,7 @@ from unimedi_components.data.datalist import SPLITS, write_json
 from unimedi_components.data.prepare import merge_datalists
 from unimedi_components.data.vocabulary import build_wordpiece
 from unimedi_components.errors import ConfigError, DataError
-from unimedi_components.evaluation import after_training, evaluate_datalist
+from unimedi_components.evaluation import after_training, evaluate_datalist, features
 from unimedi_components.evaluation.evaluate import HEADLINE, evaluate, heldout_items
 from unimedi_components.evaluation.features import extract_features, labels_of, load_truth, make_dataset
 from unimedi_components.evaluation.headline import summary
@@ -238,6 +238,24 @@ def test_after_training_writes_metrics_and_figures(checkpoint, datalist, folder,
         with Image.open(tmp_path / "eval" / name) as image:
             assert image.size[0] == 1200
             assert np.asarray(image.convert("L")).std() > 10
+
+
+def test_ranks_share_the_items_and_join_the_features(checkpoint, datalist, folder, monkeypatch):
+    network, items = load_pretrained(checkpoint), [*datalist["test"][:3], *datalist["test"][5:]]
+    expected = extract_features(network, items, folder, progress=False)
+    shares = []
+    for number in (0, 1):
+        replaced = {"is_distributed": lambda: True, "world_size": lambda: 2, "rank": lambda number=number: number}
+        replaced["gather_objects"] = lambda mine: shares.append(mine) or shares
+        for name, function in replaced.items():
+            monkeypatch.setattr(features, name, function)
+        found = features.features_of_all_ranks(network, items, folder, progress=False)
+    assert [len(shares[0][dim].items) + len(shares[1][dim].items) for dim in (2, 3)] == [3, 3]
+    for dim in (2, 3):
+        assert found[dim].items == expected[dim].items
+        for name in ("cls", "image_embed", "text_embed", "attention", "selected", "scores", "pooled"):
+            ours, theirs = getattr(found[dim], name), getattr(expected[dim], name)
+            assert (ours is theirs is None) or torch.allclose(ours, theirs, atol=1e-5), name
 
 
 def test_after_training_without_held_out_items_says_so(checkpoint, datalist, folder, tmp_path):

@@ -170,11 +170,13 @@ def test_hidden_states_and_gradient_checkpointing():
     assert len(out.hidden_states) == 2
     assert torch.equal(normed[:, 1:], out.patches)
     encoder.train()
-    encoder(image, return_attention=True).cls.sum().backward()
+    out = encoder(image, return_attention=True)
+    (out.cls.sum() + out.attention.square().sum()).backward()
     plain = {n: p.grad.clone() for n, p in encoder.named_parameters() if p.grad is not None}
     encoder.zero_grad()
-    encoder.set_grad_checkpointing()
-    encoder(image, return_attention=True).cls.sum().backward()
+    encoder.grad_checkpointing = True
+    out = encoder(image, return_attention=True)
+    (out.cls.sum() + out.attention.square().sum()).backward()
     for name, parameter in encoder.named_parameters():
         if parameter.grad is not None:
             assert torch.allclose(parameter.grad, plain[name], atol=1e-12), name

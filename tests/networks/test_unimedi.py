@@ -15,9 +15,10 @@ from unimedi_components.networks import DINOHead, ProjectionHead, ReportEncoder,
 TEXT = {"hidden_size": 16, "num_hidden_layers": 1, "vocab_size": 30, "num_attention_heads": 2}
 
 
-def build(**kwargs):
+def build(grad_checkpointing=False, **kwargs):
     torch.manual_seed(0)
-    encoder = UnifiedViT(32, (16, 16, 16), patch_size=8, patch_size_3d=(4, 8, 8), embed_dim=16, depth=2, num_heads=2)
+    sizes = {"patch_size": 8, "patch_size_3d": (4, 8, 8), "embed_dim": 16, "depth": 2, "num_heads": 2}
+    encoder = UnifiedViT(32, (16, 16, 16), **sizes, grad_checkpointing=grad_checkpointing)
     with torch.no_grad():
         for parameter in encoder.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)

@@ -8,6 +8,7 @@ rest.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from monai.transforms import (
     Orientationd,
     Randomizable,
     RandomizableTrait,
+    RandRotated,
     RandScaleIntensityd,
     RandShiftIntensityd,
     RandSpatialCropd,
@@ -119,11 +121,20 @@ def _intensity_jitter(amount: float) -> list[Transform]:
     ]
 
 
+def _rotation(degrees: float) -> list[Transform]:
+    if degrees == 0:
+        return []
+    options: dict[str, Any] = {"mode": "bilinear", "padding_mode": "border", "prob": 1.0}
+    turn = RandRotated("image", range_x=math.radians(degrees), **options)
+    return [turn, EnsureTyped("image", dtype=torch.float32, track_meta=False)]
+
+
 def ct_transforms(
     spatial_size: Sequence[int] = (32, 128, 128),
     window: tuple[float, float] = (-1000.0, 1000.0),
     spacing: Sequence[float] | None = None,
     random_shift: int = 0,
+    rotate: float = 0.0,
     jitter: float = 0.0,
 ) -> list[Transform]:
     """Transforms of one CT item: file or DICOM folder to "image", (1, D, H, W) in [-1, 1].
@@ -136,6 +147,8 @@ def ct_transforms(
         window: Hounsfield units that become -1 and 1; values beyond are clipped before any averaging.
         spacing: mm along D, H, W to resample to first; None (the paper only resizes) skips this.
         random_shift: move the volume in the plane by up to this many voxels (training), with air behind it.
+        rotate: turn it in the plane by up to this many degrees to either side (training). It is never flipped: the side
+            of an organ or a finding is in the reports.
         jitter: see `xray_transforms`.
     """
     steps: list[Transform] = [
@@ -159,6 +172,7 @@ def ct_transforms(
         Resized("image", spatial_size=tuple(spatial_size), mode="area"),
         EnsureTyped("image", dtype=torch.float32, track_meta=False),
         *shift,
+        *_rotation(rotate),
         *_intensity_jitter(jitter),
     ]
 

@@ -19,7 +19,7 @@ from unimedi_components.engines.handlers import (
     prepare_mixed_batch,
 )
 from unimedi_components.engines.inference import SaveEmbeddings, embed_batch, finish_embedding
-from unimedi_components.engines.optim import amp_dtype, build_optimizer, use_amp, warmup_cosine
+from unimedi_components.engines.optim import amp_dtype, build_optimizer, scaled_lr, use_amp, warmup_cosine
 from unimedi_components.engines.progress import TrainingProgress
 from unimedi_components.engines.run import PretrainingRun, TaskRun, set_up
 from unimedi_components.engines.target_information import WatchTargets
@@ -52,6 +52,7 @@ __all__ = [
     "finish_embedding",
     "losses",
     "prepare_mixed_batch",
+    "scaled_lr",
     "set_up",
     "use_amp",
     "warmup_cosine",

@@ -3,16 +3,18 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from typing import Any
 
 import torch
 from monai.optimizers import WarmupCosineSchedule
 from torch import nn
 
-from unimedi_components.distributed import unwrap
+from unimedi_components.distributed import rank, unwrap
 from unimedi_components.errors import ConfigError
 
-__all__ = ["amp_dtype", "build_optimizer", "use_amp", "warmup_cosine"]
+__all__ = ["amp_dtype", "build_optimizer", "scaled_lr", "use_amp", "warmup_cosine"]
 
 NO_DECAY = (
     "cls_token",
@@ -24,6 +26,8 @@ NO_DECAY = (
     "log_temperature",
 )
 
+LR_RULES = {"none": lambda ratio: 1.0, "linear": float, "sqrt": math.sqrt}
+logger = logging.getLogger(__name__)
 
 _HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -53,7 +57,39 @@ def amp_dtype(amp: bool | str | torch.dtype = "auto") -> torch.dtype:
     return _HALF[key]
 
 
-def build_optimizer(network: nn.Module, lr: float, weight_decay: float, **kwargs: Any) -> torch.optim.AdamW:
+def scaled_lr(lr: float, sampler: Any, lr_batch: int, rule: str = "none") -> float:
+    """Learning rate of a run's batch, from that of another; where they differ, a line of the log says what was done.
+
+    Args:
+        lr: learning rate for `lr_batch` images a step.
+        sampler: `MixedBatchSampler`, which knows the images in a step.
+        lr_batch: images in a step, over all ranks, that `lr` was chosen for.
+        rule: "none" keeps it, "linear" follows the batch (Goyal et al., arXiv 1706.02677), "sqrt" its root, as suits
+            Adam (Malladi et al., arXiv 2205.10287).
+
+    Raises:
+        ConfigError: an unknown rule.
+    """
+    if rule not in LR_RULES:
+        raise ConfigError(f"lr_rule is {rule!r}; use one of {', '.join(LR_RULES)}")
+    batch, ranks = sum(sampler.sizes.values()), sampler.num_replicas
+    images = batch * ranks
+    scaled = lr * LR_RULES[rule](images / lr_batch)
+    if images != lr_batch and rank() == 0:
+        text = "a step has %d images (%d on each of %d ranks), the learning rate %g is for %d: lr_rule %r makes it %g"
+        logger.warning(text, images, batch, ranks, lr, lr_batch, rule, scaled)
+    return scaled
+
+
+def build_optimizer(
+    network: nn.Module,
+    lr: float,
+    weight_decay: float,
+    sampler: Any = None,
+    lr_batch: int | None = None,
+    lr_rule: str = "none",
+    **kwargs: Any,
+) -> torch.optim.AdamW:
     """AdamW with weight decay on matrices alone: not on biases, norms, tokens, position tables and temperature.
 
     A learnable temperature is clamped after every step, as in CLIP.
@@ -62,8 +98,10 @@ def build_optimizer(network: nn.Module, lr: float, weight_decay: float, **kwargs
         network: its trainable parameters are optimised; the teacher has none.
         lr: peak learning rate.
         weight_decay: of the decayed group.
+        sampler, lr_batch, lr_rule: see `scaled_lr`; without `lr_batch` the learning rate stays as it is.
         kwargs: further arguments of `torch.optim.AdamW`, such as `betas` or `fused`.
     """
+    lr = lr if lr_batch is None else scaled_lr(lr, sampler, lr_batch, lr_rule)
     decay: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
     for name, parameter in network.named_parameters():

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,22 @@ from unimedi_components.data.loading import eval_loader
 from unimedi_components.data.phantom.paired import PAIRED
 from unimedi_components.data.text import as_trained
 from unimedi_components.data.transforms import input_transforms
+from unimedi_components.distributed import gather_objects, is_distributed, rank, wait_for_ranks, world_size
 from unimedi_components.errors import DataError
 from unimedi_components.images.find import ImageList
 from unimedi_components.networks.output import ImageFeatures
 from unimedi_components.networks.pretrained import Pretrained
 
-__all__ = ["Features", "check_punct", "extract_features", "labels_of", "load_truth", "make_dataset", "pool"]
+__all__ = [
+    "Features",
+    "check_punct",
+    "extract_features",
+    "features_of_all_ranks",
+    "labels_of",
+    "load_truth",
+    "make_dataset",
+    "pool",
+]
 
 Truth = Mapping[str, Mapping[str, Any]]
 
@@ -161,6 +171,35 @@ def extract_features(
                     rows.setdefault(dim, []).append({"items": [by_id[name] for name in batch["id"]], **part})
             bar.update(len(batch["id"]))
     return {dim: _join(parts, Path(root)) for dim, parts in rows.items()}
+
+
+def features_of_all_ranks(
+    pretrained: Pretrained, items: Sequence[dict[str, Any]], root: str | Path, **options: Any
+) -> dict[int, Features]:
+    """`extract_features` with the items shared out among the ranks, each of which gets all features.
+
+    Args:
+        pretrained, items, root, options: as there.
+    """
+    if not is_distributed():
+        return extract_features(pretrained, items, root, **options)
+    # reports progress once
+    quiet = {"progress": False} if rank() else {}
+    mine = extract_features(pretrained, items[rank() :: world_size()], root, **{**options, **quiet})
+    wait_for_ranks()
+    shares = gather_objects(mine)
+    place = {item["id"]: number for number, item in enumerate(items)}
+    found = {}
+    for dim in sorted({dim for share in shares for dim in share}):
+        parts = [share[dim] for share in shares if dim in share]
+        joined = [item for part in parts for item in part.items]
+        rows = sorted(range(len(joined)), key=lambda row: place[joined[row]["id"]])
+        values: dict[str, Any] = {}
+        for name in (field.name for field in fields(Features) if field.name not in ("items", "root")):
+            columns = [getattr(part, name) for part in parts]
+            values[name] = None if columns[0] is None else torch.cat(columns)[rows]
+        found[dim] = Features(items=[joined[row] for row in rows], root=Path(root), **values)
+    return found
 
 
 @torch.no_grad()

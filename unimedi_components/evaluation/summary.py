@@ -11,8 +11,15 @@ from typing import Any
 import numpy as np
 
 from unimedi_components.data.datalist import load_datalist, select, write_json
-from unimedi_components.distributed import rank
-from unimedi_components.evaluation.features import Features, check_punct, extract_features, load_truth, make_dataset
+from unimedi_components.distributed import rank, wait_for_ranks
+from unimedi_components.evaluation.features import (
+    Features,
+    check_punct,
+    extract_features,
+    features_of_all_ranks,
+    load_truth,
+    make_dataset,
+)
 from unimedi_components.evaluation.metrics import all_metrics
 from unimedi_components.evaluation.slices import is_focal, lesion_mask
 from unimedi_components.figures.attention import CTView, XrayView, draw_selection, draw_xrays
@@ -70,7 +77,7 @@ def after_training(
     device: str = "cpu",
     **options: Any,
 ) -> dict[str, Any]:
-    """Write what a finished training run has to show; on rank 0, the others return at once.
+    """Write what a finished training run has to show; on rank 0, with features to which every rank adds its share.
 
     `metrics.json` holds the values of the test split, or of the validation split if there is no test item, `run.json`
     the command, commit and machine.
@@ -93,8 +100,7 @@ def after_training(
         CheckpointError: the checkpoint does not load.
         DataError: the datalist is unreadable.
     """
-    if rank() != 0:
-        return {}
+    wait_for_ranks()  # for the first one's checkpoint
     pretrained, lists = load_pretrained(checkpoint, device), _parsed(datalist)
     out, truth = Path(output_dir), load_truth(root)
     studies = None if truth is None else truth["studies"]
@@ -102,7 +108,9 @@ def after_training(
     with tempfile.TemporaryDirectory(prefix="unimedi-measured-") as scratch:
         # images are read once for all measures
         read = {"cache_dir": scratch, **options}
-        features = extract_features(pretrained, select(lists, split), root, **read)
+        features = features_of_all_ranks(pretrained, select(lists, split), root, **read)
+        if rank() != 0:
+            return {}
         values = {"split": split, **_measured(pretrained, features, truth, read)}
     if history:
         values["training"] = {"iterations": history[-1]["iteration"], "loss": history[-1]["loss"]}

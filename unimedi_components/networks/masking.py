@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,6 @@ from torch import Tensor
 
 from unimedi_components.networks.heads import DINOHead
 from unimedi_components.networks.output import EncoderOutput
-from unimedi_components.networks.unified_vit import UnifiedViT
 from unimedi_components.selection import Grid, kept_counts
 
 __all__ = ["KINDS", "MODALITIES", "Compared", "compare", "masked_pass"]
@@ -44,7 +43,7 @@ class Compared:
 
 
 def masked_pass(
-    student: UnifiedViT,
+    student: Callable[..., EncoderOutput],
     inputs: tuple[Tensor, ...],
     keep: Tensor,
     teacher: EncoderOutput,
@@ -59,7 +58,7 @@ def masked_pass(
     """Run the student on masked tokens.
 
     Args:
-        student: the encoder to run.
+        student: runs the encoder.
         inputs: its image, or volume, slices and slice positions.
         keep: patch tokens that stay visible, (B, K).
         teacher: the teacher's output on all P patch tokens.

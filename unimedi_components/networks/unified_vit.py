@@ -7,7 +7,7 @@ Letters: B batch, P patch tokens, N = 1 + P, D width, k slices, S slabs.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ from unimedi_components.networks.hub import HubEncoder
 from unimedi_components.networks.layers import Block, init_vit_weights
 from unimedi_components.networks.output import EncoderOutput
 
-__all__ = ["UnifiedViT"]
+__all__ = ["UnifiedViT", "compiled_forward"]
 
 
 class UnifiedViT(HubEncoder):
@@ -49,6 +49,7 @@ class UnifiedViT(HubEncoder):
         qkv_bias: bias in the query-key-value projections.
         norm_eps: epsilon of the layer norms (timm's ViTs use 1e-6).
         include_cls_key: let the CLS key share in Eq. 1's softmax, as A-CLIP's code does; the paper's equation does not.
+        grad_checkpointing: recompute the blocks in the backward pass instead of storing what is in them (timm's name).
 
     Raises:
         ValueError: a size that its patch does not divide, or an `embed_dim` that `num_heads` does not divide.
@@ -74,6 +75,7 @@ class UnifiedViT(HubEncoder):
         qkv_bias: bool = True,
         norm_eps: float = 1e-6,
         include_cls_key: bool = False,
+        grad_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         self.hparams = {
@@ -95,7 +97,7 @@ class UnifiedViT(HubEncoder):
         self.embed_dim = self.num_features = embed_dim
         self.num_heads = num_heads
         self.include_cls_key = include_cls_key
-        self.grad_checkpointing = False
+        self.grad_checkpointing = grad_checkpointing
         self.patch_embed = PatchEmbed(to_tuple(patch_size, 2, "patch_size"), in_chans, embed_dim)
         self.patch_embed_3d = PatchEmbed(to_tuple(patch_size_3d, 3, "patch_size_3d"), in_chans, embed_dim)
         self.grid_2d = self.patch_embed.grid(self.img_size)
@@ -118,10 +120,6 @@ class UnifiedViT(HubEncoder):
     def patch_depth(self) -> int:
         """Slices per slab: the depth of the 3D patch."""
         return self.patch_embed_3d.patch_size[0]
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute blocks in the backward pass instead of storing their activations (timm's name)."""
-        self.grad_checkpointing = enable
 
     def token_grids(self, image: Tensor, slices: Tensor | None = None) -> list[tuple[int, int, int]]:
         """Token grid (depth, rows, columns) of each segment of an input: the image, then the slices if any."""
@@ -219,3 +217,19 @@ class UnifiedViT(HubEncoder):
         if attention is not None:
             attention = attention / len(self.blocks)
         return EncoderOutput(cls=x[:, 0], patches=x[:, 1:], attention=attention, hidden_states=tuple(hidden))
+
+
+def compiled_forward(backend: bool | str = True) -> Callable[..., EncoderOutput]:
+    """`UnifiedViT.forward` by `torch.compile`: takes an encoder and its inputs, one graph for each of their shapes.
+
+    Args:
+        backend: of torch.compile; True for Inductor, which needs a C++ compiler, on a GPU Triton.
+    """
+    import torch._dynamo.config as settings  # costs a second
+
+    # a step has up to nine kinds of pass: of teacher, student and selector, in 2D and 3D, of segments alone
+    settings.recompile_limit = max(settings.recompile_limit, 32)
+    # cutting graphs at DistributedDataParallel's buckets does not go with checkpointing
+    settings.optimize_ddp = False
+    name = "inductor" if backend is True else str(backend)
+    return torch.compile(UnifiedViT.forward, dynamic=False, backend=name)

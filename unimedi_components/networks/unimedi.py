@@ -10,6 +10,7 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,9 +19,10 @@ from torch import Tensor, nn
 from unimedi_components import selection
 from unimedi_components.networks.heads import DINOHead, ProjectionHead
 from unimedi_components.networks.masking import MODALITIES, Compared, compare, masked_pass
+from unimedi_components.networks.micro_batches import in_micro_batches
 from unimedi_components.networks.output import EncoderOutput, ImageFeatures, UniMediOutput
 from unimedi_components.networks.report_encoder import ReportEncoder
-from unimedi_components.networks.unified_vit import UnifiedViT
+from unimedi_components.networks.unified_vit import UnifiedViT, compiled_forward
 
 __all__ = ["UniMedI"]
 
@@ -64,6 +66,10 @@ class UniMedI(nn.Module):
         vl_on_full: take L_vl from a second, unmasked student pass (about twice the cost) instead of the masked one.
         init_temperature: start of the learnable temperature of L_vl.
         learn_temperature: False keeps it fixed (MGCA).
+        accumulation: run the encoders on this many parts of the batch, one after another, and the heads and losses on
+            all of it: the same gradients with the activations of one part, see `in_micro_batches`.
+        compile: compile the vision encoders' training passes with `torch.compile`, one graph for each shape; a
+            backend's name instead of True chooses it.
 
     Raises:
         ValueError: an unknown option, or options that cannot work together.
@@ -90,6 +96,8 @@ class UniMedI(nn.Module):
         vl_on_full: bool = False,
         init_temperature: float = 0.07,
         learn_temperature: bool = True,
+        accumulation: int = 1,
+        compile: bool | str = False,
     ) -> None:
         super().__init__()
         patch_loss_on = patch_loss_on or ("visible" if mask_mode == "drop" else "all")
@@ -102,6 +110,8 @@ class UniMedI(nn.Module):
             )
         if not 0.0 <= segment_dropout <= 1.0:
             raise ValueError(f"segment_dropout must be in [0, 1], not {segment_dropout}")
+        if accumulation < 1:
+            raise ValueError(f"accumulation must be at least 1, not {accumulation}")
         head = dino_head if self_distillation else None
         if self_distillation and head is None:
             raise ValueError("self_distillation needs a dino_head")
@@ -119,6 +129,9 @@ class UniMedI(nn.Module):
         self.self_distillation = self_distillation
         self.mask_ratio, self.mask_mode, self.mask_block = mask_ratio, mask_mode, mask_block
         self.patch_loss_on, self.segment_dropout, self.vl_on_full = patch_loss_on, segment_dropout, vl_on_full
+        self.accumulation = accumulation
+        # compiled is the function and not the modules, whose names in checkpoints therefore stay
+        self._compiled = compiled_forward(compile) if compile else None
         self.log_temperature = nn.Parameter(
             torch.tensor(math.log(1.0 / init_temperature)), requires_grad=learn_temperature
         )
@@ -169,7 +182,8 @@ class UniMedI(nn.Module):
         modality = torch.cat(
             [torch.full((len(view.cls),), MODALITIES.index(name), device=cls.device) for name, view in views.items()]
         )
-        text = self.report_encoder(batch["input_ids"], batch["attention_mask"])
+        words = (batch["input_ids"], batch["attention_mask"])
+        text = in_micro_batches(self.report_encoder, self.accumulation, *words)
         image_embed = self.image_projection(cls, modality) + self._unused(views)
         volume = views.get("image3d")
         return UniMediOutput(
@@ -223,7 +237,8 @@ class UniMedI(nn.Module):
         else:
             selector = by or (self.teacher if self.selector == "teacher" else self.encoder)
             assert selector is not None
-            attention = selector(volume, return_attention=True).attention
+            attention = self._run(selector, volume, return_attention=True).attention
+            assert attention is not None
             scores = selection.slice_scores(attention, grid)
             # what autocast cast here without a history would leave the student's own pass without a gradient
             torch.clear_autocast_cache()
@@ -233,6 +248,11 @@ class UniMedI(nn.Module):
         """Slices as 2D images of the encoder's `img_size` and their depths; see `selection.take_slices`."""
         return selection.take_slices(volume, index, self.encoder.img_size)
 
+    def _run(self, encoder: UnifiedViT, *inputs: Tensor, **options: Any) -> EncoderOutput:
+        """A pass of student, teacher or selector: in parts and, in training, compiled where asked for."""
+        run = partial(self._compiled, encoder) if self._compiled is not None and self.training else encoder
+        return in_micro_batches(run, self.accumulation, *inputs, **options)
+
     def _view(self, image: Tensor) -> _View:
         """Teacher and student passes of one modality."""
         inputs: tuple[Tensor, ...] = (image,)
@@ -241,12 +261,15 @@ class UniMedI(nn.Module):
             selected, scores = self.select(image)
             inputs = (image, *self.take_slices(image, selected))
         if not (self.self_distillation and self.training):
-            return _View(cls=self.encoder(*inputs).cls, selected=selected, scores=scores)
+            return _View(cls=self._run(self.encoder, *inputs).cls, selected=selected, scores=scores)
         assert self.teacher is not None
         with torch.no_grad():
-            teacher = self.teacher(*inputs, return_attention=True)
+            teacher = self._run(self.teacher, *inputs, return_attention=True)
         compared = self._masked(inputs, teacher)
-        cls = self.encoder(*inputs).cls if self.vl_on_full else torch.cat([part.student.cls for part in compared])
+        if self.vl_on_full:
+            cls = self._run(self.encoder, *inputs).cls
+        else:
+            cls = torch.cat([part.student.cls for part in compared])
         return _View(cls, compared, selected, scores)
 
     def _masked(self, inputs: tuple[Tensor, ...], teacher: EncoderOutput) -> list[Compared]:
@@ -257,6 +280,7 @@ class UniMedI(nn.Module):
         alone = int(len(keep) * self.segment_dropout / 2) if len(grids) > 1 else 0
         options: dict[str, Any] = {"mask_ratio": self.mask_ratio, "block": self.mask_block}
         options |= {"drop": self.mask_mode == "drop", "loss_on": self.patch_loss_on}
+        student = partial(self._run, self.encoder)
         compared, start = [], 0
         for segment, count in ((0, alone), (1, alone), (None, len(keep) - 2 * alone)):
             if count == 0:
@@ -265,7 +289,7 @@ class UniMedI(nn.Module):
             start += count
             part = EncoderOutput(teacher.cls[rows], teacher.patches[rows])
             shown = tuple(tensor[rows] for tensor in inputs)
-            compared.append(masked_pass(self.encoder, shown, keep[rows], part, grids, segment=segment, **options))
+            compared.append(masked_pass(student, shown, keep[rows], part, grids, segment=segment, **options))
         return compared
 
     def _distillation(self, views: Mapping[str, _View]) -> dict[str, Any]:

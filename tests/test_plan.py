@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plan of a run against what torch counts in a real step: FLOPs, and the bytes that autograd keeps."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from unimedi_components.__main__ import main
+from unimedi_components.config_check import check_config
+from unimedi_components.losses import UniMediLoss
+from unimedi_components.networks import DINOHead, ProjectionHead, ReportEncoder, UnifiedViT, UniMedI, create_encoder
+from unimedi_components.plan import GIB, describe, network_of_config, state_bytes, step_cost
+
+CONFIGS = Path(__file__).parents[1] / "bundles" / "pretrain" / "configs"
+TOKENS = 20
+
+
+def build(grad_checkpointing: bool = False, **options: Any) -> UniMedI:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"patch_size": 8, "patch_size_3d": (4, 8, 8), "embed_dim": 96, "depth": 4, "num_heads": 3}
+    text = {"hidden_size": 64, "num_hidden_layers": 3, "vocab_size": 50, "num_attention_heads": 2}
+    return UniMedI(
+        UnifiedViT(64, (16, 64, 64), **sizes, grad_checkpointing=grad_checkpointing),
+        ReportEncoder(config={**text, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}),
+        ProjectionHead(96, 128, 32),
+        ProjectionHead(64, 128, 32),
+        DINOHead(96, 200, 128, 32, center_kinds=5),
+        num_slices=2,
+        **options,
+    ).train()
+
+
+def batch() -> dict[str, torch.Tensor]:
+    return {
+        "image2d": torch.randn(4, 1, 64, 64),
+        "image3d": torch.randn(4, 1, 16, 64, 64),
+        "input_ids": torch.randint(5, 50, (8, TOKENS)),
+        "attention_mask": torch.ones(8, TOKENS, dtype=torch.long),
+    }
+
+
+def kept_bytes(network: UniMedI, amp: bool) -> int:
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage  # held, so that no address comes twice
+        return tensor
+
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with hooks, torch.autocast("cpu", torch.bfloat16, enabled=amp):
+        loss = UniMediLoss(out_dim=200)(network(batch()))
+    assert loss.requires_grad
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"mask_mode": "drop", "accumulation": 2},
+        {"vl_on_full": True, "selector": "random"},
+        {"grad_checkpointing": True},
+        {"self_distillation": False, "selector": "student"},
+    ],
+)
+def test_flops_are_those_that_torch_counts(options: dict[str, Any]) -> None:
+    network = build(**options)
+    # the fused kernel of the CPU is not counted
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        UniMediLoss(out_dim=200)(network(batch())).backward()
+    assert step_cost(network, 4, 4, TOKENS, amp=False).flops == pytest.approx(counter.get_total_flops(), rel=0.05)
+
+
+@pytest.mark.parametrize("amp", [False, True])
+@pytest.mark.parametrize("options", [{}, {"mask_mode": "drop"}, {"vl_on_full": True}, {"self_distillation": False}])
+def test_activations_are_those_that_autograd_keeps(options: dict[str, Any], amp: bool) -> None:
+    network = build(**options)
+    found = kept_bytes(network, amp)
+    if amp:  # autocast's halved weights are among them, and counted with the weights
+        found -= round(state_bytes(network, True) - state_bytes(network, False))
+    assert step_cost(network, 4, 4, TOKENS, amp=amp).activations == pytest.approx(found, rel=0.1)
+
+
+@pytest.mark.parametrize("options", [{"grad_checkpointing": True}, {"accumulation": 4}])
+def test_checkpointing_and_micro_batches_keep_less(options: dict[str, Any]) -> None:
+    network = build(**options)
+    cost = step_cost(network, 4, 4, TOKENS, amp=False)
+    assert cost.activations == pytest.approx(kept_bytes(network, False), rel=0.15)
+    whole = step_cost(build(), 4, 4, TOKENS, amp=False)
+    assert cost.activations + cost.passing < 0.5 * (whole.activations + whole.passing)
+
+
+def test_the_paper_on_eight_cards() -> None:
+    config = check_config([CONFIGS / "train.json", CONFIGS / "mimic_cxr_bimcv.json"])
+    network = network_of_config(config)
+    sizes = [sum(p.numel() for p in part.parameters()) for part in (network.encoder, network.teacher)]
+    with torch.device("meta"):
+        assert sizes == [sum(p.numel() for p in create_encoder(size="vit_b16").parameters())] * 2
+    cost, fixed = step_cost(network, 12, 6, 112), state_bytes(network)
+    text = describe(config, gpu="a100-40", gpus=8, share=0.5, xrays=96_000, cts=1000)
+    hours = 50 * 1000 * cost.flops / (0.5 * 312e12) / 3600
+    assert f"hours          {hours:.1f}: 50 epochs of 1000 steps" in text
+    assert "at 50% of 312 TFLOP/s in half precision (assumed)" in text
+    assert f"{(fixed + cost.activations + cost.passing) / GIB:.1f} of 40 GiB (a100-40): " in text
+    (found,) = re.findall(r"largest batch  (\d+) \+ (\d+) a rank", text)
+    two_d, three_d = map(int, found)
+    assert two_d == 2 * three_d
+    used = [step_cost(network, 2 * n, n, 112) for n in (three_d, three_d + 1)]
+    within = [fixed + step.activations + step.passing <= 0.9 * 40 * GIB for step in used]
+    assert within == [True, False]
+
+
+def test_what_cannot_be_planned_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    train, task = str(CONFIGS / "train.json"), str(CONFIGS.parents[1] / "chest_xray_detection" / "configs/train.json")
+    for words, message in (
+        ([train, "--gpu", "v100"], "--gpu 'v100' is unknown; use one of v100-32, a100-40, a100-80, h100-80"),
+        ([train, "--share", "2"], "--share must be in (0, 1], got 2"),
+        ([train, "--gpus", "0"], "--gpus must be a whole number of at least 1, got 0"),
+        ([task], "plan reads the configs of pre-training, and this network has no report_encoder"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main(["plan", *words])
+        assert capsys.readouterr().err == f"error: {message}\n"
