@@ -33,8 +33,8 @@ _SHEAR = 1.7e-3
 class LoadVolumed(MapTransform):
     """Read the CT volume that an item names: a file, a folder with one DICOM stack, or the files under "files".
 
-    Each key becomes a MetaTensor (1, X, Y, Z) of float32 in the file's own axes and affine. "assume_hu" and "check_hu"
-    of an item say what to make of values that may be no Hounsfield units. What `prepare` and
+    Each key becomes a MetaTensor (1, X, Y, Z), int16 or float32 as of `read_volume`, in the file's own axes and affine.
+    "assume_hu" and "check_hu" of an item say what to make of values that may be no Hounsfield units. What `prepare` and
     `inspect` say of a file is decided by the same readers and checks.
 
     Args:

@@ -16,11 +16,11 @@ import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 import torch
-from monai.transforms import Compose, ScaleIntensityRanged
+from monai.transforms import Compose
 from PIL import Image
 from torch import Tensor
 
-from unimedi_components.data.transforms import ct_transforms, xray_transforms
+from unimedi_components.data.transforms import WindowAread, ct_transforms, xray_transforms
 from unimedi_components.data.volume_loading import with_part
 from unimedi_components.figures.attention import COLOUR_MAP, attention_opacity, attention_strength
 from unimedi_components.images.checks import SAMPLED_SLICES, hounsfield_fault
@@ -102,7 +102,7 @@ def volume_view(path: Path, options: Mapping[str, Any], shown: int = _SHOWN[3], 
     """Read a volume; `options` of `ct_transforms`, `shown` as above, `part` of `part_of`."""
     steps = ct_transforms(**options)
     # all before the window is read and turned once
-    first = next(i for i, step in enumerate(steps) if isinstance(step, ScaleIntensityRanged))
+    first = next(i for i, step in enumerate(steps) if isinstance(step, WindowAread))
     volume = Compose(steps[:first])({**with_part(path, part), "check_hu": True})["image"]
     image = Compose(steps[first:])({"image": volume})["image"]
     depth, *plane = image.shape[1:]
