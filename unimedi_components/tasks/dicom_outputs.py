@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from unimedi_components import __version__
 from unimedi_components.errors import ConfigError, DataError
+from unimedi_components.images.dicom_stacks import Stack
 from unimedi_components.images.headers import DicomHeader, is_dicom, load_pydicom, read_header
 
 __all__ = ["Boxes", "check_dicom_outputs", "write_boxes", "write_label_map", "write_mask"]
@@ -68,42 +69,38 @@ def write_mask(source: str | Path, mask: Array, label: str, target: str | Path) 
     return _write_segmentation([_source(header)], mask[None, ..., None], [label], Path(target))
 
 
-def write_label_map(
-    files: Sequence[str | Path], labels: Array, affine: Array, names: Sequence[str], target: Path
-) -> Path | None:
-    """Write a label map of a series of single slices as a DICOM Segmentation, a segment for each label that occurs.
+def write_label_map(stack: Stack, labels: Array, affine: Array, names: Sequence[str], target: Path) -> Path | None:
+    """Write a label map of a DICOM CT as a DICOM Segmentation, a segment for each label that occurs.
 
     Args:
-        files: of the slices.
+        stack: the CT's slices, files of their own or frames of one.
         labels: whole numbers (X, Y, Z), X along the rows' pixels and Y along the columns', as `read_volume` lays them.
         affine: (4, 4) from voxel indices to mm, RAS.
         names: of the labels, background first.
         target: the file to write.
 
     Returns:
-        `target`; None where a file is no DICOM slice with a place, or no label occurs.
+        `target`; None where no label occurs.
 
     Raises:
         DataError: the label map does not lie on the slices.
     """
     present = [number for number in range(1, len(names)) if (labels == number).any()]
-    if not present or not files or not all(is_dicom(file) for file in files):
-        return None
-    headers = [read_header(file) for file in files]
-    if any(header.position is None or header.frames > 1 for header in headers):
+    if not present:
         return None
     planes, to_index = [], np.linalg.inv(np.asarray(affine, dtype=float))
-    for header in headers:
-        assert header.position is not None
+    for one in stack.slices:
         # from LPS to RAS
-        place = np.array([-header.position[0], -header.position[1], header.position[2], 1])
-        index = to_index @ place
+        index = to_index @ np.array([-one.position[0], -one.position[1], one.position[2], 1])
         level = round(float(index[2]))
         on_slice = abs(index[2] - level) <= _ON_SLICE and np.abs(index[:2]).max() <= _ON_SLICE
-        if not on_slice or not 0 <= level < labels.shape[2] or labels.shape[:2] != (header.columns, header.rows):
-            raise DataError(f"{header.path}: the label map does not lie on the slices of the series")
+        size = (one.header.columns, one.header.rows)
+        if not on_slice or not 0 <= level < labels.shape[2] or labels.shape[:2] != size:
+            raise DataError(f"{one.header.path}: the label map does not lie on the slices of the series")
         planes.append(np.stack([number == labels[:, :, level].T for number in present], axis=-1))
-    return _write_segmentation([_source(h) for h in headers], np.stack(planes), [names[n] for n in present], target)
+    headers = {one.header.path: one.header for one in stack.slices}
+    sources = [_source(header) for header in headers.values()]
+    return _write_segmentation(sources, np.stack(planes), [names[n] for n in present], target, stack)
 
 
 def write_boxes(source: str | Path, boxes: Boxes, target: str | Path) -> Path | None:
@@ -167,8 +164,10 @@ def write_boxes(source: str | Path, boxes: Boxes, target: str | Path) -> Path | 
     return _save(file, Path(target))
 
 
-def _write_segmentation(sources: list[Any], planes: Array, labels: Sequence[str], target: Path) -> Path:
-    """`planes` bool (slices, H, W, labels)."""
+def _write_segmentation(
+    sources: list[Any], planes: Array, labels: Sequence[str], target: Path, stack: Stack | None = None
+) -> Path:
+    """`planes` bool (slices, H, W, labels), each on its source, or on a slice of the stack."""
     load_pydicom()
     import highdicom as hd
     from pydicom.sr.codedict import codes
@@ -200,8 +199,22 @@ def _write_segmentation(sources: list[Any], planes: Array, labels: Sequence[str]
         manufacturer_model_name="UniMedI bundles",
         software_versions=__version__,
         device_serial_number="0",
+        **(_planes(stack) if stack else {}),
     )
     return _save(file, target)
+
+
+def _planes(stack: Stack) -> dict[str, Any]:
+    """Where the slices lie, which enhanced files may say in either of their functional groups."""
+    import highdicom as hd
+
+    first, step = stack.slices[0], float(np.linalg.norm(stack.affine[:3, 2]))
+    patient = hd.CoordinateSystemNames.PATIENT
+    return {
+        "pixel_measures": hd.PixelMeasuresSequence(first.spacing, step, step),
+        "plane_orientation": hd.PlaneOrientationSequence(patient, first.orientation.tolist()),
+        "plane_positions": [hd.PlanePositionSequence(patient, one.position.tolist()) for one in stack.slices],
+    }
 
 
 def _concept(text: str) -> Any:
