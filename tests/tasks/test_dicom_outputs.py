@@ -108,9 +108,8 @@ def test_organs_of_an_enhanced_ct(order: Any, tmp_path: Path) -> None:
     SaveOrgans(tmp_path / "out", ["background", "liver", "spleen"], figures=False, dicom=True)(prediction)
     found = hd.seg.segread(tmp_path / "out" / "a_organs.dcm")
     for number, label in ((1, 1), (2, 2)):
-        planes = found.get_pixels_by_source_frame(
-            pydicom.dcmread(source).SOPInstanceUID, list(range(1, 25)), segment_numbers=[number]
-        )
+        frames, options = list(range(1, 25)), {"segment_numbers": [number], "assert_missing_frames_are_empty": True}
+        planes = found.get_pixels_by_source_frame(pydicom.dcmread(source).SOPInstanceUID, frames, **options)
         expected = (labels[0].numpy() == label)[:, :, list(order)]
         np.testing.assert_array_equal(planes[..., 0].transpose(2, 1, 0) > 0, expected)
     measures = found.SharedFunctionalGroupsSequence[0]
@@ -144,3 +143,13 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "highdicom", None)
     with pytest.raises(ConfigError, match=r"unimedi-components\[dicom\]"):
         check_dicom_outputs()
+
+
+@pytest.mark.parametrize("name", ["SOPInstanceUID", "SeriesInstanceUID"])
+def test_a_film_without_its_uid_is_passed_over(name: str, film: Path, tmp_path: Path, caplog: Any) -> None:
+    file = pydicom.dcmread(film)
+    delattr(file, name)
+    file.save_as(film)
+    assert write_mask(film, np.ones((H, W), bool), "a", tmp_path / "a.dcm") is None
+    assert write_boxes(film, [([0, 0, 1, 1], "a", 0.5)], tmp_path / "a.dcm") is None
+    assert f"{film}: lacks {name}, so no DICOM is written of it" in caplog.text and not (tmp_path / "a.dcm").exists()

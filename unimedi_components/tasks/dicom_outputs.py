@@ -6,6 +6,7 @@ Masks and label maps become a Segmentation (PS3.3 A.51), boxes a Comprehensive S
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Sequence
@@ -22,6 +23,8 @@ from unimedi_components.images.headers import DicomHeader, is_dicom, load_pydico
 
 __all__ = ["Boxes", "check_dicom_outputs", "write_boxes", "write_label_map", "write_mask"]
 
+logger = logging.getLogger(__name__)
+
 Array = npt.NDArray[Any]
 #: [x0, y0, x1, y1] in pixels of the film, label, score.
 Boxes = Sequence[tuple[Sequence[float], str, float]]
@@ -31,6 +34,8 @@ _TYPE_2 = (
     *("PatientName", "PatientID", "PatientBirthDate", "PatientSex"),
     *("StudyDate", "StudyTime", "StudyID", "AccessionNumber", "ReferringPhysicianName"),
 )
+# what another DICOM names a file by
+_REFERRED = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "SOPClassUID")
 _MAKER = "UniMedI"
 # a voxel of a label map lies on a slice of the series where it is this near, in steps
 _ON_SLICE = 0.5
@@ -61,11 +66,13 @@ def write_mask(source: str | Path, mask: Array, label: str, target: str | Path) 
         target: the file to write.
 
     Returns:
-        `target`; None where the film is no DICOM, or nothing is masked, which a Segmentation cannot hold.
+        `target`; None where the film is no DICOM or lacks its UIDs, or nothing is masked: no Segmentation is empty.
     """
     if not is_dicom(source) or not mask.any():
         return None
     header = read_header(source)
+    if _nameless(header):
+        return None
     return _write_segmentation([_source(header)], mask[None, ..., None], [label], Path(target))
 
 
@@ -80,13 +87,13 @@ def write_label_map(stack: Stack, labels: Array, affine: Array, names: Sequence[
         target: the file to write.
 
     Returns:
-        `target`; None where no label occurs.
+        `target`; None where no label occurs, or a file lacks its UIDs.
 
     Raises:
         DataError: the label map does not lie on the slices.
     """
     present = [number for number in range(1, len(names)) if (labels == number).any()]
-    if not present:
+    if not present or any(_nameless(one.header) for one in stack.slices):
         return None
     planes, to_index = [], np.linalg.inv(np.asarray(affine, dtype=float))
     for one in stack.slices:
@@ -98,8 +105,11 @@ def write_label_map(stack: Stack, labels: Array, affine: Array, names: Sequence[
         if not on_slice or not 0 <= level < labels.shape[2] or labels.shape[:2] != size:
             raise DataError(f"{one.header.path}: the label map does not lie on the slices of the series")
         planes.append(np.stack([number == labels[:, :, level].T for number in present], axis=-1))
-    headers = {one.header.path: one.header for one in stack.slices}
-    sources = [_source(header) for header in headers.values()]
+    sources = [_source(header) for header in {one.header.path: one.header for one in stack.slices}.values()]
+    for source in sources:
+        if "FrameOfReferenceUID" not in source:
+            # slices of one stack share one, though their files do not name it
+            source.FrameOfReferenceUID = _uid(sources[0], "frame of reference")
     return _write_segmentation(sources, np.stack(planes), [names[n] for n in present], target, stack)
 
 
@@ -112,7 +122,7 @@ def write_boxes(source: str | Path, boxes: Boxes, target: str | Path) -> Path | 
         target: the file to write.
 
     Returns:
-        `target`; None where the film is no DICOM, or there is no box.
+        `target`; None where the film is no DICOM or lacks its UIDs, or there is no box.
     """
     if not is_dicom(source) or not boxes:
         return None
@@ -120,7 +130,10 @@ def write_boxes(source: str | Path, boxes: Boxes, target: str | Path) -> Path | 
     from highdicom import sr
     from pydicom.sr.codedict import codes
 
-    film = _source(read_header(source))
+    header = read_header(source)
+    if _nameless(header):
+        return None
+    film = _source(header)
     device = sr.DeviceObserverIdentifyingAttributes(uid=_uid(film, "device"), name="UniMedI")
     observer = sr.ObserverContext(observer_type=codes.DCM.Device, observer_identifying_attributes=device)
     context = sr.ObservationContext(observer_device_context=observer)
@@ -223,6 +236,14 @@ def _concept(text: str) -> Any:
 
     value = re.sub(r"[^A-Za-z0-9]+", "_", text).strip("_")[:16] or "label"
     return CodedConcept(value, "99UNIMEDI", text[:64])
+
+
+def _nameless(header: DicomHeader) -> bool:
+    """Whether a file lacks a UID of its own, so that no DICOM can refer to it; says so."""
+    missing = [name for name in _REFERRED if not header.text(name)]
+    if missing:
+        logger.warning("%s: lacks %s, so no DICOM is written of it", header.path, ", ".join(missing))
+    return bool(missing)
 
 
 def _source(header: DicomHeader) -> Any:
