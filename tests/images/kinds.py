@@ -392,6 +392,56 @@ def nrrd(writer: Writer) -> Path:
     return path
 
 
+@kind("volume", truth=BODY)
+def legacy_converted_with_stacks_of_frames(writer: Writer) -> Path:
+    def change(file: FileDataset) -> None:
+        file.SOPClassUID = file.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.2.2"
+        orientation = file.SharedFunctionalGroupsSequence[0].PlaneOrientationSequence
+        del file.SharedFunctionalGroupsSequence[0].PlaneOrientationSequence
+        for number, group in enumerate(file.PerFrameFunctionalGroupsSequence):
+            group.PlaneOrientationSequence = orientation
+            group.FrameContentSequence = [Dataset()]
+            group.FrameContentSequence[0].StackID, group.FrameContentSequence[0].InStackPositionNumber = "1", number + 1
+
+    return rewrite(writer.enhanced("legacy", [*range(12, 24), *range(12)]), change)
+
+
+@kind("volume", truth=BODY)
+def frames_in_even_steps(writer: Writer) -> Path:
+    file = new_file(root=writer.root)
+    file.NumberOfFrames, file.PixelSpacing, file.RescaleSlope, file.RescaleIntercept = 24, [2.5, 2], 1, -1024
+    file.ImagePositionPatient, file.ImageOrientationPatient = [10, -20, 100], [1, 0, 0, 0, 1, 0]
+    file.SpacingBetweenSlices = 3
+    put_pixels(file, (body().transpose(2, 1, 0) + 1024).astype(np.uint16))
+    return writer.save(file, "frames.dcm")
+
+
+@kind("volume", truth=BODY)
+def slices_of_two_folders(writer: Writer) -> Path:
+    folder = ct(writer)
+    for number, path in enumerate(sorted(folder.iterdir())):
+        part = folder / f"DIR{number % 2}"
+        part.mkdir(exist_ok=True)
+        path.rename(part / path.stem)
+    return folder
+
+
+@kind("volume", truth=BODY)
+def a_dicomdir_export(writer: Writer) -> Path:
+    from pydicom.fileset import FileSet
+
+    files = FileSet()
+    for path in sorted(ct(writer, lambda n, f: f.update({"StudyTime": "1200", "StudyID": "1"})).iterdir()):
+        files.add(path)
+    files.write(writer.folder / "CD")
+    return writer.folder / "CD" / "DICOMDIR"
+
+
+@kind("volume", "directions of slices differ by up to 0.17 degrees")
+def directions_of_few_digits(writer: Writer) -> Path:
+    return ct(writer, lambda n, f: setattr(f, "ImageOrientationPatient", [1, 0.003 * (n % 2), 0, 0, 1, 0]))
+
+
 # refused --------------------------------------------------------------------------------------------------------------
 
 
@@ -473,6 +523,13 @@ def nifti_of_no_place(writer: Writer) -> Path:
 @kind("", "raw stored values")
 def stored_values_in_nifti(writer: Writer) -> Path:
     return nifti(writer, "stored.nii.gz", (body() + 1024).astype(np.uint16))
+
+
+@kind("", "some voxels are NaN or infinite")
+def an_infinite_voxel(writer: Writer) -> Path:
+    values = body().astype(np.float32)
+    values[1, 1, 1] = np.inf
+    return nifti(writer, "inf.nii.gz", values)
 
 
 @kind("", "its header names voxels outside its folder")

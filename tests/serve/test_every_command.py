@@ -105,8 +105,9 @@ def answer(analyser: Analyser, paths: dict[str, Path]) -> Iterator[Callable[[str
 
     def post(name: str) -> tuple[int, dict[str, Any]]:
         path = paths[name]
-        lone = path.is_file() and path.suffix != ".mhd"
-        given = [path] if lone else sorted((path if path.is_dir() else path.parent).iterdir())
+        lone = path.is_file() and path.name != "DICOMDIR" and path.suffix != ".mhd"
+        below = sorted((path if path.is_dir() else path.parent).rglob("*"))
+        given = [path] if lone else [file for file in below if file.is_file()]
         files = [("files", (file.name, io.BytesIO(file.read_bytes()))) for file in given]
         reply = client.post("/api/analyse", files=files)
         return reply.status_code, reply.json()
