@@ -81,7 +81,7 @@ def _read_mask(path: str) -> np.ndarray:
         raise DataError(f"{path}: no such file; correct the datalist or `dataset_dir`")
     if is_dicom(path):
         array = modality_values(read_header(path)).values
-        array = array.any(axis=-1) if array.ndim > 3 else array
+        array = array.max(axis=-1) if array.ndim > 3 else array
     else:
         array = np.asarray(load_itk().array_from_image(load_itk().imread(path)))
     frames = array.reshape(-1, *array.shape[-2:]) if array.ndim > 2 else array[None]

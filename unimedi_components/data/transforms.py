@@ -98,7 +98,7 @@ class WindowAread(MapTransform):
         """Return a copy of `data` with resized volumes."""
         resized = dict(data)
         low, high = self.window
-        depth, *plane = self.spatial_size
+        depth, height, width = self.spatial_size
         for key in self.key_iterator(resized):
             given, slices = resized[key], []
             volume = given.as_tensor() if isinstance(given, MetaTensor) else torch.as_tensor(given)
@@ -107,7 +107,7 @@ class WindowAread(MapTransform):
                 start, end = number * volume.shape[1] // depth, -(-(number + 1) * volume.shape[1] // depth)
                 block = (volume[:, start:end].float() - low) / (high - low)
                 block = (block * 2 - 1).clamp(-1, 1)
-                slices.append(adaptive_avg_pool3d(block, (1, *plane)))
+                slices.append(adaptive_avg_pool3d(block, (1, height, width)))
             resized[key] = torch.cat(slices, dim=1)
             if isinstance(given, MetaTensor):
                 affine = given.affine @ torch.as_tensor(scale_affine(volume.shape[1:], self.spatial_size)).to(
