@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from unimedi_components.data.transforms import input_transforms
 from unimedi_components.errors import CheckpointError, DataError
-from unimedi_components.images.find import find_images
+from unimedi_components.images.find import image_at, image_items
 from unimedi_components.networks.hub import MODEL_TYPE, PROCESSOR_FILE, hub_folder, read_hub_json
 from unimedi_components.networks.unified_vit import UnifiedViT
 
@@ -149,7 +149,7 @@ class UniMediImageProcessor(ImageProcessingMixin):
         )
         if not all(isinstance(path, (str, Path)) for path in paths):
             raise DataError(f"the processor reads files, got {type(images).__name__}; give paths")
-        items = [_only_item(str(path), assume_hu) for path in paths]
+        items = [image_items([image_at(Path(path), assume_hu)], Path(path).parent, assume_hu)[0] for path in paths]
         if len({item["dim"] for item in items}) != 1:
             kinds = ", ".join(f"{path} ({item['dim']}D)" for path, item in zip(paths[:4], items, strict=False))
             raise DataError(f"one batch takes X-rays or volumes, got {kinds or 'no path'}; call once for each kind")
@@ -166,11 +166,3 @@ class UniMediImageProcessor(ImageProcessingMixin):
             if not torch.isfinite(tensors[-1]).all():
                 raise DataError(f"{path}: holds values that are not finite numbers. Export it again")
         return BatchFeature({"image": torch.stack(tensors)}, tensor_type=return_tensors)
-
-
-def _only_item(path: str, assume_hu: bool) -> dict[str, Any]:
-    items = find_images(path, assume_hu=assume_hu)
-    if len(items) != 1:
-        names = ", ".join(item["id"] for item in items[:4])
-        raise DataError(f"{path}: holds {len(items)} images and not one ({names}). Give the files of one alone")
-    return dict(items[0])

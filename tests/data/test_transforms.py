@@ -3,16 +3,17 @@ from __future__ import annotations
 
 import math
 import struct
+from typing import Any
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
 from monai.data import CacheDataset, MetaTensor, PersistentDataset
-from monai.transforms import Compose, RandFlipd
+from monai.transforms import Compose, RandFlipd, Resized, ScaleIntensityRanged
 from PIL import Image
 
-from unimedi_components.data.transforms import ByDimension, XrayReader, ct_transforms, xray_transforms
+from unimedi_components.data.transforms import ByDimension, WindowAread, XrayReader, ct_transforms, xray_transforms
 from unimedi_components.errors import DataError
 
 RNG = np.random.default_rng(3)
@@ -338,3 +339,21 @@ def test_ct_rotation_turns_every_slice_alike_and_never_flips() -> None:
         down, across = inner.diff(dim=0).mean(), inner.diff(dim=1).mean()
         angles.append(math.degrees(math.atan2(float(down), float(across))))
     assert max(map(abs, angles)) <= 10.01 and min(angles) < -1 and max(angles) > 1
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"), [((50, 40, 36), (32, 24, 24)), ((9, 20, 22), (16, 24, 24)), ((8, 9, 7),) * 2]
+)
+@pytest.mark.parametrize("kind", [torch.int16, torch.float32])
+def test_slices_at_a_time_equal_the_whole_volume(shape: Any, size: Any, kind: torch.dtype) -> None:
+    values = (torch.rand(1, *shape, generator=torch.Generator().manual_seed(0)) * 4000 - 2000).to(kind)
+    volume = MetaTensor(values, affine=torch.diag(torch.tensor([3.0, 2, 1, 1])))
+    whole = Compose(
+        [
+            ScaleIntensityRanged("image", a_min=-1000, a_max=400, b_min=-1, b_max=1, clip=True),
+            Resized("image", spatial_size=size, mode="area"),
+        ]
+    )({"image": volume})["image"]
+    found = WindowAread("image", (-1000, 400), size)({"image": volume})["image"]
+    assert found.dtype == torch.float32 and torch.equal(found.as_tensor(), whole.as_tensor())
+    assert torch.allclose(found.affine, whole.affine)

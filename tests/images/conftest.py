@@ -26,14 +26,16 @@ def body() -> np.ndarray:
     return volume
 
 
-def new_file(modality: str = "CT", sop_class: str = CT, series: str = "1", name: str = "0") -> FileDataset:
+def new_file(
+    modality: str = "CT", sop_class: str = CT, series: str = "1", name: str = "0", root: str = ROOT
+) -> FileDataset:
     """A header without image."""
     meta = FileMetaDataset()
-    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = sop_class, f"{ROOT}.{series}.{name}"
+    meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = sop_class, f"{root}.{series}.{name}"
     meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
     file = FileDataset("", {}, file_meta=meta, preamble=b"\0" * 128)
     file.SOPClassUID, file.SOPInstanceUID = sop_class, meta.MediaStorageSOPInstanceUID
-    file.Modality, file.StudyInstanceUID, file.SeriesInstanceUID = modality, ROOT, f"{ROOT}.{series}"
+    file.Modality, file.StudyInstanceUID, file.SeriesInstanceUID = modality, root, f"{root}.{series}"
     file.PatientName, file.PatientID, file.StudyDate = "Doe^Jane", "MRN-4711", "20240229"
     file.SeriesNumber = series
     return file
@@ -53,8 +55,8 @@ class Writer:
 
     new_file = staticmethod(new_file)
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, root: str = ROOT) -> None:
+        self.folder, self.root = folder, root
 
     def save(self, file: FileDataset, name: str) -> Path:
         path = self.folder / name
@@ -89,7 +91,7 @@ class Writer:
         places = [SPACING[2] * z for z in range(volume.shape[2])] if places is None else list(places)
         paths = []
         for number, place in enumerate(places):
-            file = new_file(series=series, name=str(start + number))
+            file = new_file(series=series, name=str(start + number), root=self.root)
             x, y = shift(place)
             file.ImagePositionPatient = [10 + x, -20 + y, 100 + place]
             file.ImageOrientationPatient = [1, 0, 0, 0, 1, 0]
@@ -102,7 +104,7 @@ class Writer:
         return paths
 
     def film(self, name: str, series: str = "9", modality: str = "CR", size: tuple[int, int] = (60, 50)) -> Path:
-        file = new_file(modality, CR, series, name=str(sum(name.encode())))
+        file = new_file(modality, CR, series, str(sum(name.encode())), self.root)
         rng = np.random.default_rng(sum(name.encode()))
         put_pixels(file, rng.integers(0, 4096, size).astype(np.uint16))
         return self.save(file, name)
@@ -110,7 +112,7 @@ class Writer:
     def enhanced(self, name: str, order: Sequence[int], volume: np.ndarray | None = None) -> Path:
         """A multi-frame CT whose frames are the slices `order`."""
         volume = body() if volume is None else volume
-        file = new_file(sop_class=ENHANCED, name="77")
+        file = new_file(sop_class=ENHANCED, name="77", root=self.root)
         file.NumberOfFrames = len(order)
         measures, rescale, orientation, shared = Dataset(), Dataset(), Dataset(), Dataset()
         measures.PixelSpacing, measures.SliceThickness = [SPACING[1], SPACING[0]], 3.0

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,10 @@ from pydicom.uid import (
 from tests.images.single_files import GREY, H, W, compress, write
 from unimedi_components.errors import DataError
 from unimedi_components.images.dicom import modality_values, read_header, stored_values
+from unimedi_components.images.find import sort_files
 from unimedi_components.images.headers import is_dicom, starts_as_dicom
+from unimedi_components.images.xray import read_xray
+from unimedi_components.images.xray_checks import xray_fault
 
 
 def stored(path: Path) -> np.ndarray:
@@ -237,3 +241,56 @@ def test_values_that_are_not_to_the_letter(tmp_path: Path) -> None:
         modality_values(read_header(path))
     path.write_bytes(raw.replace(b"2.00", b"    "))
     np.testing.assert_array_equal(modality_values(read_header(path)).values[0], GREY)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [({"TransferSyntaxUID": "1.2.3.4"}, "is coded in transfer syntax 1.2.3.4, which is not read here"),
+     ({"TransferSyntaxUID": "1.2.840.10008.1.2.4.201"}, "is coded in transfer syntax 1.2.840.10008.1.2.4.201"),
+     ({"PhotometricInterpretation": None}, "its PhotometricInterpretation is missing, so what is black is unknown"),
+     ({"PhotometricInterpretation": "GREY"}, "its PhotometricInterpretation is GREY, so what is black is unknown"),
+     ({"PhotometricInterpretation": "PALETTE COLOR"}, "its palette is missing"),
+     ({"BitsAllocated": 12}, "has 1 value(s) of 12 bits a pixel"),
+     ({"SamplesPerPixel": 4}, "has 4 value(s) of 16 bits a pixel"),
+     ({"RescaleSlope": b"abc"}, "its RescaleSlope is no number")],
+)  # fmt: skip
+def test_headers_that_cannot_be_read_have_one_verdict(tmp_path: Path, changes: Any, reason: str) -> None:
+    path = write(tmp_path / "a.dcm", GREY, BitsStored=12)
+    file = pydicom.dcmread(path)
+    for name, value in changes.items():
+        if name == "TransferSyntaxUID":
+            file.file_meta.TransferSyntaxUID = value
+            file.PixelData = pydicom.encaps.encapsulate([file.PixelData]) if "840" in value else file.PixelData
+        elif value is None:
+            delattr(file, name)
+        elif isinstance(value, bytes):
+            tag = pydicom.tag.Tag(name)
+            file[tag] = pydicom.dataelem.RawDataElement(tag, "DS", len(value), value, 0, False, True)
+        else:
+            setattr(file, name, value)
+    file.save_as(path, implicit_vr=False, little_endian=True)
+    quick, full, found = xray_fault(path, "quick"), xray_fault(path, "full"), sort_files([path])[1]
+    assert quick == full and quick is not None and quick[1].startswith(f"{path}: {reason}"), quick
+    assert found[0].reason == quick[1].removeprefix(f"{path}: ")
+    with pytest.raises(DataError, match=re.escape(quick[1])):
+        read_xray(path)
+
+
+@pytest.mark.parametrize("name", ["PhotometricInterpretation", "PixelRepresentation", "BitsStored", "SamplesPerPixel"])
+def test_slices_of_incomplete_headers_are_read(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path / "a.dcm", GREY, Modality="CT")
+    file = pydicom.dcmread(path)
+    delattr(file, name)
+    file.save_as(path)
+    assert np.array_equal(stored_values(read_header(path))[0], GREY)
+
+
+def test_a_mark_without_its_preamble(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.dcm", GREY, BitsStored=12)
+    whole = path.read_bytes()
+    path.write_bytes(whole[128:])
+    header = read_header(path)
+    assert header.pixel_offset == whole[128:].index(GREY.astype("<u2").tobytes())
+    assert np.array_equal(stored_values(header)[0], GREY) and xray_fault(path) is None
+    path.write_bytes(whole[128:-200])
+    assert "cut off" in xray_fault(path)[1]

@@ -386,3 +386,92 @@ def test_a_gap_does_not_tear_folders_apart(dicom: Any, truth: Any, folders: int)
     assert images[0].warnings[0].startswith("Slices seem to be missing: 1 gap(s) of up to 6 mm where 3 mm is usual")
     volume = only_volume(dicom.folder)
     assert np.array_equal(volume.values[:, :, kept], truth[0][:, :, kept]) and np.allclose(volume.affine, truth[1])
+
+
+def half_a_step(dicom: Any, values: np.ndarray, first: Any = None, second: Any = None) -> None:
+    """Two acquisitions in one series, the second half a step above the first and 7 HU denser."""
+    nothing = lambda number, file: None  # noqa: E731
+    dicom.slices(change=first or nothing)
+    places = [3.0 * z + 1.5 for z in range(24)]
+    dicom.slices(start=100, places=places, volume=(values + 7).astype(np.int16), change=second or nothing)
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [("AcquisitionNumber", (1, 2)), ("ConvolutionKernel", ("B30f", "B70f")), ("ReconstructionDiameter", (350, 400)),
+     ("KVP", (80, 140)), ("AcquisitionTime", ("1015", "1016"))],
+)  # fmt: skip
+def test_acquisitions_half_a_step_apart_are_two(dicom: Any, truth: Any, name: str, values: Any) -> None:
+    changes = [lambda n, f, value=value: setattr(f, name, value) for value in values]
+    if name == "AcquisitionTime":
+        changes = [lambda n, f, value=value: setattr(f, name, f"{value}{n:02d}.5") for value in values]
+    half_a_step(dicom, truth[0], *changes)
+    images, left_out = listed(dicom.folder)
+    assert len(images) == 2 and not left_out
+    for image, more, z in zip(images, (7, 0), (101.5, 100), strict=True):
+        volume = read_volume(image.path, image.files)
+        assert np.array_equal(volume.values, truth[0] + more)
+        assert np.allclose(volume.affine[:3, 3], [-10, 20, z]) and volume.affine[2, 2] == 3
+        other = next(one for one in images if one is not image)
+        assert image.warnings == (f"The series holds 2 stacks; besides this one: {other.stack.described}.",)
+
+
+def test_acquisitions_that_only_the_thickness_tells_from_one_stack(dicom: Any, truth: Any) -> None:
+    def change(acquisition: int) -> Any:
+        def set_numbers(number: int, file: Any) -> None:
+            file.AcquisitionNumber, file.InstanceNumber = acquisition, 2 * number + acquisition
+
+        return set_numbers
+
+    half_a_step(dicom, truth[0], change(1), change(2))
+    assert [image.stack.label for image in listed(dicom.folder)[0]] == ["AcquisitionNumber 2", "AcquisitionNumber 1"]
+
+
+def test_acquisitions_that_nothing_tells_apart_are_refused(dicom: Any, truth: Any) -> None:
+    half_a_step(dicom, truth[0])
+    images, left_out = listed(dicom.folder)
+    (reason,) = reasons(left_out)
+    assert not images and len(left_out) == 48
+    assert reason.startswith("the series holds several stacks: 24 and 24 slices that lie between each other's")
+    assert reason.endswith("Export each as a series of its own, or give the files of one alone")
+
+
+def test_directions_that_stray_are_one_stack(dicom: Any, truth: Any) -> None:
+    def turn(step: float) -> Any:
+        def set_direction(number: int, file: Any) -> None:
+            along, across = np.cos(step * number), np.sin(step * number)
+            file.ImageOrientationPatient = [along, across, 0, -across, along, 0]
+
+        return set_direction
+
+    dicom.slices(change=lambda n, f: turn(0.004)(n % 2, f))
+    volume = only_volume(dicom.folder)
+    assert np.array_equal(volume.values, truth[0])
+    assert volume.warnings == ("The directions of slices differ by up to 0.23 degrees; their mean is taken.",)
+    mean = np.array([np.cos(0.002), np.sin(0.002), 0])
+    assert np.allclose(volume.affine[:3, 0], 2.0 * mean * [-1, -1, 1], atol=1e-4)
+    assert np.allclose(np.linalg.norm(volume.affine[:3, :3], axis=0), [2, 2.5, 3], atol=1e-6)
+    dicom.slices(folder="fan", series="2", change=turn(0.005))
+    _, left_out = listed(dicom.folder)
+    assert reasons(left_out) == {
+        "the slices lie in directions up to 6.6 degrees apart and are no one stack. Export each stack as a series of "
+        "its own"
+    }
+
+
+@pytest.mark.parametrize("name", ["PatientID", "StudyInstanceUID", "SeriesInstanceUID"])
+def test_names_that_some_slices_lack_do_not_split(dicom: Any, truth: Any, name: str) -> None:
+    dicom.slices(change=lambda n, f: f.__delattr__(name) if n % 3 == 0 else None)
+    assert is_body(only_volume(dicom.folder), truth)
+    # another stack at the same places is not taken for the missing slices
+    dicom.slices(folder="ct", start=100, change=lambda n, f: f.__delattr__("SeriesInstanceUID"), series="2")
+    assert len(listed(dicom.folder)[0]) == 2
+
+
+def test_stacks_of_one_series_name_each_other(dicom: Any) -> None:
+    dicom.slices(change=lambda n, f: setattr(f, "PixelSpacing", [2.5, 2.0] if n < 10 else [2.6, 2.0]))
+    images, left_out = listed(dicom.folder)
+    assert sorted(len(image.files) for image in images) == [10, 14] and not left_out
+    assert {image.warnings for image in images} == {
+        (f"The series holds 2 stacks; besides this one: {count} slices of 20 x 18.",) for count in (10, 14)
+    }

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pydicom
 import pytest
 from PIL import Image
 from pydicom.dataset import Dataset
@@ -271,3 +272,43 @@ def test_items_carry_what_was_done(tmp_path: Path) -> None:
     assert item["image"].meta["filename_or_obj"] == str(path)
     with pytest.raises(DataError, match="must name one file, got 2"):
         LoadXrayd("image")({"image": [str(path), str(path)]})
+
+
+#: 12 bits.
+FILM = film()
+
+
+@pytest.mark.parametrize(
+    ("centre", "width"),
+    [("50000\\2000", "10\\3000"), ("\\2000", "10\\3000"), ("abc\\2000", "10\\3000"), ("2000\\2000", "0\\3000"),
+     ("9\\9\\2000", "-1\\x\\3000")],
+)  # fmt: skip
+def test_a_later_window_stands_for_one_that_cannot_be_used(tmp_path: Path, centre: str, width: str) -> None:
+    path = write(tmp_path / "a.dcm", FILM, BitsStored=12)
+    file = pydicom.dcmread(path)
+    for name, text in (("WindowCenter", centre), ("WindowWidth", width)):
+        tag = pydicom.tag.Tag(name)
+        file[tag] = pydicom.dataelem.RawDataElement(tag, "DS", len(text), text.encode(), 0, False, True)
+    file.save_as(path)
+    greys, notes = read_xray(path)
+    expected = (FILM.astype(float) - 1999.5) / 2999 + 0.5
+    assert np.allclose(greys, expected.clip(0, 1), atol=1e-6)
+    assert notes[-1] == "window 2000 / 3000 (LINEAR)" and all(note.endswith("not used") for note in notes[:-1])
+
+
+@pytest.mark.parametrize("second", [True, False])
+def test_a_damaged_voi_lut_is_passed_over(tmp_path: Path, second: bool) -> None:
+    def table(count: int, entries: int, bits: int = 12) -> Dataset:
+        item = Dataset()
+        item.add_new("LUTDescriptor", "US", [count, 0, bits])
+        item.add_new("LUTData", "US", list(range(entries)))
+        return item
+
+    items = [table(4096, 100), table(4096, 4096, 0), *([table(4096, 4096)] if second else [])]
+    path = write(tmp_path / "a.dcm", FILM, BitsStored=12, VOILUTSequence=items)
+    greys, notes = read_xray(path)
+    plain = read_xray(write(tmp_path / "b.dcm", FILM, BitsStored=12))[0]
+    assert np.allclose(greys, FILM / 4095 if second else plain, atol=1e-6)
+    assert notes[:2] == ["the file's VOI LUT cannot be read, not used"] * 2
+    assert notes[2] == "VOI LUT" if second else "robust ends" in notes[2]
+    assert xray_fault(path, "quick") is None and xray_fault(path, "full") is None

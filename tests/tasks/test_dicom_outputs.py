@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pydicom
@@ -11,9 +12,11 @@ import pytest
 import torch
 from monai.data import MetaTensor
 
+from tests.images.conftest import Writer
 from tests.images.single_files import GREY, H, W, write
 from unimedi_components.data.volume_loading import LoadVolumed
 from unimedi_components.errors import ConfigError, DataError
+from unimedi_components.images.volume import find_stack
 from unimedi_components.tasks import SaveOrgans
 from unimedi_components.tasks.dicom_outputs import check_dicom_outputs, write_boxes, write_label_map, write_mask
 
@@ -80,7 +83,9 @@ def test_a_label_map_is_a_segmentation_of_its_series(tmp_path: Path) -> None:
     labels, affine = np.zeros((W, H, 5), np.uint8), AFFINE.copy()
     labels[5:12, 6:20, 1:3], labels[20:30, 6:20, 4] = 1, 3
     names = ["background", "liver", "spleen", "left kidney"]
-    path = write_label_map(files, labels, affine, names, tmp_path / "organs.dcm")
+    stack = find_stack(tmp_path, files)
+    assert stack is not None
+    path = write_label_map(stack, labels, affine, names, tmp_path / "organs.dcm")
     assert path is not None
     found = hd.seg.segread(path)
     assert [item.SegmentLabel for item in found.SegmentSequence] == ["liver", "left kidney"]
@@ -89,8 +94,26 @@ def test_a_label_map_is_a_segmentation_of_its_series(tmp_path: Path) -> None:
         np.testing.assert_array_equal(planes[..., 0].transpose(2, 1, 0) > 0, labels == label)
     affine[2, 3] = 100
     with pytest.raises(DataError, match="does not lie on the slices"):
-        write_label_map(files, labels, affine, names, tmp_path / "far.dcm")
-    assert write_label_map([], labels, affine, names, tmp_path / "none.dcm") is None
+        write_label_map(stack, labels, affine, names, tmp_path / "far.dcm")
+    assert write_label_map(stack, 0 * labels, affine, names, tmp_path / "none.dcm") is None
+
+
+@pytest.mark.parametrize("order", [range(24), range(23, -1, -1), [*range(12, 24), *range(12)]])
+def test_organs_of_an_enhanced_ct(order: Any, tmp_path: Path) -> None:
+    source = Writer(tmp_path).enhanced("multi.dcm", list(order))
+    item = LoadVolumed("image")({"image": str(source), "id": "a", "source": str(source)})
+    labels = torch.zeros(item["image"].shape)
+    labels[0, 5:12, 6:14, 1:3], labels[0, 2:5, 6:9, 20] = 2, 1
+    prediction = {**item, "pred": MetaTensor(labels, affine=item["image"].affine)}
+    SaveOrgans(tmp_path / "out", ["background", "liver", "spleen"], figures=False, dicom=True)(prediction)
+    found = hd.seg.segread(tmp_path / "out" / "a_organs.dcm")
+    for number, label in ((1, 1), (2, 2)):
+        frames, options = list(range(1, 25)), {"segment_numbers": [number], "assert_missing_frames_are_empty": True}
+        planes = found.get_pixels_by_source_frame(pydicom.dcmread(source).SOPInstanceUID, frames, **options)
+        expected = (labels[0].numpy() == label)[:, :, list(order)]
+        np.testing.assert_array_equal(planes[..., 0].transpose(2, 1, 0) > 0, expected)
+    measures = found.SharedFunctionalGroupsSequence[0]
+    assert list(measures.PixelMeasuresSequence[0].PixelSpacing) == [2.5, 2.0]
 
 
 def test_organs_of_a_series_on_request(tmp_path: Path) -> None:
@@ -120,3 +143,13 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "highdicom", None)
     with pytest.raises(ConfigError, match=r"unimedi-components\[dicom\]"):
         check_dicom_outputs()
+
+
+@pytest.mark.parametrize("name", ["SOPInstanceUID", "SeriesInstanceUID"])
+def test_a_film_without_its_uid_is_passed_over(name: str, film: Path, tmp_path: Path, caplog: Any) -> None:
+    file = pydicom.dcmread(film)
+    delattr(file, name)
+    file.save_as(film)
+    assert write_mask(film, np.ones((H, W), bool), "a", tmp_path / "a.dcm") is None
+    assert write_boxes(film, [([0, 0, 1, 1], "a", 0.5)], tmp_path / "a.dcm") is None
+    assert f"{film}: lacks {name}, so no DICOM is written of it" in caplog.text and not (tmp_path / "a.dcm").exists()

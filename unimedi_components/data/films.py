@@ -24,6 +24,7 @@ from PIL import Image, ImageOps
 from unimedi_components.data.boxes import BoxesToImaged, BoxesToMaskd
 from unimedi_components.data.slice_files import IMAGE_ENDINGS
 from unimedi_components.errors import ConfigError, DataError
+from unimedi_components.images.dicom import is_dicom, modality_values, read_header
 from unimedi_components.images.itk_loading import load_itk
 from unimedi_components.images.xray import LoadXrayd
 
@@ -78,7 +79,11 @@ def _read_mask(path: str) -> np.ndarray:
             return np.asarray(upright if upright.mode in ("L", "1", "P", "I", "I;16", "F") else upright.convert("L"))
     if not Path(path).is_file():
         raise DataError(f"{path}: no such file; correct the datalist or `dataset_dir`")
-    array = np.asarray(load_itk().array_from_image(load_itk().imread(path)))
+    if is_dicom(path):
+        array = modality_values(read_header(path)).values
+        array = array.max(axis=-1) if array.ndim > 3 else array
+    else:
+        array = np.asarray(load_itk().array_from_image(load_itk().imread(path)))
     frames = array.reshape(-1, *array.shape[-2:]) if array.ndim > 2 else array[None]
     if len(frames) != 1:
         raise DataError(f"{path}: {len(frames)} slices where the mask of one film was expected")

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 
 from unimedi_components.errors import DataError
+from unimedi_components.images.headers import DicomHeader, is_dicom, read_header
 from unimedi_components.images.itk_loading import load_itk
 
 __all__ = ["boxes_of_rois", "rois_of_boxes"]
@@ -107,6 +108,8 @@ def _plane(path: Path) -> _Plane:
     itk = load_itk()
     if not path.is_file():
         raise DataError(f"{path}: no such file; correct the datalist")
+    if is_dicom(path):
+        return _dicom(read_header(path))
     reader = itk.ImageIOFactory.CreateImageIO(str(path), itk.CommonEnums.IOFileMode_ReadMode)
     if reader is None:
         return _picture(path)
@@ -120,6 +123,16 @@ def _plane(path: Path) -> _Plane:
         origin[axis] = reader.GetOrigin(axis)
     thickness = float(reader.GetSpacing(2)) if len(dims) > 2 else 1.0
     return _Plane(matrix, origin, thickness)
+
+
+def _dicom(header: DicomHeader) -> _Plane:
+    """A film without a position lies at 0, without a direction along the axes, without a spacing in steps of 1 mm."""
+    orientation = np.asarray(header.orientation or (1, 0, 0, 0, 1, 0), dtype=float)
+    between_rows, between_columns = header.pixel_spacing or (1.0, 1.0)
+    rows, columns = orientation[:3], orientation[3:]
+    matrix = np.stack([rows * between_columns, columns * between_rows, np.cross(rows, columns)], axis=1)
+    thickness = (header.numbers("SliceThickness") or (1.0,))[0] or 1.0
+    return _Plane(matrix, np.asarray(header.position or (0, 0, 0), dtype=float), thickness)
 
 
 def _picture(path: Path) -> _Plane:

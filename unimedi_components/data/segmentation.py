@@ -11,7 +11,6 @@ from monai.data import NibabelReader
 from monai.transforms import (
     EnsureChannelFirstd,
     EnsureTyped,
-    MapTransform,
     Orientationd,
     Resized,
     ScaleIntensityRanged,
@@ -25,24 +24,7 @@ from unimedi_components.data.volume_loading import LoadVolumed, Uprightd
 from unimedi_components.errors import DataError
 from unimedi_components.images.itk_loading import load_imaged
 
-__all__ = ["CheckFinited", "CheckLabelMapd", "segmentation_transforms"]
-
-
-class CheckFinited(MapTransform):
-    """Let volumes pass whose voxels are all finite."""
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Return ``data`` unchanged.
-
-        Raises:
-            DataError: a voxel is NaN or infinite.
-        """
-        for key in self.key_iterator(dict(data)):
-            if not torch.isfinite(data[key]).all():
-                raise DataError(
-                    f"{_name(data[key], key)}: some voxels are NaN or infinite; convert it from DICOM again"
-                )
-        return dict(data)
+__all__ = ["CheckLabelMapd", "segmentation_transforms"]
 
 
 class CheckLabelMapd(Transform):
@@ -115,7 +97,7 @@ def segmentation_transforms(
     """
     keys = ("image", "mask") if label_map else ("image",)
     count = len(keys)
-    steps: list[Transform] = [LoadVolumed("image"), CheckFinited("image")]
+    steps: list[Transform] = [LoadVolumed("image")]
     if label_map:
         steps += [
             load_imaged("mask", NibabelReader(squeeze_non_spatial_dims=True)),

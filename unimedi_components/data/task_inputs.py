@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from unimedi_components.command_options import path_names
 from unimedi_components.data.datalist import load_datalist, select
 from unimedi_components.data.slice_files import IMAGE_ENDINGS
 from unimedi_components.errors import DataError
@@ -51,7 +52,7 @@ def find_task_images(
         return _test_split(Path(datalist), base, dim)
     if inputs is None and not base.is_dir():
         raise DataError(f"{base}: no such folder of images; name files or folders with --inputs PATH")
-    found = find_images("." if inputs is None else inputs, base, assume_hu)
+    found = find_images("." if inputs is None else path_names(inputs), base, assume_hu)
     left_out = found.left_out
     if dim == 3 and slice_folders:
         found = ImageList(_gather_slices(found, base), left_out)

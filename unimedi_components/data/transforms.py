@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from monai.config import KeysCollection
+from monai.data import MetaTensor
 from monai.transforms import (
     CenterSpatialCropd,
     Compose,
@@ -32,6 +34,8 @@ from monai.transforms import (
     SpatialPadd,
     Transform,
 )
+from monai.transforms.utils import scale_affine
+from torch.nn.functional import adaptive_avg_pool3d
 
 from unimedi_components.data.fingerprint import fingerprint
 from unimedi_components.data.volume_loading import LoadVolumed, Uprightd
@@ -42,6 +46,7 @@ __all__ = [
     "ByDimension",
     "CheckVolumed",
     "LoadVolumed",
+    "WindowAread",
     "XrayReader",
     "ct_transforms",
     "input_transforms",
@@ -73,6 +78,45 @@ class CheckVolumed(MapTransform):
             if not torch.isfinite(affine).all() or abs(torch.linalg.det(affine.double())) < 1e-6:
                 raise DataError(f"{name}: the affine is singular or not finite; rewrite the file with a valid header")
         return dict(data)
+
+
+class WindowAread(MapTransform):
+    """Bring a window of values to [-1, 1], clip what lies beyond, and average areas to a size.
+
+    As `ScaleIntensityRanged` and `Resized` in mode "area" do, one slice of the result at a time: a CT of 1,000 slices
+    would fill several GB with its copies otherwise.
+
+    Args:
+        keys: of volumes (C, D, H, W); each becomes float32, with its affine where it has one.
+        window: values that become -1 and 1.
+        spatial_size: D, H, W of the result.
+    """
+
+    def __init__(self, keys: KeysCollection, window: Sequence[float], spatial_size: Sequence[int]) -> None:
+        super().__init__(keys)
+        self.window, self.spatial_size = tuple(window), tuple(spatial_size)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        """Return a copy of `data` with resized volumes."""
+        resized = dict(data)
+        low, high = self.window
+        depth, height, width = self.spatial_size
+        for key in self.key_iterator(resized):
+            given, slices = resized[key], []
+            volume = given.as_tensor() if isinstance(given, MetaTensor) else torch.as_tensor(given)
+            for number in range(depth):
+                # the bins of adaptive pooling
+                start, end = number * volume.shape[1] // depth, -(-(number + 1) * volume.shape[1] // depth)
+                block = (volume[:, start:end].float() - low) / (high - low)
+                block = (block * 2 - 1).clamp(-1, 1)
+                slices.append(adaptive_avg_pool3d(block, (1, height, width)))
+            resized[key] = torch.cat(slices, dim=1)
+            if isinstance(given, MetaTensor):
+                affine = given.affine @ torch.as_tensor(scale_affine(volume.shape[1:], self.spatial_size)).to(
+                    given.affine
+                )
+                resized[key] = MetaTensor(resized[key], affine=affine, meta=given.meta)
+        return resized
 
 
 def xray_transforms(
@@ -168,8 +212,7 @@ def ct_transforms(
         ]
     return [
         *steps,
-        ScaleIntensityRanged("image", a_min=window[0], a_max=window[1], b_min=-1, b_max=1, clip=True),
-        Resized("image", spatial_size=tuple(spatial_size), mode="area"),
+        WindowAread("image", window, spatial_size),
         EnsureTyped("image", dtype=torch.float32, track_meta=False),
         *shift,
         *_rotation(rotate),

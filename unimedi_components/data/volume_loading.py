@@ -17,7 +17,14 @@ from monai.data.utils import compute_shape_offset
 from monai.transforms import InvertibleTransform, MapTransform, SpatialResample
 
 from unimedi_components.errors import DataError
-from unimedi_components.images.checks import SAMPLED_SLICES, CTLimits, header_fault, hounsfield_fault, refused_values
+from unimedi_components.images.checks import (
+    NOT_FINITE,
+    SAMPLED_SLICES,
+    CTLimits,
+    header_fault,
+    hounsfield_fault,
+    refused_values,
+)
 from unimedi_components.images.itk_volumes import AIR_HU
 from unimedi_components.images.volume import VolumeHeader, read_volume
 
@@ -33,8 +40,8 @@ _SHEAR = 1.7e-3
 class LoadVolumed(MapTransform):
     """Read the CT volume that an item names: a file, a folder with one DICOM stack, or the files under "files".
 
-    Each key becomes a MetaTensor (1, X, Y, Z) of float32 in the file's own axes and affine. "assume_hu" and "check_hu"
-    of an item say what to make of values that may be no Hounsfield units. What `prepare` and
+    Each key becomes a MetaTensor (1, X, Y, Z), int16 or float32 as of `read_volume`, in the file's own axes and affine.
+    "assume_hu" and "check_hu" of an item say what to make of values that may be no Hounsfield units. What `prepare` and
     `inspect` say of a file is decided by the same readers and checks.
 
     Args:
@@ -49,7 +56,7 @@ class LoadVolumed(MapTransform):
         """Return a copy of `data` with volumes in place of paths.
 
         Raises:
-            DataError: a path names no volume, or one without sound geometry.
+            DataError: a path names no volume, one without sound geometry, or with values that are not finite.
         """
         loaded = dict(data)
         for key in self.key_iterator(loaded):
@@ -62,6 +69,8 @@ class LoadVolumed(MapTransform):
             fault = header_fault(VolumeHeader(volume.values.shape, volume.affine, spacing, 4), _GEOMETRY)
             if fault is not None:
                 raise DataError(f"{path}: {fault[1]}")
+            if volume.values.dtype.kind == "f" and not np.isfinite(volume.values).all():
+                raise DataError(f"{path}: {NOT_FINITE}")
             if loaded.get("check_hu"):
                 _check_values(path, volume.values)
             meta = {

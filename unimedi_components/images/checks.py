@@ -24,6 +24,7 @@ from unimedi_components.images.volume import (
 from unimedi_components.images.xray_checks import Fault
 
 __all__ = [
+    "NOT_FINITE",
     "SAMPLED_SLICES",
     "CTLimits",
     "Fault",
@@ -35,6 +36,8 @@ __all__ = [
     "short_reason",
 ]
 
+#: What every reader says of voxels that are no numbers.
+NOT_FINITE = "some voxels are NaN or infinite. Convert it again from DICOM"
 _AIR = (-1100.0, -500.0)
 _SOFT_TISSUE = (-200.0, 300.0)
 _PADDING_BELOW = -1100.0
@@ -196,7 +199,7 @@ def hounsfield_fault(sample: np.ndarray, hounsfield: bool = True) -> tuple[str, 
     """
     sample = np.asarray(sample, dtype=np.float32).ravel()
     if not np.isfinite(sample).all():
-        return "non-finite voxels", "some voxels are NaN or infinite. Convert it again from DICOM"
+        return "non-finite voxels", NOT_FINITE
     if not hounsfield:
         return None
     inside = sample[sample >= _PADDING_BELOW]

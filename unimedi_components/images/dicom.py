@@ -6,6 +6,7 @@ Compressed pixels are decoded by GDCM behind pydicom, RLE and plain ones by pydi
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from unimedi_components.images.headers import (
     is_dicom,
     load_pydicom,
     numbers_of,
+    open_dicom,
     read_header,
     starts_as_dicom,
     values_of,
@@ -38,6 +40,7 @@ __all__ = [
     "read_header",
     "starts_as_dicom",
     "stored_values",
+    "transform_fault",
 ]
 
 Array = npt.NDArray[Any]
@@ -45,6 +48,7 @@ Array = npt.NDArray[Any]
 _TAIL = 4096
 _PLAIN = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2", DEFLATED)
 _RLE, _JPEG_EXTENDED = "1.2.840.10008.1.2.5", "1.2.840.10008.1.2.4.51"
+_PALETTES = ("RedPaletteColorLookupTableDescriptor", "PaletteColorLookupTableUID")
 # PS3.5 A.4: ends a sequence of fragments
 _FRAMES_END = b"\xfe\xff\xdd\xe0"
 
@@ -72,6 +76,12 @@ def pixel_fault(header: DicomHeader) -> str:
         return f"is DICOM without pixels (modality {header.modality or 'not named'}). Export the image itself"
     if min(header.rows, header.columns) < 1:
         return "is DICOM with pixels of which the header gives no size. Export it again"
+    if not _decodes(header.transfer_syntax):
+        return f"is coded in transfer syntax {header.transfer_syntax}, which is not read here. Export it uncompressed"
+    if header.bits_allocated not in (1, 8, 16, 32, 64) or header.samples not in (1, 3):
+        return (
+            f"has {header.samples} value(s) of {header.bits_allocated} bits a pixel, which are not read. Export again"
+        )
     size, deflated = header.path.stat().st_size, header.transfer_syntax == DEFLATED
     if header.pixel_length is None:
         with open(header.path, "rb") as stream:
@@ -84,6 +94,32 @@ def pixel_fault(header: DicomHeader) -> str:
     have = header.pixel_length if deflated else min(header.pixel_length, size - header.pixel_offset)
     if have < min(need, header.pixel_length) or (have < need and header.transfer_syntax in _PLAIN):
         return f"the DICOM is cut off: its header says {need:,} bytes of pixels, the file has {have:,}. Export it again"
+    return ""
+
+
+@functools.cache
+def _decodes(transfer_syntax: str) -> bool:
+    load_pydicom()
+    from pydicom.pixels import get_decoder
+
+    try:
+        return bool(get_decoder(transfer_syntax).is_available)
+    except (NotImplementedError, ValueError):
+        return False
+
+
+def transform_fault(header: DicomHeader) -> str:
+    """Say why a file's stored values cannot become modality values or colours; empty where they can."""
+    try:
+        if header.photometric == "PALETTE COLOR":
+            missing = not any(name in header.dataset for name in _PALETTES)
+            return "its palette is missing. Export it again" if missing else ""
+        if items := values_of(header.dataset, "ModalityLUTSequence"):
+            lookup_table(header, items[0], "ModalityLUTSequence")
+        else:
+            _rescale(header, 0)
+    except DataError as error:
+        return str(error).removeprefix(f"{header.path}: ")
     return ""
 
 
@@ -122,7 +158,9 @@ def _by_pydicom(header: DicomHeader) -> Array:
     pydicom = load_pydicom()
     from pydicom.pixels import pixel_array
 
-    dataset = pydicom.dcmread(header.path, force=True)
+    with open_dicom(header.path) as stream:
+        dataset = pydicom.dcmread(stream, force=True)
+    _complete(dataset, header)
     if header.pixels not in dataset:
         raise ValueError("the pixels end before the header says")
     if not getattr(dataset, "file_meta", None) or "TransferSyntaxUID" not in dataset.file_meta:
@@ -131,9 +169,25 @@ def _by_pydicom(header: DicomHeader) -> Array:
     if header.pixels == "PixelData" and header.transfer_syntax in (*_PLAIN, _RLE):
         # all bits, since pydicom would take the lowest ones whatever HighBit says
         dataset.BitsStored, dataset.HighBit = header.bits_allocated, header.bits_allocated - 1
-    elif header.pixels == "PixelData" and "BitsStored" not in dataset:
-        dataset.BitsStored = header.bits_stored
     return np.asarray(pixel_array(dataset))
+
+
+def _complete(dataset: Any, header: DicomHeader) -> None:
+    """Give a data set what pydicom wants to be told, as the header was understood."""
+    grey = header.samples == 1 and header.photometric != "PALETTE COLOR"
+    wanted = {
+        "PhotometricInterpretation": "MONOCHROME2",
+        "SamplesPerPixel": header.samples,
+        "PixelRepresentation": int(header.signed),
+        "PlanarConfiguration": 0,
+        "BitsAllocated": header.bits_allocated,
+        "BitsStored": header.bits_stored,
+    }
+    for name, value in wanted.items():
+        if not values_of(dataset, name) or (grey and name == "PhotometricInterpretation"):
+            setattr(dataset, name, value)
+    if header.pixels == "PixelData" and not 1 <= int(dataset.BitsStored) <= header.bits_allocated:
+        dataset.BitsStored = header.bits_allocated
 
 
 def _by_gdcm(header: DicomHeader) -> Array:
@@ -263,8 +317,10 @@ def lookup_table(header: DicomHeader, item: Any, name: str) -> tuple[int, Array,
             table = np.asarray(data, np.int64).reshape(-1) & 0xFFFF
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{header.path}: its {name} cannot be read. Export it again") from error
-    if len(table) < count:
-        raise DataError(f"{header.path}: its {name} has {len(table)} of {count} entries. Export it again")
+    if len(table) < count or not 1 <= bits <= 16:
+        raise DataError(
+            f"{header.path}: its {name} has {len(table)} of {count} entries of {bits} bits. Export it again"
+        )
     first = first - 2**16 if header.signed and first >= 2**15 else first
     return (first if header.signed else first & 0xFFFF), table[:count].astype(np.float32), bits
 

@@ -8,20 +8,20 @@ direction, and places along the normal, as in ITK and dicom2nifti.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from itertools import pairwise
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from unimedi_components.errors import DataError
-from unimedi_components.images.dicom import modality_values, pixel_fault
+from unimedi_components.images.dicom import pixel_fault, transform_fault
+from unimedi_components.images.dicom_phases import SAME_MM, at_places, in_order, interleaved, split_phases
 from unimedi_components.images.dicom_stacks import (
     MAX_GAP_MM,
     ONE_SLICE,
+    SAME_COSINE,
     DicomSlice,
     Stack,
     file_slices,
@@ -38,17 +38,12 @@ __all__ = ["Sorted", "is_ct", "sort_headers"]
 _SCOUTS = ("LOCALIZER", "SCOUT", "TOPOGRAM", "SURVIEW", "SCANOGRAM")
 # so many views are scouts where their description says so
 _SCOUT_VIEWS = 3
-# one place along the normal, and one direction
-_SAME_MM, _SAME_COSINE = 0.01, 1e-3
-# what tells phases or reconstructions in one series apart, in the order of trust
-_PHASE_TAGS = (
-    *("AcquisitionNumber", "TemporalPositionIdentifier", "TemporalPositionIndex", "StackID"),
-    *("NominalPercentageOfCardiacPhase", "TriggerTime", "NominalCardiacTriggerDelayTime", "SeriesNumber"),
-    *("ConvolutionKernel", "ReconstructionDiameter", "ImageType", "SliceThickness", "KVP", "ContrastBolusAgent"),
-    *("SeriesDescription", "ProtocolName", "FrameOfReferenceUID", "SeriesTime", "AcquisitionTime"),
-    *("AcquisitionDateTime", "ContentTime", "InstanceCreationTime", "EchoNumbers", "ImageComments"),
-)
-_TIMES = ("TriggerTime", "AcquisitionTime", "AcquisitionDateTime", "FrameAcquisitionDateTime", "ContentTime")
+# directions of one stack
+_NEAR_COSINE = 0.02
+_PHOTOMETRIC = {
+    1: ("MONOCHROME1", "MONOCHROME2", "PALETTE COLOR"),
+    3: ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_PARTIAL_420", "YBR_PARTIAL_422", "YBR_ICT", "YBR_RCT"),
+}
 
 
 @dataclass
@@ -97,9 +92,24 @@ def sort_headers(headers: Sequence[DicomHeader], assume_hu: bool = False) -> Sor
     for group in _groups(slices):
         _add_stacks(group, result, assume_hu)
     order = {Path(header.path): place for place, header in enumerate(headers)}
+    result.stacks = _with_siblings(result.stacks)
     result.stacks.sort(key=lambda stack: min(order[file] for file in stack.files))
     result.left_out.sort(key=lambda pair: order[pair[0]])
     return result
+
+
+def _with_siblings(stacks: Sequence[Stack]) -> list[Stack]:
+    """Stacks that warn of others in their series, which a reader of one might not expect."""
+    series: dict[tuple[str, str], list[Stack]] = {}
+    for stack in stacks:
+        series.setdefault((stack.header.study, stack.header.series), []).append(stack)
+    told = []
+    for stack in stacks:
+        others = [other for other in series[stack.header.study, stack.header.series] if other is not stack]
+        named = "; ".join(other.described for other in others[:4])
+        warning = f"The series holds {len(others) + 1} stacks; besides this one: {named}."
+        told.append(replace(stack, warnings=(*stack.warnings, warning)) if others and stack.header.series else stack)
+    return told
 
 
 def _other(header: DicomHeader) -> str:
@@ -117,29 +127,69 @@ def _not_read(header: DicomHeader) -> str:
     if fault := pixel_fault(header):
         return fault
     if not is_ct(header):
-        return "" if header.frames == 1 else f"holds {header.frames} frames, a film or loop. Export one X-ray frame"
-    if header.samples > 1:
+        if header.frames > 1:
+            return f"holds {header.frames} frames, a film or loop. Export one X-ray frame"
+        if header.photometric not in _PHOTOMETRIC[header.samples]:
+            named = header.photometric or "missing"
+            return f"its PhotometricInterpretation is {named}, so what is black is unknown. Export it again"
+        return transform_fault(header)
+    if header.samples > 1 or header.photometric == "PALETTE COLOR":
         return "holds colours, as a screen capture or dose report, and not CT slices. Give the original grey series"
     return ""
 
 
 def _groups(slices: Iterable[DicomSlice]) -> list[list[DicomSlice]]:
     """Slices of one patient, study, series, size and direction."""
-    buckets: dict[tuple[Any, ...], list[list[DicomSlice]]] = {}
+    buckets: dict[tuple[Any, ...], list[DicomSlice]] = {}
     for one in slices:
         header = one.header
-        series = header.series or f"in {Path(header.path).parent}"
-        patient = header.text("PatientID")
-        alike = buckets.setdefault((patient, header.study, series, header.rows, header.columns), [])
-        for group in alike:
-            other = group[0]
-            same = np.abs(one.orientation - other.orientation).max() < _SAME_COSINE
-            if same and np.allclose(one.spacing, other.spacing, rtol=1e-3):
-                group.append(one)
-                break
-        else:
-            alike.append([one])
-    return [part for alike in buckets.values() for group in alike for part in _by_folder(group)]
+        place = "" if header.series else str(Path(header.path).parent)
+        names = (header.text("PatientID"), header.study, header.series)
+        buckets.setdefault((*names, header.rows, header.columns, place), []).append(one)
+    _join_nameless(buckets)
+    alike = [group for bucket in buckets.values() for group in _of_one_direction(bucket)]
+    return [part for group in alike for part in _by_folder(group)]
+
+
+def _join_nameless(buckets: dict[tuple[Any, ...], list[DicomSlice]]) -> None:
+    """Bring slices that lack a name (patient, study or series) to the only others that they can belong to."""
+
+    def places(key: tuple[Any, ...]) -> set[tuple[float, ...]]:
+        return {tuple(np.round(one.position / SAME_MM)) for one in buckets[key]}
+
+    for key in [key for key in buckets if not all(key[:3])]:
+        others = [
+            other
+            for other in buckets
+            if other != key
+            and other[3:5] == key[3:5]
+            and all(mine in ("", yours) for mine, yours in zip(key[:3], other[:3], strict=True))
+            and (key[2] or key[5] in (other[5], *(str(Path(one.header.path).parent) for one in buckets[other])))
+        ]
+        if len(others) == 1 and not places(key) & places(others[0]):
+            buckets[others[0]] += buckets.pop(key)
+
+
+def _of_one_direction(slices: Iterable[DicomSlice]) -> list[list[DicomSlice]]:
+    """Slices of one pixel size, each near another one in direction; `make_stack` judges how far they stray in all."""
+    groups: list[tuple[list[DicomSlice], list[DicomSlice]]] = []
+    for one in slices:
+        near = []
+        for group in groups:
+            apart = [np.abs(one.orientation - other.orientation).max() for other in group[1]]
+            if min(apart) < _NEAR_COSINE and np.allclose(one.spacing, group[0][0].spacing, rtol=1e-3):
+                near.append(group)
+                if min(apart) > SAME_COSINE:
+                    group[1].append(one)
+        if not near:
+            groups.append(([one], [one]))
+            continue
+        near[0][0].append(one)
+        for members, directions in near[1:]:
+            near[0][0].extend(members)
+            near[0][1].extend(directions)
+            groups = [group for group in groups if group[0] is not members]
+    return [members for members, _ in groups]
 
 
 def _by_folder(group: list[DicomSlice]) -> list[list[DicomSlice]]:
@@ -154,11 +204,11 @@ def _by_folder(group: list[DicomSlice]) -> list[list[DicomSlice]]:
         parts.setdefault(path if one.header.frames > 1 else path.parent, []).append(one)
     if len(parts) in (1, len(group)):
         return [group]
-    places = _at_places(_sorted(group))
+    places = at_places(in_order(group))
     if len(places) < len(group):
         return list(parts.values())
     along = offsets([place[0] for place in places])
-    apart = np.diff(along).max() > MAX_GAP_MM or _interleaved([_sorted(part) for part in parts.values()])
+    apart = np.diff(along).max() > MAX_GAP_MM or interleaved([in_order(part) for part in parts.values()])
     return list(parts.values()) if apart and not is_even(along) else [group]
 
 
@@ -178,7 +228,7 @@ def _add_stacks(group: list[DicomSlice], result: Sorted, assume_hu: bool) -> Non
         )
         return
     try:
-        parts, doubles = _parts(_sorted(group))
+        parts, doubles = split_phases(in_order(group))
         stacks = [make_stack(part, label, [] if number else doubles) for number, (label, part) in enumerate(parts)]
         files = [file for stack in stacks for file in stack.files]
         if len(set(files)) < len(files):
@@ -191,131 +241,3 @@ def _add_stacks(group: list[DicomSlice], result: Sorted, assume_hu: bool) -> Non
     result.stacks += stacks
     dropped = [one for one in doubles if Path(one.header.path) not in files]
     result.leave(dropped, "is the same slice as another file (position and pixels)", fault=False)
-
-
-def _sorted(slices: Iterable[DicomSlice]) -> list[DicomSlice]:
-    slices = list(slices)
-    normal = slices[0].normal
-    return sorted(slices, key=lambda one: float(one.position @ normal))
-
-
-def _at_places(slices: Sequence[DicomSlice]) -> list[list[DicomSlice]]:
-    """Sorted slices, those of one place along the normal together."""
-    normal = slices[0].normal
-    places: list[list[DicomSlice]] = []
-    for one in slices:
-        if places and float((one.position - places[-1][0].position) @ normal) < _SAME_MM:
-            places[-1].append(one)
-        else:
-            places.append([one])
-    return places
-
-
-def _parts(group: list[DicomSlice]) -> tuple[list[tuple[str, list[DicomSlice]]], list[DicomSlice]]:
-    """Slices as stacks without a place twice: (label, slices) each, and the identical doubles that were dropped.
-
-    Raises:
-        DataError: places come twice and no element tells the stacks apart.
-    """
-    places = _at_places(group)
-    uneven = not is_even(offsets([place[0] for place in places]))
-    if len(places) == len(group) and not (uneven and len(group) > 5):
-        return [("", group)], []
-    if len(places) < len(group):
-        single, doubles = _without_doubles(places)
-        if single is not None:
-            return [("", single)], doubles
-    for label, parts in _partitions(group):
-        cleaned, doubles = [], []
-        for part in parts:
-            single, dropped = _without_doubles(_at_places(part))
-            if single is None or len(single) < 2:
-                break
-            cleaned.append(single)
-            doubles += dropped
-        else:
-            if len(places) == len(group) and not _interleaved(cleaned):
-                continue
-            return [(name, part) for name, part in zip(label, cleaned, strict=True)], doubles
-    if len(places) == len(group):
-        return [("", group)], []
-    counts = sorted({len(place) for place in places})
-    raise DataError(
-        f"the series holds several stacks: {len(places)} places with {' or '.join(map(str, counts))} slices at "
-        "each, as of several phases or reconstructions, and no element tells them apart. Give one of them alone"
-    )
-
-
-def _without_doubles(
-    places: Sequence[Sequence[DicomSlice]],
-) -> tuple[list[DicomSlice] | None, list[DicomSlice]]:
-    """The first slice of each place, and its doubles; None where slices of one place differ."""
-    kept, doubles = [], []
-    for place in places:
-        first, *others = place
-        for other in others:
-            if not _same_pixels(first, other):
-                return None, []
-            doubles.append(other)
-        kept.append(first)
-    return kept, doubles
-
-
-def _same_pixels(one: DicomSlice, other: DicomSlice) -> bool:
-    if np.abs(one.position - other.position).max() > 10 * _SAME_MM:
-        return False
-    return np.array_equal(*(modality_values(each.header).values[each.frame] for each in (one, other)))
-
-
-def _partitions(group: list[DicomSlice]) -> Iterable[tuple[list[str], list[list[DicomSlice]]]]:
-    """Ways to split a group by one element or folder, those of fewest parts first: labels and parts."""
-    found = []
-    for name in _PHASE_TAGS:
-        parts: dict[str, list[DicomSlice]] = {}
-        for one in group:
-            parts.setdefault(one.value(name), []).append(one)
-        if 1 < len(parts) <= len(group) // 2:
-            labels = sorted(parts, key=_natural)
-            found.append((_labels(name, labels), [parts[label] for label in labels]))
-    found.sort(key=lambda pair: len(pair[0]))
-    yield from found
-    yield from _by_time(group)
-
-
-def _by_time(group: list[DicomSlice]) -> Iterable[tuple[list[str], list[list[DicomSlice]]]]:
-    """Phases whose slices each have a time of their own, one phase after the other."""
-    places = _at_places(group)
-    count = len(places[0])
-    if count == 1 or any(len(place) != count for place in places):
-        return
-    for name in _TIMES:
-        times = {id(one): one.value(name) for one in group}
-        if not all(times.values()):
-            continue
-        ordered = [sorted(place, key=lambda one: _natural(times[id(one)])) for place in places]
-        parts = [[place[number] for place in ordered] for number in range(count)]
-        spans = [sorted(_natural(times[id(one)]) for one in part) for part in parts]
-        if all(before[-1] < after[0] for before, after in pairwise(spans)):
-            yield _labels(name, [str(number) for number in range(count)]), parts
-
-
-def _labels(name: str, values: Sequence[str]) -> list[str]:
-    """What stacks are called: no date, time or free text, which would tell who the patient is."""
-    if name.endswith(("Time", "UID", "Description", "Name", "Comments")):
-        return [f"{name}, phase {number} of {len(values)}" for number in range(1, len(values) + 1)]
-    return [f"{name} {value or 'none'}" for value in values]
-
-
-def _natural(text: str) -> tuple[float, str]:
-    try:
-        return float(text), ""
-    except ValueError:
-        return math.inf, text
-
-
-def _interleaved(parts: Sequence[Sequence[DicomSlice]]) -> bool:
-    """Whether even stacks run through each other, rather than one after the other."""
-    normal = parts[0][0].normal
-    spans = sorted((float(part[0].position @ normal), float(part[-1].position @ normal)) for part in parts)
-    inside = all(after[0] < before[1] for before, after in pairwise(spans))
-    return inside and all(len(part) > 2 and is_even(offsets(part)) for part in parts)

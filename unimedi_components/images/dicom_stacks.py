@@ -16,6 +16,7 @@ from unimedi_components.images.headers import DicomHeader, functional_group, num
 __all__ = [
     "MAX_GAP_MM",
     "ONE_SLICE",
+    "SAME_COSINE",
     "DicomSlice",
     "Stack",
     "file_slices",
@@ -30,6 +31,9 @@ ONE_SLICE = "is one CT slice. Give all files of its series, or its folder"
 
 # steps that stray further than both from even ones are uneven: positions are often rounded to a tenth of a millimetre
 _UNEVEN_MM, _UNEVEN_SHARE = 0.11, 0.02
+#: Directions that differ by less are one; slices of one stack may stray by `_STRAY_COSINE`.
+SAME_COSINE = 1e-3
+_STRAY_COSINE = 0.02
 # a larger block without slices is not filled
 MAX_GAP_MM = 30.0
 
@@ -200,10 +204,12 @@ def make_stack(slices: list[DicomSlice], label: str, doubles: Sequence[DicomSlic
     """Slices in order as a volume.
 
     Raises:
-        DataError: there is one alone, they lie beside each other, or a block of them is missing.
+        DataError: there is one alone, they lie beside each other or in several directions, or a block of them is
+            missing.
     """
     if len(slices) == 1:
         raise DataError(ONE_SLICE)
+    slices, warnings = _parallel(slices)
     places = offsets(slices)
     positions = np.asarray([one.position for one in slices])
     line = positions[0] + np.outer(places / places[-1], positions[-1] - positions[0])
@@ -214,7 +220,7 @@ def make_stack(slices: list[DicomSlice], label: str, doubles: Sequence[DicomSlic
     )
     if stray > max(0.5, 0.5 * min(slices[0].spacing)):
         raise DataError(f"the slices lie up to {stray:.3g} mm beside the line of the stack. Export one series alone")
-    warnings, steps = [], np.diff(places)
+    steps = np.diff(places)
     usual = float(np.median(steps))
     if not is_even(places):
         gaps = steps[steps > 1.5 * usual]
@@ -240,3 +246,24 @@ def make_stack(slices: list[DicomSlice], label: str, doubles: Sequence[DicomSlic
         warnings.append(f"{len(doubles)} slice(s) are the same as another and were dropped.")
     files = tuple(dict.fromkeys(Path(one.header.path) for one in doubles))
     return Stack(tuple(slices), places, label, tuple(warnings), files)
+
+
+def _parallel(slices: list[DicomSlice]) -> tuple[list[DicomSlice], list[str]]:
+    """Slices in the mean of their directions, in the order of their places, and a warning where that turns them."""
+    directions = np.asarray([one.orientation for one in slices])
+    apart = float(np.abs(directions - directions[0]).max())
+    if apart <= SAME_COSINE:
+        return slices, []
+    degrees = math.degrees(apart)
+    if apart > _STRAY_COSINE:
+        raise DataError(
+            f"the slices lie in directions up to {degrees:.2g} degrees apart and are no one stack. Export each stack "
+            "as a series of its own"
+        )
+    rows, columns = directions.mean(axis=0).reshape(2, 3)
+    rows = rows / np.linalg.norm(rows)
+    columns = columns - (columns @ rows) * rows
+    mean = np.concatenate([rows, columns / np.linalg.norm(columns)])
+    turned = [replace(one, orientation=mean) for one in slices]
+    turned.sort(key=lambda one: float(one.position @ one.normal))
+    return turned, [f"The directions of slices differ by up to {degrees:.2g} degrees; their mean is taken."]

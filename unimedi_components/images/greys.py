@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -10,7 +13,7 @@ import numpy.typing as npt
 
 from unimedi_components.errors import DataError
 from unimedi_components.images.dicom import DicomHeader, DicomValues, functional_group, lookup_table
-from unimedi_components.images.headers import numbers_of, values_of
+from unimedi_components.images.headers import values_of
 
 __all__ = ["FILM_VALUES", "dicom_greys", "robust_ends", "robust_greys"]
 
@@ -138,11 +141,13 @@ def dicom_greys(header: DicomHeader, pixels: DicomValues) -> tuple[Array, list[s
     shape = header.text("PresentationLUTShape").upper()
     inverted = header.photometric == "MONOCHROME1" or shape == "INVERSE"
     notes = list(pixels.notes)
-    voi = functional_group(header, "FrameVOILUTSequence")
-    greys, said = _voi(header, header.dataset if voi is None else voi, values)
-    if greys is not None and not _fits(greys, padding):
-        greys, said = None, f"the file's {said} does not fit its values and was not used"
-    notes += [said] if said else []
+    voi, greys = functional_group(header, "FrameVOILUTSequence"), None
+    for shown, said in _views(header, header.dataset if voi is None else voi, values):
+        if shown is not None and _fits(shown, padding):
+            greys = shown
+            notes.append(said)
+            break
+        notes.append(f"the file's {said} {'cannot be read' if shown is None else 'does not fit its values'}, not used")
     plain = not pixels.notes and header.bits_stored <= 8 and not header.signed and values.dtype.kind == "f"
     shown = values if padding is None else values[~padding]
     if greys is not None:
@@ -174,18 +179,38 @@ def _fits(greys: Array, padding: Array | None) -> bool:
     return bool(clipped <= _CLIPPED and shown.min() < shown.max())
 
 
-def _voi(header: DicomHeader, dataset: Any, values: Array) -> tuple[Array | None, str]:
-    """Values through the first VOI LUT or window, in [0, 1], and its name; None without one."""
-    if items := values_of(dataset, "VOILUTSequence"):
-        first, table, bits = lookup_table(header, items[0], "VOILUTSequence")
+def _views(header: DicomHeader, dataset: Any, values: Array) -> Iterator[tuple[Array | None, str]]:
+    """Values through each VOI LUT, then each window, in [0, 1], None where it is damaged; and its name."""
+    for item in values_of(dataset, "VOILUTSequence"):
+        try:
+            first, table, bits = lookup_table(header, item, "VOILUTSequence")
+        except DataError:
+            yield None, "VOI LUT"
+            continue
         places = np.clip(np.rint(values).astype(np.int64) - first, 0, len(table) - 1)
-        return np.clip(table[places] / np.float32(2**bits - 1), 0, 1), "VOI LUT"
-    centre, width = numbers_of(dataset, "WindowCenter"), numbers_of(dataset, "WindowWidth")
-    if centre is None or width is None or width[0] <= 0:
-        return None, ""
+        yield np.clip(table[places] / np.float32(2**bits - 1), 0, 1), "VOI LUT"
     function = (str((values_of(dataset, "VOILUTFunction") or ["LINEAR"])[0]).strip() or "LINEAR").upper()
-    said = f"window {centre[0]:g} / {width[0]:g} ({function})"
-    return _window(values.astype(np.float64), centre[0], width[0], function), said
+    for centre, width in zip_longest(_each(dataset, "WindowCenter"), _each(dataset, "WindowWidth"), fillvalue=math.nan):
+        if not math.isfinite(centre + width) or width <= 0:
+            yield None, f"window {centre:g} / {width:g}"
+        else:
+            greys = _window(values.astype(np.float64), centre, width, function)
+            yield greys, f"window {centre:g} / {width:g} ({function})"
+
+
+def _each(dataset: Any, keyword: str) -> list[float]:
+    """An element's values, NaN where one is no number."""
+    if not (values := values_of(dataset, keyword)) and keyword in dataset:
+        # pydicom gives none of them where one is no number
+        raw = dataset.get_item(keyword).value
+        values = (raw.decode("latin-1") if isinstance(raw, bytes) else str(raw or "")).strip("\0 ").split("\\")
+    numbers = []
+    for value in values if any(map(str, values)) else ():
+        try:
+            numbers.append(float(value))
+        except (TypeError, ValueError):
+            numbers.append(math.nan)
+    return numbers
 
 
 def _window(values: Array, centre: float, width: float, function: str) -> Array:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import logging
 import math
 import threading
@@ -22,6 +23,7 @@ __all__ = [
     "is_dicom",
     "load_pydicom",
     "numbers_of",
+    "open_dicom",
     "read_header",
     "starts_as_dicom",
     "values_of",
@@ -29,7 +31,7 @@ __all__ = [
 
 DEFLATED = "1.2.840.10008.1.2.1.99"
 
-_HEAD, _DEFER = 4096, 2**16
+_HEAD, _DEFER, _PREAMBLE = 4096, 2**16, 128
 _PIXEL_TAGS = {0x7FE00008: "FloatPixelData", 0x7FE00009: "DoubleFloatPixelData", 0x7FE00010: "PixelData"}
 _UNDEFINED = 0xFFFFFFFF
 _VRS = frozenset(
@@ -162,6 +164,17 @@ def is_dicom(path: str | Path) -> bool:
         return False
 
 
+def open_dicom(path: str | Path) -> Any:
+    """A DICOM file as a stream for pydicom, which wants 128 bytes before "DICM" where a file has none."""
+    stream = open(path, "rb")  # noqa: SIM115
+    start = stream.read(4)
+    stream.seek(0)
+    if start != b"DICM":
+        return stream
+    with stream:
+        return io.BytesIO(bytes(_PREAMBLE) + stream.read())
+
+
 def read_header(path: str | Path) -> DicomHeader:
     """Read a file's header, and nothing of its pixels.
 
@@ -170,7 +183,7 @@ def read_header(path: str | Path) -> DicomHeader:
     """
     path = Path(path)
     try:
-        with open(path, "rb") as stream:
+        with open_dicom(path) as stream:
             head = stream.read(_HEAD)
             if not head:
                 raise DataError(f"{path}: the file is empty. Export or download it again")
@@ -202,7 +215,11 @@ def _parse(path: Path, stream: Any) -> DicomHeader:
 
     load_pydicom()
     stream.seek(0)
-    dataset = read_partial(stream, at_pixels, defer_size=_DEFER, force=True)
+    # a deferred value is looked for in the file of the stream's name
+    in_memory = isinstance(stream, io.BytesIO)
+    dataset = read_partial(stream, at_pixels, defer_size=None if in_memory else _DEFER, force=True)
+    if in_memory and met:
+        met["offset"] -= _PREAMBLE
     syntax = str(getattr(dataset, "file_meta", {}).get("TransferSyntaxUID", "") or "")
     if syntax == DEFLATED:
         # a deferred value would be looked for in the deflated bytes

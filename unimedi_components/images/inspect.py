@@ -142,7 +142,7 @@ def _volume(image: Image, values: bool, assume_hu: bool) -> dict[str, Any]:
         if not assume_hu and (text := refused_values(sample)):
             raise DataError(text)
         if not assume_hu and (fault := hounsfield_fault(sample)) is not None:
-            warnings.append(f"This does not look like a CT in Hounsfield units: {fault[1]}.")
+            warnings.append(f"This does not look like a CT in Hounsfield units, and prepare leaves it out: {fault[1]}.")
     return {
         "size": list(map(int, header.shape)),
         "spacing_mm": [round(float(step), 4) for step in np.linalg.norm(header.affine[:3, :3], axis=0)],

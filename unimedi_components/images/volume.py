@@ -83,7 +83,8 @@ class Volume:
     """A volume that was read.
 
     Args:
-        values: float32 (X, Y, Z) in the file's own axes, Hounsfield units where the file says how to get them.
+        values: (X, Y, Z) in the file's own axes, Hounsfield units where the file says how to get them; int16 where all
+            are whole numbers that it holds, which is half the memory, else float32.
         affine: (4, 4) voxel to mm, RAS; sheared where a gantry was tilted.
         warnings: what the reader had to mend, a sentence each.
     """
@@ -178,7 +179,8 @@ def sample_volume(path: str | Path, header: VolumeHeader, stack: Stack | None = 
     path = Path(path)
     if stack is not None:
         chosen = {_place(len(stack.slices), share) for share in np.linspace(0, 1, SAMPLED_SLICES)}
-        return _slice_values([stack.slices[number] for number in sorted(chosen)]).transpose(2, 1, 0)
+        sample = _slice_values([stack.slices[number] for number in sorted(chosen)])
+        return sample.transpose(2, 1, 0).astype(np.float32)
     index = sorted({_place(header.shape[2], share) for share in np.linspace(0, 1, SAMPLED_SLICES)})
     if not _is_nifti(path):
         return read_volume(path).values[:, :, index]
@@ -225,25 +227,33 @@ def find_stack(path: Path, files: Sequence[str | Path] = (), assume_hu: bool = F
 
 
 def _stack_values(stack: Stack) -> np.ndarray:
-    """float32 (columns, rows, slices) in even steps."""
+    """(columns, rows, slices) in even steps, int16 or float32."""
     values = _slice_values(stack.slices)
     if not stack.is_even:
-        values = _evenly(values, stack.places, stack.even_places)
+        values = _evenly(values.astype(np.float32), stack.places, stack.even_places)
     return values.transpose(2, 1, 0)
 
 
 def _slice_values(slices: Sequence[DicomSlice]) -> np.ndarray:
-    """float32 (slices, rows, columns); each file is decoded once."""
+    """(slices, rows, columns), int16 or float32; each file is decoded once."""
     first = slices[0].header
-    values = np.empty((len(slices), first.rows, first.columns), np.float32)
+    values: np.ndarray = np.empty((len(slices), first.rows, first.columns), np.int16)
     places: dict[Path, list[int]] = {}
     for number, one in enumerate(slices):
         places.setdefault(Path(one.header.path), []).append(number)
     for numbers in places.values():
         planes = _hounsfield(slices[numbers[0]].header)
+        if values.dtype == np.int16 and not _is_whole(planes):
+            values = values.astype(np.float32)
         for number in numbers:
             values[number] = planes[slices[number].frame]
     return values
+
+
+def _is_whole(values: np.ndarray) -> bool:
+    """Whether int16 can hold the values as they are."""
+    ends = np.iinfo(np.int16)
+    return bool(ends.min <= values.min() and values.max() <= ends.max and np.array_equal(values, np.rint(values)))
 
 
 def _hounsfield(header: DicomHeader) -> np.ndarray:
@@ -285,7 +295,8 @@ def _nifti_values(path: Path) -> np.ndarray:
             spec = (proxy.shape, proxy.dtype, proxy.offset, proxy.slope, proxy.inter)
             proxy = ArrayProxy(stack.enter_context(igzip.open(path)), spec, mmap=False)
         stored: np.ndarray = np.asanyarray(proxy)
-    return stored.astype(np.float32, order="C", copy=False)
+    kind = np.int16 if stored.dtype in (np.int8, np.uint8, np.int16) else np.float32
+    return stored.astype(kind, order="C", copy=False)
 
 
 def _raw_nifti_header(path: Path) -> nib.Nifti1Header | None:

@@ -16,11 +16,11 @@ import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 import torch
-from monai.transforms import Compose, ScaleIntensityRanged
+from monai.transforms import Compose
 from PIL import Image
 from torch import Tensor
 
-from unimedi_components.data.transforms import ct_transforms, xray_transforms
+from unimedi_components.data.transforms import WindowAread, ct_transforms, input_transforms
 from unimedi_components.data.volume_loading import with_part
 from unimedi_components.figures.attention import COLOUR_MAP, attention_opacity, attention_strength
 from unimedi_components.images.checks import SAMPLED_SLICES, hounsfield_fault
@@ -85,14 +85,17 @@ def view_of(study: Study, preprocessing: Mapping[str, Any]) -> View:
 
 def xray_view(path: Path, options: Mapping[str, Any], shown: int = _SHOWN[2]) -> View:
     """Read an X-ray; `options` of `xray_transforms`, `shown` the least pixels per side for people."""
-    options = {**options, "random_crop": False}
     size = int(options["size"])
     long_side = int(options.get("long_side") or round(size * 256 / 224))
     item = {"image": str(path)}
-    read = Compose(xray_transforms(**options))(item)
+
+    def chain(**sizes: int) -> Compose:
+        return Compose(input_transforms({"xray": {**options, **sizes}, "ct": {}}).cached_transforms(2))
+
+    read = chain()(item)
     image = read["image"]
     scale = math.ceil(shown / size)
-    finer = Compose(xray_transforms(size * scale, long_side * scale))(item)["image"]
+    finer = chain(size=size * scale, long_side=long_side * scale)(item)["image"]
     cut = f"long side to {long_side}, padded to a square" + (f", {size} from its centre" if size < long_side else "")
     facts = {"Values": read["film_values"], "Network input": f"{size} × {size} pixels ({cut})"}
     return View(image, finer[0].numpy(), facts, [])
@@ -102,7 +105,7 @@ def volume_view(path: Path, options: Mapping[str, Any], shown: int = _SHOWN[3], 
     """Read a volume; `options` of `ct_transforms`, `shown` as above, `part` of `part_of`."""
     steps = ct_transforms(**options)
     # all before the window is read and turned once
-    first = next(i for i, step in enumerate(steps) if isinstance(step, ScaleIntensityRanged))
+    first = next(i for i, step in enumerate(steps) if isinstance(step, WindowAread))
     volume = Compose(steps[:first])({**with_part(path, part), "check_hu": True})["image"]
     image = Compose(steps[first:])({"image": volume})["image"]
     depth, *plane = image.shape[1:]

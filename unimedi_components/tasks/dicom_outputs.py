@@ -6,6 +6,7 @@ Masks and label maps become a Segmentation (PS3.3 A.51), boxes a Comprehensive S
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Sequence
@@ -17,9 +18,12 @@ import numpy.typing as npt
 
 from unimedi_components import __version__
 from unimedi_components.errors import ConfigError, DataError
+from unimedi_components.images.dicom_stacks import Stack
 from unimedi_components.images.headers import DicomHeader, is_dicom, load_pydicom, read_header
 
 __all__ = ["Boxes", "check_dicom_outputs", "write_boxes", "write_label_map", "write_mask"]
+
+logger = logging.getLogger(__name__)
 
 Array = npt.NDArray[Any]
 #: [x0, y0, x1, y1] in pixels of the film, label, score.
@@ -30,6 +34,8 @@ _TYPE_2 = (
     *("PatientName", "PatientID", "PatientBirthDate", "PatientSex"),
     *("StudyDate", "StudyTime", "StudyID", "AccessionNumber", "ReferringPhysicianName"),
 )
+# what another DICOM names a file by
+_REFERRED = ("StudyInstanceUID", "SeriesInstanceUID", "SOPInstanceUID", "SOPClassUID")
 _MAKER = "UniMedI"
 # a voxel of a label map lies on a slice of the series where it is this near, in steps
 _ON_SLICE = 0.5
@@ -60,50 +66,51 @@ def write_mask(source: str | Path, mask: Array, label: str, target: str | Path) 
         target: the file to write.
 
     Returns:
-        `target`; None where the film is no DICOM, or nothing is masked, which a Segmentation cannot hold.
+        `target`; None where the film is no DICOM or lacks its UIDs, or nothing is masked: no Segmentation is empty.
     """
     if not is_dicom(source) or not mask.any():
         return None
     header = read_header(source)
+    if _nameless(header):
+        return None
     return _write_segmentation([_source(header)], mask[None, ..., None], [label], Path(target))
 
 
-def write_label_map(
-    files: Sequence[str | Path], labels: Array, affine: Array, names: Sequence[str], target: Path
-) -> Path | None:
-    """Write a label map of a series of single slices as a DICOM Segmentation, a segment for each label that occurs.
+def write_label_map(stack: Stack, labels: Array, affine: Array, names: Sequence[str], target: Path) -> Path | None:
+    """Write a label map of a DICOM CT as a DICOM Segmentation, a segment for each label that occurs.
 
     Args:
-        files: of the slices.
+        stack: the CT's slices, files of their own or frames of one.
         labels: whole numbers (X, Y, Z), X along the rows' pixels and Y along the columns', as `read_volume` lays them.
         affine: (4, 4) from voxel indices to mm, RAS.
         names: of the labels, background first.
         target: the file to write.
 
     Returns:
-        `target`; None where a file is no DICOM slice with a place, or no label occurs.
+        `target`; None where no label occurs, or a file lacks its UIDs.
 
     Raises:
         DataError: the label map does not lie on the slices.
     """
     present = [number for number in range(1, len(names)) if (labels == number).any()]
-    if not present or not files or not all(is_dicom(file) for file in files):
-        return None
-    headers = [read_header(file) for file in files]
-    if any(header.position is None or header.frames > 1 for header in headers):
+    if not present or any(_nameless(one.header) for one in stack.slices):
         return None
     planes, to_index = [], np.linalg.inv(np.asarray(affine, dtype=float))
-    for header in headers:
-        assert header.position is not None
+    for one in stack.slices:
         # from LPS to RAS
-        place = np.array([-header.position[0], -header.position[1], header.position[2], 1])
-        index = to_index @ place
+        index = to_index @ np.array([-one.position[0], -one.position[1], one.position[2], 1])
         level = round(float(index[2]))
         on_slice = abs(index[2] - level) <= _ON_SLICE and np.abs(index[:2]).max() <= _ON_SLICE
-        if not on_slice or not 0 <= level < labels.shape[2] or labels.shape[:2] != (header.columns, header.rows):
-            raise DataError(f"{header.path}: the label map does not lie on the slices of the series")
+        size = (one.header.columns, one.header.rows)
+        if not on_slice or not 0 <= level < labels.shape[2] or labels.shape[:2] != size:
+            raise DataError(f"{one.header.path}: the label map does not lie on the slices of the series")
         planes.append(np.stack([number == labels[:, :, level].T for number in present], axis=-1))
-    return _write_segmentation([_source(h) for h in headers], np.stack(planes), [names[n] for n in present], target)
+    sources = [_source(header) for header in {one.header.path: one.header for one in stack.slices}.values()]
+    for source in sources:
+        if "FrameOfReferenceUID" not in source:
+            # slices of one stack share one, though their files do not name it
+            source.FrameOfReferenceUID = _uid(sources[0], "frame of reference")
+    return _write_segmentation(sources, np.stack(planes), [names[n] for n in present], target, stack)
 
 
 def write_boxes(source: str | Path, boxes: Boxes, target: str | Path) -> Path | None:
@@ -115,7 +122,7 @@ def write_boxes(source: str | Path, boxes: Boxes, target: str | Path) -> Path | 
         target: the file to write.
 
     Returns:
-        `target`; None where the film is no DICOM, or there is no box.
+        `target`; None where the film is no DICOM or lacks its UIDs, or there is no box.
     """
     if not is_dicom(source) or not boxes:
         return None
@@ -123,7 +130,10 @@ def write_boxes(source: str | Path, boxes: Boxes, target: str | Path) -> Path | 
     from highdicom import sr
     from pydicom.sr.codedict import codes
 
-    film = _source(read_header(source))
+    header = read_header(source)
+    if _nameless(header):
+        return None
+    film = _source(header)
     device = sr.DeviceObserverIdentifyingAttributes(uid=_uid(film, "device"), name="UniMedI")
     observer = sr.ObserverContext(observer_type=codes.DCM.Device, observer_identifying_attributes=device)
     context = sr.ObservationContext(observer_device_context=observer)
@@ -167,8 +177,10 @@ def write_boxes(source: str | Path, boxes: Boxes, target: str | Path) -> Path | 
     return _save(file, Path(target))
 
 
-def _write_segmentation(sources: list[Any], planes: Array, labels: Sequence[str], target: Path) -> Path:
-    """`planes` bool (slices, H, W, labels)."""
+def _write_segmentation(
+    sources: list[Any], planes: Array, labels: Sequence[str], target: Path, stack: Stack | None = None
+) -> Path:
+    """`planes` bool (slices, H, W, labels), each on its source, or on a slice of the stack."""
     load_pydicom()
     import highdicom as hd
     from pydicom.sr.codedict import codes
@@ -200,8 +212,22 @@ def _write_segmentation(sources: list[Any], planes: Array, labels: Sequence[str]
         manufacturer_model_name="UniMedI bundles",
         software_versions=__version__,
         device_serial_number="0",
+        **(_planes(stack) if stack else {}),
     )
     return _save(file, target)
+
+
+def _planes(stack: Stack) -> dict[str, Any]:
+    """Where the slices lie, which enhanced files may say in either of their functional groups."""
+    import highdicom as hd
+
+    first, step = stack.slices[0], float(np.linalg.norm(stack.affine[:3, 2]))
+    patient = hd.CoordinateSystemNames.PATIENT
+    return {
+        "pixel_measures": hd.PixelMeasuresSequence(first.spacing, step, step),
+        "plane_orientation": hd.PlaneOrientationSequence(patient, first.orientation.tolist()),
+        "plane_positions": [hd.PlanePositionSequence(patient, one.position.tolist()) for one in stack.slices],
+    }
 
 
 def _concept(text: str) -> Any:
@@ -210,6 +236,14 @@ def _concept(text: str) -> Any:
 
     value = re.sub(r"[^A-Za-z0-9]+", "_", text).strip("_")[:16] or "label"
     return CodedConcept(value, "99UNIMEDI", text[:64])
+
+
+def _nameless(header: DicomHeader) -> bool:
+    """Whether a file lacks a UID of its own, so that no DICOM can refer to it; says so."""
+    missing = [name for name in _REFERRED if not header.text(name)]
+    if missing:
+        logger.warning("%s: lacks %s, so no DICOM is written of it", header.path, ", ".join(missing))
+    return bool(missing)
 
 
 def _source(header: DicomHeader) -> Any:

@@ -197,8 +197,8 @@ class SaveOrgans(PredictionWriter):
         place = with_part(source, data["image"].meta.get("part"))
         if self.dicom:
             stack = find_stack(Path(source), place.get("files") or (), bool(place.get("assume_hu")))
-            files = [] if stack is None else stack.files
-            write_label_map(files, values, affine, self.label_names, self.folder / f"{name}_organs.dcm")
+            if stack is not None:
+                write_label_map(stack, values, affine, self.label_names, self.folder / f"{name}_organs.dcm")
         if self.figures:
             image, spacing = displayed_image(place)
             organs = self.label_names[1:]

@@ -1,0 +1,608 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files of every kind that hospitals hand over, each with what it is: an X-ray, a volume, or why it is neither."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import nibabel as nib
+import numpy as np
+import pydicom
+from PIL import Image
+from pydicom.dataset import Dataset, FileDataset
+from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, ImplicitVRLittleEndian
+
+from tests.images.conftest import SPACING, Writer, body, new_file, put_pixels
+from tests.images.single_files import compress, write
+
+__all__ = ["KINDS", "Kind", "Truth"]
+
+#: 12 bits, dark above and bright below.
+FILM = np.round(np.linspace(0, 4000, 90 * 70)).astype(np.uint16).reshape(90, 70)
+GREYS = FILM / 4000
+#: RAS, of `body`.
+AFFINE = np.diag([-SPACING[0], -SPACING[1], SPACING[2], 1.0])
+AFFINE[:3, 3] = -10, 20, 100
+Change = Callable[[int, FileDataset], None]
+
+
+class Truth(NamedTuple):
+    """Greys (H, W) of an X-ray within `near`, or Hounsfield units (x, y, z) and their affine to RAS mm."""
+
+    values: np.ndarray
+    affine: np.ndarray | None = None
+    near: float = 0.0
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of input.
+
+    Args:
+        make: writes its files below a writer's folder; returns the path that a user would name.
+        is_a: "xray", "volume", or "" where it is refused.
+        words: what the refusal says, or a warning.
+        truth: where it is known.
+        count: of images.
+    """
+
+    make: Callable[[Writer], Path]
+    is_a: str
+    words: str = ""
+    truth: Truth | None = None
+    count: int = 1
+
+
+KINDS: dict[str, Kind] = {}
+
+
+def kind(is_a: str, words: str = "", truth: Truth | None = None, count: int = 1) -> Any:
+    def add(make: Callable[[Writer], Path]) -> Any:
+        KINDS[make.__name__] = Kind(make, is_a, words, truth, count)
+        return make
+
+    return add
+
+
+def film(writer: Writer, name: str = "film", pixels: np.ndarray = FILM, syntax: str = "", **tags: Any) -> Path:
+    named = {"StudyInstanceUID": writer.root, "SeriesInstanceUID": f"{writer.root}.9", "PatientID": "7"}
+    options = {"syntax": syntax} if syntax else {}
+    return write(writer.folder / name, pixels, **options, **{"BitsStored": 12, **named, **tags})
+
+
+def ct(writer: Writer, *changes: Change, **options: Any) -> Path:
+    def change(number: int, file: FileDataset) -> None:
+        for one in changes:
+            one(number, file)
+
+    writer.slices(change=change, **options)
+    return writer.folder / options.get("folder", "ct")
+
+
+def rewrite(folder: Path, change: Callable[[FileDataset], Any], **options: Any) -> Path:
+    for path in sorted(folder.iterdir()) if folder.is_dir() else [folder]:
+        file = pydicom.dcmread(path)
+        change(file)
+        file.save_as(path, **options)
+    return folder
+
+
+BODY = Truth(body(), AFFINE)
+SAGITTAL = Truth(body().transpose(1, 2, 0), AFFINE[:, [1, 2, 0, 3]])
+TURNED = Truth(body()[::-1], AFFINE @ np.array([[-1, 0, 0, 19], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]))
+GREY = Truth(GREYS, near=1e-3)
+
+
+# X-rays ---------------------------------------------------------------------------------------------------------------
+
+
+@kind("xray", truth=GREY)
+def jpeg_2000_of_no_ending(writer: Writer) -> Path:
+    path = compress(film(writer), "JPEG2000Lossless")
+    return path.rename(path.with_name("00000042"))
+
+
+@kind("xray", truth=GREY)
+def big_endian_without_preamble(writer: Writer) -> Path:
+    path = film(writer, "IMG.7", syntax=ExplicitVRBigEndian)
+    path.write_bytes(path.read_bytes()[132:])
+    return path
+
+
+@kind("xray", truth=GREY)
+def implicit_without_meta(writer: Writer) -> Path:
+    path = film(writer, "ü #1.dcm", syntax=ImplicitVRLittleEndian)
+    whole = path.read_bytes()
+    path.write_bytes(whole[132 + 12 + struct.unpack("<I", whole[140:144])[0] :])
+    return path
+
+
+@kind("xray", truth=GREY)
+def mark_at_the_first_byte(writer: Writer) -> Path:
+    path = film(writer, "cr.ima")
+    path.write_bytes(path.read_bytes()[128:])
+    return path
+
+
+@kind("xray", truth=GREY)
+def deflated(writer: Writer) -> Path:
+    return film(writer, "deflated.dcm", syntax=DeflatedExplicitVRLittleEndian)
+
+
+@kind("xray", truth=Truth(1 - GREYS, near=1e-3))
+def monochrome1_with_a_second_window(writer: Writer) -> Path:
+    window = {"WindowCenter": [60000, 2000.5], "WindowWidth": [1, 4001]}
+    return film(writer, "dx.dcm", Modality="DX", PhotometricInterpretation="MONOCHROME1", **window)
+
+
+@kind("xray", truth=Truth(1 - GREYS, near=1e-3))
+def inverse_presentation(writer: Writer) -> Path:
+    return film(writer, Modality="RG", PresentationLUTShape="INVERSE")
+
+
+@kind("xray", truth=GREY)
+def a_mark_at_the_top_of_16_bits(writer: Writer) -> Path:
+    pixels = FILM.copy()
+    pixels[:5, :6] = 65535
+    return film(writer, pixels=pixels, BitsStored=16)
+
+
+@kind("xray", truth=GREY)
+def bits_at_the_top_and_an_overlay_below(writer: Writer) -> Path:
+    overlay = np.zeros_like(FILM)
+    overlay[3:9, 3:40] = 1
+    return film(writer, pixels=(FILM << 4 | overlay).astype(np.uint16), HighBit=15)
+
+
+@kind("xray", truth=GREY)
+def modality_lut_and_an_empty_window(writer: Writer) -> Path:
+    item = Dataset()
+    item.add_new("LUTDescriptor", "US", [4096, 0, 16])
+    item.add_new("LUTData", "US", [max(4000 - n, 0) for n in range(4096)])
+    item.ModalityLUTType = "US"
+    return film(writer, pixels=(4000 - FILM).astype(np.uint16), ModalityLUTSequence=[item], WindowWidth="")
+
+
+@kind("xray")
+def padding_range(writer: Writer) -> Path:
+    pixels = FILM.copy()
+    pixels[:, :20] = np.arange(20) + 4000
+    return film(writer, pixels=pixels, PixelPaddingValue=4019, PixelPaddingRangeLimit=4000)
+
+
+@kind("xray", truth=Truth((FILM >> 4) / 255, near=1e-6))
+def grey_as_ybr(writer: Writer) -> Path:
+    grey = (FILM >> 4).astype(np.uint8)
+    pixels = np.stack([grey, np.full_like(grey, 128), np.full_like(grey, 128)], -1)
+    tags = {"SamplesPerPixel": 3, "PlanarConfiguration": 0, "PhotometricInterpretation": "YBR_FULL", "BitsStored": 8}
+    return film(writer, pixels=pixels, **tags)
+
+
+@kind("xray", truth=GREY)
+def text_of_other_alphabets(writer: Writer) -> Path:
+    path = film(writer, BodyPartExamined="CHEST")
+    file = pydicom.dcmread(path)
+    for name, text in (("SeriesDescription", b"\xff\xfe\xd0"), ("PatientName", "王^小东".encode("gb18030") + b"\x81")):
+        tag = pydicom.tag.Tag(name)
+        file[tag] = pydicom.dataelem.RawDataElement(tag, "LO", len(text), text, 0, False, True)
+    file.SpecificCharacterSet = ["", "ISO 2022 IR 58"]
+    file.save_as(path)
+    return path
+
+
+@kind("xray", count=2)
+def two_views_of_one_series(writer: Writer) -> Path:
+    film(writer, "export/one", InstanceNumber=1, SOPInstanceUID="1.2.4")
+    film(writer, "export/two", pixels=FILM[:50], InstanceNumber=1, SOPInstanceUID="1.2.5")
+    return writer.folder / "export"
+
+
+def picture(writer: Writer, name: str, pixels: np.ndarray, **options: Any) -> Path:
+    path = writer.folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path, **options)
+    return path
+
+
+@kind("xray", truth=GREY)
+def grey_12_bits_in_16(writer: Writer) -> Path:
+    return picture(writer, "a.png", FILM)
+
+
+@kind("xray", truth=Truth(1 - FILM * 16 / 65535, near=6e-3))
+def tiff_whose_least_is_white(writer: Writer) -> Path:
+    return picture(writer, "a.TIF", (FILM * 16).astype(np.uint16), tiffinfo={262: 0})
+
+
+@kind("xray", truth=Truth(GREYS.T[:, ::-1], near=0.01))
+def turned_jpeg(writer: Writer) -> Path:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return picture(writer, "IMG 0001.jpeg", np.round(GREYS * 255).astype(np.uint8), exif=exif, quality=100)
+
+
+@kind("xray", truth=Truth(GREYS, near=3e-3))
+def grey_with_alpha(writer: Writer) -> Path:
+    grey = np.round(GREYS * 255).astype(np.uint8)
+    return picture(writer, "a.png", np.stack([grey, np.full_like(grey, 9)], -1))
+
+
+# volumes --------------------------------------------------------------------------------------------------------------
+
+
+@kind("volume", truth=BODY)
+def slices_without_endings(writer: Writer) -> Path:
+    return ct(writer, lambda n, f: f.__delattr__("PatientID") if n % 5 == 0 else None, suffix="")
+
+
+@kind("volume", truth=BODY)
+def details_that_change(writer: Writer) -> Path:
+    def change(number: int, file: FileDataset) -> None:
+        file.SliceThickness, file.KVP, file.SeriesNumber = 3 + 1e-6 * number, 100 + number % 3, 2 + number // 12
+        file.SeriesDescription, file.AcquisitionTime = f"{number}", f"1200{number:02d}"
+
+    return ct(writer, change)
+
+
+@kind("volume", "scout view", BODY)
+def scout_and_dose_report(writer: Writer) -> Path:
+    ct(writer, lambda n, f: setattr(f, "ImageType", ["ORIGINAL", "PRIMARY", "LOCALIZER"]), start=300, places=[900])
+    report = new_file(name="5000", root=writer.root)
+    put_pixels(report, np.zeros((20, 18, 3), np.uint16))
+    report.Rows, report.Columns, report.SamplesPerPixel, report.PlanarConfiguration = 20, 18, 3, 0
+    report.PhotometricInterpretation, report.PixelData = "RGB", bytes(20 * 18 * 6)
+    writer.save(report, "ct/zz.dcm")
+    return ct(writer)
+
+
+@kind("volume", "the same slice as another", BODY)
+def a_slice_exported_twice(writer: Writer) -> Path:
+    ct(writer)
+    path = writer.folder / "ct" / "0890.dcm"
+    double = pydicom.dcmread(path)
+    double.SOPInstanceUID = double.file_meta.MediaStorageSOPInstanceUID = f"{writer.root}.1.999"
+    double.save_as(path.with_name("again.dcm"))
+    return path.parent
+
+
+@kind("volume", "2 gap(s) of up to 9 mm where 3 mm is usual")
+def slices_that_are_missing(writer: Writer) -> Path:
+    kept = [z for z in range(24) if z not in (5, 6, 15)]
+    return ct(writer, places=[3.0 * z for z in kept], volume=body()[:, :, kept])
+
+
+@kind("volume", "uneven steps of 1.5 to 3 mm")
+def two_thicknesses(writer: Writer) -> Path:
+    return ct(writer, places=[*np.arange(0, 36, 3.0), *np.arange(36, 54, 1.5)])
+
+
+@kind("volume", "The gantry was tilted by 18.4 degrees")
+def tilted_backwards(writer: Writer) -> Path:
+    return ct(writer, shift=lambda place: (0.0, -place / 3))
+
+
+@kind("volume", "The series holds 2 stacks", count=2)
+def reconstructions_between_each_other(writer: Writer) -> Path:
+    ct(writer, lambda n, f: setattr(f, "ConvolutionKernel", "STANDARD"))
+    places = [3.0 * z + 1.5 for z in range(24)]
+    return ct(writer, lambda n, f: setattr(f, "ConvolutionKernel", "LUNG"), start=100, places=places)
+
+
+@kind("volume", "The series holds 2 stacks", count=2)
+def two_phases(writer: Writer) -> Path:
+    ct(writer, lambda n, f: setattr(f, "ContrastBolusAgent", "none"))
+    change: Change = lambda n, f: setattr(f, "ContrastBolusAgent", "350")  # noqa: E731
+    return ct(writer, change, start=100, volume=(body() + 5).astype(np.int16))
+
+
+@kind("volume", truth=SAGITTAL)
+def sagittal_slices(writer: Writer) -> Path:
+    values = body()
+    paths = writer.slices(volume=values.transpose(1, 2, 0), places=[0.0] * 20)
+    for x, path in enumerate(paths):
+        file = pydicom.dcmread(path)
+        file.ImageOrientationPatient, file.PixelSpacing = [0, 1, 0, 0, 0, 1], [3.0, 2.5]
+        file.ImagePositionPatient = [10 + 2.0 * x, -20, 100]
+        file.save_as(path)
+    return writer.folder / "ct"
+
+
+@kind("volume", truth=BODY)
+def signed_with_padding_and_intercepts(writer: Writer) -> Path:
+    def change(number: int, file: FileDataset) -> None:
+        stored = body()[:, :, number].T.astype(int) - number
+        # outside the body is the padding of a round field of view
+        stored[stored < -900] = -2000
+        file.PixelRepresentation, file.PixelPaddingValue, file.RescaleIntercept = 1, -2000, number
+        file.PixelData = stored.astype("<i2").tobytes()
+
+    return ct(writer, change)
+
+
+@kind("volume", truth=BODY)
+def run_lengths(writer: Writer) -> Path:
+    return rewrite(ct(writer), lambda file: file.compress(pydicom.uid.RLELossless))
+
+
+@kind("volume", truth=BODY)
+def enhanced_out_of_order(writer: Writer) -> Path:
+    return writer.enhanced("multi.dcm", np.random.default_rng(2).permutation(24).tolist())
+
+
+@kind("volume", truth=BODY)
+def enhanced_with_rescale_of_each_frame(writer: Writer) -> Path:
+    def change(file: FileDataset) -> None:
+        del file.SharedFunctionalGroupsSequence[0].PixelValueTransformationSequence
+        stored = file.pixel_array.astype(int)
+        for number, group in enumerate(file.PerFrameFunctionalGroupsSequence):
+            item = Dataset()
+            item.RescaleSlope, item.RescaleIntercept = 1, -1024 - number
+            group.PixelValueTransformationSequence = [item]
+            stored[number] += number
+        file.PixelData = stored.astype("<u2").tobytes()
+
+    return rewrite(writer.enhanced("IM0", range(23, -1, -1)), change)
+
+
+def nifti(writer: Writer, name: str, values: np.ndarray, affine: Any = AFFINE, slope: float | None = None) -> Path:
+    path = writer.folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = nib.Nifti1Image(values, affine)
+    if slope:
+        image.header.set_slope_inter(slope, 0)
+    nib.save(image, path)
+    return path
+
+
+@kind("volume", truth=BODY)
+def nifti_with_five_axes(writer: Writer) -> Path:
+    return nifti(writer, "five.nii.gz", body()[..., None, None])
+
+
+@kind("volume", truth=TURNED)
+def nifti_turned_and_scaled(writer: Writer) -> Path:
+    return nifti(writer, "SCAN.NII", (TURNED.values // 10).astype(np.int16), TURNED.affine, slope=10)
+
+
+@kind("volume", truth=BODY)
+def metaimage_beside_its_voxels(writer: Writer) -> Path:
+    folder = writer.folder / "meta"
+    folder.mkdir(parents=True)
+    (folder / "scan.raw").write_bytes(body().astype("<i2").tobytes(order="F"))
+    (folder / "scan.mhd").write_text(
+        "ObjectType = Image\nNDims = 3\nDimSize = 20 18 24\nElementSpacing = 2 2.5 3\nOffset = 10 -20 100\n"
+        "TransformMatrix = 1 0 0 0 1 0 0 0 1\nElementType = MET_SHORT\nElementDataFile = scan.raw\n"
+    )
+    return folder / "scan.mhd"
+
+
+@kind("volume", truth=BODY)
+def nrrd(writer: Writer) -> Path:
+    path = writer.folder / "scan.nrrd"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    head = (
+        "NRRD0005\ntype: short\ndimension: 3\nsizes: 20 18 24\nspace: right-anterior-superior\nencoding: raw\n"
+        "endian: little\nspace directions: (-2,0,0) (0,-2.5,0) (0,0,3)\nspace origin: (-10,20,100)\n\n"
+    )
+    path.write_bytes(head.encode() + body().astype("<i2").tobytes(order="F"))
+    return path
+
+
+@kind("volume", truth=BODY)
+def legacy_converted_with_stacks_of_frames(writer: Writer) -> Path:
+    def change(file: FileDataset) -> None:
+        file.SOPClassUID = file.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.2.2"
+        orientation = file.SharedFunctionalGroupsSequence[0].PlaneOrientationSequence
+        del file.SharedFunctionalGroupsSequence[0].PlaneOrientationSequence
+        for number, group in enumerate(file.PerFrameFunctionalGroupsSequence):
+            group.PlaneOrientationSequence = orientation
+            group.FrameContentSequence = [Dataset()]
+            group.FrameContentSequence[0].StackID, group.FrameContentSequence[0].InStackPositionNumber = "1", number + 1
+
+    return rewrite(writer.enhanced("legacy", [*range(12, 24), *range(12)]), change)
+
+
+@kind("volume", truth=BODY)
+def frames_in_even_steps(writer: Writer) -> Path:
+    file = new_file(root=writer.root)
+    file.NumberOfFrames, file.PixelSpacing, file.RescaleSlope, file.RescaleIntercept = 24, [2.5, 2], 1, -1024
+    file.ImagePositionPatient, file.ImageOrientationPatient = [10, -20, 100], [1, 0, 0, 0, 1, 0]
+    file.SpacingBetweenSlices = 3
+    put_pixels(file, (body().transpose(2, 1, 0) + 1024).astype(np.uint16))
+    return writer.save(file, "frames.dcm")
+
+
+@kind("volume", truth=BODY)
+def slices_of_two_folders(writer: Writer) -> Path:
+    folder = ct(writer)
+    for number, path in enumerate(sorted(folder.iterdir())):
+        part = folder / f"DIR{number % 2}"
+        part.mkdir(exist_ok=True)
+        path.rename(part / path.stem)
+    return folder
+
+
+@kind("volume", truth=BODY)
+def a_dicomdir_export(writer: Writer) -> Path:
+    from pydicom.fileset import FileSet
+
+    files = FileSet()
+    for path in sorted(ct(writer, lambda n, f: f.update({"StudyTime": "1200", "StudyID": "1"})).iterdir()):
+        files.add(path)
+    files.write(writer.folder / "CD")
+    return writer.folder / "CD" / "DICOMDIR"
+
+
+@kind("volume", "directions of slices differ by up to 0.17 degrees")
+def directions_of_few_digits(writer: Writer) -> Path:
+    return ct(writer, lambda n, f: setattr(f, "ImageOrientationPatient", [1, 0.003 * (n % 2), 0, 0, 1, 0]))
+
+
+# refused --------------------------------------------------------------------------------------------------------------
+
+
+@kind("", "is one CT slice")
+def one_slice_of_many(writer: Writer) -> Path:
+    return ct(writer, places=[3.0]) / "0900.dcm"
+
+
+@kind("", "is one CT slice")
+def enhanced_of_one_frame(writer: Writer) -> Path:
+    return writer.enhanced("one.dcm", [7])
+
+
+@kind("", "lacks ImagePositionPatient")
+def no_position(writer: Writer) -> Path:
+    return ct(writer, lambda n, f: f.__delattr__("ImagePositionPatient"))
+
+
+@kind("", "lacks ImageOrientationPatient")
+def no_orientation(writer: Writer) -> Path:
+    return ct(writer, lambda n, f: setattr(f, "ImageOrientationPatient", None))
+
+
+@kind("", "RescaleSlope and RescaleIntercept are missing in 5 of its 24 files")
+def no_rescale_in_some(writer: Writer) -> Path:
+    return ct(writer, lambda n, f: setattr(f, "RescaleSlope", "") if n % 5 == 0 else None)
+
+
+@kind("", "slices are missing: a block of 46 mm where steps of 3 mm are usual")
+def a_block_that_is_missing(writer: Writer) -> Path:
+    return ct(writer, places=[3.0 * z if z < 14 else 3.0 * z + 43 for z in range(24)])
+
+
+@kind("", "24 places with 2 slices at each")
+def phases_by_number_alone(writer: Writer) -> Path:
+    ct(writer)
+    return ct(writer, start=100, volume=(body() + 5).astype(np.int16))
+
+
+@kind("", "slices that lie between each other's")
+def acquisitions_by_number_alone(writer: Writer) -> Path:
+    ct(writer)
+    return ct(writer, start=100, places=[3.0 * z + 1.5 for z in range(24)])
+
+
+@kind("", "frames without positions")
+def frames_without_positions(writer: Writer) -> Path:
+    file = new_file(root=writer.root)
+    file.NumberOfFrames, file.PixelSpacing, file.RescaleSlope, file.RescaleIntercept = 24, [2.5, 2], 1, -1024
+    file.ImagePositionPatient, file.ImageOrientationPatient = [0, 0, 0], [1, 0, 0, 0, 1, 0]
+    put_pixels(file, (body().transpose(2, 1, 0) + 1024).astype(np.uint16))
+    return writer.save(file, "frames.dcm")
+
+
+@kind("", "several time points or channels")
+def nifti_of_two_times(writer: Writer) -> Path:
+    return nifti(writer, "two.nii.gz", np.stack([body(), body()], -1))
+
+
+@kind("", "its voxels are colours or complex numbers")
+def complex_nifti(writer: Writer) -> Path:
+    return nifti(writer, "complex.nii", body().astype(np.complex64))
+
+
+@kind("", "which is not a 3D volume")
+def nifti_of_one_slice(writer: Writer) -> Path:
+    return nifti(writer, "slice.nii.gz", body()[:, :, 9:10])
+
+
+@kind("", "the affine is zero")
+def nifti_of_no_place(writer: Writer) -> Path:
+    path = nifti(writer, "nowhere.nii", body())
+    data = bytearray(path.read_bytes())
+    data[252:256] = bytes(4)
+    path.write_bytes(data)
+    return path
+
+
+@kind("", "raw stored values")
+def stored_values_in_nifti(writer: Writer) -> Path:
+    return nifti(writer, "stored.nii.gz", (body() + 1024).astype(np.uint16))
+
+
+@kind("", "some voxels are NaN or infinite")
+def an_infinite_voxel(writer: Writer) -> Path:
+    values = body().astype(np.float32)
+    values[1, 1, 1] = np.inf
+    return nifti(writer, "inf.nii.gz", values)
+
+
+@kind("", "its header names voxels outside its folder")
+def a_header_that_leads_elsewhere(writer: Writer) -> Path:
+    path = metaimage_beside_its_voxels(writer)
+    path.write_text(path.read_text().replace("scan.raw", "../../secret.raw"))
+    return path
+
+
+@kind("", "holds 3 frames, a film or loop")
+def a_loop(writer: Writer) -> Path:
+    return film(writer, pixels=np.stack([FILM] * 3), Modality="XA", NumberOfFrames=3)
+
+
+@kind("", "is DICOM of modality MR (magnetic resonance)")
+def another_modality(writer: Writer) -> Path:
+    return film(writer, Modality="MR")
+
+
+@kind("", "the DICOM is cut off")
+def a_film_cut_off(writer: Writer) -> Path:
+    path = film(writer)
+    path.write_bytes(path.read_bytes()[:-500])
+    return path
+
+
+@kind("", "is coded in transfer syntax 1.2.840.113619.5.2")
+def coded_in_a_makers_own_way(writer: Writer) -> Path:
+    def change(file: FileDataset) -> None:
+        file.file_meta.TransferSyntaxUID = "1.2.840.113619.5.2"
+
+    return rewrite(film(writer), change, implicit_vr=False, little_endian=True)
+
+
+@kind("", "its PhotometricInterpretation is missing")
+def polarity_unknown(writer: Writer) -> Path:
+    return rewrite(film(writer), lambda file: file.__delattr__("PhotometricInterpretation"))
+
+
+@kind("", "holds 2 pages or frames")
+def pages(writer: Writer) -> Path:
+    more = [Image.fromarray((FILM >> 4).astype(np.uint8))]
+    return picture(writer, "a.tif", (FILM >> 4).astype(np.uint8), save_all=True, append_images=more)
+
+
+@kind("", "is a colour picture, not a radiograph")
+def a_photograph(writer: Writer) -> Path:
+    colours = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    return picture(writer, "a.png", colours)
+
+
+@kind("", "all pixels have the value 7")
+def nothing_on_it(writer: Writer) -> Path:
+    return picture(writer, "a.png", np.full((64, 64), 7, np.uint8))
+
+
+@kind("", "is named as a picture but holds a WebP picture")
+def another_picture(writer: Writer) -> Path:
+    path = picture(writer, "a.webp", (FILM >> 4).astype(np.uint8))
+    return path.rename(path.with_name("a.jpg"))
+
+
+@kind("", "the file is empty")
+def nothing_in_it(writer: Writer) -> Path:
+    path = writer.folder / "a.dcm"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+    return path
+
+
+def make_all(folder: Path, names: Sequence[str] = ()) -> dict[str, Path]:
+    """Write files of each kind to a folder of its own; the path to name, by kind."""
+    paths = {}
+    for number, name in enumerate(names or KINDS, start=1):
+        paths[name] = KINDS[name].make(Writer(folder / f"{number:02d}_{name}", root=f"1.2.826.0.1.9.{number}"))
+    return paths
