@@ -40,7 +40,7 @@ def folder(tmp_path_factory):
 def checkpoint(tmp_path_factory, folder):
     """A network as a training run leaves it, with random weights."""
     models = tmp_path_factory.mktemp("models")
-    reports = [item["report"] for item in mimic_cxr.convert(folder / "mimic_cxr")["training"]]
+    reports = [item["report"] for item in mimic_cxr.DATASET.convert(folder / "mimic_cxr")["training"]]
     tokenizer = load_tokenizer(build_wordpiece(reports, models / "vocabulary", vocab_size=300))
     torch.manual_seed(0)
     network = UniMedI(
@@ -64,7 +64,7 @@ def checkpoint(tmp_path_factory, folder):
 def datalist(folder):
     """Both sets in one datalist, as pre-training reads them, with four studies of each in the test split."""
     parts = {}
-    for name, convert in (("mimic_cxr", mimic_cxr.convert), ("bimcv", bimcv.convert)):
+    for name, convert in (("mimic_cxr", mimic_cxr.DATASET.convert), ("bimcv", bimcv.DATASET.convert)):
         found = convert(folder / name)
         items = [item for split in SPLITS for item in found[split]]
         parts[name] = write_json(

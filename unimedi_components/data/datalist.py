@@ -87,9 +87,12 @@ class DatalistBuilder:
             name = str(path)
         self.sources[name] = sha256_of(path)
 
-    def add(self, split: str, item: dict[str, Any]) -> None:
-        """Keep an item."""
-        self.items[split].append(item)
+    def add(self, split: str, item: dict[str, Any], fault: tuple[str, str] | None = None) -> None:
+        """Keep an item, or drop it where its file has a fault, (reason, detail)."""
+        if fault is None:
+            self.items[split].append(item)
+        else:
+            self.drop(fault[0], item["id"], fault[1])
 
     def drop(self, reason: str, item_id: str, detail: str = "") -> None:
         """Count an item that is left out.

@@ -16,8 +16,7 @@ import nibabel as nib
 import numpy as np
 
 from unimedi_components.data.datalist import DatalistBuilder
-from unimedi_components.data.sources import progress_map
-from unimedi_components.errors import ConfigError
+from unimedi_components.data.sources import check_choice, progress_map
 from unimedi_components.images.checks import CTLimits, check_ct
 from unimedi_components.images.volume import read_volume_header
 from unimedi_components.images.xray_checks import IMAGE_CHECKS
@@ -95,11 +94,8 @@ def add_cases(
             "--check_images full leaves such images out."
         )
     for case, fault in zip(cases, faults, strict=True):
-        if fault is not None:
-            builder.drop(fault[0], case.name, fault[1])
-            continue
         item = {"id": case.name, "patient": case.name, "image": case.image, "mask": case.mask, "dim": 3}
-        builder.add(case.split, item)
+        builder.add(case.split, item, fault)
 
 
 def pair_fault(
@@ -124,8 +120,7 @@ def pair_fault(
     Raises:
         ConfigError: ``check`` is none of the four.
     """
-    if check not in IMAGE_CHECKS:
-        raise ConfigError(f"check_images={check!r} is unknown. Use one of {', '.join(IMAGE_CHECKS)}.")
+    check_choice("check_images", check, IMAGE_CHECKS)
     if check == "none":
         return None
     for path, what in ((image, "image"), (mask, "mask")):

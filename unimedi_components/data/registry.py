@@ -5,10 +5,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from unimedi_components.data.datalist import DatalistBuilder
 
-__all__ = ["Dataset"]
+__all__ = ["OPTIONS", "Dataset"]
+
+#: Options that converters share; a docstring describes the others, and those that mean something else there.
+OPTIONS = {
+    "strict": "raise at the first broken or missing file.",
+    "seed": "seed of the splits that the data set does not define.",
+    "min_tokens": "fewest word tokens after cleaning.",
+    "keep_punct": "keep the punctuation of reports, see clean_report.",
+    "check_images": '"quick" (first and last bytes), "full" (decode), "exists" or "none".',
+    "num_workers": "threads that read files.",
+    "progress": "show progress bars.",
+}
 
 
 @dataclass(frozen=True)
@@ -34,3 +46,7 @@ class Dataset:
     tree: str
     collect: Callable[..., DatalistBuilder]
     notes: str = ""
+
+    def convert(self, root: Any, **options: Any) -> dict[str, Any]:
+        """Return the datalist of ``collect``."""
+        return self.collect(root, **options).build()

@@ -17,12 +17,14 @@ from typing import Any
 import pandas as pd
 from tqdm import tqdm
 
-from unimedi_components.errors import DataError
+from unimedi_components.errors import ConfigError, DataError
 from unimedi_components.images.xray_checks import xray_fault
 
 __all__ = [
+    "check_choice",
     "existing_root",
     "find_source",
+    "first_source",
     "folders_below",
     "nearest_hint",
     "progress_map",
@@ -60,6 +62,13 @@ def nearest_hint(name: str, known: Iterable[str]) -> str:
     return f"did you mean {best!r}? " if best and likeness(best) >= 0.6 else ""
 
 
+def check_choice(option: str, value: Any, known: Iterable[str], hint: bool = False) -> None:
+    """Raise a ConfigError that names the options' values unless ``value`` is one; with ``hint``, the nearest too."""
+    if value not in known:
+        near = nearest_hint(str(value), known) if hint else ""
+        raise ConfigError(f"{option}={value!r} is unknown. {near}Use one of {', '.join(known)}.")
+
+
 def existing_root(root: str | Path, dataset: str) -> Path:
     """Return ``root`` as a path.
 
@@ -74,27 +83,26 @@ def existing_root(root: str | Path, dataset: str) -> Path:
     return path
 
 
-def find_source(root: Path, patterns: Sequence[str], what: str, *, required: bool = True) -> Path | None:
-    """Find a table below ``root`` by the first glob pattern that matches, plain or gzipped.
-
-    Args:
-        root: folder to look in.
-        patterns: glob patterns relative to ``root`` without the ``.gz`` ending, in order of preference.
-        what: name of the table for the message.
-        required: raise instead of returning None.
+def find_source(root: Path, patterns: Sequence[str], what: str) -> Path:
+    """`first_source` of a table that must be there.
 
     Raises:
-        DataError: nothing matches and the table is required.
+        DataError: nothing matches; the message calls the table ``what``.
     """
+    if (path := first_source(root, patterns)) is not None:
+        return path
+    looked = ", ".join(f"{pattern}[.gz]" for pattern in patterns)
+    raise DataError(f"{root}: no {what}. Looked for {looked}. Download it from the data set, or correct ROOT.")
+
+
+def first_source(root: Path, patterns: Sequence[str]) -> Path | None:
+    """Find a table below ``root`` by the first glob pattern (without ``.gz``) that matches, plain or gzipped."""
     for pattern in patterns:
         for ending in ("", ".gz"):
             found = [path for path in sorted(root.glob(pattern + ending)) if path.is_file() and _is_data(path, root)]
             if found:
                 return found[0]
-    if not required:
-        return None
-    looked = ", ".join(f"{pattern}[.gz]" for pattern in patterns)
-    raise DataError(f"{root}: no {what}. Looked for {looked}. Download it from the data set, or correct ROOT.")
+    return None
 
 
 def _is_data(path: Path, root: Path) -> bool:

@@ -25,8 +25,8 @@ __all__ = ["HEADLINE", "evaluate", "heldout_items"]
 
 Converter = Callable[..., dict[str, Any]]
 _LAYOUTS: dict[int, tuple[str, Converter]] = {
-    2: ("mimic_cxr", mimic_cxr.convert),
-    3: ("bimcv", bimcv.convert),
+    2: ("mimic_cxr", mimic_cxr.DATASET.convert),
+    3: ("bimcv", bimcv.DATASET.convert),
 }
 
 #: Measured on the untrained network too, under KEY_untrained.

@@ -24,7 +24,6 @@ Array = npt.NDArray[Any]
 _SIZE, _DPI = (4.8, 3.9), 150
 XRAY, CT = "#2f6fb2", "#d98324"
 _COLOURS = ("#8a8f98", "#d98324", "#2f6fb2", "#2a9d4a")
-_MARKS = ("o", "^", "s", "D")
 
 
 def draw_tsne(groups: Mapping[str, tuple[Array, str, str]], path: Path, title: str, seed: int = 0) -> Path:

@@ -202,11 +202,6 @@ class Profiles:
         middle = np.float32(patient.shift) + np.float32(0.5) * self.cage_x
         return right + middle, left + middle, depth
 
-    def heart_width(self, patient: Patient) -> FloatArray:
-        """Width of the heart in each slice in mm, (nz,)."""
-        right, left, _ = self.heart(patient)
-        return left - right
-
 
 def diaphragm(patient: Patient, side: str, y: FloatArray, x: FloatArray) -> FloatArray:
     """Height of one hemidiaphragm, (ny, nx) mm: a dome that falls to the sides and to the back."""

@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Box", "FloatArray", "Grid", "ellipsoid", "noise", "separable", "soft", "splat"]
+__all__ = ["Box", "FloatArray", "Grid", "ellipsoid", "mix", "noise", "separable", "soft", "splat"]
 
 FloatArray = npt.NDArray[np.float32]
 Box = tuple[slice, slice, slice]
@@ -70,6 +70,11 @@ class Grid:
     def box(self, z: tuple[float, float], y: tuple[float, float], x: tuple[float, float]) -> Box:
         """Index box of the voxel centres inside three ranges in mm."""
         return self.span(0, *z), self.span(1, *y), self.span(2, *x)
+
+
+def mix(view: FloatArray, share: FloatArray, value: float | FloatArray) -> None:
+    """``view`` becomes ``value`` where share is 1."""
+    view += share * (value - view)
 
 
 def soft(field: FloatArray, steepness: float) -> FloatArray:

@@ -11,8 +11,20 @@ import numpy as np
 
 from .anatomy import Patient
 from .findings import FINDINGS, Finding
-from .phrases import IMPRESSION, NEGATIVE, OWN, POSITIVE, SEVERITY, STYLE, WHERE
-from .statements import CLEAR, INDICATIONS, NORMAL, SCOLIOSIS, SHIFT
+from .phrases import (
+    CLEAR,
+    IMPRESSION,
+    INDICATIONS,
+    NEGATIVE,
+    NORMAL,
+    OWN,
+    POSITIVE,
+    SCOLIOSIS,
+    SEVERITY,
+    SHIFT,
+    STYLE,
+    WHERE,
+)
 
 __all__ = ["Report", "write_report"]
 

@@ -60,6 +60,10 @@ class XrayStudy:
     lesions: list[Lesion]
     grid: Grid
 
+    def records(self) -> list[dict[str, Any]]:
+        """The findings' entries in truth.json."""
+        return [lesion_record(lesion, self.film_boxes(lesion), slices=False) for lesion in self.lesions]
+
     def film_boxes(self, lesion: Lesion) -> list[list[int]]:
         """A lesion's boxes on the film in pixels, each [x0, y0, x1, y1] with the last pixel included."""
         nz, _, nx = self.grid.shape

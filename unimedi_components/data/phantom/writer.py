@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ __all__ = [
     "patient_record",
     "register",
     "write_phantom",
+    "write_rows",
 ]
 
 TRUTH = "truth.json"
@@ -218,3 +220,11 @@ def _from_workers(layout: str, root: Path, patients: int, seed: int, count: int)
         for process in crew:
             process.terminate()
             process.communicate()
+
+
+def write_rows(path: Path, columns: Sequence[str], rows: Iterable[Any], delimiter: str = ",") -> None:
+    """Write a table with a header line; a row is a dict by column, or a sequence."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, delimiter=delimiter, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows([row[name] for name in columns] if isinstance(row, dict) else row for row in rows)
