@@ -44,8 +44,6 @@ def command_help(name: str, function: Callable[..., Any], more: Callable[..., An
     """Full help of a command.
 
     Args:
-        name: as on the command line.
-        function: the command.
         more: the function that takes what the command's ``**options`` hold.
     """
     parameters = inspect.signature(function).parameters

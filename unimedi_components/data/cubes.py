@@ -37,7 +37,6 @@ class LoadCubed(MapTransform):
     to the place or, after resampling, the place itself.
 
     Args:
-        keys: of the file names.
         center_key: of the place, [x, y, z] in LPS mm.
         size: D, H, W in voxels.
         spacing: mm along D, H, W to resample to linearly; None keeps the file's voxels (Models Genesis).

@@ -64,7 +64,6 @@ class DatalistBuilder:
     """Collects items and drops while a converter reads a data set.
 
     Args:
-        dataset: name of the data set.
         root: folder that image paths are relative to.
         strict: raise at the first drop whose reason is one of :data:`FAULT_REASONS`.
     """
@@ -195,8 +194,6 @@ def validate_datalist(
     """Check what every user of a datalist relies on.
 
     Args:
-        datalist: the parsed file.
-        name: file name for the message.
         required: keys that every item must have.
         require_training: whether an empty training split is an error.
 
@@ -239,7 +236,6 @@ def load_datalist(
     """Read and check a datalist.
 
     Args:
-        path: the JSON file.
         root: when given, the folder that image paths are relative to; it and the first image of each split
             must exist.
         required: keys that every item must have; add ``"report"`` for image-report training.
@@ -286,7 +282,6 @@ def select(datalist: dict[str, Any], split: str, dims: Iterable[int] | int | Non
     """Return the items of a split.
 
     Args:
-        datalist: a datalist.
         split: ``"training"``, ``"validation"`` or ``"test"``.
         dims: 2, 3 or several of them; None keeps both.
 

@@ -61,11 +61,8 @@ def add_cases(
     Args:
         builder: gets items ``{"id", "patient", "image", "mask", "dim": 3}``, the task and the label names.
         root: folder that the paths are relative to.
-        cases: the cases with their splits.
         organs: names of the labels 1, 2, ... in order.
         check: see :func:`pair_fault`.
-        num_workers: threads that read files.
-        progress: show a bar.
 
     Raises:
         ConfigError: ``check`` is unknown.
@@ -104,8 +101,6 @@ def pair_fault(
     """Say what is wrong with an image and its label map.
 
     Args:
-        image: NIfTI file of a CT volume.
-        mask: NIfTI file of its label map.
         num_classes: number of labels with the background; values are 0 to ``num_classes - 1``.
         check: ``"quick"`` reads the headers, some slices of the image (Hounsfield units) and the whole label
             map; ``"full"`` reads every voxel of the image too; ``"exists"`` only asks whether the files are

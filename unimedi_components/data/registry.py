@@ -28,11 +28,7 @@ class Dataset:
     """A data set that can be prepared.
 
     Args:
-        name: as on the command line.
-        title: its full name and version.
         task: what it is used for here, with the paper's section.
-        source: where to get it.
-        licence: its own licence or terms.
         tree: the layout that the converter reads, one path or group of paths per line.
         collect: called as (root, \\*, strict, ...); returns the kept and the dropped items.
         notes: what to know before using it: official figures, traps, options.

@@ -41,10 +41,6 @@ _NOT_DATA = ("__MACOSX",)
 def nearest_hint(name: str, known: Iterable[str]) -> str:
     """Say which known name an unknown one resembles most.
 
-    Args:
-        name: the name that nothing defines.
-        known: the names that exist.
-
     Returns:
         ``"did you mean 'report'? "`` or, when nothing is similar, an empty string.
 
@@ -140,9 +136,7 @@ def read_source(path: Path, required: Sequence[str] = (), sep: str = ",", remedy
     row are accepted; an empty cell is ``""``.
 
     Args:
-        path: the table.
         required: columns that must be there (matched without regard to case and renamed to this spelling).
-        sep: column separator.
         remedy: sentence that ends the message about a missing column.
 
     Raises:
@@ -235,11 +229,7 @@ def xray_faults(
 
     Args:
         root: folder that the images are relative to.
-        images: paths relative to it.
         check: see :func:`~unimedi_components.images.xray_checks.xray_fault`.
-        num_workers: threads that read files.
-        progress: show the bar.
-        desc: text of the bar.
     """
     base = str(root)
     return progress_map(lambda image: xray_fault(os.path.join(base, image), check), images, desc, num_workers, progress)

@@ -82,7 +82,6 @@ def check_punct(pretrained: Pretrained, lists: Mapping[str, Any]) -> None:
     """Warn where a datalist's reports lack the punctuation that the network's training reports had.
 
     Args:
-        pretrained: the network.
         lists: the datalist; those of before meta.keep_punct pass.
     """
     meta = lists.get("meta", {})
@@ -106,10 +105,6 @@ def make_dataset(
     Args:
         pretrained: its card holds "preprocessing": arguments of `xray_transforms` and `ct_transforms`, and
             "keep_punct".
-        items: datalist items.
-        root: folder of the data set.
-        cache_dir: folder to keep prepared images in.
-        strict: an unreadable file is an error.
     """
     transform = input_transforms(pretrained.card["preprocessing"])
     texts = [as_trained(item.get("report") or "", pretrained.keep_punct) for item in items]
@@ -135,13 +130,8 @@ def extract_features(
     Args:
         pretrained: the network, in evaluation mode; runs on the device that it is on.
         items: datalist items of one or both dimensions.
-        root: folder of the data set.
-        batch_2d: X-rays per batch.
-        batch_3d: volumes per batch.
         use_slices: feed the selected slices beside the volume, as in pre-training.
-        num_workers: loading processes.
         cache_dir: folder to keep prepared images in, for a second network over the same items.
-        progress: show a progress bar.
 
     Returns:
         `Features` by dimension, 2 and 3; a dimension without a readable item is left out.
@@ -247,10 +237,6 @@ def _read_truth(path: Path) -> dict[str, Any]:
 
 def labels_of(items: Sequence[Mapping[str, Any]], studies: Truth) -> npt.NDArray[np.int64]:
     """True labels of datalist items, (N, F).
-
-    Args:
-        items: datalist items.
-        studies: truth by item id.
 
     Raises:
         DataError: an item is not in the truth file.

@@ -50,8 +50,6 @@ def all_metrics(
     """All that can be measured on these features, with 95% intervals over patients under "intervals".
 
     Args:
-        pretrained: the network that made them.
-        features: by dimension.
         truth: of `load_truth`, or None: then without what needs labels, boxes or lesions.
         resamples: of the patients; None gives no intervals.
         films: folder for the X-rays of the volumes' patients, reused if they are there; None for a temporary one.
@@ -218,7 +216,6 @@ def probe_metrics(
     """Linear probes of the CLS, and of the input itself beside them, cross-validated on the same splits.
 
     Args:
-        features: by dimension.
         truth: of `load_truth`.
         measures: gets the values, with intervals if it has resamples; None for none.
         pixels: probe the averaged input too, `Features.pooled`.

@@ -36,9 +36,6 @@ def xray_attention_metrics(
     """Attention inside the true boxes of the X-rays whose boxes fill at most a third of what the network sees.
 
     Args:
-        pretrained: the network that made the features.
-        features: of X-rays.
-        studies: truth by item id.
         measures: gets the values; None for none.
 
     Returns:

@@ -32,7 +32,6 @@ class RocCurve:
     """One ROC curve.
 
     Args:
-        name: of the finding or class.
         false_positive, true_positive: rates, from 0 to 1; empty where there is no curve.
         auroc: None where there is none.
         interval: its low and high limit, or None.
@@ -50,8 +49,6 @@ def draw_roc(curves: Sequence[RocCurve], path: str | Path, title: str = "") -> P
 
     Args:
         curves: one line each; those without an AUROC are in the legend alone.
-        path: PNG to write.
-        title: heading of the figure.
 
     Raises:
         ValueError: there is no curve.
@@ -98,8 +95,6 @@ def draw_precision_recall(curves: Mapping[str, tuple[Array, Array]], path: str |
 
     Args:
         curves: legend -> (recall, precision), from the highest score to the lowest.
-        path: PNG to write.
-        title: heading of the figure.
     """
     figure = Figure(figsize=(7.2, 5.2), dpi=DPI, layout="constrained", facecolor="white")
     axes = figure.subplots()
@@ -119,9 +114,6 @@ def draw_confusion(
 
     Args:
         matrices: (C, C) with true classes in rows and predicted ones in columns, by panel title; "" for none.
-        names: the C classes.
-        path: PNG to write.
-        title: heading of the figure.
 
     Raises:
         ValueError: there is no matrix.

@@ -39,7 +39,6 @@ def draw_loss_curves(history: Rows, path: str | Path) -> Path:
     Args:
         history: one dict per iteration with "iteration", "epoch", "loss", and where there are "vl", "icl",
             "pcl", "lr", and keys that begin with "val_" at the iterations that ended in a validation.
-        path: PNG to write.
 
     Raises:
         ValueError: the history is empty.

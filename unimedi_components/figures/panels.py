@@ -69,7 +69,6 @@ class MaskView:
     """One image with its masks.
 
     Args:
-        name: for the title.
         image: (H, W).
         found: the predicted mask, bool (H, W).
         truth: the true one, or None where it is not known.
@@ -88,8 +87,6 @@ def draw_masks(views: Sequence[MaskView], path: str | Path, title: str = "") -> 
 
     Args:
         views: at least one.
-        path: PNG to write.
-        title: heading of the figure.
 
     Raises:
         ValueError: there is no image.
@@ -140,7 +137,6 @@ class BoxImage:
     """One image with boxes [x0, y0, x1, y1] in its pixels, x1 and y1 just beyond the box.
 
     Args:
-        name: for the title.
         image: (H, W).
         found: predicted, (n, 4).
         scores: of them, (n,).
@@ -159,8 +155,6 @@ def draw_boxes(images: Sequence[BoxImage], path: str | Path, title: str = "") ->
 
     Args:
         images: at least one.
-        path: PNG to write.
-        title: heading of the figure.
 
     Raises:
         ValueError: there is no image.
@@ -214,12 +208,9 @@ def draw_organs(
     """Draw at most six axial slices, spread over those that hold an organ, from foot to head.
 
     Args:
-        name: of the case, for the heading.
         image: (D, H, W), D to the head, H to the back, W to the patient's left.
         truth: labels, 0 background and i + 1 for `organs[i]`, or None.
         prediction: labels as of the truth.
-        organs: names.
-        path: PNG to write.
         spacing: mm between slices, rows and columns; sets the height of a slice to its width.
     """
     shown = prediction if truth is None else np.maximum(prediction, truth)
@@ -276,12 +267,10 @@ def draw_prediction(
     Attention is transparent where it is at most what even attention over the whole image would give.
 
     Args:
-        name: of the image, for the heading.
         image: (H, W), or (D, H, W) of which at most ten slices are shown, each the middle of its slab of tokens.
         attention: Eq. 1's **v** on the token grid, (rows, columns) or (slabs, rows, columns).
         probability: by label.
         chosen: labels that are predicted.
-        path: PNG to write.
     """
     count = 2 if image.ndim == 2 else min(len(attention), _MOST_SLICES)
     columns = count if count < 4 else (count + 1) // 2

@@ -42,7 +42,6 @@ class _Cases:
     """What is measured: C yes-or-no questions for AUROC, and K decisions (1, or C for multilabel) for the rest.
 
     Args:
-        names: of the questions.
         scores: (N, C).
         truth: 1, 0 or -1 (does not count), (N, C).
         decided, target: predicted and true classes, (N, K).
@@ -82,7 +81,6 @@ def classification_metrics(
         label_names: the C classes or findings; binary: the negative and the positive class.
         patients: of the N cases; None: every case is a patient of its own.
         bootstrap: resamples of the patients; 0 gives no intervals.
-        seed: of the resamples.
         bins: equal bins of the probability for the calibration error.
 
     Returns:

@@ -19,7 +19,6 @@ def others_mean(scores: Array, patients: Sequence[Hashable]) -> Array:
 
     Args:
         scores: of case i under the output of case j, (N, N).
-        patients: of the N cases.
 
     Returns:
         (N,); NaN for a case without a case of another patient.

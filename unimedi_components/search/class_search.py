@@ -29,7 +29,6 @@ class Studies:
     """The studies of one dimension that could be read, N of them, in the order of their items.
 
     Args:
-        items: of the datalist.
         image_embed: (N, E) of unit norm.
         text_embed: of the reports, (N, E), zero where there is none.
         names: F findings that the items are labelled for.

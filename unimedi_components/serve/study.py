@@ -36,10 +36,8 @@ class Study:
     """One X-ray or one volume, checked and ready to be read.
 
     Args:
-        name: to show.
         dim: 2 for an X-ray, 3 for a volume.
         path: the file, or the folder of a DICOM series.
-        facts: what to say about the file.
         warnings: what the user should know about it.
     """
 
@@ -54,9 +52,7 @@ def find_study(files: Sequence[Received], folder: Path, limits: Limits) -> Study
     """Find out what was uploaded.
 
     Args:
-        files: what was received, in `folder`.
         folder: for what is unpacked, joined or written anew.
-        limits: of the upload.
 
     Raises:
         UploadError: anything but one X-ray or one volume that can be read.

@@ -38,9 +38,6 @@ def paint_organs(canvas: Canvas, trunk: Trunk, varied: Varied, sex: str) -> None
     """Paint all organs over the body.
 
     Args:
-        canvas: the painted body.
-        trunk: its outlines.
-        varied: draws of this patient.
         sex: ``M`` paints a prostate, ``F`` a uterus.
     """
     blood = varied.factor(0.06)

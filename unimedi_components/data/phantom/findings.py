@@ -124,7 +124,6 @@ def draw_disease(disease: Disease, rng: np.random.Generator) -> tuple[Finding, .
 
     Args:
         disease: which one; ``normal`` has no findings.
-        rng: source of the draws.
     """
     severity = str(rng.choice(("moderate", "large")))
     side = str(rng.choice(("left", "right")))

@@ -27,7 +27,6 @@ def save_metaimage(
     """Write HU (nz, ny, nx) as ``path`` (.mhd) and its .raw, with the header fields of the real files.
 
     Args:
-        path: header file to write.
         hu: int16 volume as stored: the file's x axis is the last one.
         spacing: mm along the file's x, y and z axes.
         offset: LPS mm of the first voxel (x, y, z).

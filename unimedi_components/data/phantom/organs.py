@@ -22,8 +22,6 @@ class Scene:
     """A painted patient.
 
     Args:
-        grid: voxel grid.
-        patient: the patient.
         profiles: outlines per slice of the grid.
         hu: (nz, ny, nx) Hounsfield units without noise.
         chest: index box that holds the rib cage.
@@ -61,9 +59,6 @@ def paint_patient(patient: Patient, grid: Grid, rng: np.random.Generator, ribs: 
     """Paint the anatomy, without lesions and noise.
 
     Args:
-        patient: the patient.
-        grid: where to paint.
-        rng: vessel pattern and lung texture.
         ribs: False leaves the ribs out (the X-ray adds them at the film's own resolution).
     """
     profiles = Profiles(patient, grid.z)

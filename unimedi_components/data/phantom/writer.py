@@ -44,7 +44,6 @@ class Layout:
     """How one data set is written.
 
     Args:
-        name: as on the command line.
         code: part of the seed, different for each layout, so that no two layouts share a patient.
         write_patient: called as (root, index, seed); writes one patient's files and returns its record, which
             JSON can hold: ``studies`` (the entries of truth.json) and whatever ``write_tables`` needs.
@@ -75,7 +74,6 @@ class PhantomFolder:
     """A phantom data set on disk; usable wherever a path is.
 
     Args:
-        path: the folder.
         fresh: True if this call wrote it, False if it was there already.
     """
 
@@ -112,7 +110,6 @@ def write_phantom(
         patients: how many patients, at least 1.
         seed: any non-negative integer.
         workers: processes; None for one per CPU, 0 or 1 for none beside this one.
-        progress: show a progress bar.
 
     Returns:
         the folder, and whether this call wrote it.
