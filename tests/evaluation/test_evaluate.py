@@ -15,9 +15,8 @@ from unimedi_components.data.prepare import merge_datalists
 from unimedi_components.data.vocabulary import build_wordpiece
 from unimedi_components.errors import ConfigError, DataError
 from unimedi_components.evaluation import after_training, evaluate_datalist
-from unimedi_components.evaluation.evaluate import HEADLINE, evaluate, heldout_items
+from unimedi_components.evaluation.evaluate import HEADLINE, evaluate, heldout_items, summary
 from unimedi_components.evaluation.features import extract_features, labels_of, load_truth, make_dataset
-from unimedi_components.evaluation.headline import summary
 from unimedi_components.evaluation.metrics import all_metrics
 from unimedi_components.evaluation.slices import is_focal, lesion_mask
 from unimedi_components.networks import ProjectionHead, ReportEncoder, UnifiedViT, UniMedI, load_tokenizer

@@ -11,7 +11,6 @@ order of the body: 98 scans are stored upside down and 61 with blocks out of pla
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
 import re
@@ -23,7 +22,14 @@ from typing import Any, NamedTuple
 from unimedi_components.data.datalist import DatalistBuilder
 from unimedi_components.data.registry import Dataset
 from unimedi_components.data.slice_files import in_slice_order
-from unimedi_components.data.sources import check_choice, existing_root, find_source, first_source, progress_map
+from unimedi_components.data.sources import (
+    check_choice,
+    existing_root,
+    find_source,
+    first_source,
+    progress_map,
+    read_text,
+)
 from unimedi_components.data.splits import split_patients, strata_by_label
 from unimedi_components.errors import DataError
 from unimedi_components.images.xray_checks import IMAGE_CHECKS, xray_fault
@@ -162,9 +168,7 @@ def _split_lists(builder: DatalistBuilder, base: Path, split_dir: str | Path | N
 def _read_list(path: Path) -> list[_Scan]:
     remedy = "Fetch it again from covid19_pipeline/data/ccccii of the HKBU-HPML repository."
     try:
-        data = path.read_bytes()
-        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
-        content = json.loads(text, object_pairs_hook=_unrepeated)
+        content = json.loads(read_text(path), object_pairs_hook=_unrepeated)
         scans = [
             _Scan(label, patient, scan, slices)
             for label, patients in content.items()

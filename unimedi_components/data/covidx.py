@@ -9,7 +9,6 @@ up to V5 and a part of V7A have no source.
 
 from __future__ import annotations
 
-import gzip
 import os
 import re
 import zlib
@@ -19,7 +18,7 @@ import pandas as pd
 
 from unimedi_components.data.datalist import DatalistBuilder
 from unimedi_components.data.registry import Dataset
-from unimedi_components.data.sources import existing_root, nearest_hint, xray_faults
+from unimedi_components.data.sources import existing_root, nearest_hint, read_text, xray_faults
 from unimedi_components.data.splits import split_patients, strata_by_label
 from unimedi_components.errors import ConfigError, DataError
 
@@ -171,7 +170,7 @@ def _read_list(builder: DatalistBuilder, path: Path, kind: str, classes: str) ->
     """Return one row per usable line: id (the file's name), patient, label, kind."""
     builder.add_source(path)
     try:
-        text = (gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()).decode("utf-8-sig")
+        text = read_text(path)
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read as a list ({error}). Download it again.") from error
     lines = pd.Series(text.split("\n"), dtype=str).str.strip()

@@ -11,7 +11,6 @@ never share a patient. ``monai.data.load_decathlon_datalist`` reads the same fil
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 
 from unimedi_components.data.sources import sha256_of
 from unimedi_components.errors import DataError
+from unimedi_components.files import replacing
 
 __all__ = [
     "FAULT_REASONS",
@@ -177,14 +177,8 @@ def _lines(lists: Mapping[str, Any]) -> Iterator[str]:
 
 def _write_atomic(parts: Iterable[str], path: str | Path) -> Path:
     path = Path(path).expanduser()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as stream:
-            stream.writelines(parts)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as stream:
+        stream.writelines(parts)
     return path
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import difflib
+import gzip
 import hashlib
 import os
 import warnings
@@ -29,6 +30,7 @@ __all__ = [
     "nearest_hint",
     "progress_map",
     "read_source",
+    "read_text",
     "sha256_of",
     "undoubled",
     "xray_faults",
@@ -127,6 +129,12 @@ def undoubled(folder: Path) -> Path:
     """Return the folder within a folder of the same name, as unpacking into a folder of the archive's name makes."""
     inner = folder / folder.name
     return inner if inner.is_dir() else folder
+
+
+def read_text(path: Path) -> str:
+    """A text file, gzipped or not, without its byte-order mark; raises what gzip, zlib and the decoder raise."""
+    data = path.read_bytes()
+    return (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
 
 
 def read_source(path: Path, required: Sequence[str] = (), sep: str = ",", remedy: str = "") -> pd.DataFrame:

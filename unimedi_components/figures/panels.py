@@ -19,7 +19,7 @@ from matplotlib.patches import Patch, Rectangle
 
 from unimedi_components.data.slice_files import evenly_spread
 from unimedi_components.figures import attention as maps
-from unimedi_components.figures.curves import DPI, WIDTH, save_png
+from unimedi_components.figures.curves import DPI, WIDTH, cut, save_png
 
 __all__ = ["BoxImage", "MaskView", "draw_boxes", "draw_masks", "draw_organs", "draw_prediction", "organ_colours"]
 
@@ -58,10 +58,6 @@ def _show(axes: Axes, image: Array, title: str) -> None:
     axes.set_xticks([])
     axes.set_yticks([])
     axes.set_title(title, fontsize=8.5, color=_TEXT, parse_math=False)
-
-
-def _cut(name: str, length: int) -> str:
-    return name if len(name) <= length else f"{name[: length - 3]}..."
 
 
 @dataclass(frozen=True)
@@ -111,7 +107,7 @@ def _draw_masks(cells: Array, view: MaskView) -> None:
     step = max(1, max(view.image.shape) // _LARGEST)
     image = view.image[::step, ::step]
     masks = [None if mask is None else mask[::step, ::step] for mask in (view.truth, view.found)]
-    titles = [_cut(view.name, 26), *(["truth"] if len(cells) == 3 else []), view.note or "prediction"]
+    titles = [cut(view.name, 26), *(["truth"] if len(cells) == 3 else []), view.note or "prediction"]
     drawn = [None, *(masks[:1] if len(cells) == 3 else []), masks[1]]
     colours = [None, *([TRUE] if len(cells) == 3 else []), FOUND]
     for axes, title, mask, colour in zip(cells, titles, drawn, colours, strict=True):
@@ -173,7 +169,7 @@ def draw_boxes(images: Sequence[BoxImage], path: str | Path, title: str = "") ->
 
 
 def _draw_boxes(axes: Axes, image: BoxImage) -> None:
-    _show(axes, image.image, _cut(image.name, 30))
+    _show(axes, image.image, cut(image.name, 30))
     for box in () if image.truth is None else np.reshape(image.truth, (-1, 4)):
         axes.add_patch(_rectangle(box, ec=TRUE, lw=1.8))
     for box, score in zip(np.reshape(image.found, (-1, 4)), np.ravel(image.scores), strict=True):

@@ -18,6 +18,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from ...errors import DataError
+from ...files import replacing
 from .findings import FINDINGS
 
 __all__ = [
@@ -135,9 +136,8 @@ def write_phantom(
     LAYOUTS[layout].write_tables(root, records, np.random.SeedSequence([seed, LAYOUTS[layout].code, patients, 2**31]))
     studies = {name: study for record in records for name, study in record["studies"].items()}
     truth = {**key, "findings": list(FINDINGS), "studies": studies}
-    temporary = root / f"{TRUTH}.tmp"
-    temporary.write_text(json.dumps(truth, separators=(",", ":")) + "\n", encoding="utf-8")
-    os.replace(temporary, root / TRUTH)
+    with replacing(root / TRUTH) as temporary:
+        temporary.write_text(json.dumps(truth, separators=(",", ":")) + "\n", encoding="utf-8")
     (root / _PARTIAL).unlink()
     return PhantomFolder(root, fresh=True)
 
