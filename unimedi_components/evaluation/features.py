@@ -27,7 +27,7 @@ from unimedi_components.images.find import ImageList
 from unimedi_components.networks.output import ImageFeatures
 from unimedi_components.networks.pretrained import Pretrained
 
-__all__ = ["Features", "check_punct", "extract_features", "labels_of", "load_truth", "make_dataset", "pool"]
+__all__ = ["Features", "Paired", "check_punct", "extract_features", "labels_of", "load_truth", "make_dataset", "pool"]
 
 Truth = Mapping[str, Mapping[str, Any]]
 
@@ -35,32 +35,17 @@ _TRUTH = "truth.json"
 
 
 @dataclass(frozen=True)
-class Features:
-    """What a network makes of N images of one dimension and their reports; rows follow `items`.
+class Paired:
+    """N images of one dimension with their reports.
 
     Args:
-        items: the datalist items that could be read.
-        cls: CLS features before the projection, (N, D).
-        image_embed, text_embed: projected embeddings, (N, E), not normalised.
-        attention: Eq. 1's **v** of the image's own tokens, (N, P).
-        selected: selected slices of each volume, (N, k); None for X-rays.
-        scores: Eq. 2 score of each slab, (N, S); None for X-rays.
-        slice_attention: share of Eq. 1's **v** that falls on the tokens of the selected slices, beside which share of
-            the tokens they are, (N, 2); None where no slices joined.
-        pooled: the input averaged to 32 x 32 pixels or 8 x 8 x 8 voxels, (N, 1024) or (N, 512).
-        root: folder that the items' image paths are relative to.
+        items: the datalist items that could be read; rows follow them.
+        image_embed, text_embed: projected embeddings, (N, E); those of missing reports are meaningless.
     """
 
     items: list[dict[str, Any]]
-    cls: Tensor
     image_embed: Tensor
     text_embed: Tensor
-    attention: Tensor
-    selected: Tensor | None = None
-    scores: Tensor | None = None
-    slice_attention: Tensor | None = None
-    pooled: Tensor | None = None
-    root: Path = Path()
 
     @property
     def reports(self) -> list[str]:
@@ -71,6 +56,30 @@ class Features:
     def patients(self) -> list[str]:
         """Patient of each item."""
         return [item["patient"] for item in self.items]
+
+
+@dataclass(frozen=True)
+class Features(Paired):
+    """What a network makes of N images of one dimension and their reports; rows follow `items`.
+
+    Args:
+        cls: CLS features before the projection, (N, D); embeddings, see `Paired`, are not normalised.
+        attention: Eq. 1's **v** of the image's own tokens, (N, P).
+        selected: selected slices of each volume, (N, k); None for X-rays.
+        scores: Eq. 2 score of each slab, (N, S); None for X-rays.
+        slice_attention: share of Eq. 1's **v** that falls on the tokens of the selected slices, beside which share of
+            the tokens they are, (N, 2); None where no slices joined.
+        pooled: the input averaged to 32 x 32 pixels or 8 x 8 x 8 voxels, (N, 1024) or (N, 512).
+        root: folder that the items' image paths are relative to.
+    """
+
+    cls: Tensor
+    attention: Tensor
+    selected: Tensor | None = None
+    scores: Tensor | None = None
+    slice_attention: Tensor | None = None
+    pooled: Tensor | None = None
+    root: Path = Path()
 
     @property
     def files(self) -> list[Path]:
