@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A training step asks for no value: each question makes a GPU wait, and its queue run dry.
+"""Every network in a training step: it asks for no value, since each question makes a GPU wait and its queue run dry,
+and half precision leaves its gradients what they are.
 
-Counted on the CPU, where PyTorch dispatches the same operators: numbers taken out of tensors, and shapes that depend on
-values.
+On the CPU PyTorch dispatches the operators that a GPU would wait for too. `UNIMEDI_TEST_DEVICE` names another device:
+"cuda", or "rehearsal" with `pytest -p tests.rehearsal`, where mixing devices is an error.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -30,9 +32,11 @@ from unimedi_components.networks import (
 )
 from unimedi_components.networks.unetr import UnifiedUNETR
 
+DEVICE = torch.device(os.environ.get("UNIMEDI_TEST_DEVICE", "cpu"))
 SIZES: dict[str, Any] = {"img_size": 32, "vol_size": (8, 32, 32), "embed_dim": 24, "depth": 2, "num_heads": 2}
 WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "unique_dim", "_unique2", "bincount"}
 INDEXED = {"index", "index_put_", "_index_put_impl_"}
+Case = tuple[nn.Module, Callable[[], Tensor]]
 
 
 class Waits(TorchDispatchMode):
@@ -52,29 +56,28 @@ class Waits(TorchDispatchMode):
 
 def waits(network: nn.Module, loss: Callable[[], Tensor]) -> list[str]:
     """Those of the second step: the first makes tables and the optimizer's state."""
-    optimizer = build_optimizer(network, 1e-3, 0.05, fused=True)
+    optimizer = build_optimizer(network, 1e-3, 0.05, fused=DEVICE.type != "rehearsal")
     for _ in range(2):
-        with Waits() as counted:
+        with counter() as counted:
             optimizer.zero_grad()
             loss().backward()
             torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
             optimizer.step()
             if isinstance(network, UniMedI):
                 network.update_teacher(0.9)
-    return counted.names
+    return counted.names if isinstance(counted, Waits) else [place.split()[0] for place in counted.elements()]
 
 
-def test_the_counter_counts() -> None:
-    x = torch.arange(6.0)
-    with Waits() as counted:
-        float(x[0]), x[x > 3], x.nonzero(), x[torch.tensor([1, 2])]
-    assert counted.names == ["_local_scalar_dense", "index", "nonzero"]
+def counter() -> Any:
+    """What counts waits: the rehearsed device itself, where it is there."""
+    if DEVICE.type != "rehearsal":
+        return Waits()
+    from tests.rehearsal import counted
+
+    return counted()
 
 
-@pytest.mark.parametrize("targets", ["sinkhorn", "center"])
-@pytest.mark.parametrize(("mask_mode", "selector"), [("drop", "teacher"), ("mask_token", "student")])
-def test_pre_training(mask_mode: str, selector: str, targets: str) -> None:
-    torch.manual_seed(0)
+def pretraining(mask_mode: str = "drop", selector: str = "teacher", targets: str = "sinkhorn") -> Case:
     projections = [ProjectionHead(24, 32, 16, norm="batch_per_modality") for _ in range(2)]
     text = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 50}
     network = UniMedI(
@@ -85,51 +88,102 @@ def test_pre_training(mask_mode: str, selector: str, targets: str) -> None:
         num_slices=1,
         mask_mode=mask_mode,
         selector=selector,
-    ).train()
-    objective = UniMediLoss(out_dim=64, targets=targets, within_modality=True)
+    ).to(DEVICE)
+    objective = UniMediLoss(out_dim=64, targets=targets, within_modality=True).to(DEVICE)
     mask = torch.ones(7, 9, dtype=torch.int64)
     mask[2:, 6:] = 0
     batch = {"image2d": torch.randn(4, 1, 32, 32), "image3d": torch.randn(3, 1, 8, 32, 32)}
     batch |= {"input_ids": torch.randint(0, 50, (7, 9)), "attention_mask": mask}
-    assert waits(network, lambda: objective(network(batch))) == []
+    batch = {key: value.to(DEVICE) for key, value in batch.items()}
+    return network, lambda: objective(network(batch))
 
 
-@pytest.mark.parametrize("use_slices", [False, True])
-def test_classification(use_slices: bool) -> None:
+def classification(use_slices: bool = True) -> Case:
     network = ImageClassifier(
         UnifiedViT(**SIZES), 2, spatial_dims=3, freeze_encoder=False, use_slices=use_slices, num_slices=1
-    ).train()
-    image, label = torch.randn(3, 1, 8, 32, 32), torch.tensor([0, 1, 1])
-    assert waits(network, lambda: nn.functional.cross_entropy(network(image), label)) == []
+    ).to(DEVICE)
+    image, label = torch.randn(3, 1, 8, 32, 32).to(DEVICE), torch.tensor([0, 1, 1]).to(DEVICE)
+    return network, lambda: nn.functional.cross_entropy(network(image), label)
 
 
-def test_xray_segmentation() -> None:
-    network = SETRPUP(UnifiedViT(**SIZES), widths=[8] * 4, freeze_encoder=False).train()
-    image, label = torch.randn(2, 1, 32, 32), torch.rand(2, 1, 32, 32)
+def xray_segmentation() -> Case:
+    network = SETRPUP(UnifiedViT(**SIZES), widths=[8] * 4, freeze_encoder=False).to(DEVICE)
+    image, label = torch.randn(2, 1, 32, 32).to(DEVICE), torch.rand(2, 1, 32, 32).to(DEVICE)
 
     def loss() -> Tensor:
-        found = network(image)
-        found = found if isinstance(found, Tensor) else found[0]
-        return nn.functional.binary_cross_entropy_with_logits(found, label)
+        scores = network(image)
+        scores = scores if isinstance(scores, Tensor) else scores[0]
+        return nn.functional.binary_cross_entropy_with_logits(scores, label)
 
-    assert waits(network, loss) == []
-
-
-def test_ct_segmentation() -> None:
-    network = UnifiedUNETR(
-        UnifiedViT(**{**SIZES, "depth": 4}), 3, hidden_states=(0, 1, 2), feature_size=4, freeze_encoder=False
-    ).train()
-    image, label = torch.randn(1, 1, 8, 32, 32), torch.randint(0, 3, (1, 1, 8, 32, 32))
-    objective = OrganLoss(class_balance=0.5)
-    assert waits(network, lambda: objective(network(image), label)) == []
+    return network, loss
 
 
-@pytest.mark.parametrize("count", [1, 4])
-def test_detection_asks_the_same_whatever_the_batch(count: int) -> None:
-    torch.manual_seed(0)
-    network = ViTDet(UnifiedViT(**SIZES), width=16, head_convs=1, freeze_encoder=False).train()
+def ct_segmentation() -> Case:
+    encoder = UnifiedViT(**{**SIZES, "depth": 4})
+    network = UnifiedUNETR(encoder, 3, hidden_states=(0, 1, 2), feature_size=4, freeze_encoder=False).to(DEVICE)
+    image, label = torch.randn(1, 1, 8, 32, 32).to(DEVICE), torch.randint(0, 3, (1, 1, 8, 32, 32)).to(DEVICE)
+    objective = OrganLoss(class_balance=0.5).to(DEVICE)
+    return network, lambda: objective(network(image), label)
+
+
+def detection(count: int = 3) -> Case:
+    network = ViTDet(UnifiedViT(**SIZES), width=16, head_convs=1, freeze_encoder=False).to(DEVICE)
     boxes, labels = torch.tensor([[4.0, 6.0, 30.0, 28.0]]), torch.zeros(1, dtype=torch.int64)
-    targets = [{"boxes": boxes[: i % 2], "labels": labels[: i % 2]} for i in range(1, count + 1)]
-    image = torch.randn(count, 1, 32, 32)
-    # MONAI's box coder looks whether its boxes are boxes
-    assert waits(network, lambda: DetectionLoss()(network(image, targets))) == ["_local_scalar_dense"] * 10
+    targets = [{"boxes": boxes[: i % 2].to(DEVICE), "labels": labels[: i % 2].to(DEVICE)} for i in range(1, count + 1)]
+    image = torch.randn(count, 1, 32, 32).to(DEVICE)
+    return network, lambda: DetectionLoss()(network(image, targets))
+
+
+CASES: dict[str, Callable[[], Case]] = {
+    "pretraining": pretraining,
+    "pretraining_by_student": lambda: pretraining("mask_token", "student", "center"),
+    "classification": lambda: classification(False),
+    "classification_with_slices": classification,
+    "xray_segmentation": xray_segmentation,
+    "ct_segmentation": ct_segmentation,
+    "detection": lambda: detection(1),
+    "detection_of_four": lambda: detection(4),
+}
+
+
+def test_the_counter_counts() -> None:
+    x = torch.arange(6.0)
+    with Waits() as counted:
+        float(x[0]), x[x > 3], x.nonzero(), x[torch.tensor([1, 2])]
+    assert counted.names == ["_local_scalar_dense", "index", "nonzero"]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_waits_for_nothing(name: str) -> None:
+    torch.manual_seed(0)
+    network, loss = CASES[name]()
+    names = waits(network.train(), loss)
+    # MONAI's box coder copies its weights and looks whether its boxes are boxes, the same whatever the batch
+    looks = 10 if name.startswith("detection") else 0
+    assert [x for x in names if x != "copy_"] == ["_local_scalar_dense"] * looks and len(names) <= 1.2 * looks
+
+
+@pytest.mark.parametrize(("dtype", "least"), [(torch.float16, 0.98), (torch.bfloat16, 0.95)])
+@pytest.mark.parametrize("name", [name for name in CASES if name != "detection"])
+def test_half_precision_keeps_the_gradients(name: str, dtype: torch.dtype, least: float) -> None:
+    gradients = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        network, loss = CASES[name]()
+        network.train()
+        torch.manual_seed(1)
+        with torch.autocast(DEVICE.type, dtype=dtype, enabled=enabled):
+            value = loss()
+        value.float().backward()
+        assert torch.isfinite(value).all()
+        gradients.append({key: x.grad.cpu().flatten() for key, x in network.named_parameters() if x.grad is not None})
+    full, half = gradients
+    assert full.keys() == half.keys() and full
+    assert all(torch.isfinite(x).all() for x in half.values())
+    whole = torch.cosine_similarity(torch.cat([*full.values()]), torch.cat([*half.values()]), dim=0)
+    assert whole >= (least + 1) / 2
+    largest = max(x.norm() for x in full.values())
+    # what a norm behind it cancels, such as a bias, has a gradient of rounding alone
+    kept = [key for key, x in full.items() if x.norm() > 2e-3 * largest]
+    cosines = {key: float(torch.cosine_similarity(full[key], half[key], dim=0)) for key in kept}
+    assert min(cosines.values()) >= least, cosines

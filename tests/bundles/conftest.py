@@ -24,13 +24,15 @@ from unimedi_components.networks import UnifiedViT
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGS = REPOSITORY / "bundles" / "pretrain" / "configs"
+#: "cuda" or, with `pytest -p tests.rehearsal`, "rehearsal" runs these tests on a GPU or a rehearsed one.
+DEVICE = os.environ.get("UNIMEDI_TEST_DEVICE", "cpu")
 EPOCHS = 3
 TINY = {
     "phantoms": {"mimic_cxr": 36, "bimcv": 36},
     "batch_2d": 4,
     "batch_3d": 4,
     "epochs": EPOCHS,
-    "device": "cpu",
+    "device": DEVICE,
     # The default rounds to bfloat16 on CPUs that have it, so that other batch shapes give other digits.
     "matmul_precision": "highest",
     "img_size": 32,
@@ -145,6 +147,12 @@ def new_run(trained: Run, tmp_path: Path) -> Run:
 
 
 @pytest.fixture
+def empty_run(tmp_path: Path) -> Run:
+    """Folders of a run over phantoms of its own."""
+    return Run(tmp_path / "run", tmp_path / "data")
+
+
+@pytest.fixture
 def in_process() -> Iterator[None]:
     """For runs within the test's own process: puts back what a run changes for the whole process."""
     precision, flash = torch.get_float32_matmul_precision(), torch.backends.cuda.flash_sdp_enabled()
@@ -189,7 +197,7 @@ class TaskBundle:
     """A task bundle over small phantoms and a tiny pre-trained encoder, which all bundles and workers share."""
 
     def __init__(self, name: str, data: Path) -> None:
-        self.name, self.data = name, data
+        self.name, self.data, self.device = name, data, DEVICE
         self.configs = REPOSITORY / "bundles" / name / "configs"
         self.data_set, sizes, self.changes, self.figures = TASK_BUNDLES[name]
         self.sizes = {**ENCODER, **sizes}
@@ -216,7 +224,7 @@ class TaskBundle:
         places = {"dataset_dir": self.data / name, "cache_dir": self.data / f"{self.name}-cache"}
         places |= {"datalist_file": folder / "data.json", "encoder_weights": self.encoder}
         places |= {"ckpt_dir": folder / "models", "output_dir": folder / "eval"}
-        small = {"size": self.sizes, "device": "cpu", "bootstrap": 20, "memory_mb": 10, "phantoms": PHANTOMS[name]}
+        small = {"size": self.sizes, "device": DEVICE, "bootstrap": 20, "memory_mb": 10, "phantoms": PHANTOMS[name]}
         return {**small, **self.changes, **{key: str(path) for key, path in places.items()}, **changes}
 
     def files(self, *names: str) -> list[str]:

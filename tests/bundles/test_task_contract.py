@@ -116,7 +116,11 @@ def test_nothing_readable_is_one_error(name: str, task_bundle: Any, tmp_path: Pa
     bad = tmp_path / ("bad.nii" if "_ct_" in name else "bad.png")
     header = nib.Nifti1Image(np.zeros((30, 30, 12), np.int16), np.diag([2.0, 2, 4, 1])).to_bytes()[:400]
     bad.write_bytes(header if "_ct_" in name else b"\x89PNG\r\n\x1a\n no film")
-    changes = {"ckpt_dir": str(bundle.finished()[0] / "models"), "output_dir": str(tmp_path / "out"), "device": "cpu"}
+    changes = {
+        "ckpt_dir": str(bundle.finished()[0] / "models"),
+        "output_dir": str(tmp_path / "out"),
+        "device": bundle.device,
+    }
     made = bundle.workflow({**changes, "inputs": str(bad)}, "inference", kind="infer")
     with pytest.raises(Exception) as caught:
         made.run()
@@ -128,7 +132,12 @@ def test_nothing_readable_is_one_error(name: str, task_bundle: Any, tmp_path: Pa
 def test_inference_reads_the_test_split_by_default(name: str, task_bundle: Any, tmp_path: Path) -> None:
     bundle = task_bundle(name)
     folder, _ = bundle.finished()
-    changes = {"ckpt_dir": str(folder / "models"), "output_dir": str(tmp_path), "device": "cpu", "figures": False}
+    changes = {
+        "ckpt_dir": str(folder / "models"),
+        "output_dir": str(tmp_path),
+        "device": bundle.device,
+        "figures": False,
+    }
     places = {"dataset_dir": str(bundle.data / bundle.data_set), "datalist_file": str(folder / "data.json")}
     made = bundle.workflow({**changes, **places}, "inference", kind="infer")
     assert made.check_properties() == []
