@@ -45,8 +45,6 @@ def command_help(name: str, function: Callable[..., Any], more: Callable[..., An
     """Full help of a command.
 
     Args:
-        name: as on the command line.
-        function: the command.
         more: the function that takes what the command's ``**options`` hold.
     """
     parameters = inspect.signature(function).parameters
@@ -73,6 +71,7 @@ def command_help(name: str, function: Callable[..., Any], more: Callable[..., An
 def prepare_help(dataset: str | None, function: Callable[..., Any]) -> str:
     """Help of ``prepare``, or of ``prepare DATASET`` with the converter's options and the layout that it reads."""
     from unimedi_components.data.catalogue import DATASETS, describe, find_dataset
+    from unimedi_components.data.registry import OPTIONS
 
     if dataset is None:
         lines = [command_help("prepare", function).rpartition("\nexample:")[0], "data sets:"]
@@ -84,7 +83,7 @@ def prepare_help(dataset: str | None, function: Callable[..., Any]) -> str:
     lines = [f"usage: {_PROGRAM} prepare {dataset} ROOT OUT [--OPTION VALUE ...]", "", describe(dataset), ""]
     for name in ("root", "out", "fraction", "seed"):
         lines += _argument(own[name], described.get(name, ""))
-    described = _parsed(collect)[1]
+    described = {**OPTIONS, **_parsed(collect)[1]}
     for parameter in inspect.signature(collect).parameters.values():
         if parameter.name not in own:
             lines += _argument(parameter, described.get(parameter.name, ""))

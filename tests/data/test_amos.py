@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from unimedi_components.data.amos import collect, convert
+from unimedi_components.data.amos import DATASET, collect
 from unimedi_components.errors import ConfigError, DataError
 
 AFFINE = np.array([[0.7, 0, 0, -9], [0, 0.7, 0, 4], [0, 0, 5, 2], [0, 0, 0, 1.0]])
@@ -66,7 +66,7 @@ def test_conversion_by_hand(tmp_path, above):
     content = {"name": "AMOS", "labels": LABELS, "training": training, "validation": validation, "test": test}
     write_list(root, content)
     write_volumes(root, [*training[:3], validation[0], test[2]])
-    datalist = convert(tmp_path, split="official")
+    datalist = DATASET.convert(tmp_path, split="official")
     prefix = f"{above}/" if above else ""
     assert datalist["training"][0] == {
         "id": "amos_0001",
@@ -93,12 +93,12 @@ def test_conversion_by_hand(tmp_path, above):
     assert meta["own_spelling"] == {"aorta": "arota"}
     assert list(meta["sources"]) == [f"{prefix}dataset.json"]
     # the cases that the paper reports on choose no epoch: they are the test split, and nothing is for validation
-    paper = convert(tmp_path)
+    paper = DATASET.convert(tmp_path)
     assert paper["training"] == datalist["training"] and paper["test"] == datalist["validation"]
     assert paper["validation"] == [] and paper["meta"]["split"] == "paper"
     assert paper["meta"]["dropped_items"] == {**meta["dropped_items"], "not in the paper's split": ["amos_0011"]}
     with pytest.raises(ConfigError, match=r"split='papre' is unknown.*paper"):
-        convert(tmp_path, split="papre")
+        DATASET.convert(tmp_path, split="papre")
 
 
 def test_official_numbers(tmp_path):
@@ -106,7 +106,7 @@ def test_official_numbers(tmp_path):
     training = [entry(number, "Tr") for number in (*range(1, 401, 2), *range(501, 541))]
     validation = [entry(number, "Va") for number in (*range(2, 202, 2), *range(541, 561))]
     write_list(tmp_path, {"labels": LABELS, "training": training, "validation": validation})
-    meta = convert(tmp_path, check_images="none")["meta"]
+    meta = DATASET.convert(tmp_path, check_images="none")["meta"]
     assert meta["kept"] == {"training": 200, "validation": 0, "test": 100}
     assert meta["dropped"] == {"not CT": 60}
 
@@ -121,7 +121,7 @@ def test_faults_and_collisions(tmp_path):
     (tmp_path / "labelsTr/amos_0003.nii.gz").unlink()
     write_volumes(tmp_path, [training[3]], organ=16)
     nib.save(nib.Nifti1Image(np.zeros((12, 10, 8), np.uint8), np.eye(4)), tmp_path / "labelsTr/amos_0005.nii.gz")
-    datalist = convert(tmp_path, split="official")
+    datalist = DATASET.convert(tmp_path, split="official")
     assert [item["id"] for item in datalist["training"]] == ["amos_0001"]
     assert [item["id"] for item in datalist["validation"]] == ["amos_0006", "amos_0008"]
     assert datalist["validation"][0]["image"] == "imagesVa/amos_0006.nii.gz"
@@ -174,7 +174,7 @@ def test_other_labels_are_refused(tmp_path, labels, message):
 )
 def test_same_labels_in_other_words(tmp_path, labels):
     write_list(tmp_path, {"labels": labels, "training": [entry(1, "Tr")]})
-    assert convert(tmp_path, check_images="none")["meta"]["kept"]["training"] == 1
+    assert DATASET.convert(tmp_path, check_images="none")["meta"]["kept"]["training"] == 1
 
 
 @pytest.mark.parametrize(

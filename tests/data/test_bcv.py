@@ -7,7 +7,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from unimedi_components.data.bcv import ORGANS, collect, convert
+from unimedi_components.data.bcv import DATASET, ORGANS, collect
 from unimedi_components.data.splits import nested_fraction
 from unimedi_components.errors import ConfigError, DataError
 
@@ -49,12 +49,12 @@ def where(datalist):
 
 def test_official_splits(tmp_path):
     synapse(tmp_path, OFFICIAL)
-    datalist = convert(tmp_path, check_images="exists")
+    datalist = DATASET.convert(tmp_path, check_images="exists")
     assert datalist["meta"]["kept"] == {"training": 21, "validation": 0, "test": 9}
     split = where(datalist)
     assert [split[f"img{number:04d}"] for number in (1, 10, 21, 31, 32, 40)] == ["training"] * 4 + ["test"] * 2
     assert datalist["meta"]["split"] == "cotr" and datalist["meta"]["dropped"] == {}
-    datalist = convert(tmp_path, check_images="none", split="monai")
+    datalist = DATASET.convert(tmp_path, check_images="none", split="monai")
     assert datalist["meta"]["kept"] == {"training": 24, "validation": 6, "test": 0}
     split = where(datalist)
     assert [split[f"img{number:04d}"] for number in (1, 10, 21, 31, 34)] == ["training"] * 5
@@ -64,7 +64,7 @@ def test_official_splits(tmp_path):
 
 
 def test_fractions_are_nested(tmp_path):
-    training = convert(synapse(tmp_path, OFFICIAL), check_images="none")["training"]
+    training = DATASET.convert(synapse(tmp_path, OFFICIAL), check_images="none")["training"]
     parts = [{item["id"] for item in nested_fraction(training, share, 42)} for share in (0.2, 0.4, 1.0)]
     assert [len(part) for part in parts] == [4, 8, 21] and parts[0] < parts[1] < parts[2]
 
@@ -82,7 +82,7 @@ def test_layouts(tmp_path, layout, above):
     save(unlabelled / "img0061.nii.gz", volume())
     (images / "._img0001.nii.gz").write_bytes(b"resource fork")
     (images / "readme.txt").write_text("img0002.nii.gz")
-    datalist = convert(tmp_path)
+    datalist = DATASET.convert(tmp_path)
     prefix = f"{above}/" if above else ""
     assert datalist["training"] == [
         {
@@ -117,14 +117,14 @@ def test_own_cases_are_split_by_the_seed(tmp_path):
     assert builder.remedies == [
         "30 cases have numbers that the cotr split does not know; they are split 70% training, 30% test by seed 42."
     ]
-    assert where(convert(tmp_path, check_images="none")) == split
-    other = where(convert(tmp_path, check_images="none", seed=7))
+    assert where(DATASET.convert(tmp_path, check_images="none")) == split
+    other = where(DATASET.convert(tmp_path, check_images="none", seed=7))
     assert other != split and list(other.values()).count("test") == 10
-    monai = where(convert(tmp_path, check_images="none", split="monai"))
+    monai = where(DATASET.convert(tmp_path, check_images="none", split="monai"))
     assert [name for name in own if monai[name] == "validation"] == [name for name in own if own[name] == "test"]
     # a label map that goes missing moves no other case
     (tmp_path / "RawData/Training/label/label0101.nii.gz").unlink()
-    fewer = convert(tmp_path, check_images="none")
+    fewer = DATASET.convert(tmp_path, check_images="none")
     assert where(fewer) == {name: part for name, part in split.items() if name != "img0101"}
     assert fewer["meta"]["dropped_items"] == {"missing mask": ["img0101"]}
 
@@ -164,7 +164,7 @@ def test_faults(tmp_path):
         "values do. Apply RescaleSlope/RescaleIntercept (HU = stored value * slope + intercept). "
         "--check_images full leaves such images out."
     ]
-    full = convert(tmp_path, check_images="full", num_workers=1)
+    full = DATASET.convert(tmp_path, check_images="full", num_workers=1)
     assert full["meta"]["dropped_items"] == {
         **datalist["meta"]["dropped_items"],
         "not Hounsfield units": ["img0010"],
@@ -176,7 +176,7 @@ def test_faults(tmp_path):
     with pytest.raises(DataError, match=r"missing mask: .*img0002\.nii\.gz: no label0002\.nii\.gz in .*labelsTr"):
         collect(tmp_path, strict=True)
     # only presence is asked for
-    assert len(convert(tmp_path, check_images="exists")["training"]) == 8
+    assert len(DATASET.convert(tmp_path, check_images="exists")["training"]) == 8
     with pytest.raises(ConfigError, match="check_images='fast' is unknown"):
         collect(tmp_path, check_images="fast", num_workers=1)
 
@@ -197,7 +197,7 @@ def test_small_volumes_of_any_values_are_kept(tmp_path):
         save(tmp_path / "imagesTr" / f"img{number:04d}.nii.gz", values, np.eye(4))
         save(tmp_path / "labelsTr" / f"label{number:04d}.nii.gz", (values % 14).astype(np.uint8), np.eye(4))
     save(tmp_path / "labelsTr" / "label0002.nii.gz", np.full((8, 8, 8), 14, np.uint8), np.eye(4))
-    datalist = convert(tmp_path, num_workers=1)
+    datalist = DATASET.convert(tmp_path, num_workers=1)
     assert where(datalist) == {"img0001": "training", "img0032": "test"}
     assert datalist["meta"]["dropped_items"] == {"unknown label values": ["img0002"]}
     assert datalist["meta"]["not_hounsfield_units"] == ["img0001", "img0032"]

@@ -11,7 +11,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from unimedi_components.data.bimcv import collect, convert
+from unimedi_components.data.bimcv import DATASET, collect
 from unimedi_components.errors import DataError
 
 REPORT = "ground glass in both lungs . no pleural effusion is seen . the heart is normal ."
@@ -115,7 +115,7 @@ DROPPED = {
 @pytest.mark.parametrize("inside", [False, True], ids=["parent", "covid19_posi"])
 def test_conversion_by_hand(root, name, inside):
     write_labels(root, name)
-    datalist = convert(root / "covid19_posi" if inside else root, min_megabytes=0.0)
+    datalist = DATASET.convert(root / "covid19_posi" if inside else root, min_megabytes=0.0)
     prefix = "" if inside else "covid19_posi/"
     assert datalist["training"] == [
         {
@@ -145,7 +145,7 @@ def test_conversion_by_hand(root, name, inside):
 def test_cells_that_are_no_lists_are_counted(root):
     write_labels(root)
     with pytest.warns(UserWarning, match=r"1 cells under Labels .*first sub-S03002 ses-E00003: 'pneumonia, nodule'"):
-        convert(root, min_megabytes=0.0)
+        DATASET.convert(root, min_megabytes=0.0)
 
 
 @pytest.mark.filterwarnings("ignore:.*no list of names")
@@ -190,7 +190,7 @@ def test_spanish_tables_warn_and_take_short_reports_with_them(root):
     assert not any(builder.items.values())
     # alone among English reports, the same short text is not recognised and stays
     write_labels(root, rows=[*ROWS[:-1], ("sub-S03007", "ses-E00008", short)])
-    kept = convert(root, min_megabytes=0.0)
+    kept = DATASET.convert(root, min_megabytes=0.0)
     assert [item["patient"] for item in kept["training"]].count("sub-S03007") == 1
 
 
@@ -206,9 +206,9 @@ def test_split_by_patient(root):
         source = top / "sub-S03001/ses-E00001/mod-rx/sub-S03001_ses-E00001_run-1_bp-chest_ct.nii.gz"
         (folder / f"{subject}_{session}_run-1_bp-chest_ct.nii.gz").write_bytes(source.read_bytes())
     write_labels(root, rows=rows)
-    first = convert(root, min_megabytes=0.0, validation_fraction=0.1, test_fraction=0.05)
+    first = DATASET.convert(root, min_megabytes=0.0, validation_fraction=0.1, test_fraction=0.05)
     assert first["meta"]["kept"] == {"training": 34, "validation": 4, "test": 2}
-    other = convert(root, min_megabytes=0.0, validation_fraction=0.1, test_fraction=0.05, seed=1)
+    other = DATASET.convert(root, min_megabytes=0.0, validation_fraction=0.1, test_fraction=0.05, seed=1)
     assert {i["id"] for i in first["validation"]} != {i["id"] for i in other["validation"]}
 
 

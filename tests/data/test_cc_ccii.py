@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unimedi_components.data.cc_ccii import collect, convert
+from unimedi_components.data.cc_ccii import DATASET, collect
 from unimedi_components.data.slices import slice_volume_transforms
 from unimedi_components.data.transforms import ByDimension
 from unimedi_components.errors import ConfigError, DataError
@@ -113,7 +113,7 @@ def test_conversion_by_hand(tmp_path, form):
 
 
 def test_delivered_volume_is_the_listed_one(tmp_path):
-    datalist = convert(write_tree(tmp_path), validation_fraction=0, progress=False)
+    datalist = DATASET.convert(write_tree(tmp_path), validation_fraction=0, progress=False)
     items = {entry["id"]: entry for entry in datalist["training"]}
 
     def levels(name, depth, **options):
@@ -134,12 +134,12 @@ def test_delivered_volume_is_the_listed_one(tmp_path):
 
 def test_slices_by_number_and_untouched_files(tmp_path):
     root = write_tree(tmp_path)
-    numbered = convert(root, slice_order="number", validation_fraction=0, progress=False)["training"]
+    numbered = DATASET.convert(root, slice_order="number", validation_fraction=0, progress=False)["training"]
     assert numbered[:3] == [item("CP/3744/5688", 0), item("CP/590/2952", 0), item("NCP/963/2506", 1, names(0, 2, 4))]
     (tmp_path / "lists").mkdir()
     for name in ("ct_train.json", "ct_test.json"):
         (root / name).rename(tmp_path / "lists" / name)
-    alone = convert(tmp_path / "lists", check_images="none", validation_fraction=0, progress=False)
+    alone = DATASET.convert(tmp_path / "lists", check_images="none", validation_fraction=0, progress=False)
     assert alone["meta"]["kept"] == {"training": 6, "validation": 0, "test": 2}
     # patient 16 alone is dropped; folders are not looked at, so every item says its slices
     assert alone["meta"]["dropped"] == {"patient in another split": 1}
@@ -149,13 +149,13 @@ def test_slices_by_number_and_untouched_files(tmp_path):
 
 def test_dataset_cleaned_as_root_finds_lists_beside_it(tmp_path):
     root = write_tree(tmp_path)
-    datalist = convert(root / "dataset_cleaned", progress=False, validation_fraction=0)
+    datalist = DATASET.convert(root / "dataset_cleaned", progress=False, validation_fraction=0)
     assert [entry["image"] for entry in datalist["test"]] == ["NCP/17/1166", "Normal/16/3002"]
     moved = tmp_path / "elsewhere"
     moved.mkdir()
     for name in ("ct_train.json", "ct_test.json"):
         (root / name).rename(moved / name)
-    again = convert(root / "dataset_cleaned", split_dir=moved, progress=False, validation_fraction=0)
+    again = DATASET.convert(root / "dataset_cleaned", split_dir=moved, progress=False, validation_fraction=0)
     assert again["training"] == datalist["training"] and again["test"] == datalist["test"]
 
 
@@ -201,24 +201,24 @@ def test_validation_is_stratified_seeded_or_official(tmp_path):
     options = {"check_images": "none", "progress": False}
 
     def patients(split, **more):
-        return {entry["patient"] for entry in convert(tmp_path, **options, **more)[split]}
+        return {entry["patient"] for entry in DATASET.convert(tmp_path, **options, **more)[split]}
 
     with pytest.raises(DataError, match=r"no ct_val\*\.json for official_validation"):
-        convert(tmp_path, official_validation=True, **options)
+        DATASET.convert(tmp_path, official_validation=True, **options)
     drawn = patients("validation")
     # a tenth of the patients of each class: 2, 3, 1
     assert sorted(name[0] for name in drawn) == ["1", "1", "2", "2", "2", "3"]
     assert patients("validation") == drawn != patients("validation", seed=7)
     (tmp_path / "ct_val_part.json").write_text(json.dumps(part))
     assert patients("validation") == drawn
-    official = convert(tmp_path, official_validation=True, **options)
+    official = DATASET.convert(tmp_path, official_validation=True, **options)
     assert {entry["patient"] for entry in official["validation"]} == {*listed(100, 4), *listed(200, 6), *listed(300, 2)}
     assert official["meta"]["kept"] == {"training": 64, "validation": 16, "test": 5}
     assert official["meta"]["validation"] == "official"
     # the repository's other folder: the validation list is not in the training list
     rest = {label: {k: v for k, v in own.items() if k not in part[label]} for label, own in train.items()}
     (tmp_path / "ct_train.json").write_text(json.dumps(rest))
-    assert convert(tmp_path, official_validation=True, **options)["training"] == official["training"]
+    assert DATASET.convert(tmp_path, official_validation=True, **options)["training"] == official["training"]
     assert patients("validation") == drawn
 
 
@@ -228,11 +228,11 @@ def test_missing_scans_do_not_move_others(tmp_path):
         write_scan(root, f"CP/{800 + index}/{index}", range(1))
     TRAIN_MORE = {**TRAIN, "CP": {**TRAIN["CP"], **{str(800 + i): {str(i): names(0)} for i in range(12)}}}
     (root / "ct_train.json").write_text(json.dumps(TRAIN_MORE))
-    before = convert(root, progress=False, validation_fraction=0.3)
+    before = DATASET.convert(root, progress=False, validation_fraction=0.3)
     gone = before["validation"][0]
     for path in (root / gone["image"]).iterdir():
         path.unlink()
-    after = convert(root, progress=False, validation_fraction=0.3)
+    after = DATASET.convert(root, progress=False, validation_fraction=0.3)
     assert after["validation"] == before["validation"][1:] and after["training"] == before["training"]
 
 
@@ -247,8 +247,8 @@ def test_without_lists_the_split_is_seeded_and_said(tmp_path):
     assert sorted(entry["label"] for entry in datalist["test"]) == [0, 0, 1, 1, 2, 2]
     assert datalist["meta"]["split"] == "seeded" and datalist["meta"]["sources"] == {}
     assert builder.remedies[0].startswith("There are no split lists (ct_train.json, ct_test.json): a seeded 20%")
-    assert datalist["test"] != convert(tmp_path, seed=1, progress=False)["test"]
-    assert len(convert(tmp_path, test_fraction=0.4, progress=False)["test"]) == 12
+    assert datalist["test"] != DATASET.convert(tmp_path, seed=1, progress=False)["test"]
+    assert len(DATASET.convert(tmp_path, test_fraction=0.4, progress=False)["test"]) == 12
 
 
 @pytest.mark.parametrize(
@@ -287,7 +287,7 @@ def test_wrong_root_is_named(tmp_path):
 def test_volumes_of_the_listed_scans_are_float_in_range(tmp_path):
     root = write_tree(tmp_path)
     transform = ByDimension((), slice_volume_transforms())
-    for entry in convert(root, progress=False, validation_fraction=0)["training"]:
+    for entry in DATASET.convert(root, progress=False, validation_fraction=0)["training"]:
         image = transform({**entry, "image": str(root / entry["image"])})["image"].numpy()
         assert image.shape == (1, 32, 128, 128) and image.dtype == np.float32
         assert image.min() >= -1 and image.max() <= 1

@@ -9,7 +9,7 @@ import io
 import pytest
 from PIL import Image
 
-from unimedi_components.data.chexpert import collect, convert
+from unimedi_components.data.chexpert import DATASET, collect
 from unimedi_components.errors import ConfigError, DataError
 
 FOLDER = "CheXpert-v1.0-small"
@@ -63,7 +63,7 @@ def labels_of(datalist, split="training"):
 @pytest.mark.parametrize("compress", [False, True], ids=["csv", "csv.gz"])
 def test_conversion_by_hand(tmp_path, compress):
     write_tree(tmp_path / FOLDER, compress)
-    datalist = convert(tmp_path, validation_images=0, progress=False)
+    datalist = DATASET.convert(tmp_path, validation_images=0, progress=False)
     assert datalist["training"] == [
         {
             "id": "patient00001_study1_view1_frontal",
@@ -115,7 +115,7 @@ def test_conversion_by_hand(tmp_path, compress):
 
 def test_root_is_the_data_set_itself(tmp_path):
     write_tree(tmp_path)
-    datalist = convert(tmp_path, validation_images=0, progress=False)
+    datalist = DATASET.convert(tmp_path, validation_images=0, progress=False)
     assert datalist["training"][0]["image"] == "train/patient00001/study1/view1_frontal.jpg"
     assert all((tmp_path / item["image"]).is_file() for item in datalist["training"] + datalist["test"])
 
@@ -130,7 +130,7 @@ def test_root_is_the_data_set_itself(tmp_path):
     ],
 )
 def test_policies_for_uncertain_labels(tmp_path, policy, uncertain, second):
-    datalist = convert(write_tree(tmp_path), uncertain=policy, validation_images=0, progress=False)
+    datalist = DATASET.convert(write_tree(tmp_path), uncertain=policy, validation_images=0, progress=False)
     labels = labels_of(datalist)
     assert labels["patient00002_study1_view1_frontal"] == uncertain
     assert labels["patient00002_study2_view1_frontal"] == second
@@ -139,7 +139,7 @@ def test_policies_for_uncertain_labels(tmp_path, policy, uncertain, second):
 
 
 def test_all_findings(tmp_path):
-    datalist = convert(write_tree(tmp_path), findings="all", validation_images=0, progress=False)
+    datalist = DATASET.convert(write_tree(tmp_path), findings="all", validation_images=0, progress=False)
     assert datalist["meta"]["label_names"] == HEADER.split(",")[5:]
     labels = labels_of(datalist)
     assert labels["patient00001_study1_view1_frontal"] == [1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1]
@@ -165,7 +165,7 @@ def write_csvs(root, patients):
 def test_5000_images_are_held_out_by_patient(tmp_path):
     # 4,800 patients, 1,200 of each number of images: 1,200 * (1 + 2 + 3 + 4) = 12,000 frontal images
     root = write_csvs(tmp_path, 4800)
-    datalist = convert(root, check_images="none", progress=False)
+    datalist = DATASET.convert(root, check_images="none", progress=False)
     # of ten patients from 64541 on, two or three of each: 2+3+4+1+2+3+4+1+2+3
     assert datalist["meta"]["kept"] == {"training": 7000, "validation": 5000, "test": 25}
     assert datalist["meta"]["dropped"] == {"not a frontal view": 4810}
@@ -175,8 +175,8 @@ def test_5000_images_are_held_out_by_patient(tmp_path):
     for item in datalist["validation"]:
         held[item["patient"]] += 1
     assert all(count == 1 + int(patient[-5:]) % 4 for patient, count in held.items())
-    again = convert(root, check_images="none", progress=False)
-    other = convert(root, check_images="none", progress=False, seed=7)
+    again = DATASET.convert(root, check_images="none", progress=False)
+    other = DATASET.convert(root, check_images="none", progress=False, seed=7)
     assert again == datalist and other["validation"] != datalist["validation"]
     assert other["meta"]["kept"] == datalist["meta"]["kept"]
 
@@ -184,9 +184,9 @@ def test_5000_images_are_held_out_by_patient(tmp_path):
 def test_small_sets_hold_out_a_tenth_and_a_missing_image_moves_nothing(tmp_path):
     # 40 patients, 100 frontal images
     root = write_csvs(tmp_path, 40)
-    listed = convert(root, check_images="none", progress=False)
+    listed = DATASET.convert(root, check_images="none", progress=False)
     assert listed["meta"]["kept"] == {"training": 90, "validation": 10, "test": 25}
-    assert convert(root, check_images="none", validation_images=30, progress=False)["meta"]["kept"] == {
+    assert DATASET.convert(root, check_images="none", validation_images=30, progress=False)["meta"]["kept"] == {
         "training": 70,
         "validation": 30,
         "test": 25,
@@ -195,7 +195,7 @@ def test_small_sets_hold_out_a_tenth_and_a_missing_image_moves_nothing(tmp_path)
         for item in listed[split]:
             (root / item["image"]).parent.mkdir(parents=True, exist_ok=True)
             (root / item["image"]).touch()
-    found = convert(root, check_images="exists", progress=False)
+    found = DATASET.convert(root, check_images="exists", progress=False)
     assert found["training"] == listed["training"] and found["validation"] == []
     assert found["meta"]["dropped"]["missing image"] == 10
 
@@ -229,6 +229,6 @@ def test_no_usable_row(tmp_path):
     """A table of other paths is an account of drops, not a traceback."""
     root = write_tree(tmp_path)
     (root / "train.csv").write_text(f"{HEADER}\nimages/0001.jpg,Male,50,Frontal,AP{',' * 14}\n")
-    datalist = convert(root, progress=False)
+    datalist = DATASET.convert(root, progress=False)
     assert datalist["meta"]["kept"] == {"training": 0, "validation": 0, "test": 1}
     assert datalist["meta"]["dropped_items"]["no patient in the path"] == ["images/0001.jpg"]

@@ -10,7 +10,7 @@ import pytest
 from monai.transforms import Compose
 from PIL import Image
 
-from unimedi_components.data.covidx import collect, convert
+from unimedi_components.data.covidx import DATASET, collect
 from unimedi_components.data.transforms import xray_transforms
 from unimedi_components.errors import ConfigError, DataError
 
@@ -77,7 +77,7 @@ def by_id(datalist):
 
 @pytest.mark.parametrize("folder", [".", "labels"])
 def test_conversion_by_hand(tmp_path, folder):
-    datalist = convert(write_tree(tmp_path, folder), validation_fraction=0, progress=False)
+    datalist = DATASET.convert(write_tree(tmp_path, folder), validation_fraction=0, progress=False)
     found = by_id(datalist)
     assert {name: (item["patient"], item["image"], item["label"]) for name, (_, item) in found.items()} == {
         name.split("/")[1]: (patient, name, label)
@@ -115,7 +115,7 @@ def test_conversion_by_hand(tmp_path, folder):
 
 
 def test_images_of_every_kind_load_alike(tmp_path):
-    datalist = convert(write_tree(tmp_path), progress=False)
+    datalist = DATASET.convert(write_tree(tmp_path), progress=False)
     load = Compose(xray_transforms(32))
     first = None
     for _, item in by_id(datalist).values():
@@ -128,7 +128,7 @@ def test_images_of_every_kind_load_alike(tmp_path):
 
 def test_two_classes(tmp_path):
     root = write_tree(tmp_path)
-    datalist = convert(root, classes="two", progress=False)
+    datalist = DATASET.convert(root, classes="two", progress=False)
     assert {name: item["label"] for name, (_, item) in by_id(datalist).items() if "." in name} == {
         "SARS-10.1148rg.242035193-g04mr34g0-Fig8a-day0.jpeg": 0,
         "SARS-10.1148rg.242035193-g04mr34g0-Fig8b-day5.jpeg": 0,
@@ -146,7 +146,7 @@ def test_two_classes(tmp_path):
     assert datalist["meta"]["task"] == "binary" and datalist["meta"]["label_names"] == ["negative", "positive"]
     (root / "train_COVIDx9B.txt").write_text("9 rgba.png positive bimcv\n0004cfab 0004cfab.png negative rsna\n")
     (root / "test_COVIDx9B.txt").write_text("t1 t1.png negative rsna\n")
-    datalist = convert(root, classes="two", list_version="9b", progress=False)
+    datalist = DATASET.convert(root, classes="two", list_version="9b", progress=False)
     assert {name: item["label"] for name, (_, item) in by_id(datalist).items()} == {
         "rgba.png": 1,
         "0004cfab.png": 0,
@@ -173,7 +173,7 @@ def test_choice_of_lists(tmp_path):
     (tmp_path / "train_COVIDx12A.txt").write_text("a a.png normal rsna\n")
 
     def chosen(**options):
-        datalist = convert(tmp_path, check_images="none", progress=False, **options)
+        datalist = DATASET.convert(tmp_path, check_images="none", progress=False, **options)
         assert datalist["training"][0]["id"] == f"train{datalist['meta']['list_version']}.png"
         return datalist["meta"]["list_version"]
 
@@ -195,7 +195,7 @@ def test_lists_of_the_kaggle_archive(tmp_path):
     (tmp_path / "train.txt").write_text("1 a.png positive cohen\n")
     (tmp_path / "test.txt").write_text("2 b.png negative rsna\n")
     (tmp_path / "licence.txt").write_text("all kinds of words here\n")
-    datalist = convert(tmp_path, classes="two", check_images="none", progress=False)
+    datalist = DATASET.convert(tmp_path, classes="two", check_images="none", progress=False)
     assert [datalist[split][0]["label"] for split in ("training", "test")] == [1, 0]
     assert datalist["meta"]["list_version"] == "UNVERSIONED"
     with pytest.raises(DataError, match=r"test\.txt: a binary list"):
@@ -209,7 +209,7 @@ def test_validation_is_a_tenth_of_the_patients_of_each_class(tmp_path):
     lines += [f"c{index} c{index} day {day}.png COVID-19 stonybrook" for index in range(60) for day in range(3)]
     (tmp_path / "train_COVIDx9A.txt").write_text("\n".join(lines))
     (tmp_path / "test_COVIDx9A.txt").write_text("t t.png normal rsna\n")
-    datalist = convert(tmp_path, check_images="none", progress=False)
+    datalist = DATASET.convert(tmp_path, check_images="none", progress=False)
     counts = [sum(item["label"] == label for item in datalist["validation"]) for label in range(3)]
     assert counts == [20, 10, 6 * 3]
     assert datalist["meta"]["kept"] == {"training": 432, "validation": 48, "test": 1}
@@ -217,7 +217,7 @@ def test_validation_is_a_tenth_of_the_patients_of_each_class(tmp_path):
     (tmp_path / "train").mkdir()
     for item in datalist["training"][:100]:
         (tmp_path / item["image"]).touch()
-    found = convert(tmp_path, check_images="exists", progress=False)
+    found = DATASET.convert(tmp_path, check_images="exists", progress=False)
     assert found["training"] == datalist["training"][:100] and found["meta"]["dropped"] == {"missing image": 381}
 
 

@@ -10,7 +10,7 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import Compose, EnsureChannelFirstd, LoadImaged, Orientationd
 
-from unimedi_components.data.cubes import LoadCubed, NodulesToImaged, ct_nodule_transforms, luna_cube_transforms
+from unimedi_components.data.cubes import LoadCubed, luna_cube_transforms
 from unimedi_components.data.transforms import RAS_LABELS, ByDimension, ct_transforms
 from unimedi_components.errors import DataError
 from unimedi_components.images.itk_volumes import read_block, read_geometry, voxel_to_world, world_to_voxel
@@ -169,24 +169,14 @@ def test_nodules_by_hand_in_the_transformed_volume(tmp_path, matrix, native):
     voxels = np.full(COUNT.shape, -1000, np.int16)
     voxels[3, 1, 2] = 1000
     path = write_mhd(tmp_path, matrix, voxels)
-    item = {"image": path, "nodules": [{"world": world_of(matrix, (2, 1, 3)), "diameter_mm": 3.0}]}
+    world = world_of(matrix, (2, 1, 3))
     shape = {TURNED: (4, 8, 6), PERMUTED: (6, 8, 4)}.get(matrix, (4, 6, 8))
     native = {TURNED: (3, 2, 4), PERMUTED: (4, 2, 3)}.get(matrix, native)
-    found = Compose(ct_nodule_transforms(shape))(item)
-    assert found["nodules"][0]["voxel"] == pytest.approx(native, abs=1e-4)
-    assert np.argwhere(found["image"][0].numpy() > 0.9).tolist() == [list(native)]
+    image = Compose(ct_transforms(shape)[:-1])({"image": path})["image"]
+    assert world_to_voxel(world, image.affine.numpy())[0] == pytest.approx(native, abs=1e-4)
+    assert np.argwhere(image[0].numpy() > 0.9).tolist() == [list(native)]
     steps = {TURNED: (2, 0.5, 0.75), PERMUTED: (0.75, 0.5, 2)}.get(matrix, (2, 0.75, 0.5))
-    assert found["nodules"][0]["extent"] == pytest.approx([3 / step for step in steps])
-    assert "voxel" not in item["nodules"][0]
-    twice = Compose(ct_nodule_transforms(tuple(2 * n for n in shape)))(item)
+    assert np.linalg.norm(image.affine[:3, :3], axis=0) == pytest.approx(steps)
+    twice = Compose(ct_transforms(tuple(2 * n for n in shape))[:-1])({"image": path})["image"]
     # voxel centres: index 2 of n voxels lies at 4.5 of 2 n
-    assert twice["nodules"][0]["voxel"] == pytest.approx([2 * n + 0.5 for n in native], abs=1e-4)
-    plain = Compose(ct_transforms(shape))({"image": path})["image"]
-    assert torch.equal(plain, found["image"])
-
-
-def test_nodules_need_an_affine():
-    with pytest.raises(DataError, match="carries no affine; put NodulesToImaged before"):
-        NodulesToImaged()({"image": torch.zeros(1, 2, 2, 2), "nodules": []})
-    image = MetaTensor(torch.zeros(1, 2, 2, 2), affine=torch.eye(4))
-    assert NodulesToImaged()({"image": image, "nodules": []})["nodules"] == []
+    assert world_to_voxel(world, twice.affine.numpy())[0] == pytest.approx([2 * n + 0.5 for n in native], abs=1e-4)

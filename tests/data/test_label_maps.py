@@ -275,7 +275,7 @@ def test_a_voxel_between_the_sampled_slices(tmp_path):
 
 @pytest.mark.parametrize(
     ("layout", "convert", "split"),
-    [(phantom_bcv.BCV, bcv.convert, (4, 0, 1)), (phantom_amos.AMOS, amos.convert, (4, 0, 1))],
+    [(phantom_bcv.BCV, bcv.DATASET.convert, (4, 0, 1)), (phantom_amos.AMOS, amos.DATASET.convert, (4, 0, 1))],
     ids=["bcv", "amos"],
 )
 def test_phantom_truth_is_what_arrives(tmp_path, layout, convert, split):

@@ -9,7 +9,7 @@ import itk
 import numpy as np
 import pytest
 
-from unimedi_components.data.luna16 import collect, convert
+from unimedi_components.data.luna16 import DATASET, collect
 from unimedi_components.errors import ConfigError, DataError
 
 UID = "1.3.6.1.4.1.14519.5.2.1.6279.6001."
@@ -112,7 +112,7 @@ def volume(uid, subset, label, nodules=()):
 
 
 def test_volumes_by_hand(root):
-    datalist = convert(root)
+    datalist = DATASET.convert(root)
     # (-9 + 10) / 0.5, (-18.5 + 20) / 0.75, (34 - 30) / 2; and (-7.75 + 10) / 0.5, (-17.75 + 20) / 0.75, 1 / 2
     nodules = [([-9.0, -18.5, 34.0], [2.0, 2.0, 2.0], 5.5), ([-7.75, -17.75, 31.0], [4.5, 3.0, 0.5], 12.25)]
     assert datalist["training"] == [volume(PLAIN, "subset0", 1, nodules)]
@@ -146,7 +146,7 @@ def test_details_name_file_and_remedy(root):
 def test_smallest_diameter_decides_about_the_label(root):
     labels = {}
     for diameter in (4.0, 12.25, 12.5):
-        datalist = convert(root, min_diameter=diameter)
+        datalist = DATASET.convert(root, min_diameter=diameter)
         items = [item for split in ("training", "validation", "test") for item in datalist[split]]
         labels[diameter] = {item["id"][-3:]: (item["label"], len(item["nodules"])) for item in items}
     assert labels[4.0] == {"101": (1, 2), "102": (0, 1), "103": (1, 1), "104": (0, 0)}
@@ -166,7 +166,7 @@ def candidate(uid, row, subset, label, center, voxel):
 
 
 def test_candidates_by_hand(root):
-    datalist = convert(root, mode="candidates")
+    datalist = DATASET.convert(root, mode="candidates")
     assert datalist["training"] == [
         candidate(PLAIN, 0, "subset0", 1, [-9.0, -18.5, 34.0], [2.0, 2.0, 2.0]),
         candidate(PLAIN, 1, "subset0", 0, [-10.0, -20.0, 30.0], [0.0, 0.0, 0.0]),
@@ -190,7 +190,7 @@ def test_candidates_by_hand(root):
 
 def test_older_candidate_table_is_read_where_there_is_no_other(root):
     (root / "candidates_V2.csv").rename(root / "CSVFILES" / "candidates.csv")
-    assert list(convert(root, mode="candidates")["meta"]["sources"]) == ["CSVFILES/candidates.csv"]
+    assert list(DATASET.convert(root, mode="candidates")["meta"]["sources"]) == ["CSVFILES/candidates.csv"]
 
 
 @pytest.mark.parametrize("matrix", [IDENTITY, REVERSED, TURNED, "0 1 0 0 0 1 1 0 0"])
@@ -203,7 +203,7 @@ def test_voxels_are_those_of_itk(tmp_path, matrix):
     worlds = ((-12.5, 7.25, -301) + (inside * (0.7, 0.8, 2.5)) @ axes).tolist()
     rows = [f"{PLAIN},{x!r},{y!r},{z!r},0" for x, y, z in worlds]
     write_csv(tmp_path / "candidates_V2.csv", "seriesuid,coordX,coordY,coordZ,class", rows)
-    items = convert(tmp_path, mode="candidates")["training"]
+    items = DATASET.convert(tmp_path, mode="candidates")["training"]
     assert len(items) == 20
     for item, index in zip(items, inside, strict=True):
         expected = list(image.TransformPhysicalPointToContinuousIndex(item["center"]))
@@ -213,18 +213,25 @@ def test_voxels_are_those_of_itk(tmp_path, matrix):
 
 def test_folds_can_be_chosen(root):
     # the command line hands over 7 as a number and 0,9 as a tuple
-    datalist = convert(root, train_subsets=(0, 9), validation_subsets="", test_subsets=7)
+    datalist = DATASET.convert(root, train_subsets=(0, 9), validation_subsets="", test_subsets=7)
     assert [[item["id"] for item in datalist[split]] for split in ("training", "validation", "test")] == [
         [PLAIN, NORMAL],
         [],
         [OBLIQUE],
     ]
     assert datalist["meta"]["dropped_items"]["subset in no split"] == [FLIPPED]
-    candidates = convert(root, mode="candidates", train_subsets="0", validation_subsets="9", test_subsets="7")
+    candidates = DATASET.convert(root, mode="candidates", train_subsets="0", validation_subsets="9", test_subsets="7")
     assert candidates["meta"]["dropped_items"]["subset in no split"] == [f"{FLIPPED}_000004"]
     for wrong, message in (("0-4", "'0-4' is not 0 to 9"), ("10", "'10' is not"), ("4,5", "subset 5 is in training")):
         with pytest.raises(ConfigError, match=message):
-            convert(root, train_subsets=wrong)
+            DATASET.convert(root, train_subsets=wrong)
+
+
+def test_a_relative_root_is_found_by_every_thread(root, monkeypatch):
+    monkeypatch.chdir(root.parent)
+    for _ in range(3):
+        found = DATASET.convert(root.name, num_workers=8, progress=False)
+        assert found["training"] == DATASET.convert(root, progress=False)["training"]
 
 
 def test_padding_is_accepted_and_grey_levels_are_not(tmp_path):
@@ -234,15 +241,15 @@ def test_padding_is_accepted_and_grey_levels_are_not(tmp_path):
     write_scan(tmp_path, "subset0", PLAIN, voxels=padded)
     write_scan(tmp_path, "subset0", FLIPPED, voxels=np.clip(padded, 0, 255))
     write_csv(tmp_path / "annotations.csv", "seriesuid,coordX,coordY,coordZ,diameter_mm", [f"{PLAIN},1,1,1,3"])
-    assert convert(tmp_path)["meta"]["kept"]["training"] == 2
-    datalist = convert(tmp_path, check_images="full")
+    assert DATASET.convert(tmp_path)["meta"]["kept"]["training"] == 2
+    datalist = DATASET.convert(tmp_path, check_images="full")
     assert [item["id"] for item in datalist["training"]] == [PLAIN]
     assert datalist["meta"]["dropped_items"] == {"not Hounsfield units": [FLIPPED]}
 
 
 @pytest.mark.parametrize("check", ["exists", "none"])
 def test_lighter_checks(root, check):
-    datalist = convert(root, check_images=check)
+    datalist = DATASET.convert(root, check_images=check)
     kept = {item["id"] for item in datalist["training"]}
     assert kept == ({PLAIN, SHORT} if check == "exists" else {PLAIN, SHORT, LOST})
     nodule = datalist["training"][0]["nodules"][0]
@@ -251,7 +258,7 @@ def test_lighter_checks(root, check):
 
 def test_a_scan_in_two_folders_counts_once(root):
     write_scan(root, "subset8", PLAIN)
-    datalist = convert(root)
+    datalist = DATASET.convert(root)
     assert datalist["meta"]["dropped_items"]["duplicate id"] == [PLAIN]
     assert datalist["training"][0]["image"] == f"subset0/{PLAIN}.mhd"
 
@@ -279,6 +286,6 @@ def test_tables_lie_beside_the_scans_below_a_folder_of_the_data_set(tmp_path):
     write_scan(tmp_path, "LUNA16/subset0", PLAIN, offset="-10 -20 30")
     rows = [f"{PLAIN},-9,-18,31,4"]
     write_csv(tmp_path / "LUNA16" / "annotations.csv", "seriesuid,coordX,coordY,coordZ,diameter_mm", rows)
-    (item,) = convert(tmp_path, num_workers=1)["training"]
+    (item,) = DATASET.convert(tmp_path, num_workers=1)["training"]
     assert item["image"] == f"LUNA16/subset0/{PLAIN}.mhd"
     assert item["nodules"] == [{"world": [-9.0, -18.0, 31.0], "voxel": [1.0, 2.0, 1.0], "diameter_mm": 4.0}]

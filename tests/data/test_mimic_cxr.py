@@ -9,7 +9,7 @@ import io
 import pytest
 from PIL import Image
 
-from unimedi_components.data.mimic_cxr import collect, convert
+from unimedi_components.data.mimic_cxr import DATASET, collect
 from unimedi_components.errors import DataError
 
 THREE = "Lungs are clear. No effusion seen. Heart is normal."
@@ -81,7 +81,7 @@ CLEAN = "lungs are clear no effusion seen heart is normal"
 
 @pytest.mark.parametrize("compress", [False, True], ids=["csv", "csv.gz"])
 def test_conversion_by_hand(tmp_path, compress):
-    datalist = convert(write_tree(tmp_path, compress))
+    datalist = DATASET.convert(write_tree(tmp_path, compress))
     folder = "files/p10/p10000032"
     assert datalist["training"] == [
         {
@@ -131,7 +131,7 @@ def test_conversion_by_hand(tmp_path, compress):
 
 def test_options(tmp_path):
     root = write_tree(tmp_path, reports="mimic-cxr-reports/files")
-    datalist = convert(root, min_sentences=2, fallback_sections=True, labels=False, check_images="exists")
+    datalist = DATASET.convert(root, min_sentences=2, fallback_sections=True, labels=False, check_images="exists")
     assert [entry["id"] for entry in datalist["validation"]] == ["ba-3"]
     found = {entry["id"]: entry["report"] for entry in datalist["test"]}
     # unchecked, the truncated image of study 6 stays; the last paragraph stands in for study 5
@@ -143,7 +143,7 @@ def test_sectioned_csv(tmp_path):
     root = write_tree(tmp_path)
     table = root / "sections.csv"
     table.write_text(f'study,impression,findings,last_paragraph,comparison\ns50000002,,"{THREE}",,\n')
-    datalist = convert(root, sectioned_csv=table)
+    datalist = DATASET.convert(root, sectioned_csv=table)
     assert [(entry["id"], entry["report"]) for entry in datalist["training"]] == [("ab-1", CLEAN)]
     assert datalist["meta"]["dropped"]["missing report"] == 7
     assert "sections.csv" in datalist["meta"]["sources"]
@@ -173,7 +173,7 @@ def test_no_report_folder(tmp_path):
     root = write_tree(tmp_path, reports="elsewhere")
     with pytest.raises(DataError, match=r"no report texts\. Looked for p10/p10000032/s50000001\.txt below"):
         collect(root)
-    assert len(convert(root, reports_root=root / "elsewhere")["training"]) == 2
+    assert len(DATASET.convert(root, reports_root=root / "elsewhere")["training"]) == 2
 
 
 def test_a_patient_of_two_lists_stays_in_the_last(tmp_path):
@@ -182,7 +182,7 @@ def test_a_patient_of_two_lists_stays_in_the_last(tmp_path):
     # of patient 10000032 one study moves from training to test; ids with blanks around them are the same
     moved = split.read_text().replace("ab-1,50000002,10000032,train", " ab-1 ,50000002,10000032,test")
     split.write_text(moved)
-    datalist = convert(root)
+    datalist = DATASET.convert(root)
     assert [item["id"] for item in datalist["training"]] == []
     assert "ab-1" in [item["id"] for item in datalist["test"]]
     assert datalist["meta"]["dropped_items"]["patient in another split"] == ["aa-1"]

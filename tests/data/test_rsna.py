@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from sklearn.model_selection import train_test_split
 
-from unimedi_components.data.rsna import collect, convert
+from unimedi_components.data.rsna import DATASET, collect
 from unimedi_components.data.transforms import XrayReader
 from unimedi_components.errors import ConfigError, DataError
 
@@ -94,7 +94,7 @@ def items_of(datalist):
 def test_conversion_by_hand(tmp_path, compress):
     # the data set's own folder lies one level below ROOT
     write_tree(tmp_path / "rsna-pneumonia-detection-challenge", compress)
-    datalist = convert(tmp_path, task="detection", progress=False)
+    datalist = DATASET.convert(tmp_path, task="detection", progress=False)
     folder = "rsna-pneumonia-detection-challenge/stage_2_train_images"
     expected = {}
     for patient in KEPT:
@@ -125,7 +125,7 @@ def test_conversion_by_hand(tmp_path, compress):
 
 @pytest.mark.parametrize(("task", "share"), [("classification", 0.3), ("segmentation", 0.4), ("detection", 0.4)])
 def test_split_comes_before_any_drop(tmp_path, task, share):
-    datalist = convert(write_tree(tmp_path), task=task, progress=False)
+    datalist = DATASET.convert(write_tree(tmp_path), task=task, progress=False)
     training, held_out = train_test_split(PATIENTS, test_size=share, random_state=0)
     test, validation = train_test_split(held_out, test_size=0.5, random_state=0)
     for split, patients in zip(SPLITS, (training, validation, test), strict=True):
@@ -134,7 +134,7 @@ def test_split_comes_before_any_drop(tmp_path, task, share):
 
 def test_one_source_for_all_tasks(tmp_path):
     root = write_tree(tmp_path)
-    made = {task: convert(root, task=task, progress=False) for task in ("classification", "segmentation")}
+    made = {task: DATASET.convert(root, task=task, progress=False) for task in ("classification", "segmentation")}
     binary, masks = items_of(made["classification"]), items_of(made["segmentation"])
     assert {name: item["label"] for name, item in binary.items()} == {name: int(name in BOXES) for name in KEPT}
     assert {name: item["boxes"] for name, item in binary.items() if "boxes" in item} == BOXES
@@ -146,7 +146,7 @@ def test_one_source_for_all_tasks(tmp_path):
 
 def test_a_table_alone_prepares(tmp_path):
     (tmp_path / "stage_2_train_labels.csv").write_text(LABELS.replace("\r", ""))
-    found = items_of(convert(tmp_path, check_images="none", progress=False))
+    found = items_of(DATASET.convert(tmp_path, check_images="none", progress=False))
     assert sorted(found) == sorted([*KEPT, "p13", "p14"])
     assert found["p13"]["boxes"] == [[1.0, 2.0, 4.0, 6.0]] and "class" not in found["p01"]
     with pytest.raises(DataError, match=r"stage_2_train_images: no such folder\. Unpack stage_2_train_images\.zip"):
@@ -165,7 +165,7 @@ def test_tables_written_by_hand(tmp_path):
     # a separator at the end of every row, blanks behind separators, quotes behind blanks
     rows = ['"a", 10, 20, 30, "40", 1,', "b, , , , , 0,", " c,1,2,3,4,1,", "d,,,,,0,"]
     (tmp_path / "stage_2_train_labels.csv").write_text("patientId, x, y, width, height, Target\n" + "\n".join(rows))
-    found = items_of(convert(tmp_path, check_images="none"))
+    found = items_of(DATASET.convert(tmp_path, check_images="none"))
     assert {name: item["label"] for name, item in found.items()} == {"a": 1, "b": 0, "c": 1, "d": 0}
     assert found["a"]["boxes"] == [[10.0, 20.0, 40.0, 60.0]] and found["c"]["boxes"] == [[1.0, 2.0, 4.0, 6.0]]
     # a seventh cell with something in it is not guessed at
@@ -179,7 +179,7 @@ def test_lovt_lists(tmp_path, own_folder):
     root = write_tree(tmp_path / "set")
     write_lovt(tmp_path / "lists" if own_folder else root / "RSNA-Pneunomia-Detection")
     options = {"split_dir": tmp_path / "lists"} if own_folder else {}
-    datalist = convert(root, task="detection", split="lovt", progress=False, **options)
+    datalist = DATASET.convert(root, task="detection", split="lovt", progress=False, **options)
     assert [[item["id"] for item in datalist[split]] for split in SPLITS] == [["p02"], ["p01", "p09"], ["p03", "p12"]]
     assert items_of(datalist)["p02"]["boxes"] == BOXES["p02"]
     dropped = datalist["meta"]["dropped"]
@@ -247,7 +247,7 @@ def official_table(path):
 )
 def test_official_sizes(tmp_path, task, held_out, sizes):
     names = official_table(tmp_path / "stage_2_train_labels.csv")
-    datalist = convert(tmp_path, task=task, check_images="none", progress=False)
+    datalist = DATASET.convert(tmp_path, task=task, check_images="none", progress=False)
     assert [len(datalist[split]) for split in SPLITS] == sizes and not datalist["meta"]["dropped"]
     found = items_of(datalist)
     assert sum(item["label"] for item in found.values()) == 6_012

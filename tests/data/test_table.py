@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from unimedi_components.data.prepare import prepare
-from unimedi_components.data.table import collect, convert
+from unimedi_components.data.table import DATASET, collect
 from unimedi_components.errors import ConfigError, DataError
 from unimedi_components.images.checks import CTLimits, check_ct
 from unimedi_components.images.volume import read_volume_header
@@ -96,7 +96,7 @@ def test_mixed_table_by_hand(tmp_path):
         ],
     )
     xray(tmp_path / "a" / "x2.jpg")
-    datalist = convert(table)
+    datalist = DATASET.convert(table)
     assert datalist["training"] == [
         {
             "id": "a/x",
@@ -135,7 +135,7 @@ def test_several_tables_share_a_root_and_split_by_patient_and_kind(tmp_path):
         ["image,report,patient", *(f"img/{i}.jpg,{REPORT},p{max(i, 1)}" for i in range(10))],
     )
     second = write(tmp_path / "ct" / "c.csv", ["image,report", *(f"{i}.nii,{REPORT}" for i in range(10))])
-    datalist = convert(f"{first},{second}")
+    datalist = DATASET.convert(f"{first},{second}")
     assert datalist["meta"]["root"] == str(tmp_path)
     assert sorted(datalist["meta"]["sources"]) == ["ct/c.csv", "xr/x.csv"]
     dims = {split: sorted(item["dim"] for item in datalist[split]) for split in ("validation", "test")}
@@ -143,8 +143,8 @@ def test_several_tables_share_a_root_and_split_by_patient_and_kind(tmp_path):
         assert dims[split].count(3) == 1
         assert len({item["patient"] for item in datalist[split] if item["dim"] == 2}) == 1
     assert sum(datalist["meta"]["kept"].values()) == 20
-    assert convert((str(first), str(second))) == datalist == convert([first, second])
-    assert convert([first, second], seed=7)["test"] != datalist["test"]
+    assert DATASET.convert((str(first), str(second))) == datalist == DATASET.convert([first, second])
+    assert DATASET.convert([first, second], seed=7)["test"] != datalist["test"]
 
 
 def test_integer_labels_masks_and_ids(tmp_path):
@@ -152,10 +152,10 @@ def test_integer_labels_masks_and_ids(tmp_path):
         xray(tmp_path / f"{name}.png")
     xray(tmp_path / "mask" / "a.png")
     table = write(tmp_path / "t.csv", ["image,report,label,id", f"a.png,{REPORT},3,first", f"b.png,{REPORT},0,"])
-    kept = convert(table)["training"]
+    kept = DATASET.convert(table)["training"]
     assert [(item["id"], item["label"]) for item in kept] == [("b", [0]), ("first", [3])]
     write(table, ["image,report,label", f"a.png,{REPORT},mask/a.png", f"b.png,{REPORT},"])
-    kept = convert(table)["training"]
+    kept = DATASET.convert(table)["training"]
     assert kept[0]["mask"] == "mask/a.png" and "label" not in kept[0] and "mask" not in kept[1]
 
 
@@ -166,7 +166,7 @@ def test_dicom_series_folder(tmp_path):
     # 40 HU of soft tissue comes back through the rescale intercept
     assert check_ct(folder, CTLimits(min_megabytes=0)) is None
     table = write(tmp_path / "t.csv", ["image,report", f"series,{REPORT}"])
-    assert convert(table)["training"][0]["image"] == "series"
+    assert DATASET.convert(table)["training"][0]["image"] == "series"
 
 
 @pytest.mark.parametrize(
@@ -214,10 +214,10 @@ def test_language_column_names_and_partial_splits(tmp_path):
         ["file,text,split", f"a.png,{REPORT},train", f"b.png,{spanish},train", f"c.png,{REPORT},"],
     )
     names = {"image_column": "file", "report_column": "text"}
-    datalist = convert(table, **names)
+    datalist = DATASET.convert(table, **names)
     assert datalist["meta"]["dropped"] == {"report not English": 1, "no split": 1}
-    assert [item["id"] for item in convert(table, language="any", **names)["training"]] == ["a", "b"]
-    assert convert(table, min_sentences=2, **names)["meta"]["dropped"]["fewer than 2 sentences"] == 2
+    assert [item["id"] for item in DATASET.convert(table, language="any", **names)["training"]] == ["a", "b"]
+    assert DATASET.convert(table, min_sentences=2, **names)["meta"]["dropped"]["fewer than 2 sentences"] == 2
 
 
 @pytest.mark.skipif("UNIMEDI_REAL_DATA" not in os.environ, reason="UNIMEDI_REAL_DATA does not name the real images")

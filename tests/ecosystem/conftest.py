@@ -13,11 +13,16 @@ import logging
 import sys
 import types
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import monai
 import pytest
 import torch
+
+import unimedi_components.bundle
+from unimedi_components.errors import ConfigError
 
 
 @pytest.fixture(scope="session")
@@ -56,3 +61,16 @@ def in_process() -> Iterator[None]:
     root.setLevel(level)
     monai.utils.set_determinism(None)
     torch.backends.cuda.enable_flash_sdp(flash)
+
+
+@pytest.fixture
+def app_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An app's folder, alone: without the repository, its pretrain bundle and its data."""
+
+    def nowhere(bundle_name: str, config_file: Any = None) -> str:
+        raise ConfigError(f"bundle {bundle_name!r} not found")
+
+    monkeypatch.setattr(unimedi_components.bundle, "bundle_root", nowhere)
+    monkeypatch.delenv("UNIMEDI_DATA", raising=False)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

@@ -15,9 +15,7 @@ import torch
 from monai.transforms import Compose
 from PIL import Image
 
-import unimedi_components.bundle
 from unimedi_components.data import LabelledDataset, labelled_loader, task_transforms
-from unimedi_components.errors import ConfigError
 from unimedi_components.losses import ClassificationLoss
 from unimedi_components.networks import load_classifier
 
@@ -31,16 +29,9 @@ each_bundle = pytest.mark.parametrize("name", [XRAY, CT])
 
 
 @pytest.fixture
-def bundle(name: str, tmp_path: Path, untrained_bundle: Any, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A bundle in the app's `model` folder, alone: without the repository, its pretrain bundle and its data."""
-
-    def nowhere(bundle_name: str, config_file: Any = None) -> str:
-        raise ConfigError(f"bundle {bundle_name!r} not found")
-
-    monkeypatch.setattr(unimedi_components.bundle, "bundle_root", nowhere)
-    monkeypatch.delenv("UNIMEDI_DATA", raising=False)
-    monkeypatch.chdir(tmp_path)
-    return untrained_bundle(name, tmp_path / "model")
+def bundle(name: str, app_folder: Path, untrained_bundle: Any) -> Path:
+    """A bundle in the app's `model` folder."""
+    return untrained_bundle(name, app_folder / "model")
 
 
 def write_image(name: str, folder: Path, number: int) -> Path:

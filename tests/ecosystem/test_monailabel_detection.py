@@ -16,9 +16,7 @@ from monai.transforms import Compose
 from PIL import Image
 from torch import nn
 
-import unimedi_components.bundle
 from unimedi_components.data import task_transforms, write_json
-from unimedi_components.errors import ConfigError
 from unimedi_components.networks import UnifiedViT, ViTDet, load_network, network_card
 
 pytestmark = pytest.mark.usefixtures("in_process")
@@ -27,16 +25,9 @@ NAME = "chest_xray_detection"
 
 
 @pytest.fixture
-def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def bundle(app_folder: Path) -> Path:
     """The bundle in the app's `model` folder, alone, with random weights."""
-
-    def nowhere(bundle_name: str, config_file: Any = None) -> str:
-        raise ConfigError(f"bundle {bundle_name!r} not found")
-
-    monkeypatch.setattr(unimedi_components.bundle, "bundle_root", nowhere)
-    monkeypatch.delenv("UNIMEDI_DATA", raising=False)
-    monkeypatch.chdir(tmp_path)
-    folder = tmp_path / "model" / NAME
+    folder = app_folder / "model" / NAME
     shutil.copytree(REPOSITORY / "bundles" / NAME / "configs", folder / "configs")
     train = json.loads((folder / "configs" / "train.json").read_text())
     torch.manual_seed(0)

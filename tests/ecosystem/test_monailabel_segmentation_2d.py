@@ -17,9 +17,7 @@ from monai.transforms import Compose
 from PIL import Image
 from torch.nn import functional as F
 
-import unimedi_components.bundle
 from unimedi_components.data import task_transforms, write_json
-from unimedi_components.errors import ConfigError
 from unimedi_components.networks import SETRPUP, UnifiedViT, load_network, network_card
 
 pytestmark = pytest.mark.usefixtures("in_process")
@@ -28,16 +26,9 @@ ROWS, COLUMNS = 90, 64
 
 
 @pytest.fixture
-def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def bundle(app_folder: Path) -> Path:
     """The bundle in the app's `model` folder, alone: without the repository, its pretrain bundle and its data."""
-
-    def nowhere(bundle_name: str, config_file: Any = None) -> str:
-        raise ConfigError(f"bundle {bundle_name!r} not found")
-
-    monkeypatch.setattr(unimedi_components.bundle, "bundle_root", nowhere)
-    monkeypatch.delenv("UNIMEDI_DATA", raising=False)
-    monkeypatch.chdir(tmp_path)
-    folder = tmp_path / "model" / SOURCE.name
+    folder = app_folder / "model" / SOURCE.name
     shutil.copytree(SOURCE / "configs", folder / "configs")
     # the default's decoder is made for a trained encoder: this one is random, so that the decoder must do the work
     train = json.loads((folder / "configs" / "train.json").read_text())
@@ -51,7 +42,8 @@ def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         network = SETRPUP(encoder, widths=train["network_def"]["widths"])
         torch.nn.init.normal_(network.head.weight, std=20.0)
         size = train["preprocessing"]["film"]["size"]
-        example = Compose(task_transforms({"film": {"size": size}}))({"image": str(write_film(tmp_path / "any", 1)[0])})
+        film = write_film(app_folder / "any", 1)[0]
+        example = Compose(task_transforms({"film": {"size": size}}))({"image": str(film)})
         with torch.no_grad():
             # about half of a film is found
             network.head.bias.sub_(network.eval()(example["image"][None]).median())

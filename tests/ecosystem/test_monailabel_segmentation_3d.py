@@ -14,9 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-import unimedi_components.bundle
 from unimedi_components.data import write_json
-from unimedi_components.errors import ConfigError
 from unimedi_components.networks import UnifiedViT, network_card
 from unimedi_components.networks.unetr import UnifiedUNETR
 
@@ -29,16 +27,9 @@ AFFINE = np.array([[-2.0, 0, 0, 40], [0, 1.2, -2.4, -30], [0, 0.9, 3.2, 10], [0,
 
 
 @pytest.fixture
-def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def bundle(app_folder: Path) -> Path:
     """The bundle in the app's `model` folder, alone: without the repository, its pretrain bundle and its data."""
-
-    def nowhere(bundle_name: str, config_file: Any = None) -> str:
-        raise ConfigError(f"bundle {bundle_name!r} not found")
-
-    monkeypatch.setattr(unimedi_components.bundle, "bundle_root", nowhere)
-    monkeypatch.delenv("UNIMEDI_DATA", raising=False)
-    monkeypatch.chdir(tmp_path)
-    made = tmp_path / "model" / NAME
+    made = app_folder / "model" / NAME
     shutil.copytree(SOURCE / "configs", made / "configs")
     # a network of seconds
     config = json.loads((made / "configs" / "train.json").read_text())

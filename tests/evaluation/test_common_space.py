@@ -27,7 +27,7 @@ def make(dim, labels, cls, embed=None):
     cls = torch.as_tensor(cls, dtype=torch.float32)
     embed = cls if embed is None else torch.as_tensor(embed, dtype=torch.float32)
     studies = {item["id"]: {"labels": row.tolist()} for item, row in zip(items, labels, strict=True)}
-    return Features(items, cls, embed, embed, torch.ones(len(items), 4)), studies
+    return Features(items, embed, embed, cls, torch.ones(len(items), 4)), studies
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def test_paired_search_by_hand(case, monkeypatch, tmp_path):
     def run(pretrained, items, root, **options):
         assert all(item["dim"] == 2 and Path(item["image"]).is_absolute() for item in items)
         assert options == {"batch_2d": 3}
-        return {2: Features(items, 3 + torch.eye(10).roll(1, 0), torch.eye(10), torch.eye(10), torch.ones(10, 4))}
+        return {2: Features(items, torch.eye(10), torch.eye(10), 3 + torch.eye(10).roll(1, 0), torch.ones(10, 4))}
 
     monkeypatch.setattr(common_space, "write_paired_xray", write)
     monkeypatch.setattr(common_space, "extract_features", run)

@@ -15,9 +15,8 @@ from unimedi_components.data.prepare import merge_datalists
 from unimedi_components.data.vocabulary import build_wordpiece
 from unimedi_components.errors import ConfigError, DataError
 from unimedi_components.evaluation import after_training, evaluate_datalist, features
-from unimedi_components.evaluation.evaluate import HEADLINE, evaluate, heldout_items
+from unimedi_components.evaluation.evaluate import HEADLINE, evaluate, heldout_items, summary
 from unimedi_components.evaluation.features import extract_features, labels_of, load_truth, make_dataset
-from unimedi_components.evaluation.headline import summary
 from unimedi_components.evaluation.metrics import all_metrics
 from unimedi_components.evaluation.slices import is_focal, lesion_mask
 from unimedi_components.networks import ProjectionHead, ReportEncoder, UnifiedViT, UniMedI, load_tokenizer
@@ -40,7 +39,7 @@ def folder(tmp_path_factory):
 def checkpoint(tmp_path_factory, folder):
     """A network as a training run leaves it, with random weights."""
     models = tmp_path_factory.mktemp("models")
-    reports = [item["report"] for item in mimic_cxr.convert(folder / "mimic_cxr")["training"]]
+    reports = [item["report"] for item in mimic_cxr.DATASET.convert(folder / "mimic_cxr")["training"]]
     tokenizer = load_tokenizer(build_wordpiece(reports, models / "vocabulary", vocab_size=300))
     torch.manual_seed(0)
     network = UniMedI(
@@ -64,7 +63,7 @@ def checkpoint(tmp_path_factory, folder):
 def datalist(folder):
     """Both sets in one datalist, as pre-training reads them, with four studies of each in the test split."""
     parts = {}
-    for name, convert in (("mimic_cxr", mimic_cxr.convert), ("bimcv", bimcv.convert)):
+    for name, convert in (("mimic_cxr", mimic_cxr.DATASET.convert), ("bimcv", bimcv.DATASET.convert)):
         found = convert(folder / name)
         items = [item for split in SPLITS for item in found[split]]
         parts[name] = write_json(

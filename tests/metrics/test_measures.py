@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 
 from unimedi_components.metrics.bootstrap import PatientResamples, percentile_interval, resample_patients
-from unimedi_components.metrics.measures import Measures
-from unimedi_components.metrics.permuted import others_mean
+from unimedi_components.metrics.measures import Measures, others_mean
 
 PATIENTS = ["a", "b", "a", "c", "b", "a"]
 ROWS = np.asarray([1.0, 0.0, 0.5, 1.0, 0.0, 0.25])

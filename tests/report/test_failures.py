@@ -17,7 +17,7 @@ def features() -> Features:
     image = torch.tensor([[0.0, 0.1, 0.2, 1.0], [0.0, 1.0, 0.0, 0.0], [0.0, 1.0, 0.5, 0.0], [0.0, 0.0, 0.0, 1.0]])
     items = [{"id": f"study{i}", "report": report} for i, report in enumerate(REPORTS)]
     selected = torch.tensor([[1, 3], [5, 7], [0, 2], [6, 7]])
-    return Features(items, torch.zeros(4, 2), image, text, torch.zeros(4, 3), selected, torch.zeros(4, 4))
+    return Features(items, image, text, torch.zeros(4, 2), torch.zeros(4, 3), selected, torch.zeros(4, 4))
 
 
 def test_lowest_retrievals() -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from unimedi_components.errors import ConfigError
 from unimedi_components.search import EmbeddingIndex, Embeddings
-from unimedi_components.search.neighbours import Approximate, Exact, make_neighbours
+from unimedi_components.search.index import Approximate, Exact, make_neighbours
 
 WIDTH, CENTRES, NOISE = 32, 200, 0.5
 

@@ -19,10 +19,10 @@ from typing import Any
 from unimedi_components.data.datalist import DatalistBuilder
 from unimedi_components.data.label_maps import BACKGROUND, Case, add_cases
 from unimedi_components.data.registry import Dataset
-from unimedi_components.data.sources import existing_root, find_source, nearest_hint
-from unimedi_components.errors import ConfigError, DataError
+from unimedi_components.data.sources import check_choice, existing_root, find_source
+from unimedi_components.errors import DataError
 
-__all__ = ["ORGANS", "collect", "convert"]
+__all__ = ["ORGANS", "collect"]
 
 #: Names of the labels 1 to 15.
 ORGANS = (
@@ -54,11 +54,6 @@ SPLITS_OF = {
 _ELSEWHERE = "not in the paper's split"
 
 
-def convert(root: str | Path, **options: Any) -> dict[str, Any]:
-    """Return the datalist of :func:`collect`."""
-    return collect(root, **options).build()
-
-
 def collect(
     root: str | Path,
     *,
@@ -72,15 +67,12 @@ def collect(
 
     Args:
         root: folder with ``dataset.json``, or one or two levels above; item paths are relative to it.
-        strict: raise at the first broken or missing file.
         split: ``"paper"``, 200 training cases and the 100 of the validation list for testing, none for validation:
             the paper reports on them, so they choose no epoch, and the protocol trains for a fixed number of
             iterations; or ``"official"``, the three lists as they are, where an entry of the test list is kept if it
             names a label map that is on disk (looked up whatever ``check_images`` says), which the release lacks.
         check_images: ``"quick"``, ``"full"``, ``"exists"`` or ``"none"``; see
             :func:`~unimedi_components.data.label_maps.pair_fault`.
-        num_workers: threads that read files.
-        progress: show a progress bar.
 
     Returns:
         The builder. Drop reasons: ``not CT`` (MRI, by number), ``no case number``, ``no label map``,
@@ -92,15 +84,12 @@ def collect(
         DataError: ``dataset.json`` is missing or malformed, or its organs are not these 15 in this order; or
             a fault under ``strict``.
     """
-    if split not in SPLITS_OF:
-        hint = nearest_hint(str(split), SPLITS_OF)
-        raise ConfigError(f"split={split!r} is unknown. {hint}Use one of {', '.join(SPLITS_OF)}.")
+    check_choice("split", split, SPLITS_OF, hint=True)
     base = existing_root(root, "AMOS22")
     builder = DatalistBuilder("amos", root, strict)
     builder.meta["split"] = split
     folders = ("", "amos22/", "[aA][mM][oO][sS]*/", "*/", "amos22/amos22/", "*/[aA][mM][oO][sS]*/")
     path = find_source(base, [f"{folder}dataset.json" for folder in folders], "list of cases")
-    assert path is not None  # find_source raises when a required table is missing
     content = _read_json(path)
     builder.add_source(path)
     _check_labels(content.get("labels"), path)

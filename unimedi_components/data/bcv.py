@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
 
 from unimedi_components.data.datalist import DatalistBuilder
 from unimedi_components.data.label_maps import Case, add_cases
 from unimedi_components.data.registry import Dataset
-from unimedi_components.data.sources import existing_root, nearest_hint, undoubled
+from unimedi_components.data.sources import check_choice, existing_root, undoubled
 from unimedi_components.data.splits import split_patients
-from unimedi_components.errors import ConfigError, DataError
+from unimedi_components.errors import DataError
 
-__all__ = ["OFFICIAL_SPLITS", "ORGANS", "collect", "convert"]
+__all__ = ["OFFICIAL_SPLITS", "ORGANS", "collect"]
 
 #: Names of the labels 1 to 13.
 ORGANS = (
@@ -49,11 +48,6 @@ OWN_SHARE = 0.3
 FOLDERS = (("Training/img", "Training/label", "Testing/img"), ("imagesTr", "labelsTr", "imagesTs"))
 
 
-def convert(root: str | Path, **options: Any) -> dict[str, Any]:
-    """Return the datalist of :func:`collect`."""
-    return collect(root, **options).build()
-
-
 def collect(
     root: str | Path,
     *,
@@ -68,16 +62,12 @@ def collect(
 
     Args:
         root: ``RawData``, the folder that holds ``imagesTr``, or a folder one to three levels above.
-        strict: raise at the first broken or missing file.
-        seed: seed of the split of own cases.
         split: ``"cotr"``, 21 training and 9 test cases and none for validation, since the protocol trains for
             a fixed number of iterations; or ``"monai"``, 24 training and 6 validation cases. Cases with
             numbers that these lists do not know (own cases in this layout) are split 70/30 by the seed into
             training and the split's other part.
         check_images: ``"quick"``, ``"full"``, ``"exists"`` or ``"none"``; see
             :func:`~unimedi_components.data.label_maps.pair_fault`.
-        num_workers: threads that read files.
-        progress: show a progress bar.
 
     Returns:
         The builder. Drop reasons: ``no label map`` (the images for testing), ``duplicate id``, ``missing
@@ -87,9 +77,7 @@ def collect(
         ConfigError: ``split`` or ``check_images`` is unknown.
         DataError: no images are found, or a fault under ``strict``.
     """
-    if split not in OFFICIAL_SPLITS:
-        hint = nearest_hint(str(split), OFFICIAL_SPLITS)
-        raise ConfigError(f"split={split!r} is unknown. {hint}Use one of {', '.join(OFFICIAL_SPLITS)}.")
+    check_choice("split", split, OFFICIAL_SPLITS, hint=True)
     base = existing_root(root, "BCV")
     builder = DatalistBuilder("bcv", root, strict)
     builder.meta["split"] = split

@@ -9,19 +9,19 @@ belongs to a session by ``ReportID`` and ``PatientID``.
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from unimedi_components.data.bimcv_labels import read_labels, session_key
 from unimedi_components.data.datalist import DatalistBuilder
 from unimedi_components.data.registry import Dataset
 from unimedi_components.data.sources import (
     existing_root,
-    find_source,
+    first_source,
     folders_below,
     nearest_hint,
     progress_map,
@@ -33,7 +33,7 @@ from unimedi_components.errors import DataError
 from unimedi_components.images.checks import CTLimits, Fault, check_ct
 from unimedi_components.images.volume import read_volume_header
 
-__all__ = ["collect", "convert"]
+__all__ = ["collect"]
 
 LABEL_TABLES = ("derivatives/labels/labels_covid19_posi.tsv", "derivatives/labels/labels_covid_posi.tsv")
 TEXT_COLUMNS = ("English", "Report_en", "report_en", "Report", "report", "text", "Text")
@@ -48,17 +48,13 @@ PATH_COLUMNS = (
     "ImagePath",
     "nii_path",
 )
+LABEL_COLUMN = "Labels"
 NOT_ENGLISH = "report not English"
 #: How deep the part archives' folders may lie below ROOT, and what is not looked into.
 _DEPTH = 3
 _FILE_IDS = re.compile(r"(sub-S\d+)\D.*?(ses-E\d+)")
 
 _Session = tuple[str, str]
-
-
-def convert(root: str | Path, **options: Any) -> dict[str, Any]:
-    """Return the datalist of :func:`collect`."""
-    return collect(root, **options).build()
 
 
 def collect(
@@ -85,19 +81,13 @@ def collect(
 
     Args:
         root: ``covid19_posi`` or the folder that holds it; item paths are relative to it.
-        strict: raise at the first broken or missing file.
-        seed: seed of the split by patient.
         validation_fraction: share of the patients for validation.
         test_fraction: share of the patients for test.
         min_sentences: fewest sentences after cleaning (the paper's three).
-        min_tokens: fewest word tokens after cleaning.
-        keep_punct: see :func:`~unimedi_components.data.text.clean_report`.
         min_slices: fewest slices of a series.
         min_megabytes: fewest megabytes of voxels of a series.
         report_csv: table of English reports, if it is not ``BIMCV-R.csv`` below ``root``.
         text_column: column of the report text, if its name is unusual.
-        num_workers: threads that check volumes.
-        progress: show progress bars.
 
     Returns:
         The builder; items have a label, 1 or 0 for each of ``meta.label_names``, where a table has the column Labels.
@@ -187,7 +177,7 @@ class _Reports:
             )
         path_column = next((name for name in PATH_COLUMNS if name in frame.columns), None)
         for row in frame.to_dict("records"):
-            session = session_key(row["PatientID"], row["ReportID"])
+            session = _session_key(row["PatientID"], row["ReportID"])
             ids = _FILE_IDS.search(row[path_column]) if path_column else None
             if ids and ids.groups() != session:
                 paired = f"{path}: {row[path_column]} is paired with the report of {' '.join(session)}"
@@ -216,7 +206,7 @@ def _report_table(root: Path, tops: list[Path], report_csv: str | Path | None) -
     beside = [root.resolve().parent] if root.resolve().name == "covid19_posi" else []
     for name in names:
         for top in (*tops, *beside):
-            if (found := find_source(top, [name], "report table", required=False)) is not None:
+            if (found := first_source(top, [name])) is not None:
                 return found
     raise DataError(
         f"{root}: no report table. Looked for {', '.join(names)} there and in {len(tops) - 1} folders below. "
@@ -226,12 +216,70 @@ def _report_table(root: Path, tops: list[Path], report_csv: str | Path | None) -
 
 def _add_labels(builder: DatalistBuilder, tops: list[Path], table: Path) -> dict[_Session, list[int]]:
     """Session -> 1 or 0 for each name of the column Labels; names and source go into the meta block."""
-    more = (find_source(top, [name], "labels", required=False) for name in LABEL_TABLES for top in tops)
-    names, labels, path = read_labels([table, *(path for path in more if path is not None and path != table)])
+    more = (first_source(top, [name]) for name in LABEL_TABLES for top in tops)
+    names, labels, path = _read_labels([table, *(path for path in more if path is not None and path != table)])
     if path is not None:
         builder.meta["label_names"] = names
         builder.add_source(path)
     return labels
+
+
+def _session_key(patient: str, report: str) -> _Session:
+    """(sub-..., ses-...) of a row, whose ids may lack these prefixes."""
+    return _prefixed(patient, "sub-"), _prefixed(report, "ses-")
+
+
+def _prefixed(name: str, prefix: str) -> str:
+    name = name.strip()
+    return name if name.startswith(prefix) else prefix + name
+
+
+def _read_labels(tables: Sequence[Path]) -> tuple[list[str], dict[_Session, list[int]], Path | None]:
+    """Read the findings of all sessions from the first table that has them.
+
+    A cell that is no list of names leaves its session without labels; one warning counts them.
+
+    Args:
+        tables: csv or tsv files; their column Labels holds Python lists such as ``['pneumonia', 'pleural effusion']``.
+
+    Returns:
+        the names in alphabetical order, for each labelled session (its first row) 1 or 0 for each name, and the
+        table; nothing, and None, where no table has the column.
+    """
+    for path in tables:
+        frame = read_source(path, ("PatientID", "ReportID"), "\t" if ".tsv" in path.name else ",")
+        if LABEL_COLUMN not in frame.columns:
+            continue
+        found: dict[_Session, set[str]] = {}
+        broken: list[str] = []
+        for patient, report, cell in zip(frame["PatientID"], frame["ReportID"], frame[LABEL_COLUMN], strict=True):
+            session = _session_key(patient, report)
+            if session in found or not cell.strip():
+                continue
+            names = _names(cell)
+            if names is None:
+                broken.append(f"{' '.join(session)}: {cell[:60]!r}")
+            else:
+                found[session] = names
+        if broken:
+            warnings.warn(
+                f"{path}: {len(broken)} cells under {LABEL_COLUMN} are no list of names such as ['pneumonia'], "
+                f"so their sessions go without labels (first {broken[0]}). Correct or empty the cells.",
+                stacklevel=3,
+            )
+        columns = sorted(set().union(*found.values()))
+        return columns, {session: [int(name in own) for name in columns] for session, own in found.items()}, path
+    return [], {}, None
+
+
+def _names(cell: str) -> set[str] | None:
+    try:
+        names = ast.literal_eval(cell.strip())
+    except (ValueError, SyntaxError):
+        return None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        return None
+    return {" ".join(name.split()).lower() for name in names if name.strip()}
 
 
 def _is_scout(path: Path) -> bool:

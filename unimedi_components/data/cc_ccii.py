@@ -11,7 +11,6 @@ order of the body: 98 scans are stored upside down and 61 with blocks out of pla
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
 import re
@@ -23,17 +22,23 @@ from typing import Any, NamedTuple
 from unimedi_components.data.datalist import DatalistBuilder
 from unimedi_components.data.registry import Dataset
 from unimedi_components.data.slice_files import in_slice_order
-from unimedi_components.data.sources import existing_root, find_source, progress_map
+from unimedi_components.data.sources import (
+    check_choice,
+    existing_root,
+    find_source,
+    first_source,
+    progress_map,
+    read_text,
+)
 from unimedi_components.data.splits import split_patients, strata_by_label
-from unimedi_components.errors import ConfigError, DataError
+from unimedi_components.errors import DataError
 from unimedi_components.images.xray_checks import IMAGE_CHECKS, xray_fault
 
-__all__ = ["CLASSES", "collect", "convert"]
+__all__ = ["CLASSES", "collect"]
 
 #: Class folders in the order of their labels: common pneumonia 0, novel coronavirus pneumonia 1, normal 2.
 CLASSES = ("CP", "NCP", "Normal")
 LISTS = {"training": "ct_train*.json", "validation": "ct_val*.json", "test": "ct_test*.json"}
-CHOICES = {"check_images": IMAGE_CHECKS, "slice_order": ("listed", "number")}
 #: A folder of a class, or a part of one, at most so deep below ROOT.
 _PART_DEPTH = 3
 _PART = re.compile(r"(CP|NCP|Normal)(?:[-_ ]?\d+)?", re.IGNORECASE)
@@ -71,11 +76,6 @@ class _Found(NamedTuple):
     fault: tuple[str, str] | None
 
 
-def convert(root: str | Path, **options: Any) -> dict[str, Any]:
-    """Return the datalist of :func:`collect`."""
-    return collect(root, **options).build()
-
-
 def collect(
     root: str | Path,
     *,
@@ -98,8 +98,6 @@ def collect(
 
     Args:
         root: ``dataset_cleaned`` or the folder that holds it; item paths are relative to it.
-        strict: raise at the first broken or missing slice.
-        seed: seed of the splits that no list defines.
         validation_fraction: share of the training patients of each class for validation (ours: the paper has none).
         official_validation: take the patients of ``ct_val*.json`` (800 scans) for validation instead.
         test_fraction: share of the patients of each class for test where there are no lists at all.
@@ -108,8 +106,6 @@ def collect(
         min_slices: fewest slices of a scan (the smallest official one has 9).
         check_images: ``"exists"`` looks for the listed slices; ``"quick"`` also reads the first and last bytes
             of a scan's first and last slice; ``"full"`` decodes every slice; ``"none"`` touches no scan.
-        num_workers: threads that read folders and files.
-        progress: show progress bars.
 
     Returns:
         The builder. Drop reasons: ``missing image`` (too few listed slices are there), ``fewer than N slices``,
@@ -119,9 +115,8 @@ def collect(
         DataError: there are no scans, one of the lists is missing or malformed, or a fault under ``strict``.
         ConfigError: an option's value is unknown.
     """
-    for name, value in (("check_images", check_images), ("slice_order", slice_order)):
-        if value not in CHOICES[name]:
-            raise ConfigError(f"{name}={value!r} is unknown. Use one of {', '.join(CHOICES[name])}.")
+    check_choice("check_images", check_images, IMAGE_CHECKS)
+    check_choice("slice_order", slice_order, ("listed", "number"))
     base = existing_root(root, "Clean-CC-CCII")
     folders = _class_folders(base)
     builder = DatalistBuilder("cc_ccii", root, strict)
@@ -155,11 +150,15 @@ def _split_lists(builder: DatalistBuilder, base: Path, split_dir: str | Path | N
     elif base.resolve().name == "dataset_cleaned":
         places.append(base.resolve().parent)
     names = [folder + LISTS[split] for folder in LIST_FOLDERS for split in ("training", "test")]
-    found = [find_source(place, names, "split list", required=split_dir is not None) for place in places]
+    if split_dir is not None:
+        find_source(places[0], names, "split list")
+    found = [first_source(place, names) for place in places]
     folders = [path.parent for path in found if path is not None]
     lists: dict[str, list[_Scan]] = {}
     for split, name in LISTS.items() if folders else ():
-        path = find_source(folders[0], [name], f"list of the {split} scans", required=split != "validation")
+        path = first_source(folders[0], [name])
+        if path is None and split != "validation":
+            find_source(folders[0], [name], f"list of the {split} scans")
         if path is not None:
             lists[split] = _read_list(path)
             builder.add_source(path)
@@ -169,9 +168,7 @@ def _split_lists(builder: DatalistBuilder, base: Path, split_dir: str | Path | N
 def _read_list(path: Path) -> list[_Scan]:
     remedy = "Fetch it again from covid19_pipeline/data/ccccii of the HKBU-HPML repository."
     try:
-        data = path.read_bytes()
-        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
-        content = json.loads(text, object_pairs_hook=_unrepeated)
+        content = json.loads(read_text(path), object_pairs_hook=_unrepeated)
         scans = [
             _Scan(label, patient, scan, slices)
             for label, patients in content.items()

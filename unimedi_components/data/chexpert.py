@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -21,17 +20,17 @@ import pandas as pd
 from unimedi_components.data.datalist import DatalistBuilder
 from unimedi_components.data.registry import Dataset
 from unimedi_components.data.sources import (
+    check_choice,
     existing_root,
     find_source,
     folders_below,
-    nearest_hint,
     read_source,
     xray_faults,
 )
 from unimedi_components.data.splits import hold_out
 from unimedi_components.errors import ConfigError, DataError
 
-__all__ = ["COMPETITION", "FINDINGS", "UNCERTAIN_ONES", "collect", "convert"]
+__all__ = ["COMPETITION", "FINDINGS", "UNCERTAIN_ONES", "collect"]
 
 #: The 14 findings in the order of the csv's columns.
 FINDINGS = (
@@ -67,11 +66,6 @@ _FIRST_FOLDER = r"^(?!(?:train|valid)/)[^/]+/"
 _PATIENT_PATH = r"^\w+/((patient\d+)/[^/]+/[^/]+)\.\w+$"
 
 
-def convert(root: str | Path, **options: Any) -> dict[str, Any]:
-    """Return the datalist of :func:`collect`."""
-    return collect(root, **options).build()
-
-
 def collect(
     root: str | Path,
     *,
@@ -88,8 +82,6 @@ def collect(
 
     Args:
         root: ``CheXpert-v1.0[-small]`` or the folder above it; item paths are relative to it.
-        strict: raise at the first broken or missing file.
-        seed: seed of the validation split.
         findings: ``"competition"`` (five, in the order of :data:`COMPETITION`) or ``"all"`` (14, as in the csv).
         uncertain: what an uncertain label (-1) becomes: ``"paper"`` (1 for :data:`UNCERTAIN_ONES`, otherwise
             0), ``"ones"``, ``"zeros"``, or ``"ignore"`` (-1 stays, for a loss that masks it). A finding that is
@@ -97,9 +89,6 @@ def collect(
         validation_images: how many frontal training images to hold out, by whole patients; a tenth of the
             images where there are no more than this. (The paper draws 5,000 images; taking whole patients
             keeps a patient's images out of both splits.)
-        check_images: ``"quick"`` (first and last bytes), ``"full"`` (decode), ``"exists"`` or ``"none"``.
-        num_workers: threads that read files.
-        progress: show progress bars.
 
     Returns:
         The builder. Drop reasons: ``no patient in the path``, ``duplicate id``, ``not a frontal view``, ``unknown
@@ -114,9 +103,7 @@ def collect(
     base = existing_root(root, "CheXpert")
     builder = DatalistBuilder("chexpert", root, strict)
     table = find_source(base, [f"{folder}train.csv" for folder in TABLE_FOLDERS], "table of CheXpert")
-    assert table is not None  # find_source raises when a required table is missing
     valid = find_source(table.parent, ["valid.csv"], "table of CheXpert's validation set, the test set here")
-    assert valid is not None
     test = _frontal_rows(builder, valid, columns, uncertain)
     train = _frontal_rows(builder, table, columns, uncertain)
     for part in (test, train):
@@ -129,7 +116,9 @@ def collect(
     test["split"] = "test"
     frame = pd.concat([test, train])
     faults = xray_faults(base, frame["image"].tolist(), check_images, num_workers, progress)
-    _add_items(builder, frame, faults)
+    for row, fault in zip(frame.itertuples(index=False), faults, strict=True):
+        item = {"id": row.id, "patient": row.patient, "image": row.image, "dim": 2, "label": row.label}
+        builder.add(row.split, item, fault)
     builder.meta |= {
         "task": "multilabel",
         "label_names": list(columns),
@@ -142,10 +131,8 @@ def collect(
 
 
 def _check_options(findings: str, uncertain: str, validation_images: int) -> None:
-    for name, value, known in (("findings", findings, tuple(TASKS)), ("uncertain", uncertain, POLICIES)):
-        if value not in known:
-            hint = nearest_hint(str(value), known)
-            raise ConfigError(f"{name}={value!r} is unknown. {hint}Use one of {', '.join(known)}.")
+    check_choice("findings", findings, TASKS, hint=True)
+    check_choice("uncertain", uncertain, POLICIES, hint=True)
     if validation_images < 0:
         raise ConfigError(f"validation_images={validation_images} is negative. Use 5000, or 0 for no validation.")
 
@@ -235,14 +222,6 @@ def _validation_patients(train: pd.DataFrame, count: int, seed: int) -> set[str]
     if count and len(train) <= count:
         count = int(len(train) / 10 + 0.5)
     return hold_out(train["patient"].value_counts().to_dict(), count, seed)
-
-
-def _add_items(builder: DatalistBuilder, frame: pd.DataFrame, faults: list[tuple[str, str] | None]) -> None:
-    for row, fault in zip(frame.itertuples(index=False), faults, strict=True):
-        if fault is not None:
-            builder.drop(fault[0], row.id, fault[1])
-            continue
-        builder.add(row.split, {"id": row.id, "patient": row.patient, "image": row.image, "dim": 2, "label": row.label})
 
 
 DATASET = Dataset(

@@ -9,22 +9,20 @@ up to V5 and a part of V7A have no source.
 
 from __future__ import annotations
 
-import gzip
 import os
 import re
 import zlib
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
 from unimedi_components.data.datalist import DatalistBuilder
 from unimedi_components.data.registry import Dataset
-from unimedi_components.data.sources import existing_root, nearest_hint, xray_faults
+from unimedi_components.data.sources import existing_root, nearest_hint, read_text, xray_faults
 from unimedi_components.data.splits import split_patients, strata_by_label
 from unimedi_components.errors import ConfigError, DataError
 
-__all__ = ["CLASSES", "collect", "convert"]
+__all__ = ["CLASSES", "collect"]
 
 #: Class names of both tasks in the order of their labels.
 CLASSES = {"three": ("normal", "pneumonia", "COVID-19"), "two": ("negative", "positive")}
@@ -42,11 +40,6 @@ _CLASS = "normal|pneumonia|covid-19|negative|positive"
 _LINE = rf"^(?P<patient>\S+)\s+(?P<file>.+?)\s+(?P<name>(?i:{_CLASS}))(?:\s+\S+)?$"
 # "COVID 1 COVID(1).png": in V7A and V8A it is the patient that holds a blank (V9A writes COVID_1)
 _BLANK_IN_PATIENT = r"^(?P<patient>(\S+) (\d+))\s+(?P<file>\2\(\3\)\.\w+)\s"
-
-
-def convert(root: str | Path, **options: Any) -> dict[str, Any]:
-    """Return the datalist of :func:`collect`."""
-    return collect(root, **options).build()
 
 
 def collect(
@@ -68,16 +61,11 @@ def collect(
 
     Args:
         root: folder with ``train/``, ``test/`` and the lists.
-        strict: raise at the first broken or missing file.
-        seed: seed of the validation split.
         classes: ``"three"`` (normal 0, pneumonia 1, COVID-19 2) or ``"two"`` (negative 0, positive 1; the classes of
             an A list become COVID-19 against the others).
         list_version: version of the lists, for example ``"9A"``; None takes the newest A list or, without one, the
             newest other list.
         validation_fraction: share of the training patients for validation (the paper's tenth).
-        check_images: ``"quick"`` (first and last bytes), ``"full"`` (decode), ``"exists"`` or ``"none"``.
-        num_workers: threads that read files.
-        progress: show progress bars.
 
     Returns:
         The builder. Drop reasons: ``malformed line``, ``unknown class``, ``duplicate id``, ``patient in another
@@ -108,10 +96,8 @@ def collect(
     images = _on_disk(builder, base, frame, check_images)
     faults = xray_faults(base, images, check_images, num_workers, progress)
     for row, image, fault in zip(frame.itertuples(index=False), images, faults, strict=True):
-        if fault is not None:
-            builder.drop(fault[0], row.id, fault[1])
-            continue
-        builder.add(row.split, {"id": row.id, "patient": row.patient, "image": image, "dim": 2, "label": row.label})
+        item = {"id": row.id, "patient": row.patient, "image": image, "dim": 2, "label": row.label}
+        builder.add(row.split, item, fault)
     builder.meta |= {
         "task": "multiclass" if classes == "three" else "binary",
         "label_names": list(CLASSES[classes]),
@@ -184,7 +170,7 @@ def _read_list(builder: DatalistBuilder, path: Path, kind: str, classes: str) ->
     """Return one row per usable line: id (the file's name), patient, label, kind."""
     builder.add_source(path)
     try:
-        text = (gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()).decode("utf-8-sig")
+        text = read_text(path)
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read as a list ({error}). Download it again.") from error
     lines = pd.Series(text.split("\n"), dtype=str).str.strip()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cubes around places in a CT volume (LUNA16 candidates), and nodules as voxels of a transformed volume."""
+"""Cubes around places in a CT volume: LUNA16's candidates."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import EnsureTyped, MapTransform, ScaleIntensityRanged, SpatialResample, Transform
 
-from unimedi_components.data.transforms import RAS_LABELS, ct_transforms
+from unimedi_components.data.transforms import RAS_LABELS
 from unimedi_components.errors import DataError
 from unimedi_components.images.itk_volumes import (
     AIR_HU,
@@ -24,7 +24,7 @@ from unimedi_components.images.itk_volumes import (
     world_to_voxel,
 )
 
-__all__ = ["LoadCubed", "NodulesToImaged", "ct_nodule_transforms", "luna_cube_transforms"]
+__all__ = ["LoadCubed", "luna_cube_transforms"]
 
 _AXCODES = ("S", "P", "L")
 
@@ -37,7 +37,6 @@ class LoadCubed(MapTransform):
     to the place or, after resampling, the place itself.
 
     Args:
-        keys: of the file names.
         center_key: of the place, [x, y, z] in LPS mm.
         size: D, H, W in voxels.
         spacing: mm along D, H, W to resample to linearly; None keeps the file's voxels (Models Genesis).
@@ -116,42 +115,6 @@ class LoadCubed(MapTransform):
         return cut
 
 
-class NodulesToImaged(MapTransform):
-    """Bring nodules from LPS mm to the voxels of a loaded image, whatever was done to it, through its affine.
-
-    Each nodule's "voxel" becomes its continuous index along the image's axes, and "extent" its diameter in voxels
-    along them. The image must still carry its affine.
-
-    Args:
-        keys: of lists of nodules {"world": [x, y, z], "diameter_mm": d}.
-        image_key: of the image.
-    """
-
-    def __init__(self, keys: KeysCollection = "nodules", image_key: str = "image") -> None:
-        super().__init__(keys, allow_missing_keys=True)
-        self.image_key = image_key
-
-    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Add the indices.
-
-        Raises:
-            DataError: the image carries no affine.
-        """
-        found = dict(data)
-        image = found.get(self.image_key)
-        if not isinstance(image, MetaTensor):
-            raise DataError(f"{self.image_key!r} carries no affine; put NodulesToImaged before track_meta=False")
-        affine = np.asarray(image.affine, dtype=float)
-        steps = np.linalg.norm(affine[:3, :3], axis=0)
-        for key in self.key_iterator(found):
-            voxels = world_to_voxel([nodule["world"] for nodule in found[key]], affine).tolist()
-            found[key] = [
-                {**nodule, "voxel": voxel, "extent": (nodule["diameter_mm"] / steps).tolist()}
-                for nodule, voxel in zip(found[key], voxels, strict=True)
-            ]
-        return found
-
-
 def luna_cube_transforms(
     size: Sequence[int] = (32, 64, 64),
     window: tuple[float, float] = (-1000.0, 1000.0),
@@ -169,13 +132,3 @@ def luna_cube_transforms(
         ScaleIntensityRanged("image", a_min=window[0], a_max=window[1], b_min=-1, b_max=1, clip=True),
         EnsureTyped("image", dtype=torch.float32, track_meta=False),
     ]
-
-
-def ct_nodule_transforms(
-    spatial_size: Sequence[int] = (32, 128, 128),
-    window: tuple[float, float] = (-1000.0, 1000.0),
-    spacing: Sequence[float] | None = None,
-) -> list[Transform]:
-    """The transforms of `ct_transforms`, which also bring the item's "nodules" to voxels of the result."""
-    chain = ct_transforms(spatial_size, window, spacing)
-    return [*chain[:-1], NodulesToImaged(), chain[-1]]

@@ -11,7 +11,6 @@ never share a patient. ``monai.data.load_decathlon_datalist`` reads the same fil
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 
 from unimedi_components.data.sources import sha256_of
 from unimedi_components.errors import DataError
+from unimedi_components.files import replacing
 
 __all__ = [
     "FAULT_REASONS",
@@ -64,7 +64,6 @@ class DatalistBuilder:
     """Collects items and drops while a converter reads a data set.
 
     Args:
-        dataset: name of the data set.
         root: folder that image paths are relative to.
         strict: raise at the first drop whose reason is one of :data:`FAULT_REASONS`.
     """
@@ -87,9 +86,12 @@ class DatalistBuilder:
             name = str(path)
         self.sources[name] = sha256_of(path)
 
-    def add(self, split: str, item: dict[str, Any]) -> None:
-        """Keep an item."""
-        self.items[split].append(item)
+    def add(self, split: str, item: dict[str, Any], fault: tuple[str, str] | None = None) -> None:
+        """Keep an item, or drop it where its file has a fault, (reason, detail)."""
+        if fault is None:
+            self.items[split].append(item)
+        else:
+            self.drop(fault[0], item["id"], fault[1])
 
     def drop(self, reason: str, item_id: str, detail: str = "") -> None:
         """Count an item that is left out.
@@ -175,14 +177,8 @@ def _lines(lists: Mapping[str, Any]) -> Iterator[str]:
 
 def _write_atomic(parts: Iterable[str], path: str | Path) -> Path:
     path = Path(path).expanduser()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as stream:
-            stream.writelines(parts)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as stream:
+        stream.writelines(parts)
     return path
 
 
@@ -192,8 +188,6 @@ def validate_datalist(
     """Check what every user of a datalist relies on.
 
     Args:
-        datalist: the parsed file.
-        name: file name for the message.
         required: keys that every item must have.
         require_training: whether an empty training split is an error.
 
@@ -236,7 +230,6 @@ def load_datalist(
     """Read and check a datalist.
 
     Args:
-        path: the JSON file.
         root: when given, the folder that image paths are relative to; it and the first image of each split
             must exist.
         required: keys that every item must have; add ``"report"`` for image-report training.
@@ -283,7 +276,6 @@ def select(datalist: dict[str, Any], split: str, dims: Iterable[int] | int | Non
     """Return the items of a split.
 
     Args:
-        datalist: a datalist.
         split: ``"training"``, ``"validation"`` or ``"test"``.
         dims: 2, 3 or several of them; None keeps both.
 

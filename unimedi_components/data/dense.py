@@ -32,7 +32,6 @@ class DenseDataset(PretrainDataset):
             centre and size in the film's world; the rest is filled in.
         transform: list of transforms of one dimension that gives "image" and the target, such as `film_transforms` or
             `segmentation_transforms`, and random ones behind.
-        root: folder of the data set.
         target: "mask", "boxes", or None for images alone.
         dim: 2 or 3.
         keep_meta: give MetaTensors, with which predictions go back to the file's geometry; nothing is cached then.

@@ -16,8 +16,7 @@ import nibabel as nib
 import numpy as np
 
 from unimedi_components.data.datalist import DatalistBuilder
-from unimedi_components.data.sources import progress_map
-from unimedi_components.errors import ConfigError
+from unimedi_components.data.sources import check_choice, progress_map
 from unimedi_components.images.checks import CTLimits, check_ct
 from unimedi_components.images.volume import read_volume_header
 from unimedi_components.images.xray_checks import IMAGE_CHECKS
@@ -62,11 +61,8 @@ def add_cases(
     Args:
         builder: gets items ``{"id", "patient", "image", "mask", "dim": 3}``, the task and the label names.
         root: folder that the paths are relative to.
-        cases: the cases with their splits.
         organs: names of the labels 1, 2, ... in order.
         check: see :func:`pair_fault`.
-        num_workers: threads that read files.
-        progress: show a bar.
 
     Raises:
         ConfigError: ``check`` is unknown.
@@ -95,11 +91,8 @@ def add_cases(
             "--check_images full leaves such images out."
         )
     for case, fault in zip(cases, faults, strict=True):
-        if fault is not None:
-            builder.drop(fault[0], case.name, fault[1])
-            continue
         item = {"id": case.name, "patient": case.name, "image": case.image, "mask": case.mask, "dim": 3}
-        builder.add(case.split, item)
+        builder.add(case.split, item, fault)
 
 
 def pair_fault(
@@ -108,8 +101,6 @@ def pair_fault(
     """Say what is wrong with an image and its label map.
 
     Args:
-        image: NIfTI file of a CT volume.
-        mask: NIfTI file of its label map.
         num_classes: number of labels with the background; values are 0 to ``num_classes - 1``.
         check: ``"quick"`` reads the headers, some slices of the image (Hounsfield units) and the whole label
             map; ``"full"`` reads every voxel of the image too; ``"exists"`` only asks whether the files are
@@ -124,8 +115,7 @@ def pair_fault(
     Raises:
         ConfigError: ``check`` is none of the four.
     """
-    if check not in IMAGE_CHECKS:
-        raise ConfigError(f"check_images={check!r} is unknown. Use one of {', '.join(IMAGE_CHECKS)}.")
+    check_choice("check_images", check, IMAGE_CHECKS)
     if check == "none":
         return None
     for path, what in ((image, "image"), (mask, "mask")):

@@ -32,7 +32,6 @@ class LabelledDataset(PretrainDataset):
     Args:
         data: datalist items; of MONAI Label's items, {"image", "label"} alone, the rest is filled in.
         transform: list of transforms of one dimension.
-        root: folder of the data set.
         label_names: classes (binary, multiclass) or findings (multilabel).
         task: "binary", "multilabel" or "multiclass"; decides what a label may be. A label may also be the name of a
             class, or a JSON file, absolute or below `root`, that holds one, alone or under "label".
@@ -112,13 +111,9 @@ class FeatureDataset(Dataset[Any]):
     Args:
         dataset: the images; with random transforms they pass through, or every epoch would see the same draw.
         network: with `features`; in evaluation mode for the pass.
-        device: where the network is.
         enabled: False passes the images through.
-        batch_size: of the encoder's pass.
-        num_workers: loading processes of that pass.
         share: let each rank run the encoder over its share of the items and exchange the features; for items that are
             the same on every rank.
-        desc: text of the progress bar.
 
     Raises:
         DataError: not one image can be read.
@@ -245,12 +240,8 @@ def labelled_loader(
 
     Args:
         dataset: a `LabelledDataset`, `FeatureDataset` or `DenseDataset`.
-        batch_size: items per batch and rank.
         shuffle: reshuffle every epoch (training); otherwise every readable item comes once, in order, and none
             stands in for an unreadable one.
-        seed: of the shuffles.
-        num_workers: loading processes; features are in memory and need none.
-        drop_last: leave out an incomplete last batch.
         share: without `shuffle`, give each rank its own part of the items, as validation on several devices wants.
         kwargs: of `torch.utils.data.DataLoader`.
 

@@ -19,13 +19,13 @@ import pandas as pd
 
 from unimedi_components.data.datalist import SPLITS, DatalistBuilder
 from unimedi_components.data.registry import Dataset
-from unimedi_components.data.sources import existing_root, find_source, progress_map, read_source
+from unimedi_components.data.sources import check_choice, existing_root, find_source, progress_map, read_source
 from unimedi_components.errors import ConfigError, DataError
 from unimedi_components.images.checks import Fault, check_metaimage
 from unimedi_components.images.itk_volumes import VolumeGeometry, world_to_voxel
 from unimedi_components.images.xray_checks import IMAGE_CHECKS
 
-__all__ = ["LABEL_NAMES", "collect", "convert"]
+__all__ = ["LABEL_NAMES", "collect"]
 
 #: Class names by mode, in label order.
 LABEL_NAMES = {"volume": ["normal", "nodule"], "candidates": ["no nodule", "nodule"]}
@@ -39,11 +39,6 @@ class _Scan(NamedTuple):
     image: str
     subset: int
     geometry: VolumeGeometry | None = None
-
-
-def convert(root: str | Path, **options: Any) -> dict[str, Any]:
-    """Return the datalist of :func:`collect`."""
-    return collect(root, **options).build()
 
 
 def collect(
@@ -67,7 +62,6 @@ def collect(
 
     Args:
         root: folder with ``subset0`` to ``subset9`` and the csv files.
-        strict: raise at the first broken or missing file.
         mode: ``"volume"``: a scan is 1 if annotations.csv names it, else 0 (the paper); ``"candidates"``: an item
             per row of the candidates, its class the label (Models Genesis' false positive reduction).
         min_diameter: volume mode: a scan is 1 from a nodule of this many mm on.
@@ -77,8 +71,6 @@ def collect(
         check_images: ``"quick"`` (header, and size of the ``.raw``), ``"full"`` (also Hounsfield units of some
             slices), ``"exists"`` (header, and whether there is a ``.raw``), or ``"none"``, which only lists the
             folders and so leaves out the voxel indices.
-        num_workers: threads that check volumes.
-        progress: show progress bars.
 
     Returns:
         The builder. Drop reasons: ``duplicate row``, ``row without numbers``, ``unknown class``, ``duplicate id``
@@ -91,10 +83,8 @@ def collect(
         ConfigError: an option has a value that is not offered.
     """
     base = existing_root(root, "LUNA16")
-    if mode not in LABEL_NAMES:
-        raise ConfigError(f"mode={mode!r} is unknown. Use one of {', '.join(LABEL_NAMES)}.")
-    if check_images not in IMAGE_CHECKS:
-        raise ConfigError(f"check_images={check_images!r} is unknown. Use one of {', '.join(IMAGE_CHECKS)}.")
+    check_choice("mode", mode, LABEL_NAMES)
+    check_choice("check_images", check_images, IMAGE_CHECKS)
     split_of = _folds((train_subsets, validation_subsets, test_subsets))
     builder = DatalistBuilder("luna16", root, strict)
     builder.meta |= {"task": "binary", "label_names": LABEL_NAMES[mode], "mode": mode}
@@ -157,7 +147,6 @@ def _rows(builder: DatalistBuilder, root: Path, mode: str) -> pd.DataFrame:
         for folder in FOLDERS
     ]
     path = find_source(root, patterns, f"table for --mode {mode}")
-    assert path is not None  # find_source raises when a required table is missing
     value = "diameter_mm" if mode == "volume" else "class"
     columns = ["seriesuid", *COORDINATES, value]
     frame = read_source(path, columns)[columns]
@@ -192,9 +181,10 @@ def _sound_scans(
     """Return the scans whose files are sound, with their geometry."""
 
     def look(scan: _Scan) -> tuple[Fault | None, VolumeGeometry | None]:
-        return (None, None) if check == "none" else check_metaimage(root / scan.image, check)
+        return (None, None) if check == "none" else check_metaimage(place / scan.image, check)
 
-    sound = {}
+    # ITK changes the working folder while it reads a MetaImage: in threads, relative paths would not be found
+    place, sound = root.absolute(), {}
     found = progress_map(look, list(scans.values()), "CT volumes", num_workers, progress)
     for (uid, scan), (fault, geometry) in zip(scans.items(), found, strict=True):
         if fault is not None:

@@ -12,17 +12,23 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
 from unimedi_components.data.datalist import DatalistBuilder
 from unimedi_components.data.registry import Dataset
-from unimedi_components.data.sources import existing_root, find_source, progress_map, read_source, xray_faults
+from unimedi_components.data.sources import (
+    existing_root,
+    find_source,
+    first_source,
+    progress_map,
+    read_source,
+    xray_faults,
+)
 from unimedi_components.data.text import clean_report, split_sections
 from unimedi_components.errors import DataError
 
-__all__ = ["LABEL_MISSING", "collect", "convert"]
+__all__ = ["LABEL_MISSING", "collect"]
 
 SPLIT_NAMES = {"train": "training", "validate": "validation", "test": "test"}
 FRONTAL_VIEWS = ("PA", "AP")
@@ -38,11 +44,6 @@ TABLE_FOLDERS = ("", "*/", "*/*/", "mimic-cxr-jpg/*/", "files/mimic-cxr-jpg/*/",
 _TEXT_FOLDERS = ("mimic-cxr*/", "mimic-cxr/*/", "files/mimic-cxr/*/", "physionet.org/files/mimic-cxr/*/")
 
 _Report = tuple[str, str]
-
-
-def convert(root: str | Path, **options: Any) -> dict[str, Any]:
-    """Return the datalist of :func:`collect`."""
-    return collect(root, **options).build()
 
 
 def collect(
@@ -64,20 +65,14 @@ def collect(
 
     Args:
         root: folder with the csv files and ``files/``.
-        strict: raise at the first broken or missing file.
         min_sentences: fewest sentences after cleaning (the paper's three).
-        min_tokens: fewest word tokens after cleaning (MGCA's three).
-        keep_punct: see :func:`~unimedi_components.data.text.clean_report`.
         fallback_sections: where a report has neither impression nor findings take its last paragraph or,
             without one, its comparison; otherwise such studies are dropped.
-        check_images: ``"quick"`` (first and last bytes), ``"full"`` (decode), ``"exists"`` or ``"none"``.
         labels: add the 14 CheXpert labels if ``-chexpert.csv`` is there: 1, 0, -1 uncertain, -2 not
             mentioned.
         reports_root: folder with ``p10/p10000032/s50414267.txt`` (or with ``files/`` over it) if it is
             elsewhere.
         sectioned_csv: MIT-LCP's ``mimic_cxr_sectioned.csv``, used instead of the report files.
-        num_workers: threads that read files.
-        progress: show progress bars.
 
     Returns:
         The builder. Drop reasons: ``not a frontal view``, ``no view position``, ``duplicate id``, ``no
@@ -158,9 +153,7 @@ def _frontal_images(builder: DatalistBuilder, root: Path) -> pd.DataFrame:
 
 def _required(root: Path, kind: str) -> Path:
     patterns = [f"{folder}mimic-cxr-2.*-{kind}.csv" for folder in TABLE_FOLDERS]
-    path = find_source(root, patterns, f"{kind} table of MIMIC-CXR-JPG")
-    assert path is not None  # find_source raises when a required table is missing
-    return path
+    return find_source(root, patterns, f"{kind} table of MIMIC-CXR-JPG")
 
 
 def _image_folder(root: Path, home: Path, frame: pd.DataFrame) -> str:
@@ -245,20 +238,17 @@ def _add_items(
     images = (folder + "/" + frame["dicom_id"] + ".jpg").tolist()
     label_of = _chexpert_labels(builder, root) if labels else {}
     for row, image, fault in zip(frame.itertuples(index=False), images, faults_of(images), strict=True):
-        if fault is not None:
-            builder.drop(fault[0], row.dicom_id, fault[1])
-            continue
         item = {"id": row.dicom_id, "patient": row.subject_id, "image": image, "dim": 2}
         item["report"] = reports[row.study_id][1]
         if row.study_id in label_of:
             item["label"] = label_of[row.study_id]
-        builder.add(row.split, item)
+        builder.add(row.split, item, fault)
 
 
 def _chexpert_labels(builder: DatalistBuilder, root: Path) -> dict[str, list[int]]:
     """Return study -> 14 labels in the file's column order; names and meaning go into the meta block."""
     home = _required(root, "metadata").parent
-    path = find_source(home, ["mimic-cxr-2.*-chexpert.csv"], "label table", required=False)
+    path = first_source(home, ["mimic-cxr-2.*-chexpert.csv"])
     if path is None:
         return {}
     frame = read_source(path, ("subject_id", "study_id"))

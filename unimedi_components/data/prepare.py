@@ -139,7 +139,6 @@ def merge_datalists(datalists: Mapping[str, str | Path], out: str | Path, root: 
 
     Args:
         datalists: name -> datalist file.
-        out: the datalist to write.
         root: folder above all images.
 
     Returns:

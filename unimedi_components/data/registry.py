@@ -5,10 +5,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from unimedi_components.data.datalist import DatalistBuilder
 
-__all__ = ["Dataset"]
+__all__ = ["OPTIONS", "Dataset"]
+
+#: Options that converters share; a docstring describes the others, and those that mean something else there.
+OPTIONS = {
+    "strict": "raise at the first broken or missing file.",
+    "seed": "seed of the splits that the data set does not define.",
+    "min_tokens": "fewest word tokens after cleaning.",
+    "keep_punct": "keep the punctuation of reports, see clean_report.",
+    "check_images": '"quick" (first and last bytes), "full" (decode), "exists" or "none".',
+    "num_workers": "threads that read files.",
+    "progress": "show progress bars.",
+}
 
 
 @dataclass(frozen=True)
@@ -16,11 +28,7 @@ class Dataset:
     """A data set that can be prepared.
 
     Args:
-        name: as on the command line.
-        title: its full name and version.
         task: what it is used for here, with the paper's section.
-        source: where to get it.
-        licence: its own licence or terms.
         tree: the layout that the converter reads, one path or group of paths per line.
         collect: called as (root, \\*, strict, ...); returns the kept and the dropped items.
         notes: what to know before using it: official figures, traps, options.
@@ -34,3 +42,7 @@ class Dataset:
     tree: str
     collect: Callable[..., DatalistBuilder]
     notes: str = ""
+
+    def convert(self, root: Any, **options: Any) -> dict[str, Any]:
+        """Return the datalist of ``collect``."""
+        return self.collect(root, **options).build()

@@ -72,7 +72,6 @@ def rois_of_boxes(path: str | Path, boxes: Iterable[Sequence[float]]) -> list[li
     """Bring boxes to the world: what `boxes_of_rois` undoes.
 
     Args:
-        path: the film.
         boxes: [x0, y0, x1, y1] each, in pixels of the file.
 
     Returns:

@@ -12,17 +12,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from unimedi_components.data.datalist import DatalistBuilder
 from unimedi_components.data.registry import Dataset
-from unimedi_components.data.sources import existing_root, find_source, read_source, undoubled, xray_faults
-from unimedi_components.errors import ConfigError, DataError
+from unimedi_components.data.sources import (
+    check_choice,
+    existing_root,
+    find_source,
+    first_source,
+    read_source,
+    undoubled,
+    xray_faults,
+)
+from unimedi_components.errors import DataError
 
-__all__ = ["SPLIT_SOURCES", "TASKS", "collect", "convert", "paper_split"]
+__all__ = ["SPLIT_SOURCES", "TASKS", "collect", "paper_split"]
 
 #: Task -> its name in the meta block, share of the patients held out for validation and test together.
 TASKS = {
@@ -34,11 +41,6 @@ SPLIT_SOURCES = ("paper", "lovt")
 BOX_COLUMNS = ("x", "y", "width", "height")
 IMAGES = "stage_2_train_images"
 LOVT_FILES = {"training": "train", "validation": "validation", "test": "test"}
-
-
-def convert(root: str | Path, **options: Any) -> dict[str, Any]:
-    """Return the datalist of :func:`collect`."""
-    return collect(root, **options).build()
 
 
 def collect(
@@ -60,15 +62,11 @@ def collect(
 
     Args:
         root: folder with the tables and ``stage_2_train_images``, or the one that holds it.
-        strict: raise at the first broken or missing file.
         task: ``"classification"`` (boxes only where there are any), ``"segmentation"`` or ``"detection"``
             (every item has boxes; without an opacity an empty list).
         split: ``"paper"`` for :func:`paper_split`, or ``"lovt"`` for the patients that LoVT's files list.
         split_dir: folder with LoVT's ``train.csv``, ``validation.csv`` and ``test.csv`` if not ROOT; only their
             ids are used.
-        check_images: ``"quick"`` (first and last bytes), ``"full"`` (decode), ``"exists"`` or ``"none"``.
-        num_workers: threads that read files.
-        progress: show a progress bar.
 
     Returns:
         The builder. Drop reasons: ``no patient id``, ``duplicate row`` (a box that stands twice), ``target and
@@ -81,13 +79,12 @@ def collect(
         ConfigError: an option has an unknown value.
         DataError: a table or the image folder is missing, or a fault under ``strict``.
     """
-    _check_choice("task", task, TASKS)
-    _check_choice("split", split, SPLIT_SOURCES)
+    check_choice("task", task, TASKS)
+    check_choice("split", split, SPLIT_SOURCES)
     base = existing_root(root, "RSNA Pneumonia")
     builder = DatalistBuilder("rsna", root, strict)
     name = "stage_2_train_labels.csv"
     table = find_source(base, [name, f"*/{name}", f"*/*/{name}"], "label table of RSNA Pneumonia stage 2")
-    assert table is not None  # find_source raises when a required table is missing
     rows = _read_rows(builder, table)
     patients = sorted(set(rows["patientId"]))
     split_of = _lovt_split(builder, base, split_dir, patients) if split == "lovt" else paper_split(patients, task)
@@ -105,22 +102,14 @@ def collect(
     paths = (images.relative_to(base).as_posix() + "/" + targets["patientId"] + ".dcm").tolist()
     faults = xray_faults(base, paths, check_images, num_workers, progress)
     for (patient, target), path, fault in zip(targets.itertuples(index=False), paths, faults, strict=True):
-        if fault is not None:
-            builder.drop(fault[0], patient, fault[1])
-            continue
         item = {"id": patient, "patient": patient, "image": path, "dim": 2, "label": target}
         if patient in boxes or task != "classification":
             item["boxes"] = boxes.get(patient, [])
         if patient in classes:
             item["class"] = classes[patient]
-        builder.add(split_of[patient], item)
+        builder.add(split_of[patient], item, fault)
     _describe(builder, task, split)
     return builder
-
-
-def _check_choice(option: str, value: str, known: Sequence[str] | dict[str, Any]) -> None:
-    if value not in known:
-        raise ConfigError(f"{option}={value!r} is unknown. Use one of {', '.join(known)}.")
 
 
 def _describe(builder: DatalistBuilder, task: str, split: str) -> None:
@@ -189,8 +178,7 @@ def _image_folder(base: Path, home: Path) -> Path:
 def _classes(builder: DatalistBuilder, folder: Path, base: Path) -> dict[str, str]:
     """Return patient -> "Normal", "Lung Opacity" or "No Lung Opacity / Not Normal", where the table is there."""
     name = "stage_2_detailed_class_info.csv"
-    path = find_source(folder, [name], "class table", required=False)
-    path = path or find_source(base, [name, f"*/{name}", f"*/*/{name}"], "class table", required=False)
+    path = first_source(folder, [name]) or first_source(base, [name, f"*/{name}", f"*/*/{name}"])
     if path is None:
         return {}
     frame = read_source(path, ("patientId", "class"))
@@ -237,7 +225,6 @@ def _lovt_split(
         # LoVT's repository spells its folder like this
         patterns = [f"{name}.csv", f"RSNA-Pneunomia-Detection/{name}.csv", f"*/RSNA-Pneunomia-Detection/{name}.csv"]
         path = find_source(folder, patterns, f"{split} list of LoVT (or give split_dir)")
-        assert path is not None  # find_source raises when a required table is missing
         frame = read_source(path, ("ID",), remedy="Give LoVT's own lists (ID,boxes,classes) with split_dir.")
         builder.add_source(path)
         listed = list(dict.fromkeys(frame["ID"].str.strip()))

@@ -52,7 +52,6 @@ def slice_files(folder: str | Path, slices: Sequence[str] | None = None, first_s
     """List the files of a volume from its lowest slice to its highest.
 
     Args:
-        folder: folder of the slices.
         slices: the names that make up the volume, in the scan's order; None takes every image of the folder by
             number.
         first_slice: end of the patient that the first slice shows, ``"head"`` or ``"foot"``.

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import difflib
+import gzip
 import hashlib
 import os
 import warnings
@@ -17,16 +18,19 @@ from typing import Any
 import pandas as pd
 from tqdm import tqdm
 
-from unimedi_components.errors import DataError
+from unimedi_components.errors import ConfigError, DataError
 from unimedi_components.images.xray_checks import xray_fault
 
 __all__ = [
+    "check_choice",
     "existing_root",
     "find_source",
+    "first_source",
     "folders_below",
     "nearest_hint",
     "progress_map",
     "read_source",
+    "read_text",
     "sha256_of",
     "undoubled",
     "xray_faults",
@@ -38,10 +42,6 @@ _NOT_DATA = ("__MACOSX",)
 
 def nearest_hint(name: str, known: Iterable[str]) -> str:
     """Say which known name an unknown one resembles most.
-
-    Args:
-        name: the name that nothing defines.
-        known: the names that exist.
 
     Returns:
         ``"did you mean 'report'? "`` or, when nothing is similar, an empty string.
@@ -60,6 +60,13 @@ def nearest_hint(name: str, known: Iterable[str]) -> str:
     return f"did you mean {best!r}? " if best and likeness(best) >= 0.6 else ""
 
 
+def check_choice(option: str, value: Any, known: Iterable[str], hint: bool = False) -> None:
+    """Raise a ConfigError that names the options' values unless ``value`` is one; with ``hint``, the nearest too."""
+    if value not in known:
+        near = nearest_hint(str(value), known) if hint else ""
+        raise ConfigError(f"{option}={value!r} is unknown. {near}Use one of {', '.join(known)}.")
+
+
 def existing_root(root: str | Path, dataset: str) -> Path:
     """Return ``root`` as a path.
 
@@ -74,27 +81,26 @@ def existing_root(root: str | Path, dataset: str) -> Path:
     return path
 
 
-def find_source(root: Path, patterns: Sequence[str], what: str, *, required: bool = True) -> Path | None:
-    """Find a table below ``root`` by the first glob pattern that matches, plain or gzipped.
-
-    Args:
-        root: folder to look in.
-        patterns: glob patterns relative to ``root`` without the ``.gz`` ending, in order of preference.
-        what: name of the table for the message.
-        required: raise instead of returning None.
+def find_source(root: Path, patterns: Sequence[str], what: str) -> Path:
+    """`first_source` of a table that must be there.
 
     Raises:
-        DataError: nothing matches and the table is required.
+        DataError: nothing matches; the message calls the table ``what``.
     """
+    if (path := first_source(root, patterns)) is not None:
+        return path
+    looked = ", ".join(f"{pattern}[.gz]" for pattern in patterns)
+    raise DataError(f"{root}: no {what}. Looked for {looked}. Download it from the data set, or correct ROOT.")
+
+
+def first_source(root: Path, patterns: Sequence[str]) -> Path | None:
+    """Find a table below ``root`` by the first glob pattern (without ``.gz``) that matches, plain or gzipped."""
     for pattern in patterns:
         for ending in ("", ".gz"):
             found = [path for path in sorted(root.glob(pattern + ending)) if path.is_file() and _is_data(path, root)]
             if found:
                 return found[0]
-    if not required:
-        return None
-    looked = ", ".join(f"{pattern}[.gz]" for pattern in patterns)
-    raise DataError(f"{root}: no {what}. Looked for {looked}. Download it from the data set, or correct ROOT.")
+    return None
 
 
 def _is_data(path: Path, root: Path) -> bool:
@@ -125,6 +131,12 @@ def undoubled(folder: Path) -> Path:
     return inner if inner.is_dir() else folder
 
 
+def read_text(path: Path) -> str:
+    """A text file, gzipped or not, without its byte-order mark; raises what gzip, zlib and the decoder raise."""
+    data = path.read_bytes()
+    return (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
+
+
 def read_source(path: Path, required: Sequence[str] = (), sep: str = ",", remedy: str = "") -> pd.DataFrame:
     """Read a csv or tsv, gzipped or not, every cell as the text that stands in the file.
 
@@ -132,9 +144,7 @@ def read_source(path: Path, required: Sequence[str] = (), sep: str = ",", remedy
     row are accepted; an empty cell is ``""``.
 
     Args:
-        path: the table.
         required: columns that must be there (matched without regard to case and renamed to this spelling).
-        sep: column separator.
         remedy: sentence that ends the message about a missing column.
 
     Raises:
@@ -227,11 +237,7 @@ def xray_faults(
 
     Args:
         root: folder that the images are relative to.
-        images: paths relative to it.
         check: see :func:`~unimedi_components.images.xray_checks.xray_fault`.
-        num_workers: threads that read files.
-        progress: show the bar.
-        desc: text of the bar.
     """
     base = str(root)
     return progress_map(lambda image: xray_fault(os.path.join(base, image), check), images, desc, num_workers, progress)

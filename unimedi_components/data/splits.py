@@ -46,7 +46,6 @@ def hold_out(images: Mapping[str, int], count: int, seed: int) -> set[str]:
 
     Args:
         images: patient -> number of images.
-        count: number of images to hold out.
         seed: seed of the order. Patients are taken in that order; one whose images would exceed the number is
             passed over.
 
@@ -72,7 +71,6 @@ def split_patients(
         strata: patient -> group; each group is split by itself, so that X-rays and CTs reach every split.
         validation_fraction: share of the patients for validation, in [0, 1).
         test_fraction: share of the patients for test, in [0, 1).
-        seed: seed of the order.
 
     Returns:
         patient -> split. A group of three or more has at least one patient in each split
@@ -105,7 +103,6 @@ def nested_fraction(items: Sequence[dict[str, Any]], fraction: float, seed: int 
     """Keep the items of a fraction of the patients, stratified by label.
 
     Args:
-        items: datalist items.
         fraction: share of the patients in (0, 1], taken among X-ray and among CT patients alike, rounded to
             the nearest number and at least one (20, 40 and 100% of 21 are 4, 8 and 21).
         seed: seed of the order. With one seed the items of 0.01 are contained in those of 0.1, and these in

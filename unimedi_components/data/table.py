@@ -17,9 +17,8 @@ from typing import Any
 
 from unimedi_components.data.datalist import DatalistBuilder
 from unimedi_components.data.registry import Dataset
-from unimedi_components.data.sources import nearest_hint, progress_map, read_source
+from unimedi_components.data.sources import check_choice, nearest_hint, progress_map, read_source
 from unimedi_components.data.splits import split_patients, strata_by_dim
-from unimedi_components.data.table_labels import add_labels
 from unimedi_components.data.text import clean_report, report_language
 from unimedi_components.errors import ConfigError, DataError
 from unimedi_components.images.checks import CTLimits, check_ct, short_reason
@@ -27,13 +26,15 @@ from unimedi_components.images.find import VOLUME_ENDINGS, image_at
 from unimedi_components.images.identify import PICTURES, VOLUMES, content_fault, identify
 from unimedi_components.images.xray_checks import IMAGE_CHECKS, xray_fault
 
-__all__ = ["collect", "convert"]
+__all__ = ["collect"]
 
 SPLIT_NAMES = {
     **dict.fromkeys(("training", "train", "tr"), "training"),
     **dict.fromkeys(("validation", "validate", "valid", "val", "dev"), "validation"),
     **dict.fromkeys(("test", "testing", "ts"), "test"),
 }
+TASKS = ("multilabel", "multiclass", "binary")
+_Cell = tuple[str, Path, dict[str, Any]]
 REMEDY = "Rename it, or name yours with image_column / report_column."
 
 
@@ -48,11 +49,6 @@ class _Row:
     split: str
     label: str
     row_id: str
-
-
-def convert(root: Any, **options: Any) -> dict[str, Any]:
-    """Return the datalist of :func:`collect`."""
-    return collect(root, **options).build()
 
 
 def _find_image(
@@ -116,15 +112,11 @@ def collect(
 
     Args:
         root: a csv file, several separated by commas, or a sequence of them.
-        strict: raise at the first broken or missing file.
-        seed: seed of the split by patient.
         validation_fraction: share of the patients for validation, where there is no ``split`` column; X-ray
             and CT patients are split apart, so that both reach every split.
         test_fraction: share of the patients for test, likewise.
         min_sentences: fewest sentences after cleaning; 1, since captions are short (the paper's data sets use
             3).
-        min_tokens: fewest word tokens after cleaning.
-        keep_punct: see :func:`~unimedi_components.data.text.clean_report`.
         language: ``"en"`` drops reports that are recognisably Spanish, ``"any"`` keeps all.
         check_images: ``"quick"`` (first and last bytes), ``"full"`` (decode), ``"exists"`` or ``"none"``, for 2D
             images.
@@ -139,8 +131,6 @@ def collect(
             ``[int]`` labels, or 0/1 vectors where labels are names.
         label_names: with ``task``, the classes or findings in the order that the model shall have (separated by
             commas); all names of the table in alphabetical order otherwise.
-        num_workers: threads that check files.
-        progress: show progress bars.
 
     Returns:
         The builder; its root is the folder common to the csv files and their images. ``label`` is ``[int]``
@@ -165,8 +155,7 @@ def collect(
         builder.add_source(table)
     limits = CTLimits(min_slices=min_slices, min_megabytes=min_megabytes, hounsfield=hounsfield)
 
-    if check_images not in IMAGE_CHECKS:
-        raise ConfigError(f"check_images={check_images!r} is unknown. Use one of {', '.join(IMAGE_CHECKS)}.")
+    check_choice("check_images", check_images, IMAGE_CHECKS)
 
     def look(path: Path) -> tuple[dict[str, Any], tuple[str, str] | None]:
         return _find_image(path, check_images, limits, assume_hu)
@@ -200,7 +189,7 @@ def collect(
         else:
             kept.append((row, item))
     cells = [(row.label, Path(row.place.rpartition(", row ")[0]).parent, item) for row, item in kept]
-    add_labels(builder, cells, base, task, label_names)
+    _add_labels(builder, cells, base, task, label_names)
     _add_to_splits(builder, kept, validation_fraction, test_fraction, seed)
     if "report not English" in builder.dropped:
         builder.remedies.append("Translate the reports that are not English, or keep all with language='any'.")
@@ -316,6 +305,75 @@ def _add_to_splits(
                 "Put all rows of a patient into one split, or leave the split column out to have it made."
             )
         builder.add(split, item)
+
+
+def _add_labels(
+    builder: DatalistBuilder,
+    cells: Sequence[_Cell],
+    base: Path,
+    task: str | None = None,
+    label_names: str | Sequence[str] | None = None,
+) -> None:
+    """Turn label cells into class numbers, 0/1 vectors or mask paths.
+
+    Args:
+        builder: its meta block gets the names and the task.
+        cells: for each item its label cell and the folder of its table; the item gets ``label`` or ``mask``. Several
+            names in a cell are separated by ``|``.
+        base: folder that mask paths are relative to.
+        task: how labels are written; None gives ``[int]`` for numbers and 0/1 vectors over the names otherwise.
+        label_names: classes or findings in order; findings that are not among them do not count.
+
+    Raises:
+        ConfigError: an unknown task, or names without one.
+        DataError: a label is none of the classes.
+    """
+    if task is not None and task not in TASKS:
+        raise ConfigError(f"task={task!r} is unknown. Use one of {', '.join(TASKS)}.")
+    if label_names is not None and task is None:
+        raise ConfigError(f"label_names needs task, one of {', '.join(TASKS)}.")
+    named: list[tuple[str, dict[str, Any]]] = []
+    for label, folder, item in cells:
+        if label and (folder / label).is_file():
+            item["mask"] = os.path.relpath(os.path.abspath(folder / label), base).replace(os.sep, "/")
+        elif label:
+            named.append((label, item))
+    if not named:
+        return
+    numbers = all(label.lstrip("-").isdigit() for label, _ in named)
+    if task is None and numbers:
+        for label, item in named:
+            item["label"] = [int(label)]
+        return
+    own = [[part.strip() for part in label.split("|") if part.strip()] for label, _ in named]
+    names = _names(own, label_names, numbers)
+    builder.meta["label_names"] = names
+    if task is not None:
+        builder.meta["task"] = task
+    for parts, (label, item) in zip(own, named, strict=True):
+        item["label"] = _label(parts, names, task, f"{item['id']}: label {label!r}")
+
+
+def _names(own: Sequence[Sequence[str]], given: str | Sequence[str] | None, numbers: bool) -> list[str]:
+    if given is not None:
+        # a command line may hand over the text of a tuple
+        parts = given.strip("()[] ").split(",") if isinstance(given, str) else given
+        return [part.strip(" '\"") for part in parts]
+    found = {part for parts in own for part in parts}
+    return sorted(found, key=int) if numbers else sorted(found)
+
+
+def _label(parts: Sequence[str], names: Sequence[str], task: str | None, place: str) -> int | list[int]:
+    if task in (None, "multilabel"):
+        return [int(name in parts) for name in names]
+    if task == "binary" and len(names) != 2:
+        raise DataError(f"a binary task has two classes, the labels have {len(names)}: {', '.join(names)}")
+    if len(parts) == 1 and parts[0] in names:
+        return list(names).index(parts[0])
+    number = parts[0] if len(parts) == 1 else ""
+    if number.isdigit() and int(number) < len(names):
+        return int(number)
+    raise DataError(f"{place} is none of the classes {', '.join(names)}. Correct it, or name it in label_names.")
 
 
 DATASET = Dataset(

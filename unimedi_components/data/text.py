@@ -7,7 +7,7 @@ import re
 import unicodedata
 from typing import NamedTuple
 
-__all__ = ["CleanReport", "as_trained", "clean_report", "looks_english", "report_language", "split_sections"]
+__all__ = ["CleanReport", "as_trained", "clean_report", "report_language", "split_sections"]
 
 # A header starts a line after one blank and ends with a colon (the layout of MIMIC-CXR 2.0.0 report files).
 _HEADER = re.compile(r"\n ([A-Z ()/,-]+):\s")
@@ -175,8 +175,3 @@ def report_language(text: str) -> str | None:
     if spanish >= 2 and spanish > 2 * english:
         return "es"
     return "en" if english >= 2 and english > spanish else None
-
-
-def looks_english(text: str) -> bool:
-    """Return False only when a text is recognisably Spanish; what cannot be told is accepted."""
-    return report_language(text) != "es"

@@ -35,7 +35,6 @@ def build_wordpiece(
     not leak into the vocabulary.
 
     Args:
-        reports: cleaned report texts.
         out_dir: folder to make; `transformers.AutoTokenizer.from_pretrained(out_dir)` loads it without a
             network.
         vocab_size: largest number of tokens, with the five special ones ([PAD] is 0) and the characters.

@@ -44,7 +44,6 @@ def class_precision(
         query_labels: 1 present, 0 absent, -1 uncertain, below -1 not mentioned, (N, F).
         candidate_labels: the same of the candidates, (M, F). Uncertain ones are no candidates for that finding; not
             mentioned counts as absent.
-        names: the F findings.
         query_groups: patients of the queries; candidates of the query's own patient are left out. None: none is.
         candidate_groups: patients of the candidates, given with `query_groups`.
         ks: the K; one that exceeds the candidates of a query is left out.
@@ -75,7 +74,6 @@ def same_findings_precision(
 
     Args:
         query, candidates, query_labels, candidate_labels: as of `class_precision`; all but 1 counts as absent.
-        ks: the K.
 
     Returns:
         "precision_at_K" and "precision_at_K_chance"; empty where no query has a right candidate.

@@ -44,9 +44,6 @@ def separation_metrics(
     """How far X-rays and volumes lie apart, for SPACE "cls" and "embed" (after projection), L2-normalised.
 
     Args:
-        features: by dimension.
-        studies: truth by item id.
-        names: of the findings.
         measures: gets the values; None for none.
 
     Returns:
@@ -107,8 +104,6 @@ def cross_search_metrics(
     """X-ray to CT search and back by images alone, after projection and on the CLS, centred per modality there.
 
     Args:
-        features: by dimension.
-        studies: truth by item id.
         ks: the K; one that exceeds the candidates is left out.
         measures: gets the values; None for none.
 
@@ -181,11 +176,9 @@ def paired_search_metrics(
     """Does the X-ray of a phantom patient find that patient's own CT among all? Ray-summed for this, never trained on.
 
     Args:
-        pretrained: the network that made the features.
         volumes: features of CT volumes.
         studies: truth by item id, with "phantom" where it is known how to make the patient again.
         folder: for the X-rays, reused if they are there.
-        ks: the K.
         measures: gets the values; None for none.
         options: of `extract_features`.
 

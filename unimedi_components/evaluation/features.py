@@ -30,6 +30,7 @@ from unimedi_components.networks.pretrained import Pretrained
 
 __all__ = [
     "Features",
+    "Paired",
     "check_punct",
     "extract_features",
     "features_of_all_ranks",
@@ -45,32 +46,17 @@ _TRUTH = "truth.json"
 
 
 @dataclass(frozen=True)
-class Features:
-    """What a network makes of N images of one dimension and their reports; rows follow `items`.
+class Paired:
+    """N images of one dimension with their reports.
 
     Args:
-        items: the datalist items that could be read.
-        cls: CLS features before the projection, (N, D).
-        image_embed, text_embed: projected embeddings, (N, E), not normalised.
-        attention: Eq. 1's **v** of the image's own tokens, (N, P).
-        selected: selected slices of each volume, (N, k); None for X-rays.
-        scores: Eq. 2 score of each slab, (N, S); None for X-rays.
-        slice_attention: share of Eq. 1's **v** that falls on the tokens of the selected slices, beside which share of
-            the tokens they are, (N, 2); None where no slices joined.
-        pooled: the input averaged to 32 x 32 pixels or 8 x 8 x 8 voxels, (N, 1024) or (N, 512).
-        root: folder that the items' image paths are relative to.
+        items: the datalist items that could be read; rows follow them.
+        image_embed, text_embed: projected embeddings, (N, E); those of missing reports are meaningless.
     """
 
     items: list[dict[str, Any]]
-    cls: Tensor
     image_embed: Tensor
     text_embed: Tensor
-    attention: Tensor
-    selected: Tensor | None = None
-    scores: Tensor | None = None
-    slice_attention: Tensor | None = None
-    pooled: Tensor | None = None
-    root: Path = Path()
 
     @property
     def reports(self) -> list[str]:
@@ -82,6 +68,30 @@ class Features:
         """Patient of each item."""
         return [item["patient"] for item in self.items]
 
+
+@dataclass(frozen=True)
+class Features(Paired):
+    """What a network makes of N images of one dimension and their reports; rows follow `items`.
+
+    Args:
+        cls: CLS features before the projection, (N, D); embeddings, see `Paired`, are not normalised.
+        attention: Eq. 1's **v** of the image's own tokens, (N, P).
+        selected: selected slices of each volume, (N, k); None for X-rays.
+        scores: Eq. 2 score of each slab, (N, S); None for X-rays.
+        slice_attention: share of Eq. 1's **v** that falls on the tokens of the selected slices, beside which share of
+            the tokens they are, (N, 2); None where no slices joined.
+        pooled: the input averaged to 32 x 32 pixels or 8 x 8 x 8 voxels, (N, 1024) or (N, 512).
+        root: folder that the items' image paths are relative to.
+    """
+
+    cls: Tensor
+    attention: Tensor
+    selected: Tensor | None = None
+    scores: Tensor | None = None
+    slice_attention: Tensor | None = None
+    pooled: Tensor | None = None
+    root: Path = Path()
+
     @property
     def files(self) -> list[Path]:
         """Image file of each item."""
@@ -92,7 +102,6 @@ def check_punct(pretrained: Pretrained, lists: Mapping[str, Any]) -> None:
     """Warn where a datalist's reports lack the punctuation that the network's training reports had.
 
     Args:
-        pretrained: the network.
         lists: the datalist; those of before meta.keep_punct pass.
     """
     meta = lists.get("meta", {})
@@ -116,10 +125,6 @@ def make_dataset(
     Args:
         pretrained: its card holds "preprocessing": arguments of `xray_transforms` and `ct_transforms`, and
             "keep_punct".
-        items: datalist items.
-        root: folder of the data set.
-        cache_dir: folder to keep prepared images in.
-        strict: an unreadable file is an error.
     """
     transform = input_transforms(pretrained.card["preprocessing"])
     texts = [as_trained(item.get("report") or "", pretrained.keep_punct) for item in items]
@@ -145,13 +150,8 @@ def extract_features(
     Args:
         pretrained: the network, in evaluation mode; runs on the device that it is on.
         items: datalist items of one or both dimensions.
-        root: folder of the data set.
-        batch_2d: X-rays per batch.
-        batch_3d: volumes per batch.
         use_slices: feed the selected slices beside the volume, as in pre-training.
-        num_workers: loading processes.
         cache_dir: folder to keep prepared images in, for a second network over the same items.
-        progress: show a progress bar.
 
     Returns:
         `Features` by dimension, 2 and 3; a dimension without a readable item is left out.
@@ -286,10 +286,6 @@ def _read_truth(path: Path) -> dict[str, Any]:
 
 def labels_of(items: Sequence[Mapping[str, Any]], studies: Truth) -> npt.NDArray[np.int64]:
     """True labels of datalist items, (N, F).
-
-    Args:
-        items: datalist items.
-        studies: truth by item id.
 
     Raises:
         DataError: an item is not in the truth file.

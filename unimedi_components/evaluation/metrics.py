@@ -6,14 +6,14 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from monai.metrics import EmbeddingCollapseMetric
 from torch import Tensor
 
 from unimedi_components.evaluation.common_space import cross_search_metrics, paired_search_metrics, separation_metrics
-from unimedi_components.evaluation.features import Features, labels_of
+from unimedi_components.evaluation.features import Features, Paired, labels_of
 from unimedi_components.evaluation.probe import linear_probe
 from unimedi_components.evaluation.retrieval import first_correct_rank, recall_chance
 from unimedi_components.evaluation.self_distillation import self_distillation_metrics
@@ -25,7 +25,6 @@ from unimedi_components.metrics.measures import Measures
 from unimedi_components.networks.pretrained import Pretrained
 
 __all__ = [
-    "PairedEmbeds",
     "all_metrics",
     "collapse_metrics",
     "network_metrics",
@@ -50,8 +49,6 @@ def all_metrics(
     """All that can be measured on these features, with 95% intervals over patients under "intervals".
 
     Args:
-        pretrained: the network that made them.
-        features: by dimension.
         truth: of `load_truth`, or None: then without what needs labels, boxes or lesions.
         resamples: of the patients; None gives no intervals.
         films: folder for the X-rays of the volumes' patients, reused if they are there; None for a temporary one.
@@ -87,30 +84,13 @@ def all_metrics(
     return kept.content()
 
 
-class PairedEmbeds(Protocol):
-    """Embeddings of N images and of their reports, (N, E), their patients, and the reports, empty where none is."""
-
-    @property
-    def image_embed(self) -> Tensor: ...
-
-    @property
-    def text_embed(self) -> Tensor: ...
-
-    @property
-    def reports(self) -> list[str]: ...
-
-    @property
-    def patients(self) -> list[str]: ...
-
-
-def retrieval_metrics(features: Mapping[int, PairedEmbeds], measures: Measures | None = None) -> Values:
+def retrieval_metrics(features: Mapping[int, Paired], measures: Measures | None = None) -> Values:
     """Report retrieval with the reports of both dimensions as candidates, and within each dimension.
 
     A report that is word for word the right one counts as right; "_strict" keys count the image's own report
     alone.
 
     Args:
-        features: by dimension, `Features` or anything that holds the same pairs.
         measures: gets the values, with intervals over the queries' patients where it has resamples; None for none.
 
     Returns:
@@ -218,7 +198,6 @@ def probe_metrics(
     """Linear probes of the CLS, and of the input itself beside them, cross-validated on the same splits.
 
     Args:
-        features: by dimension.
         truth: of `load_truth`.
         measures: gets the values, with intervals if it has resamples; None for none.
         pixels: probe the averaged input too, `Features.pooled`.

@@ -38,7 +38,6 @@ class LogisticProbe:
     Args:
         strengths: values of C to choose from, ascending; of a single one nothing is chosen.
         folds: inner folds; a patient's rows stay in one.
-        seed: of the shuffle into folds.
 
     Attributes:
         c: what was chosen.
@@ -187,11 +186,9 @@ def linear_probe(
         features: (N, D).
         labels: 0 or 1 for each finding, (N, F); other values mean "not known" and leave the row out for that
             finding.
-        names: the F findings.
         groups: patients, (N,); a patient's rows stay in one fold.
         folds: folds; a finding needs this many patients with and without it.
         strengths: values of C, see `LogisticProbe`.
-        seed: of the shuffles into folds.
 
     Returns:
         `ProbeResult`; equal input gives equal output.
@@ -250,9 +247,7 @@ def transfer_scores(
         train: features to train on, (N, D); they alone set standardisation and penalty.
         labels: 0 or 1 for each finding, (N, F).
         test: features to score, (M, D).
-        groups: patients of the N.
         strengths: values of C, see `LogisticProbe`.
-        seed: of the shuffles into inner folds.
 
     Returns:
         (M, F); a finding that the N images all have or all lack scores 0 everywhere, an AUROC of 0.5.

@@ -42,7 +42,6 @@ class ClassSample:
     """The images of a protocol.
 
     Args:
-        name: of the protocol.
         classes: findings that the data have enough images of, C.
         missing: findings of the protocol that are left out, with the reason.
         per_class: candidates of each class.
@@ -73,11 +72,9 @@ def exclusive_sample(
 
     Args:
         items: with "label", 1, 0, -1 (uncertain) or less (not mentioned) for each of `label_names`, and "patient".
-        label_names: of the labels.
         protocol: "5x200" or "8x200".
         per_class: candidates of each class.
         queries: further images of each class, of other patients, to search with (ConVIRT's 10).
-        seed: of the draw.
         exact: too few images of a class are an error. Otherwise every class gets as many candidates as the rarest one
             has, at least as many as `queries`, and classes rarer than that are left out.
 

@@ -81,7 +81,6 @@ def recall_at_k(
     Args:
         image_embed: (N, E).
         text_embed: (N, E), row i is the report of image i.
-        ks: the K.
         groups: see `first_correct_rank`; give the report texts, so that word-for-word equal reports all count
             as correct, since nothing in the image can tell them apart.
 
@@ -114,8 +113,6 @@ def recall_chance(n: int, ks: Sequence[int] = (1, 5, 10), groups: Sequence[Hasha
     """Exact expectation of Recall@K over random orders of `n` candidates, the same in both directions.
 
     Args:
-        n: number of pairs.
-        ks: the K.
         groups: as given to `recall_at_k`.
 
     Returns:

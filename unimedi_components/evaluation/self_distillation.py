@@ -106,8 +106,6 @@ def self_distillation_metrics(
     Args:
         pretrained: the network; its teacher is read from the `last.pt` beside its checkpoint.
         items: datalist items of one or both dimensions.
-        root: folder of the data set.
-        cache_dir: folder to keep prepared images in.
 
     Returns:
         for CLS and patch tokens and each dimension "sd_cls_information_2d" (for patches given the position, which

@@ -19,8 +19,7 @@ import numpy.typing as npt
 
 from unimedi_components.errors import DataError
 from unimedi_components.evaluation.retrieval import chance_of_hit
-from unimedi_components.metrics.measures import Measures
-from unimedi_components.metrics.permuted import others_mean
+from unimedi_components.metrics.measures import Measures, others_mean
 from unimedi_components.metrics.slice_choice import (
     best_choice,
     expected_minimum,

@@ -48,7 +48,6 @@ def evaluate_datalist(
     """Measure a network on one split: retrieval, collapse, and where the truth is known all else.
 
     Args:
-        pretrained: the network.
         datalist: file or parsed.
         root: folder that its image paths are relative to.
         truth: folder with the phantoms' truth, `root` by default; real data have none.
@@ -88,9 +87,7 @@ def after_training(
         checkpoint: `models/model.pt` of the run.
         datalist: file or parsed.
         root: folder that its image paths are relative to.
-        output_dir: folder to write to.
         history: one dict per iteration, see `draw_loss_curves`.
-        device: where to run.
         options: of `extract_features`.
 
     Returns:
@@ -159,11 +156,7 @@ def ct_views(
     """The first studies to draw; where lesions are known, the first focal ones.
 
     Args:
-        pretrained: the network that made the features.
-        features: of volumes.
-        root: folder of the data set.
         studies: truth by item id, or None.
-        count: how many.
     """
     truths = [(studies or {}).get(item["id"], {}) for item in features.items]
     rows = range(len(truths))

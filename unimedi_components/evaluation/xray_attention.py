@@ -18,8 +18,7 @@ from torch.nn import functional as F
 from unimedi_components.data.films import film_transforms
 from unimedi_components.evaluation.features import Features
 from unimedi_components.evaluation.slices import FOCAL_SHARE
-from unimedi_components.metrics.measures import Measures
-from unimedi_components.metrics.permuted import others_mean
+from unimedi_components.metrics.measures import Measures, others_mean
 from unimedi_components.networks.pretrained import Pretrained
 
 __all__ = ["attention_ratios", "box_cover", "xray_attention_metrics"]
@@ -36,9 +35,6 @@ def xray_attention_metrics(
     """Attention inside the true boxes of the X-rays whose boxes fill at most a third of what the network sees.
 
     Args:
-        pretrained: the network that made the features.
-        features: of X-rays.
-        studies: truth by item id.
         measures: gets the values; None for none.
 
     Returns:

@@ -46,12 +46,9 @@ class CTView:
     """One CT study as the network saw it.
 
     Args:
-        name: title of the study.
         volume: (D, H, W), inferior to superior, front up, the patient's right on the left.
-        selected: chosen slices.
         scores: Eq. 2 score of each slab, (S,).
         attention: Eq. 1's **v** on the token grid, (S, rows, columns).
-        report: report text.
         lesions: which slices are lesion slices, bool (D,); None where that is not known.
     """
 
@@ -79,8 +76,6 @@ def draw_selection(views: Sequence[CTView], path: str | Path, title: str = "") -
 
     Args:
         views: one row each; at most four slices of a study are shown, the best scored ones.
-        path: PNG to write.
-        title: heading of the figure.
 
     Raises:
         ValueError: there is no study.

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from unimedi_components.figures.curves import DPI, save_png
+from unimedi_components.figures.curves import DPI, cut, save_png
 
 __all__ = ["RocCurve", "draw_confusion", "draw_precision_recall", "draw_roc"]
 
@@ -32,7 +32,6 @@ class RocCurve:
     """One ROC curve.
 
     Args:
-        name: of the finding or class.
         false_positive, true_positive: rates, from 0 to 1; empty where there is no curve.
         auroc: None where there is none.
         interval: its low and high limit, or None.
@@ -50,8 +49,6 @@ def draw_roc(curves: Sequence[RocCurve], path: str | Path, title: str = "") -> P
 
     Args:
         curves: one line each; those without an AUROC are in the legend alone.
-        path: PNG to write.
-        title: heading of the figure.
 
     Raises:
         ValueError: there is no curve.
@@ -82,15 +79,11 @@ def draw_roc(curves: Sequence[RocCurve], path: str | Path, title: str = "") -> P
 
 
 def _label(curve: RocCurve) -> str:
-    name = _cut(curve.name, 30)
+    name = cut(curve.name, 30)
     if curve.auroc is None:
         return f"{name}  n/a"
     interval = f" ({curve.interval[0]:.3f} to {curve.interval[1]:.3f})" if curve.interval else ""
     return f"{name}  {curve.auroc:.3f}{interval}"
-
-
-def _cut(text: str, length: int) -> str:
-    return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 def draw_precision_recall(curves: Mapping[str, tuple[Array, Array]], path: str | Path, title: str = "") -> Path:
@@ -98,8 +91,6 @@ def draw_precision_recall(curves: Mapping[str, tuple[Array, Array]], path: str |
 
     Args:
         curves: legend -> (recall, precision), from the highest score to the lowest.
-        path: PNG to write.
-        title: heading of the figure.
     """
     figure = Figure(figsize=(7.2, 5.2), dpi=DPI, layout="constrained", facecolor="white")
     axes = figure.subplots()
@@ -119,9 +110,6 @@ def draw_confusion(
 
     Args:
         matrices: (C, C) with true classes in rows and predicted ones in columns, by panel title; "" for none.
-        names: the C classes.
-        path: PNG to write.
-        title: heading of the figure.
 
     Raises:
         ValueError: there is no matrix.
@@ -139,7 +127,7 @@ def draw_confusion(
         axes.axis("off")
     for number, (axes, (name, matrix)) in enumerate(zip(panels, matrices.items(), strict=False)):
         _matrix(axes, np.asarray(matrix), [textwrap.fill(str(text), 14) for text in names])
-        axes.set_title(_cut(name, 28), fontsize=9, color=_TEXT, parse_math=False)
+        axes.set_title(cut(name, 28), fontsize=9, color=_TEXT, parse_math=False)
         if number % columns == 0:
             axes.set_ylabel("true", fontsize=9)
         if number >= len(matrices) - columns:

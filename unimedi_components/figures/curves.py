@@ -7,7 +7,6 @@ Drawn on matplotlib's Agg canvas directly, so that neither a display nor the cal
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -20,7 +19,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-__all__ = ["DPI", "WIDTH", "draw_loss_curves", "save_png"]
+from unimedi_components.files import replacing
+
+__all__ = ["DPI", "WIDTH", "cut", "draw_loss_curves", "save_png"]
 
 Array = npt.NDArray[Any]
 Rows = Sequence[Mapping[str, float]]
@@ -39,7 +40,6 @@ def draw_loss_curves(history: Rows, path: str | Path) -> Path:
     Args:
         history: one dict per iteration with "iteration", "epoch", "loss", and where there are "vl", "icl",
             "pcl", "lr", and keys that begin with "val_" at the iterations that ended in a validation.
-        path: PNG to write.
 
     Raises:
         ValueError: the history is empty.
@@ -113,6 +113,11 @@ def _draw_validation(axes: Axes, history: Rows) -> None:
     axes.legend(frameon=False, fontsize=9, loc="best") if names else None
 
 
+def cut(text: str, length: int) -> str:
+    """A text of at most `length` letters, with three dots where some are left out."""
+    return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
 def save_png(figure: Figure, path: str | Path) -> Path:
     """Write a figure as a PNG, under a temporary name first; coarser colours keep it below 400 kB.
 
@@ -121,7 +126,6 @@ def save_png(figure: Figure, path: str | Path) -> Path:
         path: the file; its folder is made.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     pixels = np.array(np.asarray(canvas.buffer_rgba())[..., :3])
@@ -132,7 +136,6 @@ def save_png(figure: Figure, path: str | Path) -> Path:
         Image.fromarray(levels[pixels]).save(packed, format="PNG", optimize=True)
         if packed.tell() <= _MAX_BYTES:
             break
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(packed.getvalue())
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_bytes(packed.getvalue())
     return path

@@ -19,7 +19,7 @@ from matplotlib.patches import Patch, Rectangle
 
 from unimedi_components.data.slice_files import evenly_spread
 from unimedi_components.figures import attention as maps
-from unimedi_components.figures.curves import DPI, WIDTH, save_png
+from unimedi_components.figures.curves import DPI, WIDTH, cut, save_png
 
 __all__ = ["BoxImage", "MaskView", "draw_boxes", "draw_masks", "draw_organs", "draw_prediction", "organ_colours"]
 
@@ -60,16 +60,11 @@ def _show(axes: Axes, image: Array, title: str) -> None:
     axes.set_title(title, fontsize=8.5, color=_TEXT, parse_math=False)
 
 
-def _cut(name: str, length: int) -> str:
-    return name if len(name) <= length else f"{name[: length - 3]}..."
-
-
 @dataclass(frozen=True)
 class MaskView:
     """One image with its masks.
 
     Args:
-        name: for the title.
         image: (H, W).
         found: the predicted mask, bool (H, W).
         truth: the true one, or None where it is not known.
@@ -88,8 +83,6 @@ def draw_masks(views: Sequence[MaskView], path: str | Path, title: str = "") -> 
 
     Args:
         views: at least one.
-        path: PNG to write.
-        title: heading of the figure.
 
     Raises:
         ValueError: there is no image.
@@ -114,7 +107,7 @@ def _draw_masks(cells: Array, view: MaskView) -> None:
     step = max(1, max(view.image.shape) // _LARGEST)
     image = view.image[::step, ::step]
     masks = [None if mask is None else mask[::step, ::step] for mask in (view.truth, view.found)]
-    titles = [_cut(view.name, 26), *(["truth"] if len(cells) == 3 else []), view.note or "prediction"]
+    titles = [cut(view.name, 26), *(["truth"] if len(cells) == 3 else []), view.note or "prediction"]
     drawn = [None, *(masks[:1] if len(cells) == 3 else []), masks[1]]
     colours = [None, *([TRUE] if len(cells) == 3 else []), FOUND]
     for axes, title, mask, colour in zip(cells, titles, drawn, colours, strict=True):
@@ -140,7 +133,6 @@ class BoxImage:
     """One image with boxes [x0, y0, x1, y1] in its pixels, x1 and y1 just beyond the box.
 
     Args:
-        name: for the title.
         image: (H, W).
         found: predicted, (n, 4).
         scores: of them, (n,).
@@ -159,8 +151,6 @@ def draw_boxes(images: Sequence[BoxImage], path: str | Path, title: str = "") ->
 
     Args:
         images: at least one.
-        path: PNG to write.
-        title: heading of the figure.
 
     Raises:
         ValueError: there is no image.
@@ -179,7 +169,7 @@ def draw_boxes(images: Sequence[BoxImage], path: str | Path, title: str = "") ->
 
 
 def _draw_boxes(axes: Axes, image: BoxImage) -> None:
-    _show(axes, image.image, _cut(image.name, 30))
+    _show(axes, image.image, cut(image.name, 30))
     for box in () if image.truth is None else np.reshape(image.truth, (-1, 4)):
         axes.add_patch(_rectangle(box, ec=TRUE, lw=1.8))
     for box, score in zip(np.reshape(image.found, (-1, 4)), np.ravel(image.scores), strict=True):
@@ -214,12 +204,9 @@ def draw_organs(
     """Draw at most six axial slices, spread over those that hold an organ, from foot to head.
 
     Args:
-        name: of the case, for the heading.
         image: (D, H, W), D to the head, H to the back, W to the patient's left.
         truth: labels, 0 background and i + 1 for `organs[i]`, or None.
         prediction: labels as of the truth.
-        organs: names.
-        path: PNG to write.
         spacing: mm between slices, rows and columns; sets the height of a slice to its width.
     """
     shown = prediction if truth is None else np.maximum(prediction, truth)
@@ -276,12 +263,10 @@ def draw_prediction(
     Attention is transparent where it is at most what even attention over the whole image would give.
 
     Args:
-        name: of the image, for the heading.
         image: (H, W), or (D, H, W) of which at most ten slices are shown, each the middle of its slab of tokens.
         attention: Eq. 1's **v** on the token grid, (rows, columns) or (slabs, rows, columns).
         probability: by label.
         chosen: labels that are predicted.
-        path: PNG to write.
     """
     count = 2 if image.ndim == 2 else min(len(attention), _MOST_SLICES)
     columns = count if count < 4 else (count + 1) // 2

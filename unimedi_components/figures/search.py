@@ -46,8 +46,6 @@ def draw_search(rows: Sequence[tuple[Found, Sequence[Found]]], path: str | Path,
 
     Args:
         rows: a query and what was found for it.
-        path: PNG to write.
-        title: heading of the figure.
 
     Raises:
         ValueError: there is no query.

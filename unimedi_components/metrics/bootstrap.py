@@ -43,8 +43,6 @@ class PatientResamples:
 
     Args:
         patients: of all cases that are to be measured; one that is named again counts once.
-        resamples: R.
-        seed: of the draws.
     """
 
     def __init__(self, patients: Iterable[Hashable], resamples: int = 1000, seed: int = 0) -> None:
@@ -102,14 +100,11 @@ def patient_intervals(
     """Central 95% percentile intervals over resamples of the patients.
 
     Args:
-        names: of the C questions.
         scores: (N, C).
         truth: 1, 0 or -1 (does not count), (N, C).
         right: whether a decision is right, bool (N, K).
         known: whether it counts, bool (N, K); accuracy is the mean over the decisions of their shares of right ones.
         patients: index of each case's patient, 0 to P - 1, (N,).
-        resamples: R.
-        seed: of the resamples.
 
     Returns:
         "macro_auroc", "accuracy": [low, high], "auroc": the same by name; None where a value is not defined or
@@ -146,8 +141,6 @@ def resampled(
     Args:
         statistics: from weights of the cases (r, N), of some of the resamples, to values (r,) by name.
         patients: index of each case's patient, 0 to P - 1, (N,).
-        resamples: R.
-        seed: of the resamples.
         width: numbers that a resample takes, such as N; bounds how many are held at a time.
 
     Returns:

@@ -135,7 +135,6 @@ def detection_metrics(
     Args:
         found: predicted and true boxes of the images; scores above about 0.01, or average precision misses its tail.
         bootstrap: resamples of the patients, each with all images; 0 gives no intervals.
-        seed: of the resamples.
         ious: thresholds that `map_coco` and `map_mgca` average over.
 
     Returns:
@@ -300,7 +299,6 @@ class DetectionScore(_PerImage):
     Boxes are in pixels of the network's input.
 
     Args:
-        name: of the value.
         output_transform: see `DetectionLossMetric`.
     """
 

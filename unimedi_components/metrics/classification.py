@@ -14,14 +14,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.distributed as dist
 from ignite.exceptions import NotComputableError
 from ignite.metrics import EpochMetric, Loss
 from monai.metrics import CalibrationErrorMetric
 from sklearn.metrics import accuracy_score, confusion_matrix, roc_auc_score
 from torch import Tensor
 
-from unimedi_components.distributed import is_distributed, world_size
+from unimedi_components.distributed import gather_objects
 from unimedi_components.losses.classification import TASKS, UNCERTAIN, ClassificationLoss
 from unimedi_components.metrics.bootstrap import patient_intervals
 
@@ -42,7 +41,6 @@ class _Cases:
     """What is measured: C yes-or-no questions for AUROC, and K decisions (1, or C for multilabel) for the rest.
 
     Args:
-        names: of the questions.
         scores: (N, C).
         truth: 1, 0 or -1 (does not count), (N, C).
         decided, target: predicted and true classes, (N, K).
@@ -82,7 +80,6 @@ def classification_metrics(
         label_names: the C classes or findings; binary: the negative and the positive class.
         patients: of the N cases; None: every case is a patient of its own.
         bootstrap: resamples of the patients; 0 gives no intervals.
-        seed: of the resamples.
         bins: equal bins of the probability for the calibration error.
 
     Returns:
@@ -259,11 +256,8 @@ class ClassificationScore(EpochMetric):
         Raises:
             NotComputableError: no case came in.
         """
-        parts: list[Any] = [(self._predictions, self._targets)]
-        if is_distributed():
-            # Objects, since tensors of ranks with different numbers of cases cannot be gathered.
-            own, parts = parts[0], [None] * world_size()
-            dist.all_gather_object(parts, own)
+        # Objects, since tensors of ranks with different numbers of cases cannot be gathered.
+        parts: list[Any] = gather_objects((self._predictions, self._targets))
         logits, labels = ([rows for part in parts for rows in part[i]] for i in range(2))
         if not logits:
             raise NotComputableError("ClassificationScore saw no case; is the validation split empty?")

@@ -50,9 +50,7 @@ def mask_metrics(counts: Array, patients: Sequence[Any], bootstrap: int = 1000, 
 
     Args:
         counts: of `mask_counts`, (N, 3).
-        patients: one name per image.
         bootstrap: resamples of the patients, all images of a patient together; 0 gives no intervals.
-        seed: of the resamples.
 
     Returns:
         plain values for JSON: "cases", "patients", "positive" (images with a mask), "dice", "dice_positive", "iou",

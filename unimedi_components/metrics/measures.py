@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an evaluation collects: values by key, and their intervals over patients."""
+"""What an evaluation collects: values by key, their intervals over patients, and what is left without the case."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import numpy.typing as npt
 
 from unimedi_components.metrics.bootstrap import PatientResamples, percentile_interval
 
-__all__ = ["Measures"]
+__all__ = ["Measures", "others_mean"]
+
+Array = npt.NDArray[Any]
 
 
 class Measures:
@@ -59,3 +61,19 @@ class Measures:
     def content(self) -> dict[str, Any]:
         """The values, with the intervals under "intervals" where there is any."""
         return {**self.values, **({"intervals": dict(self.intervals)} if self.intervals else {})}
+
+
+def others_mean(scores: Array, patients: Sequence[Hashable]) -> Array:
+    """Expectation of each case's score under the output of a case of another patient, all equally likely.
+
+    Args:
+        scores: of case i under the output of case j, (N, N).
+
+    Returns:
+        (N,); NaN for a case without a case of another patient.
+    """
+    index: dict[Hashable, int] = {}
+    key = np.asarray([index.setdefault(patient, len(index)) for patient in patients])
+    other = key[:, None] != key[None]
+    count = other.sum(1)
+    return np.divide((scores * other).sum(1), count, out=np.full(len(key), np.nan), where=count > 0)

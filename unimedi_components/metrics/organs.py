@@ -39,7 +39,6 @@ def organ_scores(
     Args:
         prediction: labels 0 to O, (D, H, W).
         truth: of the same shape.
-        num_organs: O.
         spacing: mm between voxels along the three axes.
         tolerance_mm: distance up to which surfaces agree (surface Dice, also called NSD).
 
@@ -104,10 +103,7 @@ def organ_metrics(
 
     Args:
         cases: of `organ_scores`, one per case.
-        patients: one name per case.
-        organs: names of the O organs.
         bootstrap: resamples of the patients, all cases of a patient together; 0 gives no intervals.
-        seed: of the resamples.
 
     Returns:
         plain values for JSON: "cases", "patients", "mean_dice", "mean_surface_dice", "mean_hd95_mm": means over the

@@ -64,10 +64,8 @@ def fixed_choices(
 
     Args:
         masks: lesion slices, bool (N, D).
-        patients: of the N volumes.
         k, patch_depth, expand: see `best_choice`.
         folds: at most; a patient's volumes stay in one.
-        seed: of the shuffle into folds.
 
     Returns:
         (N, k), or None with a single patient.

@@ -32,7 +32,6 @@ def missed_studies(features: Features, studies: Studies, depth: int) -> tuple[li
 
     Args:
         features: of volumes, with selected slices.
-        studies: truth by item id.
         depth: slices of the network's input, D.
     """
     assert features.selected is not None
@@ -52,7 +51,6 @@ def lowest_retrievals(features: Features, count: int = 4) -> list[dict[str, Any]
 
     Args:
         features: of N images of one dimension, each with a report.
-        count: how many.
 
     Returns:
         "id", "rank" (1 is the best), "of", "report", and "found", the report that is ranked first.
@@ -81,16 +79,7 @@ def write_failures(
     folder: str | Path,
     count: int = 3,
 ) -> None:
-    """Write `failures.json` and, where the selection missed a lesion, `missed_lesions.png`.
-
-    Args:
-        pretrained: the network that made the features.
-        features: by dimension, of held-out phantoms.
-        root: folder of the CT images.
-        studies: truth by item id.
-        folder: where to write.
-        count: how many CT studies to draw.
-    """
+    """Write `failures.json` and, where the selection missed a lesion, `missed_lesions.png`."""
     path = Path(folder) / MISSED
     path.unlink(missing_ok=True)
     content: dict[str, Any] = {"retrieval": {f"{dim}d": lowest_retrievals(part) for dim, part in features.items()}}

@@ -24,7 +24,6 @@ Array = npt.NDArray[Any]
 _SIZE, _DPI = (4.8, 3.9), 150
 XRAY, CT = "#2f6fb2", "#d98324"
 _COLOURS = ("#8a8f98", "#d98324", "#2f6fb2", "#2a9d4a")
-_MARKS = ("o", "^", "s", "D")
 
 
 def draw_tsne(groups: Mapping[str, tuple[Array, str, str]], path: Path, title: str, seed: int = 0) -> Path:
@@ -32,8 +31,6 @@ def draw_tsne(groups: Mapping[str, tuple[Array, str, str]], path: Path, title: s
 
     Args:
         groups: name -> features (N, D), colour, marker.
-        path: PNG to write.
-        title: of the panel.
         seed: of t-SNE.
     """
     rows = np.concatenate([features for features, _, _ in groups.values()]).astype(np.float64)
@@ -57,11 +54,7 @@ def draw_bars(
     """Draw bars with intervals: a group for each share of the labels, a bar in it for each method.
 
     Args:
-        groups: names below the axis.
         bars: method -> for each group "mean" and "interval" or "patients" (see `statistics.summarise`), or None.
-        path: PNG to write.
-        title: of the panel.
-        label: of the vertical axis.
     """
     figure, axes = _panel(title)
     width = 0.8 / len(bars)
@@ -96,9 +89,6 @@ def draw_curves(lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], pa
 
     Args:
         lines: name -> x and y.
-        path: PNG to write.
-        title: of the panel.
-        x: label of the horizontal axis.
     """
     figure, axes = _panel(title)
     colours = ("#2f6fb2", "#d98324", "#2a9d4a", "#7a4fa3", "#c0567a", "#6b6b6b")

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -12,6 +11,7 @@ from typing import Any
 
 from unimedi_components.engines.target_information import COLLAPSED, REMEDY
 from unimedi_components.errors import ConfigError
+from unimedi_components.files import replacing
 from unimedi_components.provenance import provenance
 from unimedi_components.report.gallery import Gallery
 from unimedi_components.report.orderings import orderings, orderings_html
@@ -72,9 +72,8 @@ def report(run_dirs: Sequence[str | Path], out: str | Path, tables: str | Path =
     sections.append(("tables", "Tables of downstream tasks", _downstream(Path(tables))))
     sections += [_origin_section(experiment) for experiment in experiments]
     page = folder / "index.html"
-    temporary = page.with_name(f".{page.name}.{os.getpid()}.tmp")
-    temporary.write_text(_document(sections, _alarms(runs, experiments)), encoding="utf-8")
-    os.replace(temporary, page)
+    with replacing(page) as temporary:
+        temporary.write_text(_document(sections, _alarms(runs, experiments)), encoding="utf-8")
     print(f"{page}: {len(experiments)} experiments, {len(runs)} runs, {gallery.count} figures")
     return page
 

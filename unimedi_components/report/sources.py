@@ -25,7 +25,6 @@ class Run:
     """A finished run of one bundle.
 
     Args:
-        name: for headings.
         folder: with `metrics.json`, figures and event files.
         metrics: the content of `metrics.json`.
         origin: "command", "commit", "machine" where the run left them in `run.json`.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from unimedi_components.evaluation.class_retrieval import class_precision, same_findings_precision
+from unimedi_components.evaluation.features import Paired
 from unimedi_components.evaluation.label_tables import label_table
 from unimedi_components.search.embeddings import Embeddings
 from unimedi_components.search.prompts import PromptSet
@@ -25,30 +26,16 @@ KIND = {2: "xray", 3: "ct"}
 
 
 @dataclass(frozen=True)
-class Studies:
-    """The studies of one dimension that could be read, N of them, in the order of their items.
+class Studies(Paired):
+    """Studies of one dimension, embeddings of unit norm or zero where there is no report, with their labels.
 
     Args:
-        items: of the datalist.
-        image_embed: (N, E) of unit norm.
-        text_embed: of the reports, (N, E), zero where there is none.
         names: F findings that the items are labelled for.
         labels: as of `label_table`, (N, F).
     """
 
-    items: list[dict[str, Any]]
-    image_embed: Tensor
-    text_embed: Tensor
     names: list[str]
     labels: Array
-
-    @property
-    def reports(self) -> list[str]:
-        return [item.get("report") or "" for item in self.items]
-
-    @property
-    def patients(self) -> list[str]:
-        return [item["patient"] for item in self.items]
 
 
 def gather_studies(

@@ -162,7 +162,6 @@ class Embedder:
         """Embed sentences or reports in the form of the network's training reports, see `data.text.as_trained`.
 
         Args:
-            texts: any number.
             dim: 2 for texts about X-rays, 3 for texts about volumes: the projection keeps statistics of either kind.
 
         Returns:
@@ -211,7 +210,6 @@ class Embedder:
         """Images and reports of a datalist, the images first.
 
         Args:
-            path: the JSON file.
             root: folder that its image paths are relative to.
             split: "training", "validation", "test", or "all" of them.
             options: as of `images`.

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import os
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from unimedi_components.errors import DataError
+from unimedi_components.files import replacing
 
 __all__ = ["KINDS", "Embeddings"]
 
@@ -79,15 +79,13 @@ class Embeddings:
         It is written whole or not at all, and loads without unpickling.
         """
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         arrays = {name: value for name in ("cls", "scores", "selected") if (value := getattr(self, name)) is not None}
         texts = {"entries": self.entries, "card": self.card, "skipped": self.skipped, "model": self.model}
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp.npz")
         content: dict[str, Any] = {name: np.asarray(json.dumps(value)) for name, value in texts.items()}
         # what a user looks for first, beside the entries
         content |= {"id": np.asarray(self.ids), "dim": self.dims, "embed": self.embed, **arrays}
-        np.savez_compressed(temporary, **content)
-        os.replace(temporary, path)
+        with replacing(path) as temporary, open(temporary, "wb") as file:
+            np.savez_compressed(file, **content)
         return path
 
     @classmethod

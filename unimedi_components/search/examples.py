@@ -41,7 +41,6 @@ def draw_examples(
         index: npz of images of the datalist.
         datalist: file with the images' labels.
         dataset_dir: folder that its image paths are relative to.
-        path: PNG to write.
         prompts: sets whose aliases say which findings of two data sets are the same.
         queries: of each dimension, the first images whose findings differ.
         neighbours: of each query.

@@ -1,22 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Nearest neighbours among embeddings of images, volumes and reports."""
+"""Nearest neighbours among embeddings of images, volumes and reports: exactly, or with FAISS for millions of rows.
+
+Letters: N rows, E their width, Q queries.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from unimedi_components.errors import ConfigError, DataError
 from unimedi_components.search.embeddings import KINDS, Embeddings
-from unimedi_components.search.neighbours import Neighbours, make_neighbours
 
-__all__ = ["EmbeddingIndex", "Hit"]
+__all__ = ["Approximate", "EmbeddingIndex", "Exact", "Hit", "make_neighbours"]
 
 Array = npt.NDArray[Any]
+
+BACKENDS = ("exact", "faiss")
+# below this many rows, exact search takes milliseconds
+_EXACT_BELOW = 10_000
 
 
 class Hit(NamedTuple):
@@ -24,6 +32,75 @@ class Hit(NamedTuple):
 
     score: float
     entry: dict[str, Any]
+
+
+class Exact:
+    """One matrix product and the K largest.
+
+    Args:
+        rows: (N, E) float32.
+    """
+
+    def __init__(self, rows: Array) -> None:
+        # in this layout the product for one query is fastest
+        self.columns = torch.from_numpy(np.ascontiguousarray(rows.T, dtype=np.float32))
+
+    def nearest(self, queries: Array, k: int) -> tuple[Array, Array]:
+        """Inner products and places, (Q, k) each, the largest first, as of numpy."""
+        scores, places = (torch.from_numpy(queries) @ self.columns).topk(k, dim=1)
+        return scores.numpy(), places.numpy()
+
+
+class Approximate:
+    """FAISS's inverted lists (IndexIVFFlat): rows in clusters, of which a query looks into the nearest few.
+
+    Args:
+        rows: (N, E) float32 of unit norm; fewer than 10,000 are searched exactly, which is as fast.
+        lists: clusters; None for the square root of N.
+        probes: clusters that a query looks into, more for a higher recall; None for a sixteenth of them, at least 8.
+
+    Raises:
+        ConfigError: FAISS is not installed, or `lists` or `probes` is not a whole number of at least 1.
+    """
+
+    def __init__(self, rows: Array, lists: int | None = None, probes: int | None = None) -> None:
+        try:
+            import faiss
+        except ImportError:
+            raise ConfigError(
+                "the backend 'faiss' needs FAISS; install it with pip install 'unimedi-components[faiss]', or use "
+                "the backend 'exact'"
+            ) from None
+        for name, value in (("lists", lists), ("probes", probes)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ConfigError(f"{name} must be a whole number of at least 1, not {value!r}")
+        data = np.ascontiguousarray(rows, dtype=np.float32)
+        count, width = data.shape
+        self.index: Any = faiss.IndexFlatIP(width)
+        if count >= _EXACT_BELOW:
+            lists = min(lists or math.isqrt(count), count)
+            self.index = faiss.IndexIVFFlat(self.index, width, lists, faiss.METRIC_INNER_PRODUCT)
+            self.index.nprobe = min(probes or max(8, lists // 16), lists)
+            self.index.train(data)
+        self.index.add(data)
+
+    def nearest(self, queries: Array, k: int) -> tuple[Array, Array]:
+        """See `Neighbours`."""
+        scores, places = self.index.search(queries, k)
+        return scores, places
+
+
+def make_neighbours(
+    rows: Array, backend: str, lists: int | None = None, probes: int | None = None
+) -> Exact | Approximate:
+    """The search among rows (N, E) that a backend's name stands for; errors as of `EmbeddingIndex`."""
+    if backend not in BACKENDS:
+        raise ConfigError(f"the backend {backend!r} is unknown; use {' or '.join(BACKENDS)}")
+    if backend == "faiss":
+        return Approximate(rows, lists, probes)
+    if lists is not None or probes is not None:
+        raise ConfigError("lists and probes are options of the backend 'faiss'; leave them out for 'exact'")
+    return Exact(rows)
 
 
 class EmbeddingIndex:
@@ -54,7 +131,7 @@ class EmbeddingIndex:
         kinds = np.asarray([KINDS.index(entry["kind"]) for entry in self.entries])
         dims = embeddings.dims
         # one part per kind and dimension: a sentence has one vector for X-rays and another for volumes
-        self._parts: dict[tuple[str, int], tuple[Array, Neighbours]] = {}
+        self._parts: dict[tuple[str, int], tuple[Array, Exact | Approximate]] = {}
         for kind in KINDS:
             for dim in (2, 3):
                 rows = np.flatnonzero((kinds == KINDS.index(kind)) & (dims == dim))

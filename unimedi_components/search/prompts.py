@@ -27,7 +27,6 @@ class PromptSet:
     """Prompts for images of one dimension.
 
     Args:
-        name: of the set.
         dim: 2 for X-rays, 3 for volumes.
         findings: by finding its phrasings, {"positive": (...), "negative": (...)}, in the order of the results.
         aliases: by finding other names of it, as data sets write them.

@@ -30,11 +30,9 @@ def protocol_metrics(
     """Measure one protocol.
 
     Args:
-        embedder: the network.
         prompts: phrasings of the findings; the positive ones of each class are its textual queries.
         sample: the images; those that could not be read are left out.
         images: their embeddings, and any others.
-        ks: the K.
 
     Returns:
         "classes", "missing", "per_class", counts, and by direction the values of `class_precision`:

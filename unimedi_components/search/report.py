@@ -73,7 +73,6 @@ def evaluate_search(
     """Embed the images and reports of a datalist and measure search and zero-shot classification; on rank 0 alone.
 
     Args:
-        embedder: the network.
         datalist: file, with reports, labels or both.
         dataset_dir: folder that its image paths are relative to.
         output_dir: folder for `metrics.json`, `index.npz` (an `EmbeddingIndex` of all images and reports),

@@ -19,7 +19,6 @@ def read_reports(path: str | Path, dim: int | None = None, keep_punct: bool = Tr
     """Items of a csv (tsv by its ending) with the columns id and report, and dim unless it is given.
 
     Args:
-        path: the table.
         dim: what all reports are about, 2 for X-rays or 3 for volumes; a column dim comes first.
         keep_punct: of the reports, as the network's training had it.
 

@@ -126,10 +126,8 @@ def zero_shot_scores(
     Args:
         probabilities: (N, F).
         labels: 1 present, 0 absent, negative not known, (N, F).
-        names: the F findings.
         patients: of the N images; None: every image is a patient of its own.
         bootstrap: resamples of the patients for the intervals; 0 gives none.
-        seed: of the resamples.
 
     Returns:
         plain values for JSON: "auroc" by finding, None where only one class occurs (the reason is under "skipped"),

@@ -36,7 +36,6 @@ class Analyser:
     """A trained network with what it is asked.
 
     Args:
-        embedder: the network.
         prompts: sets by the dimension that they are for, as `search.load_prompt_sets` gives them.
         index: what is searched for neighbours; None for no search.
         k: neighbours of each kind and dimension.

@@ -67,7 +67,6 @@ def create_app(analyser: Analyser, limits: Limits | None = None, hosts: Sequence
 
     Args:
         analyser: the network and what it is asked.
-        limits: of uploads.
         hosts: names by which the server may be called, see `Guard`.
     """
     limits = limits or Limits()

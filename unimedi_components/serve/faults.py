@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from unimedi_components.errors import DataError
 
@@ -27,24 +28,14 @@ class UploadError(DataError):
         self.status = status
 
 
-def bad_request(message: str) -> UploadError:
-    """400: the request itself is wrong."""
-    return UploadError(400, message)
-
-
-def too_large(message: str) -> UploadError:
-    """413: more bytes, files, pixels or voxels than allowed."""
-    return UploadError(413, message)
-
-
-def unsupported(message: str) -> UploadError:
-    """415: not a format that is read here."""
-    return UploadError(415, message)
-
-
-def unusable(message: str) -> UploadError:
-    """422: a known format, but damaged or not an image that the network can read."""
-    return UploadError(422, message)
+# the request itself is wrong
+bad_request = partial(UploadError, 400)
+# more bytes, files, pixels or voxels than allowed
+too_large = partial(UploadError, 413)
+# not a format that is read here
+unsupported = partial(UploadError, 415)
+# a known format, but damaged or not an image that the network can read
+unusable = partial(UploadError, 422)
 
 
 @dataclass(frozen=True)

@@ -42,8 +42,6 @@ class Guard:
     or from no page. Bodies are cut off at their limit while they arrive.
 
     Args:
-        app: what is guarded.
-        limits: of uploads.
         hosts: names of this server, without port; empty allows all.
     """
 

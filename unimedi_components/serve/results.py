@@ -51,7 +51,6 @@ class Neighbour:
 
     Args:
         similarity: in [-1, 1].
-        id: of the study.
         kind: "image" or "report".
         dim: 2 for an X-ray or its report, 3 for a volume or its report.
         text: the report, empty where the index holds none.
@@ -82,11 +81,8 @@ class Analysis:
     """All that is said about one study.
 
     Args:
-        name: file name as uploaded.
         kind: "X-ray" or "CT".
         dim: 2 or 3.
-        seen: what the network saw, by name.
-        warnings: reasons to doubt the result.
         prompts: name of the prompt set; empty where there is none for this dimension.
         findings: in the prompt set's order.
         pictures: the X-ray, or the selected slices from the feet up.
@@ -113,12 +109,8 @@ class About:
     """What this server runs on.
 
     Args:
-        model: hash of the weights.
-        checkpoint: file name of the weights.
         phantoms: the card says that the network was trained on synthetic studies.
         device: "cpu" or "cuda".
-        max_upload_bytes: largest upload.
-        max_files: most files in one.
         prompts: prompt sets by dimension.
         index: number of entries by kind, empty without an index.
     """

@@ -35,17 +35,7 @@ def serve(
     device: str = "auto",
     allow_remote: bool = False,
 ) -> None:
-    """Serve the page until Ctrl-C.
-
-    Args:
-        checkpoint: weights that a pre-training run left.
-        index: npz of embeddings to search.
-        prompts: prompt sets, names or JSON files, at most one per dimension.
-        host: address to listen at.
-        port: 0 takes a free one.
-        max_upload_mb: largest upload, in units of 2**20 bytes.
-        device: "cpu", "cuda" or "auto".
-        allow_remote: needed for an address that other machines reach.
+    """Serve the page until Ctrl-C; the arguments are those of the command, with `prompts` as a list.
 
     Raises:
         CheckpointError: the checkpoint does not load.

@@ -3,16 +3,19 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from PIL import Image
 
 from unimedi_components.errors import DataError
 from unimedi_components.images.dicom_series import Sorted, sort_headers
 from unimedi_components.images.headers import DicomHeader, read_header
 from unimedi_components.images.identify import DICOM, PICTURES, VOLUMES, content_fault, family_of_name, identify
 from unimedi_components.images.xray import read_xray
-from unimedi_components.images.xray_checks import modality_words
+from unimedi_components.images.xray_checks import PICTURE_FORMATS, modality_words
 from unimedi_components.serve.faults import (
     ACCEPTED,
     Limits,
@@ -22,13 +25,13 @@ from unimedi_components.serve.faults import (
     unsupported,
     unusable,
 )
-from unimedi_components.serve.pictures import check_picture, check_size
 from unimedi_components.serve.uploads import Received, names_of, unpack
 from unimedi_components.serve.volumes import check_voxels, metaimage_voxels, prepare_volume
 
 __all__ = ["Study", "find_study"]
 
 _CHEST = ("CHEST", "THORAX", "LUNG", "TORAX", "ABDOMEN", "TRUNK", "BODY", "RIBS", "HEART")
+_MIN_SIDE, _MAX_RATIO = 32, 5
 
 
 @dataclass(frozen=True)
@@ -36,10 +39,8 @@ class Study:
     """One X-ray or one volume, checked and ready to be read.
 
     Args:
-        name: to show.
         dim: 2 for an X-ray, 3 for a volume.
         path: the file, or the folder of a DICOM series.
-        facts: what to say about the file.
         warnings: what the user should know about it.
     """
 
@@ -54,9 +55,7 @@ def find_study(files: Sequence[Received], folder: Path, limits: Limits) -> Study
     """Find out what was uploaded.
 
     Args:
-        files: what was received, in `folder`.
         folder: for what is unpacked, joined or written anew.
-        limits: of the upload.
 
     Raises:
         UploadError: anything but one X-ray or one volume that can be read.
@@ -195,6 +194,57 @@ def _several(found: Sorted, received: Mapping[Path, Received]) -> UploadError:
     name = received[found.stacks[0].files[0]].name
     count = len(found.stacks) + len(found.xrays)
     return unusable(f"{name}: the files are of {count} DICOM series ({', '.join(parts)}). Drop the files of one alone.")
+
+
+def check_picture(path: Path, name: str, limits: Limits) -> dict[str, str]:
+    """Decode a picture as a check.
+
+    Returns:
+        what to say about the file.
+
+    Raises:
+        UploadError: too many pixels, damaged, too small or a strip, or what `read_xray` refuses.
+    """
+    # a picture of too many pixels is refused by its header, before anything is decoded
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            with Image.open(path, formats=PICTURE_FORMATS) as image:
+                check_size(image.size, name, limits)
+                facts = {"File": f"{image.format} picture, {image.width} × {image.height} pixels"}
+            read_xray(path)
+            return facts
+        except UploadError:
+            raise
+        except DataError as error:
+            raise unusable(f"{name}: {str(error).removeprefix(f'{path}: ')}.") from error
+        except Image.DecompressionBombError:
+            raise too_large(f"{name}: has more than {limits.pixels:,} pixels. Scale the X-ray down.") from None
+        except Exception as error:  # pillow raises many kinds for broken files
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = reason.replace(str(path), name)[:160]
+            raise unusable(
+                f"{name}: the picture is damaged or cut off ({reason}). Export or download it again."
+            ) from error
+
+
+def check_size(size: tuple[int, int], name: str, limits: Limits) -> None:
+    """Check an X-ray's width and height.
+
+    Raises:
+        UploadError: too many pixels, too few, or a strip.
+    """
+    width, height = size
+    if width * height > limits.pixels:
+        raise too_large(
+            f"{name}: has {width} × {height} pixels, more than {limits.pixels:,} in all. Scale the X-ray down."
+        )
+    if min(size) < _MIN_SIDE:
+        raise unusable(
+            f"{name}: has only {width} × {height} pixels; an X-ray needs {_MIN_SIDE} on each side. Give the full image."
+        )
+    if max(size) > _MAX_RATIO * min(size):
+        raise unusable(f"{name}: is a strip of {width} × {height} pixels, not an X-ray. Give the whole image.")
 
 
 def check_xray(header: DicomHeader, name: str, limits: Limits) -> tuple[dict[str, str], list[str]]:

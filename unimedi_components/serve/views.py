@@ -42,8 +42,6 @@ class View:
     Args:
         image: the network's input, (1, H, W) or (1, D, H, W) in [-1, 1].
         shown: the same field of view in more pixels per slice, (H', W') or (D, H', W') in [-1, 1].
-        facts: what the network saw, by name.
-        warnings: reasons to doubt it.
         slices: slices of the file along the body's axis; 0 for an X-ray.
     """
 
@@ -58,7 +56,6 @@ def view_of(study: Study, preprocessing: Mapping[str, Any]) -> View:
     """Read a study as the network was trained to see it.
 
     Args:
-        study: what was uploaded.
         preprocessing: of the checkpoint's card: arguments of `xray_transforms` and `ct_transforms`.
 
     Raises:

@@ -46,10 +46,7 @@ def prepare_volume(content: str, file: Received, companions: Sequence[Received],
 
     Args:
         content: "nifti", "nifti.gz", "metaimage" or "nrrd".
-        file: the volume, or its header.
         companions: files that may hold a header's voxels.
-        folder: where to write.
-        limits: of the upload.
 
     Returns:
         path of the volume, with sound geometry.

@@ -7,7 +7,6 @@ Masks and label maps become a Segmentation (PS3.3 A.51), boxes a Comprehensive S
 from __future__ import annotations
 
 import logging
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy.typing as npt
 
 from unimedi_components import __version__
 from unimedi_components.errors import ConfigError, DataError
+from unimedi_components.files import replacing
 from unimedi_components.images.dicom_stacks import Stack
 from unimedi_components.images.headers import DicomHeader, is_dicom, load_pydicom, read_header
 
@@ -265,8 +265,6 @@ def _uid(dataset: Any, what: str) -> str:
 
 
 def _save(file: Any, target: Path) -> Path:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    file.save_as(temporary, enforce_file_format=True)
-    os.replace(temporary, target)
+    with replacing(target) as temporary:
+        file.save_as(temporary, enforce_file_format=True)
     return target

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from itertools import chain, combinations
 from pathlib import Path
@@ -26,6 +25,7 @@ from unimedi_components.data.transforms import RAS_LABELS
 from unimedi_components.data.volume_loading import with_part
 from unimedi_components.errors import ConfigError
 from unimedi_components.figures.panels import draw_organs
+from unimedi_components.files import replacing
 from unimedi_components.images.volume import find_stack
 from unimedi_components.metrics.organs import METRICS, organ_metrics, organ_scores
 from unimedi_components.tasks.dicom_outputs import write_label_map
@@ -230,12 +230,9 @@ def voxel_spacing(volume: MetaTensor) -> tuple[float, ...]:
 
 
 def _save_labels(values: np.ndarray, affine: np.ndarray, file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
     image = nib.Nifti1Image(values, affine)
     image.header.set_xyzt_units("mm")
     image.set_qform(affine, code=1)
     image.set_sform(affine, code=1)
-    # the ending decides about compression
-    temporary = file.with_name(f".{os.getpid()}.{file.name}")
-    nib.save(image, temporary)
-    os.replace(temporary, file)
+    with replacing(file) as temporary:
+        nib.save(image, temporary)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from abc import abstractmethod
 from collections.abc import Hashable, Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from monai.transforms import Transform
 from unimedi_components.data.datalist import write_json
 from unimedi_components.data.dataset import PretrainDataset
 from unimedi_components.errors import CheckpointError, DataError
+from unimedi_components.files import replacing
 from unimedi_components.tasks.dicom_outputs import check_dicom_outputs
 
 __all__ = ["PredictionWriter", "check_finite", "check_probability", "write_csv"]
@@ -123,6 +123,5 @@ def check_probability(threshold: float) -> float:
 
 def write_csv(table: pd.DataFrame, path: Path) -> None:
     """Write a table whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    table.to_csv(temporary, index=False)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        table.to_csv(temporary, index=False)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from unimedi_components.data.chains import task_transforms
 from unimedi_components.data.dense import DenseDataset
 from unimedi_components.data.transforms import XrayReader
 from unimedi_components.figures.panels import MaskView, draw_masks
+from unimedi_components.files import replacing
 from unimedi_components.metrics.masks import mask_counts, mask_metrics, mask_scores
 from unimedi_components.tasks.dicom_outputs import write_mask
 from unimedi_components.tasks.evaluate import Row, TaskEvaluation
@@ -167,10 +167,8 @@ class SaveMasks(PredictionWriter):
 
 
 def _write_mask(mask: np.ndarray, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    Image.fromarray(mask.astype(np.uint8) * 255).save(temporary, format="PNG")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        Image.fromarray(mask.astype(np.uint8) * 255).save(temporary, format="PNG")
 
 
 class ServedMaskd(Transform):

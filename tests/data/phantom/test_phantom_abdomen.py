@@ -187,10 +187,10 @@ def test_the_back_is_at_the_back_in_every_file(bcv_root):
 
 
 def test_converters_read_the_folders(bcv_root, amos_root):
-    found = bcv_converter.convert(bcv_root, progress=False)
+    found = bcv_converter.DATASET.convert(bcv_root, progress=False)
     assert {item["id"] for part in ("training", "test") for item in found[part]} == set(truth_of(bcv_root))
     assert (len(found["training"]), len(found["test"])) == (14, 6)
-    found = amos_converter.convert(amos_root, progress=False)
+    found = amos_converter.DATASET.convert(amos_root, progress=False)
     assert {item["id"] for part in ("training", "test") for item in found[part]} == set(truth_of(amos_root))
     assert (len(found["training"]), len(found["validation"]), len(found["test"])) == (14, 0, 6)
     for root, items in ((amos_root, found["training"]), (amos_root, found["test"])):

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unimedi_components.data.cc_ccii import CLASSES, convert
+from unimedi_components.data.cc_ccii import CLASSES, DATASET
 from unimedi_components.data.datalist import SPLITS
 from unimedi_components.data.phantom import make_ct, make_patient, write_phantom
 from unimedi_components.data.phantom.cc_ccii import CC_CCII, grey_levels
-from unimedi_components.data.phantom.diseases import draw_disease
+from unimedi_components.data.phantom.findings import draw_disease
 from unimedi_components.data.slices import slice_volume_transforms
 from unimedi_components.data.transforms import ByDimension
 
@@ -35,7 +35,7 @@ def truth(root) -> dict:
 
 @pytest.fixture(scope="module")
 def items(root) -> dict:
-    datalist = convert(root, check_images="full", progress=False)
+    datalist = DATASET.convert(root, check_images="full", progress=False)
     assert datalist["meta"]["dropped"] == {} and "missing_slices" not in datalist["meta"]
     return {item["id"]: {**item, "split": split} for split in SPLITS for item in datalist[split]}
 

@@ -102,7 +102,7 @@ def test_chexpert_layout(chexpert_root):
 
 def test_chexpert_truth(chexpert_root):
     truth = truth_of(chexpert_root)
-    datalist = chexpert.convert(chexpert_root, findings="all", progress=False)
+    datalist = chexpert.DATASET.convert(chexpert_root, findings="all", progress=False)
     check_images(chexpert_root, datalist, truth)
     # 56 frontal images in train.csv, a tenth of them held out
     assert datalist["meta"]["kept"] == {"training": 50, "validation": 6, "test": 8}
@@ -122,7 +122,7 @@ def test_chexpert_truth(chexpert_root):
         assert label["No Finding"] == int(not any(entry["labels"]))
     # a tenth of some 80 findings that are there, a hundredth of some 350 that are not
     assert 2 <= uncertain[1] <= 20 and uncertain[0] <= 12
-    marked = items_of(chexpert.convert(chexpert_root, findings="all", uncertain="ignore", progress=False))
+    marked = items_of(chexpert.DATASET.convert(chexpert_root, findings="all", uncertain="ignore", progress=False))
     for name, item in marked.items():
         assert [names[i] for i, value in enumerate(item["label"]) if value == -1] == truth[name]["uncertain"]
 
@@ -144,7 +144,7 @@ def test_covidx_layout(covidx_root):
 
 def test_covidx_truth(covidx_root):
     truth = truth_of(covidx_root)
-    datalist = covidx.convert(covidx_root, progress=False)
+    datalist = covidx.DATASET.convert(covidx_root, progress=False)
     check_images(covidx_root, datalist, truth)
     assert datalist["meta"]["dropped"] == {}
     assert {name: item["label"] for name, item in items_of(datalist).items()} == {
@@ -159,7 +159,7 @@ def test_covidx_truth(covidx_root):
         names = {finding["name"] for finding in entry["findings"]}
         assert entry["label"] == (2 if "ground_glass" in names else 1 if names else 0)
         assert entry["disease"] == ("normal", "pneumonia", "covid")[entry["label"]]
-    two = covidx.convert(covidx_root, classes="two", progress=False)
+    two = covidx.DATASET.convert(covidx_root, classes="two", progress=False)
     assert {name: item["label"] for name, item in items_of(two).items()} == {
         name: int(entry["disease"] == "covid") for name, entry in truth.items()
     }
@@ -168,7 +168,7 @@ def test_covidx_truth(covidx_root):
 def test_films_of_one_covidx_patient_show_the_same_lesions(covidx_root):
     truth = truth_of(covidx_root)
     by_patient: dict[str, list[dict]] = {}
-    for name, item in items_of(covidx.convert(covidx_root, progress=False)).items():
+    for name, item in items_of(covidx.DATASET.convert(covidx_root, progress=False)).items():
         by_patient.setdefault(item["patient"], []).append(truth[name])
     pairs = [entries for entries in by_patient.values() if len(entries) == 2]
     assert pairs

@@ -84,8 +84,8 @@ def test_fluid_sinks_and_air_rises():
 
 def test_enlarged_heart_counts_the_slices_wider_than_half_the_chest():
     study = make(make_ct, "cardiomegaly", "large")
-    widths = Profiles(study.patient, study.grid.z).heart_width(study.patient)
-    wide = [i for i, w in enumerate(widths) if w > study.patient.cage[0]]
+    right, left, _ = Profiles(study.patient, study.grid.z).heart(study.patient)
+    wide = [i for i, w in enumerate(left - right) if w > study.patient.cage[0]]
     assert study.lesions[0].slices == wide and len(wide) >= 5
 
 

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from monai.transforms import Compose
 
-from unimedi_components.data.cubes import LoadCubed, ct_nodule_transforms, luna_cube_transforms
+from unimedi_components.data.cubes import LoadCubed, luna_cube_transforms
 from unimedi_components.data.dataset import PretrainDataset
-from unimedi_components.data.luna16 import convert
+from unimedi_components.data.luna16 import DATASET
 from unimedi_components.data.phantom import luna16, write_phantom
 from unimedi_components.data.phantom.nodules import PADDING_HU, make_nodule_ct
 from unimedi_components.data.phantom.studies import make_patient
-from unimedi_components.data.transforms import ByDimension
-from unimedi_components.images.itk_volumes import read_block, read_geometry
+from unimedi_components.data.transforms import ByDimension, ct_transforms
+from unimedi_components.images.itk_volumes import read_block, read_geometry, world_to_voxel
 
 PATIENTS, SEED = 12, 6
 SPLITS = ("training", "validation", "test")
@@ -79,7 +79,7 @@ def test_same_seed_same_bytes(root, tmp_path):
 
 
 def test_volumes_equal_the_truth(root, studies):
-    datalist = convert(root, check_images="full", progress=False)
+    datalist = DATASET.convert(root, check_images="full", progress=False)
     assert datalist["meta"]["dropped"] == {}
     # patients 10 and 11 are in subsets 0 and 1
     assert datalist["meta"]["kept"] == {"training": 7, "validation": 2, "test": 3}
@@ -105,7 +105,7 @@ def test_threads_of_a_fresh_process_lose_no_scan(root):
 
 
 def test_candidates_equal_the_truth(root, studies):
-    items = sorted(items_of(convert(root, mode="candidates")), key=lambda item: int(item["id"].rsplit("_")[-1]))
+    items = sorted(items_of(DATASET.convert(root, mode="candidates")), key=lambda item: int(item["id"].rsplit("_")[-1]))
     true = [(uid, place) for uid, study in studies.items() for place in study["candidates"]]
     assert len(items) == len(true)
     for item, (uid, place) in zip(items, true, strict=True):
@@ -159,18 +159,19 @@ def test_nodule_is_at_the_centre_of_its_cube(root, studies):
 
 def test_nodule_is_where_the_truth_says_in_the_oriented_volume(root, studies):
     for study in list(studies.values())[:6]:
-        item = {"image": str(root / study["image"]), "nodules": study["nodules"]}
-        found = Compose(ct_nodule_transforms(NATIVE))(item)
+        image = Compose(ct_transforms(NATIVE)[:-1])({"image": str(root / study["image"])})["image"]
+        affine = image.affine.numpy()
         flipped = header(root / study["image"])["AnatomicalOrientation"] == "LPI"
-        for nodule, true in zip(found["nodules"], study["nodules"], strict=True):
+        for true in study["nodules"]:
+            (voxel,) = world_to_voxel(true["world"], affine)
             i, j, k = true["voxel"]
             expected = (k, 143 - j, 143 - i) if flipped else (k, j, i)
-            np.testing.assert_allclose(nodule["voxel"], expected, atol=1e-3)
+            np.testing.assert_allclose(voxel, expected, atol=1e-3)
             index = np.rint(expected).astype(int)
             # -500 HU
-            assert found["image"][(0, *index)] > -0.5
+            assert image[(0, *index)] > -0.5
             first, last = true["slices"]
-            centre, reach = nodule["voxel"][0], 0.5 * nodule["extent"][0]
+            centre, reach = voxel[0], 0.5 * true["diameter_mm"] / np.linalg.norm(affine[:3, 0])
             assert abs(centre - reach - first) < 1.2 and abs(centre + reach - last) < 1.2
         slices = {index for v in study["nodules"] for index in range(v["slices"][0], v["slices"][1] + 1)}
         assert study["lesion_slices"] == sorted(slices) and study["n_slices"] == 72
@@ -178,7 +179,7 @@ def test_nodule_is_where_the_truth_says_in_the_oriented_volume(root, studies):
 
 @pytest.mark.parametrize("key", range(4))
 def test_nodule_of_three_mm_stands_out(key):
-    patient, streams = make_patient(np.random.SeedSequence([8, key]), luna16._no_findings)
+    patient, streams = make_patient(np.random.SeedSequence([8, key]), lambda _: ())
     study = make_nodule_ct(patient, streams, [3.0], 8, padded=bool(key % 2))
     (nodule,) = study.nodules
     z, y, x = np.rint(nodule.voxel).astype(int)
@@ -192,7 +193,7 @@ def test_nodule_of_three_mm_stands_out(key):
 
 
 def test_data_set_delivers_one_cube_per_candidate(root, tmp_path):
-    items = convert(root, mode="candidates", progress=False)["training"][:3]
+    items = DATASET.convert(root, mode="candidates", progress=False)["training"][:3]
     assert len({item["image"] for item in items}) == 1
     transform = ByDimension(three_d=luna_cube_transforms((8, 16, 16)))
     data = PretrainDataset(items, transform, root, tmp_path / "cache", require_report=False)

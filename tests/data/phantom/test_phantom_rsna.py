@@ -16,7 +16,7 @@ from unimedi_components.data.films import film_transforms
 from unimedi_components.data.phantom import LAYOUTS, write_phantom
 from unimedi_components.data.phantom.findings import FINDINGS, ZONES
 from unimedi_components.data.phantom.rsna import CLASSES, OPACITIES, SIDE, _draw
-from unimedi_components.data.rsna import convert
+from unimedi_components.data.rsna import DATASET
 from unimedi_components.data.transforms import ByDimension, XrayReader
 from unimedi_components.errors import DataError
 
@@ -96,7 +96,7 @@ def test_films_and_tags(phantom, truth):
 
 @pytest.mark.parametrize("task", ["classification", "segmentation", "detection"])
 def test_converter_gives_the_truth(phantom, truth, task):
-    datalist = convert(phantom, task=task, check_images="full", strict=True, progress=False)
+    datalist = DATASET.convert(phantom, task=task, check_images="full", strict=True, progress=False)
     assert datalist["meta"]["dropped"] == {}
     assert all(len(datalist[split]) >= PATIENTS // 10 for split in SPLITS)
     found = {item["id"]: item for split in SPLITS for item in datalist[split]}
@@ -108,7 +108,7 @@ def test_converter_gives_the_truth(phantom, truth, task):
 
 
 def test_transforms_give_the_truth(phantom, truth):
-    datalist = convert(phantom, task="segmentation", progress=False)
+    datalist = DATASET.convert(phantom, task="segmentation", progress=False)
     # the film's own size, and half of it
     whole, half = (
         {target: ByDimension(film_transforms(size, target=target)) for target in ("mask", "boxes")}

@@ -47,7 +47,6 @@ def make_abdomen(seed: np.random.SeedSequence, pelvis: bool, shape: tuple[int, i
 
     Args:
         seed: of the patient; the same patient whatever the other arguments are.
-        pelvis: show the pelvis too.
         shape: (slices, rows, columns); None for 128 x 128 and slices of 4.2 to 6 mm.
     """
     body, organs, unlabelled, device = (np.random.default_rng(s) for s in seed.spawn(4))

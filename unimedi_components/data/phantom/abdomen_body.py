@@ -29,7 +29,6 @@ class Trunk:
 
     Args:
         grid: voxel grid in reference mm.
-        varied: draws of this patient.
         fat: thickness of the subcutaneous fat in mm.
 
     Attributes:

@@ -73,7 +73,6 @@ def organ_truth(
 
     Args:
         stored: label map in the file's axis order.
-        affine: of the file.
         names: of the labels 1, 2, ...
     """
     codes = nib.aff2axcodes(affine)

@@ -17,11 +17,7 @@ Curve = tuple[tuple[float, ...], ...]
 
 @dataclass(frozen=True)
 class Varied:
-    """Draws of one patient, clipped to two standard deviations so that no organ leaves its place.
-
-    Args:
-        rng: source of the draws.
-    """
+    """Draws of one patient, clipped to two standard deviations so that no organ leaves its place."""
 
     rng: np.random.Generator
 
@@ -45,7 +41,6 @@ class Canvas:
     The origin lies between the iliac crests (L4), x to the patient's left, y to the back, z to the head.
 
     Args:
-        grid: voxel grid.
         hu: (nz, ny, nx) Hounsfield units without noise.
         organs: (nz, ny, nx) uint8, number of the organ last painted, 0 for none.
         warp: three waves that bend all curves a little, rows of (amplitude z, y, x, wave number z, y, x, phase).

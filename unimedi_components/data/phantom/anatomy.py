@@ -40,7 +40,6 @@ class Patient:
         rib_drop: how far a rib falls from its back end to its front end.
         vessel_gain: factor on the calibre of the pulmonary vessels.
         gas: size of the stomach bubble.
-        findings: what the patient has.
     """
 
     sex: str
@@ -84,10 +83,6 @@ def draw_patient(rng: np.random.Generator, findings: tuple[Finding, ...] = ()) -
 
     Cardiomegaly widens the heart, atelectasis raises its hemidiaphragm, a large effusion or pneumothorax
     pushes the mediastinum away. The same numbers are drawn whatever the findings are.
-
-    Args:
-        rng: source of the draws.
-        findings: what the patient has.
     """
     female = rng.random() < 0.5
     size = rng.normal(0.0, 1.0, 3).clip(-2, 2)
@@ -146,7 +141,6 @@ class Profiles:
     """How the patient's outlines change with height: one number per slice for each centre and half axis.
 
     Args:
-        patient: the patient.
         z: slice positions in mm, (nz,).
 
     Attributes:
@@ -201,11 +195,6 @@ class Profiles:
         depth = bulge(low + 26 * scale, 84 * scale)
         middle = np.float32(patient.shift) + np.float32(0.5) * self.cage_x
         return right + middle, left + middle, depth
-
-    def heart_width(self, patient: Patient) -> FloatArray:
-        """Width of the heart in each slice in mm, (nz,)."""
-        right, left, _ = self.heart(patient)
-        return left - right
 
 
 def diaphragm(patient: Patient, side: str, y: FloatArray, x: FloatArray) -> FloatArray:

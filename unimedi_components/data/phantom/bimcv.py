@@ -3,23 +3,21 @@
 
 from __future__ import annotations
 
-import csv
 import json
-import zlib
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 
+from .abdomen_files import save_volume
 from .anatomy import Patient
 from .geometry import Grid
 from .lesions import Lesion
 from .reports import Report, write_report
 from .studies import CTStudy, labels_of, lesion_record, make_ct, make_patient
-from .writer import Layout, PatientRecord, register
+from .writer import Layout, PatientRecord, register, write_rows
 
-__all__ = ["BIMCV", "REPORT_COLUMNS", "save_nifti"]
+__all__ = ["BIMCV", "REPORT_COLUMNS"]
 
 REPORT_COLUMNS = (
     "PatientID",
@@ -34,32 +32,6 @@ REPORT_COLUMNS = (
 _SCOUT_SHARE = 0.05
 _LPS_SHARE = 0.4
 _SCOUT_SLICES = 6
-
-
-def save_nifti(path: Path, hu: np.ndarray, grid: Grid, lps: bool) -> None:
-    """Write HU (nz, ny, nx) as .nii.gz; the file's array order is (x, y, z), z from inferior to superior.
-
-    Args:
-        path: file to write; gzip level 1 without a time stamp, so that the same volume gives the same bytes.
-        hu: int16 volume, y to the back and x to the left.
-        grid: its geometry in mm.
-        lps: True stores the rows as they are (x to the left, y to the back, negative steps in the affine);
-            False stores them flipped (RAS+).
-    """
-    step = np.array((grid.spacing[2], grid.spacing[1], grid.spacing[0]))
-    first = np.array((-grid.origin[2], -grid.origin[1], grid.origin[0]))
-    sign = np.array((-1.0, -1.0, 1.0))
-    data = hu.transpose(2, 1, 0)
-    if not lps:
-        data = data[::-1, ::-1]
-        first[:2] -= step[:2] * (np.array(data.shape[:2]) - 1)
-        sign = np.ones(3)
-    affine = np.diag([*(sign * step), 1.0])
-    affine[:3, 3] = first
-    image = nib.Nifti1Image(np.asfortranarray(data), affine)
-    image.header.set_xyzt_units("mm")
-    packer = zlib.compressobj(1, zlib.DEFLATED, 31, 9, zlib.Z_RLE)
-    path.write_bytes(packer.compress(image.to_bytes()) + packer.flush())
 
 
 def _write_patient(root: Path, index: int, seed: np.random.SeedSequence) -> PatientRecord:
@@ -84,10 +56,11 @@ def _write_patient(root: Path, index: int, seed: np.random.SeedSequence) -> Pati
         )
         _save_series(folder, stem.replace("run-1", "run-2"), study.hu[few], grid, lps, patient, date)
     report = write_report(patient, "ct", np.random.default_rng(seed.spawn(1)[0]))
-    _write_tsv(
+    write_rows(
         root / "covid19_posi" / subject / f"{subject}_sessions.tsv",
         ("session_id", "study_date", "medical_evaluation"),
         [{"session_id": session, "study_date": date, "medical_evaluation": ""}],
+        "\t",
     )
     path = (folder / f"{stem}.nii.gz").relative_to(root).as_posix()
     return {
@@ -98,7 +71,7 @@ def _write_patient(root: Path, index: int, seed: np.random.SeedSequence) -> Pati
 
 
 def _save_series(folder: Path, stem: str, hu: np.ndarray, grid: Grid, lps: bool, patient: Patient, date: str) -> None:
-    save_nifti(folder / f"{stem}.nii.gz", hu, grid, lps)
+    save_volume(folder / f"{stem}.nii.gz", hu, grid, "LPS" if lps else "RAS")
     tags: dict[str, dict[str, Any]] = {
         "00080020": {"vr": "DA", "Value": [date]},
         "00080060": {"vr": "CS", "Value": ["CT"]},
@@ -156,17 +129,10 @@ def _report_row(patient: Patient, report: Report, subject: str, session: str) ->
 def _write_tables(root: Path, records: list[PatientRecord], seed: np.random.SeedSequence) -> None:
     base = root / "covid19_posi"
     columns = ("participant", "modality_dicom", "body_parts", "age", "gender")
-    _write_tsv(base / "participants.tsv", columns, [record["participant"] for record in records])
+    write_rows(base / "participants.tsv", columns, [record["participant"] for record in records], "\t")
     labels = base / "derivatives" / "labels"
     labels.mkdir(parents=True)
-    _write_tsv(labels / "labels_covid19_posi.tsv", REPORT_COLUMNS, [record["report"] for record in records])
-
-
-def _write_tsv(path: Path, columns: tuple[str, ...], rows: list[dict[str, Any]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, delimiter="\t", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(labels / "labels_covid19_posi.tsv", REPORT_COLUMNS, [record["report"] for record in records], "\t")
 
 
 BIMCV = register(Layout("bimcv", 2, _write_patient, _write_tables, version=2))

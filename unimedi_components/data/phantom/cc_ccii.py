@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .diseases import Disease, draw_disease
+from .findings import Disease, draw_disease
 from .lesions import Lesion
 from .studies import CTStudy, labels_of, lesion_record, make_ct, make_patient
 from .writer import Layout, PatientRecord, register

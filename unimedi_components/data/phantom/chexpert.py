@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,8 @@ from PIL import Image
 
 from .anatomy import Patient
 from .mimic_cxr import CHEXPERT_OF as COLUMN_OF
-from .studies import XrayStudy, labels_of, lesion_record, make_patient, make_xray
-from .writer import Layout, PatientRecord, register
+from .studies import XrayStudy, labels_of, make_patient, make_xray
+from .writer import Layout, PatientRecord, register, write_rows
 
 __all__ = ["CHEXPERT", "COLUMNS", "LABELS", "UNCERTAIN_ABSENT", "UNCERTAIN_PRESENT"]
 
@@ -87,13 +86,12 @@ def _cells(true: dict[str, int], rng: np.random.Generator) -> dict[str, str]:
 
 
 def _truth(patient: Patient, image: XrayStudy, path: str, true: dict[str, int], uncertain: list[str]) -> dict[str, Any]:
-    found = [lesion_record(lesion, image.film_boxes(lesion), slices=False) for lesion in image.lesions]
     return {
         "image": path,
         "labels": labels_of(patient.findings),
         "chexpert": true,
         "uncertain": uncertain,
-        "findings": found,
+        "findings": image.records(),
     }
 
 
@@ -101,10 +99,8 @@ def _write_tables(root: Path, records: list[PatientRecord], seed: np.random.Seed
     base = root / _FOLDER
     base.mkdir(exist_ok=True)
     for split in ("train", "valid"):
-        with (base / f"{split}.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(row for record in records if record["split"] == split for row in record["rows"])
+        rows = (row for record in records if record["split"] == split for row in record["rows"])
+        write_rows(base / f"{split}.csv", COLUMNS, rows)
 
 
 CHEXPERT = register(Layout("chexpert", 3, _write_patient, _write_tables))

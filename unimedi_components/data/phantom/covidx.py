@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image
 
 from .anatomy import Patient
-from .diseases import Disease, draw_disease
-from .studies import XrayStudy, labels_of, lesion_record, make_patient, make_xray
+from .findings import Disease, draw_disease
+from .studies import XrayStudy, labels_of, make_patient, make_xray
 from .writer import Layout, PatientRecord, register
 
 __all__ = ["COVIDX", "LIST_NAMES"]
@@ -73,14 +73,13 @@ def _options(name: str) -> dict[str, Any]:
 
 
 def _truth(patient: Patient, image: XrayStudy, path: str, disease: Disease) -> dict[str, Any]:
-    found = [lesion_record(lesion, image.film_boxes(lesion), slices=False) for lesion in image.lesions]
     label = tuple(LIST_NAMES).index(disease)
     return {
         "image": path,
         "label": label,
         "disease": disease,
         "labels": labels_of(patient.findings),
-        "findings": found,
+        "findings": image.records(),
     }
 
 

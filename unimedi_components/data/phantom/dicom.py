@@ -26,7 +26,6 @@ def write_dicom(path: Path, pixels: np.ndarray, photometric: str, tags: Mapping[
     """Write a DICOM file.
 
     Args:
-        path: file to write.
         pixels: (H, W) uint8 or uint16, stored as they are.
         photometric: ``MONOCHROME2`` (0 is black) or ``MONOCHROME1`` (0 is white).
         tags: (group, element) -> (value representation, text), SOP class and instance among them; sizes,

@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
-__all__ = ["FINDINGS", "FOCAL", "SEVERITIES", "ZONES", "Finding", "draw_findings"]
+__all__ = ["FINDINGS", "FOCAL", "SEVERITIES", "ZONES", "Disease", "Finding", "draw_disease", "draw_findings"]
 
 FINDINGS = (
     "nodule",
@@ -24,6 +25,8 @@ ZONES = ("upper", "middle", "lower")
 SEVERITIES = ("small", "moderate", "large")
 _DIFFUSE = tuple(name for name in FINDINGS if name not in FOCAL)
 _NORMAL, _FOCAL_ONLY = 0.22, 0.45
+#: The patterns of the three-class data sets: normal, lobar pneumonia, COVID-19.
+Disease = Literal["normal", "pneumonia", "covid"]
 
 
 @dataclass(frozen=True)
@@ -111,3 +114,24 @@ def _draw_focal(rng: np.random.Generator, name: str, severity: str, free: set[tu
         low, high = {"small": (12, 17), "moderate": (18, 28), "large": (29, 40)}[severity]
         size = float(np.round(rng.uniform(low, high)))
     return Finding(name, side, zone, severity, size)
+
+
+def draw_disease(disease: Disease, rng: np.random.Generator) -> tuple[Finding, ...]:
+    """Draw the findings of a patient with one disease.
+
+    Common pneumonia is one consolidation of one lung, with a small effusion beside every third; COVID-19 is
+    bilateral ground glass of the middle or lower zones, with a consolidation within every fourth.
+
+    Args:
+        disease: which one; ``normal`` has no findings.
+    """
+    severity = str(rng.choice(("moderate", "large")))
+    side = str(rng.choice(("left", "right")))
+    more = rng.random()
+    if disease == "pneumonia":
+        found = (Finding("consolidation", side, str(rng.choice(ZONES)), severity),)
+        return (*found, Finding("effusion", side, "lower", "small")) if more < 1 / 3 else found
+    if disease == "covid":
+        glass = Finding("ground_glass", "bilateral", str(rng.choice(("middle", "lower"))), severity)
+        return (Finding("consolidation", side, "lower", "small"), glass) if more < 1 / 4 else (glass,)
+    return ()

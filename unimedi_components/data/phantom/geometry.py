@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Box", "FloatArray", "Grid", "ellipsoid", "noise", "separable", "soft", "splat"]
+__all__ = ["Box", "FloatArray", "Grid", "ellipsoid", "mix", "noise", "separable", "soft", "splat"]
 
 FloatArray = npt.NDArray[np.float32]
 Box = tuple[slice, slice, slice]
@@ -72,6 +72,11 @@ class Grid:
         return self.span(0, *z), self.span(1, *y), self.span(2, *x)
 
 
+def mix(view: FloatArray, share: FloatArray, value: float | FloatArray) -> None:
+    """``view`` becomes ``value`` where share is 1."""
+    view += share * (value - view)
+
+
 def soft(field: FloatArray, steepness: float) -> FloatArray:
     """Fraction of a voxel inside ``field < 1``: a linear edge, half at the boundary. Works in place."""
     np.subtract(1.0, field, out=field)
@@ -90,11 +95,8 @@ def separable(
     """Superellipse field |(y-cy)/b|^p + |(x-cx)/a|^p; centre and half axes may change from slice to slice.
 
     Args:
-        grid: the grid.
-        box: index box to evaluate.
         centre: (cy, cx) in mm, each a number or an array over all slices of the grid (nz,).
         half: (b, a) in mm, likewise; clamped to 0.5 mm.
-        power: exponent p.
 
     Returns:
         The field inside the box, below 1 inside the superellipse.
@@ -124,7 +126,6 @@ def splat(grid: Grid, points: FloatArray, volumes: FloatArray) -> tuple[Box, Flo
     """Fraction of each voxel filled by many small parts, for tubes that are thinner than a voxel.
 
     Args:
-        grid: the grid.
         points: (N, 3) positions (z, y, x) in mm.
         volumes: (N,) volume of each part in cubic mm.
 
@@ -154,7 +155,6 @@ def noise(rng: np.random.Generator, shape: tuple[int, ...], kind: str = "grain",
     """Unit-variance noise cut at random places out of a bank that every process makes once from a fixed seed.
 
     Args:
-        rng: chooses where to cut.
         shape: (H, W) or (D, H, W), H and W below 768.
         kind: ``grain`` (correlated over about a pixel) or ``cloud`` (smooth over about ten pixels).
         axis: the axis of a volume along which neighbouring slices are independent, 0 or 1.

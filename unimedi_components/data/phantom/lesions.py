@@ -25,7 +25,6 @@ class Lesion:
     """Where one finding is in the painted volume.
 
     Args:
-        finding: the finding.
         slices: sorted indices of the slices that show it (at least 60 square mm changed by `VISIBLE_HU`).
         boxes: one for each side that shows it: index ranges [first, last] along z, y and x.
     """
@@ -39,8 +38,6 @@ def paint_lesions(scene: Scene, rng: np.random.Generator, erect: bool) -> list[L
     """Paint all findings of the scene's patient, in place.
 
     Args:
-        scene: the painted anatomy.
-        rng: places and shapes.
         erect: True for a standing patient (fluid sinks, air rises), False for one who lies on the back.
 
     Returns:

@@ -3,17 +3,14 @@
 
 from __future__ import annotations
 
-import csv
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from .anatomy import Patient
-from .findings import Finding
 from .nodules import DIAMETERS, NoduleStudy, make_nodule_ct
 from .studies import make_patient
-from .writer import Layout, PatientRecord, register
+from .writer import Layout, PatientRecord, register, write_rows
 
 __all__ = ["LUNA16", "save_metaimage"]
 
@@ -30,7 +27,6 @@ def save_metaimage(
     """Write HU (nz, ny, nx) as ``path`` (.mhd) and its .raw, with the header fields of the real files.
 
     Args:
-        path: header file to write.
         hu: int16 volume as stored: the file's x axis is the last one.
         spacing: mm along the file's x, y and z axes.
         offset: LPS mm of the first voxel (x, y, z).
@@ -58,10 +54,6 @@ def save_metaimage(
     path.write_text(text, encoding="ascii", newline="\n")
 
 
-def _no_findings(rng: np.random.Generator) -> tuple[Finding, ...]:
-    return ()
-
-
 def _diameters(index: int, rng: np.random.Generator) -> list[float]:
     """Diameters in mm of a patient's nodules; the subsets of every split hold both kinds of patients."""
     if (index + index // _SUBSETS) % 3 == 0:
@@ -73,7 +65,7 @@ def _diameters(index: int, rng: np.random.Generator) -> list[float]:
 
 
 def _write_patient(root: Path, index: int, seed: np.random.SeedSequence) -> PatientRecord:
-    patient, streams = make_patient(seed, _no_findings)
+    patient, streams = make_patient(seed, lambda _: ())
     text = streams[3]
     uid = _UID_ROOT + str(text.integers(1, 10)) + "".join(str(digit) for digit in text.integers(0, 10, 29))
     flip, padded = bool(text.random() < _FLIPPED_SHARE), bool(text.random() < _PADDED_SHARE)
@@ -147,15 +139,8 @@ def _record(patient: Patient, study: NoduleStudy, uid: str, image: str, frame: _
 def _write_tables(root: Path, records: list[PatientRecord], seed: np.random.SeedSequence) -> None:
     annotations = [row for record in records for row in record["annotations"]]
     candidates = [row for record in records for row in record["candidates"]]
-    _write_csv(root / "annotations.csv", (*_COLUMNS, "diameter_mm"), annotations)
-    _write_csv(root / "candidates_V2.csv", (*_COLUMNS, "class"), candidates)
-
-
-def _write_csv(path: Path, columns: tuple[str, ...], rows: list[list[Any]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows(rows)
+    write_rows(root / "annotations.csv", (*_COLUMNS, "diameter_mm"), annotations)
+    write_rows(root / "candidates_V2.csv", (*_COLUMNS, "class"), candidates)
 
 
 LUNA16 = register(Layout("luna16", 7, _write_patient, _write_tables))

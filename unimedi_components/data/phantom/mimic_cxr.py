@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import csv
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,8 @@ from PIL import Image
 
 from .anatomy import Patient
 from .reports import Report, write_report
-from .studies import XrayStudy, labels_of, lesion_record, make_patient, make_xray
-from .writer import Layout, PatientRecord, register
+from .studies import labels_of, make_patient, make_xray
+from .writer import Layout, PatientRecord, register, write_rows
 
 __all__ = ["CHEXPERT_LABELS", "CHEXPERT_OF", "METADATA_COLUMNS", "MIMIC_CXR", "format_report"]
 
@@ -98,7 +97,7 @@ def _write_patient(root: Path, index: int, seed: np.random.SeedSequence) -> Pati
         rows.append(_save(folder, _hex_id(text), image.lateral, "LATERAL", subject, study, text))
     path = (folder / f"{name}.jpg").relative_to(root).as_posix()
     return {
-        "studies": {name: _truth(patient, image, path)},
+        "studies": {name: {"image": path, "labels": labels_of(patient.findings), "findings": image.records()}},
         "metadata": rows,
         "chexpert": _chexpert_row(patient, subject, study),
         "subject": subject,
@@ -131,11 +130,6 @@ def _save(
     return dict(zip(METADATA_COLUMNS, values, strict=True))
 
 
-def _truth(patient: Patient, image: XrayStudy, path: str) -> dict[str, Any]:
-    found = [lesion_record(lesion, image.film_boxes(lesion), slices=False) for lesion in image.lesions]
-    return {"image": path, "labels": labels_of(patient.findings), "findings": found}
-
-
 def _chexpert_row(patient: Patient, subject: int, study: int) -> dict[str, Any]:
     present = {CHEXPERT_OF[f.name] for f in patient.findings}
     row: dict[str, Any] = {"subject_id": subject, "study_id": study}
@@ -147,22 +141,15 @@ def _chexpert_row(patient: Patient, subject: int, study: int) -> dict[str, Any]:
 
 def _write_tables(root: Path, records: list[PatientRecord], seed: np.random.SeedSequence) -> None:
     rows = [row for record in records for row in record["metadata"]]
-    _write_csv(root / "mimic-cxr-2.0.0-metadata.csv", METADATA_COLUMNS, rows)
+    write_rows(root / "mimic-cxr-2.0.0-metadata.csv", METADATA_COLUMNS, rows)
     chexpert = [record["chexpert"] for record in records]
-    _write_csv(root / "mimic-cxr-2.0.0-chexpert.csv", ("subject_id", "study_id", *CHEXPERT_LABELS), chexpert)
+    write_rows(root / "mimic-cxr-2.0.0-chexpert.csv", ("subject_id", "study_id", *CHEXPERT_LABELS), chexpert)
     order = np.random.default_rng(seed).permutation(len(records))
     held = max(1, round(0.05 * len(records))) if len(records) >= 3 else 0
     split_of = {records[i]["subject"]: "validate" if k < held else "test" for k, i in enumerate(order[: 2 * held])}
     keys = ("dicom_id", "study_id", "subject_id")
     splits = [{**{k: r[k] for k in keys}, "split": split_of.get(r["subject_id"], "train")} for r in rows]
-    _write_csv(root / "mimic-cxr-2.0.0-split.csv", (*keys, "split"), splits)
-
-
-def _write_csv(path: Path, columns: tuple[str, ...], rows: list[dict[str, Any]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(root / "mimic-cxr-2.0.0-split.csv", (*keys, "split"), splits)
 
 
 MIMIC_CXR = register(Layout("mimic_cxr", 1, _write_patient, _write_tables, version=2))

@@ -45,8 +45,6 @@ class NoduleStudy:
 
     Args:
         hu: (nz, ny, nx) int16 Hounsfield units; z to the head, y to the back, x to the left.
-        grid: its geometry.
-        nodules: the nodules.
         others: voxels (z, y, x) in the lung that belong to no nodule, vessels and parenchyma in turn.
     """
 
@@ -66,8 +64,6 @@ def make_nodule_ct(
     """CT of a patient who lies on the back, reconstructed close around the rib cage.
 
     Args:
-        patient: the patient, without findings.
-        streams: from `make_patient`.
         diameters: of the nodules in mm.
         n_others: how many places without a nodule to choose.
         padded: fill what lies outside the reconstruction circle with -3024, as some scanners do.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .anatomy import SIDES, Patient, Profiles, diaphragm
-from .geometry import Box, FloatArray, Grid, ellipsoid, noise, separable, soft, splat
+from .geometry import Box, FloatArray, Grid, ellipsoid, mix, noise, separable, soft, splat
 from .skeleton import paint_skeleton
 from .vessels import airway_points, vessel_points
 
@@ -22,8 +22,6 @@ class Scene:
     """A painted patient.
 
     Args:
-        grid: voxel grid.
-        patient: the patient.
         profiles: outlines per slice of the grid.
         hu: (nz, ny, nx) Hounsfield units without noise.
         chest: index box that holds the rib cage.
@@ -61,9 +59,6 @@ def paint_patient(patient: Patient, grid: Grid, rng: np.random.Generator, ribs: 
     """Paint the anatomy, without lesions and noise.
 
     Args:
-        patient: the patient.
-        grid: where to paint.
-        rng: vessel pattern and lung texture.
         ribs: False leaves the ribs out (the X-ray adds them at the film's own resolution).
     """
     profiles = Profiles(patient, grid.z)
@@ -174,15 +169,10 @@ def _paint_abdomen(scene: Scene) -> None:
     )
     for centre, half, value in organs[::-1]:
         box, field = ellipsoid(grid, centre, half)
-        _mix(scene.hu[box], soft(field, 5.0), value)
+        mix(scene.hu[box], soft(field, 5.0), value)
     gas = organs[3]
     box, field = ellipsoid(grid, gas[0], gas[1])
-    _mix(scene.hu[box], soft(field, 6.0), gas[2])
-
-
-def _mix(view: FloatArray, share: FloatArray, value: float | FloatArray) -> None:
-    """``view`` becomes ``value`` where share is 1."""
-    view += share * (value - view)
+    mix(scene.hu[box], soft(field, 6.0), gas[2])
 
 
 def _paint_mediastinum(scene: Scene) -> None:
@@ -192,7 +182,7 @@ def _paint_mediastinum(scene: Scene) -> None:
     turn = patient.rotation * 40.0
     lung_z = grid.span(0, min(patient.domes) - 10.0, 1.02 * top)
     fat = (lung_z, *grid.box((0, 0), (-0.85 * b, 0.3 * b), (shift - 34, shift + 38))[1:])
-    _mix(scene.hu[fat], soft(separable(grid, fat, (-0.3 * b, 0.7 * shift), (0.55 * b, 22.0)), 4.0), -45.0)
+    mix(scene.hu[fat], soft(separable(grid, fat, (-0.3 * b, 0.7 * shift), (0.55 * b, 22.0)), 4.0), -45.0)
     descend = (grid.span(0, -1e4, 0.72 * top), *grid.box((0, 0), (0.1 * b, 0.85 * b), (-20.0, 60.0))[1:])
     column = separable(grid, descend, (p.spine_y - 18.0, p.spine_x + 0.5 * shift + 23.0), (12.5, 12.5))
     _organ(scene, descend, soft(column, 3.0), BLOOD)
@@ -237,7 +227,7 @@ def _paint_heart(scene: Scene, turn: float) -> None:
 def _organ(scene: Scene, box: Box, share: FloatArray, value: float) -> None:
     """Paint a soft organ and remove the lung that it displaces. The box must lie inside the chest."""
     inner = scene.local(box)
-    _mix(scene.hu[box], share, value)
+    mix(scene.hu[box], share, value)
     target = scene.lung[inner]
     if target.shape == share.shape:
         target *= 1.0 - share
@@ -261,7 +251,7 @@ def _paint_tubes(scene: Scene, rng: np.random.Generator) -> None:
     grid, patient = scene.grid, scene.patient
     points, volumes = airway_points(patient, grid)
     box, share = splat(grid, points, volumes)
-    _mix(scene.hu[box], share, AIR + 5.0)
+    mix(scene.hu[box], share, AIR + 5.0)
     points, volumes = vessel_points(patient, rng)
     box, share = splat(grid, points, volumes)
     inner = scene.local(box)
@@ -270,4 +260,4 @@ def _paint_tubes(scene: Scene, rng: np.random.Generator) -> None:
         for i, c, b in zip(inner, scene.chest, box, strict=True)
     )
     share = share[clipped] * scene.lung[inner]
-    _mix(scene.chest_hu[inner], share, BLOOD)
+    mix(scene.chest_hu[inner], share, BLOOD)

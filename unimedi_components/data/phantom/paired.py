@@ -7,12 +7,12 @@ set holds such a pair, and none is a training pair.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from ...files import replacing
 from .studies import make_patient, make_xray
 from .writer import LAYOUTS
 
@@ -28,13 +28,9 @@ def write_paired_xray(path: Path, layout: str, seed: int, index: int) -> Path:
     Args:
         path: file to write, whole or not at all.
         layout: of `PAIRED`.
-        seed: of the phantom set.
-        index: of the patient in it.
     """
     if not path.is_file():
         patient, streams = make_patient(np.random.SeedSequence([seed, LAYOUTS[layout].code, index]))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        Image.fromarray(make_xray(patient, streams).film).save(temporary, format="jpeg", quality=90)
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            Image.fromarray(make_xray(patient, streams).film).save(temporary, format="jpeg", quality=90)
     return path

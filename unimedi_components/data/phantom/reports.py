@@ -11,8 +11,20 @@ import numpy as np
 
 from .anatomy import Patient
 from .findings import FINDINGS, Finding
-from .phrases import IMPRESSION, NEGATIVE, OWN, POSITIVE, SEVERITY, STYLE, WHERE
-from .statements import CLEAR, INDICATIONS, NORMAL, SCOLIOSIS, SHIFT
+from .phrases import (
+    CLEAR,
+    IMPRESSION,
+    INDICATIONS,
+    NEGATIVE,
+    NORMAL,
+    OWN,
+    POSITIVE,
+    SCOLIOSIS,
+    SEVERITY,
+    SHIFT,
+    STYLE,
+    WHERE,
+)
 
 __all__ = ["Report", "write_report"]
 
@@ -45,9 +57,7 @@ def write_report(patient: Patient, modality: str, rng: np.random.Generator) -> R
     findings.
 
     Args:
-        patient: whose findings to report.
         modality: ``xray`` or ``ct``; decides style and places.
-        rng: chooses among the wordings.
     """
     words = {f.name: _words(f, modality, rng) for f in patient.findings}
     body = [_fill(_pick(rng, POSITIVE[name] + OWN[modality].get(name, ())), slots) for name, slots in words.items()]

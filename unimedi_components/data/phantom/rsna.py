@@ -8,7 +8,6 @@ too, so that a bright patch of the lung is not enough: a network must know which
 
 from __future__ import annotations
 
-import csv
 import uuid
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,7 @@ from PIL import Image
 from .dicom import Tag, write_dicom
 from .findings import FINDINGS, ZONES, Finding, draw_findings
 from .studies import XrayStudy, labels_of, lesion_record, make_patient, make_xray
-from .writer import Layout, PatientRecord, register
+from .writer import Layout, PatientRecord, register, write_rows
 
 __all__ = ["CLASSES", "OPACITIES", "RSNA", "SIDE"]
 
@@ -156,16 +155,9 @@ def _write_tables(root: Path, records: list[PatientRecord], seed: np.random.Seed
     for name, study in studies.items():
         corners = [(x0, y0, x1 - x0, y1 - y0) for x0, y0, x1, y1 in study["boxes"]]
         labels += [(name, *map(float, box), 1) for box in corners] or [(name, "", "", "", "", 0)]
-    _write_csv(root / "stage_2_train_labels.csv", _LABEL_COLUMNS, labels)
+    write_rows(root / "stage_2_train_labels.csv", _LABEL_COLUMNS, labels)
     classes = [(row[0], studies[row[0]]["class"]) for row in labels]
-    _write_csv(root / "stage_2_detailed_class_info.csv", ("patientId", "class"), classes)
-
-
-def _write_csv(path: Path, columns: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows(rows)
+    write_rows(root / "stage_2_detailed_class_info.csv", ("patientId", "class"), classes)
 
 
 RSNA = register(Layout("rsna", 4, _write_patient, _write_tables, version=2))

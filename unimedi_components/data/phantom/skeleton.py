@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 
 from .anatomy import SIDES, Patient, Profiles
-from .geometry import Box, FloatArray, Grid, ellipsoid, separable, soft, splat
+from .geometry import Box, FloatArray, Grid, ellipsoid, mix, separable, soft, splat
 from .vessels import tube
 
 __all__ = ["RIB_THICKNESS", "paint_ribs", "paint_skeleton", "rib_profile"]
@@ -19,7 +19,6 @@ def rib_profile(patient: Patient, z: FloatArray, angle: FloatArray) -> FloatArra
     """How much bone lies at a height and an angle: 0 between ribs, 0.6 in the marrow, 1 at the cortex.
 
     Args:
-        patient: the patient.
         z: height in mm.
         angle: 0 at the spine, pi at the sternum; broadcast against z.
     """
@@ -48,11 +47,7 @@ def paint_skeleton(
     box = (rows, *grid.box((0, 0), (-b - 24, -0.5 * b), (turn - 30, turn + 30))[1:])
     front = -p.cage_b - 4.0
     share = soft(separable(grid, box, (front, turn), (6.0, 17.0), 4.0), 2.0)
-    _raise(hu[box], share, 260.0)
-
-
-def _raise(view: FloatArray, share: FloatArray, value: float | FloatArray) -> None:
-    view += share * (value - view)
+    mix(hu[box], share, 260.0)
 
 
 def paint_ribs(patient: Patient, grid: Grid, p: Profiles, view: FloatArray, chest: Box, cage: FloatArray) -> None:
@@ -77,7 +72,7 @@ def _paint_spine(patient: Patient, grid: Grid, p: Profiles, hu: FloatArray) -> N
     value = np.interp(phase, (0.0, 0.32, 0.40, 0.44), (130.0, 145.0, 250.0, 70.0)).astype(np.float32)
     body = separable(grid, box, (p.spine_y, p.spine_x), (0.80 * half, half), 2.4)
     cortex = np.clip((body - 0.75) * 4.0, 0.0, 1.0) * 160.0
-    _raise(hu[box], soft(body, 4.0), value[:, None, None] + cortex)
+    mix(hu[box], soft(body, 4.0), value[:, None, None] + cortex)
     arch = np.clip(phase * 4.0, 0.35, 1.0)[:, None, None].astype(np.float32)
     for y, x, hy, hx, level in (
         (26.0, 0.0, 9.0, 16.0, 300.0),
@@ -85,10 +80,10 @@ def _paint_spine(patient: Patient, grid: Grid, p: Profiles, hu: FloatArray) -> N
         (41.0, 0.0, 12.0, 4.0, 330.0),
     ):
         share = soft(separable(grid, box, (p.spine_y + y, p.spine_x + x), (hy, hx)), 2.0)
-        _raise(hu[box], share * (arch if level > 100 else 1.0), level)
+        mix(hu[box], share * (arch if level > 100 else 1.0), level)
     for sign in SIDES.values():
         wing = separable(grid, box, (p.spine_y + 24.0, p.spine_x + sign * 24.0), (5.0, 12.0))
-        _raise(hu[box], soft(wing, 2.0) * np.clip(2.2 - phase * 7.0, 0.0, 1.0)[:, None, None], 380.0)
+        mix(hu[box], soft(wing, 2.0) * np.clip(2.2 - phase * 7.0, 0.0, 1.0)[:, None, None], 380.0)
 
 
 def _paint_shoulders(patient: Patient, grid: Grid, hu: FloatArray) -> None:
@@ -111,10 +106,10 @@ def _paint_shoulders(patient: Patient, grid: Grid, hu: FloatArray) -> None:
         volumes.append(part[1])
         box, head = ellipsoid(grid, (0.90 * top, 0.15 * b, sign * (a + 40.0)), (23.0, 22.0, 21.0))
         shade = 220.0 + 260.0 * np.clip((head - 0.55) * 2.5, 0.0, 1.0)
-        _raise(hu[box], soft(head, 4.0), shade)
+        mix(hu[box], soft(head, 4.0), shade)
         _paint_scapula(patient, grid, hu, sign)
     box, share = splat(grid, np.concatenate(points), np.concatenate(volumes))
-    _raise(hu[box], share, 1000.0)
+    mix(hu[box], share, 1000.0)
 
 
 def _paint_scapula(patient: Patient, grid: Grid, hu: FloatArray, sign: float) -> None:
@@ -133,4 +128,4 @@ def _paint_scapula(patient: Patient, grid: Grid, hu: FloatArray, sign: float) ->
     middle = (b + 15.0) * np.sqrt(np.clip(1.0 - (x / (a + 30.0)) ** 2, 0.05, 1.0)) + 3.0
     sheet = np.clip((3.0 - np.abs(y[None, :, None] - middle)) / grid.spacing[1] + 0.5, 0.0, 1.0)
     rim = 1.0 + 0.9 * np.clip(1.0 - np.abs(x - outer) / 6.0, 0.0, 1.0)
-    _raise(hu[box], (across * sheet).astype(np.float32), (420.0 * rim).astype(np.float32))
+    mix(hu[box], (across * sheet).astype(np.float32), (420.0 * rim).astype(np.float32))

@@ -28,10 +28,7 @@ class CTStudy:
     """A CT volume.
 
     Args:
-        patient: who it shows.
         hu: (nz, ny, nx) int16 Hounsfield units; z to the head, y to the back, x to the left.
-        grid: its geometry.
-        lesions: where the findings are.
     """
 
     patient: Patient
@@ -45,7 +42,6 @@ class XrayStudy:
     """A frontal film, and a lateral one for some.
 
     Args:
-        patient: who it shows.
         film: (H, W) uint8, the patient's right on the image's left.
         lateral: (H, W) uint8 or None.
         portable: True for an AP film at the bedside, False for PA.
@@ -59,6 +55,10 @@ class XrayStudy:
     portable: bool
     lesions: list[Lesion]
     grid: Grid
+
+    def records(self) -> list[dict[str, Any]]:
+        """The findings' entries in truth.json."""
+        return [lesion_record(lesion, self.film_boxes(lesion), slices=False) for lesion in self.lesions]
 
     def film_boxes(self, lesion: Lesion) -> list[list[int]]:
         """A lesion's boxes on the film in pixels, each [x0, y0, x1, y1] with the last pixel included."""
@@ -85,12 +85,7 @@ def make_patient(
     seed: np.random.SeedSequence,
     draw: Callable[[np.random.Generator], tuple[Finding, ...]] = draw_findings,
 ) -> tuple[Patient, list[np.random.Generator]]:
-    """The patient of a seed and independent streams for vessels, lesions, acquisition and text.
-
-    Args:
-        seed: of the patient.
-        draw: what the patient has.
-    """
+    """The patient of a seed and independent streams for vessels, lesions, acquisition and text."""
     streams = [np.random.default_rng(s) for s in seed.spawn(6)]
     return draw_patient(streams[1], draw(streams[0])), streams[2:]
 
@@ -104,8 +99,6 @@ def make_ct(
     """CT of a patient who lies on the back, arms up.
 
     Args:
-        patient: the patient.
-        streams: from `make_patient`.
         shape: (slices, rows, columns).
         lesions: False leaves the findings out, all else being equal.
     """
@@ -136,9 +129,6 @@ def make_xray(
     """Chest film of a standing patient; see `xray` for the physics.
 
     Args:
-        patient: the patient.
-        streams: from `make_patient`.
-        lateral: also make the lateral film.
         lesions: False leaves the findings out, all else being equal.
     """
     vessels, places, device = streams[:3]

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from ...errors import DataError
+from ...files import replacing
 from .findings import FINDINGS
 
 __all__ = [
@@ -29,6 +31,7 @@ __all__ = [
     "patient_record",
     "register",
     "write_phantom",
+    "write_rows",
 ]
 
 TRUTH = "truth.json"
@@ -42,7 +45,6 @@ class Layout:
     """How one data set is written.
 
     Args:
-        name: as on the command line.
         code: part of the seed, different for each layout, so that no two layouts share a patient.
         write_patient: called as (root, index, seed); writes one patient's files and returns its record, which
             JSON can hold: ``studies`` (the entries of truth.json) and whatever ``write_tables`` needs.
@@ -73,7 +75,6 @@ class PhantomFolder:
     """A phantom data set on disk; usable wherever a path is.
 
     Args:
-        path: the folder.
         fresh: True if this call wrote it, False if it was there already.
     """
 
@@ -110,7 +111,6 @@ def write_phantom(
         patients: how many patients, at least 1.
         seed: any non-negative integer.
         workers: processes; None for one per CPU, 0 or 1 for none beside this one.
-        progress: show a progress bar.
 
     Returns:
         the folder, and whether this call wrote it.
@@ -136,9 +136,8 @@ def write_phantom(
     LAYOUTS[layout].write_tables(root, records, np.random.SeedSequence([seed, LAYOUTS[layout].code, patients, 2**31]))
     studies = {name: study for record in records for name, study in record["studies"].items()}
     truth = {**key, "findings": list(FINDINGS), "studies": studies}
-    temporary = root / f"{TRUTH}.tmp"
-    temporary.write_text(json.dumps(truth, separators=(",", ":")) + "\n", encoding="utf-8")
-    os.replace(temporary, root / TRUTH)
+    with replacing(root / TRUTH) as temporary:
+        temporary.write_text(json.dumps(truth, separators=(",", ":")) + "\n", encoding="utf-8")
     (root / _PARTIAL).unlink()
     return PhantomFolder(root, fresh=True)
 
@@ -218,3 +217,11 @@ def _from_workers(layout: str, root: Path, patients: int, seed: int, count: int)
         for process in crew:
             process.terminate()
             process.communicate()
+
+
+def write_rows(path: Path, columns: Sequence[str], rows: Iterable[Any], delimiter: str = ",") -> None:
+    """Write a table with a header line; a row is a dict by column, or a sequence."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, delimiter=delimiter, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows([row[name] for name in columns] if isinstance(row, dict) else row for row in rows)

@@ -31,7 +31,6 @@ def path_length(hu: FloatArray, grid: Grid, axis: int = 1) -> FloatArray:
 
     Args:
         hu: (nz, ny, nx) Hounsfield units.
-        grid: the volume's grid.
         axis: 1 for a frontal film (rays from front to back), 2 for a lateral one.
 
     Returns:
@@ -78,7 +77,6 @@ def develop(path: FloatArray, rng: np.random.Generator, portable: bool = False) 
 
     Args:
         path: (H, W) line integrals, head up.
-        rng: exposure and noise.
         portable: a bedside film has more scatter and noise and less contrast.
 
     Returns:
