@@ -110,7 +110,10 @@ def test_imports_are_declared(setup_cfg: configparser.ConfigParser) -> None:
         canonicalize_name(requirement.name)
         for text in (
             setup_cfg["options"]["install_requires"],
-            *(setup_cfg["options.extras_require"][extra] for extra in ("dicom", "faiss", "gzip", "onnx", "serve", "timm")),
+            *(
+                setup_cfg["options.extras_require"][extra]
+                for extra in ("dicom", "faiss", "gzip", "onnx", "serve", "timm")
+            ),
         )
         for requirement in requirements(text)
     }
