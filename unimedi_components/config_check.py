@@ -235,8 +235,9 @@ def _place(id_: str, parser: ConfigParser) -> str:
     moved = [name for name in map(ReferenceResolver.normalize_id, _MOVED.get(id_, ())) if name in names]
     same = [name for name in names if _SEP not in id_ and name.split(_SEP)[-1] == id_]
     same = [name for name in same if not str(parser[name]).startswith(("@", "%"))] or same
+    near = difflib.get_close_matches(id_, [name for name in names if _SEP not in name], n=1, cutoff=0.85)
     joined = [name for name in names if f"_{name.replace(_SEP, '_')}".endswith(f"_{id_}")]
-    for found in (moved, same, joined):
+    for found in (moved, same, near, joined):
         if found:
             return f"; did you mean '{_shown(min(found, key=len))}'?"
     return _hint(id_, _ids(parser.get(), signatures=True))
