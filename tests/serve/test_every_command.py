@@ -183,6 +183,6 @@ def test_what_prepare_keeps_is_what_an_epoch_reads(paths: dict[str, Path]) -> No
     builder = collect(root / "own.csv", min_slices=2, check_images="full", progress=False)
     dropped = {kind_of(one["detail"]): one["detail"] for drops in builder.dropped.values() for one in drops}
     assert all(KINDS[name].words in dropped[name] for name in REFUSED), dropped
-    history = train(root).parser.get_parsed_content("train#history").rows
+    history = train(root).parser.get_parsed_content("train#run").history.rows
     assert history and all(np.isfinite(row["loss"]) for row in history)
     assert not (root.parent / "run" / "eval" / "skipped.json").exists()
