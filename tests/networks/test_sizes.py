@@ -143,7 +143,7 @@ def test_every_default_takes_a_vit_of_another_project(bundle: str, tmp_path: Pat
     assert (encoder.embed_dim, len(encoder.blocks), encoder.num_heads) == (192, 12, 3)
     assert (encoder.img_size, encoder.vol_size, encoder.patch_depth) == ((64, 64), (32, 48, 48), 4)
     if bundle != "pretrain":
-        volume, size = "_ct_" in bundle, "vol_size" if "_ct_" in bundle else "img_size"
-        sides: Any = parser.get_parsed_content(size)
+        metadata = json.loads((BUNDLES / bundle / "configs" / "metadata.json").read_text())
+        sides = metadata["network_data_format"]["inputs"]["image"]["spatial_shape"]
         with torch.no_grad():
-            assert len(network.eval()(torch.zeros(1, 1, *(sides if volume else (sides, sides))))) == 1
+            assert len(network.eval()(torch.zeros(1, 1, *sides))) == 1
