@@ -211,7 +211,7 @@ def test_files_damaged_after_prepare_are_skipped_counted_and_listed(
     for path in (xray, *volumes):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     workflow = train(own)
-    rows = workflow.parser.get_parsed_content("train#history").rows
+    rows = workflow.parser.get_parsed_content("train#run").history.rows
     assert len(rows) == 4 and all(np.isfinite(row["loss"]) for row in rows)
     listed = json.loads((own.parent / "run" / "eval" / "skipped.json").read_text())
     assert {entry["file"] for entry in listed} == {str(xray), *map(str, volumes)}
@@ -229,7 +229,7 @@ def test_files_damaged_after_prepare_are_skipped_counted_and_listed(
 def test_a_damaged_file_ends_a_strict_run(own: Path) -> None:
     path = own / prepare(own)["training"][-1]["image"]
     path.write_bytes(path.read_bytes()[:200])
-    message = fault(own, strict=True)
+    message = fault(own, **{"train#dataset#strict": True})
     assert message.startswith(f"{path}: cannot be read (") and "Truncated File Read" in message
     assert message.endswith("repair or remove it, or set `strict` to false")
 
@@ -247,7 +247,7 @@ def test_zero_affine(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_zero_affine_at_training_time(own: Path) -> None:
     item = next(item for item in prepare(own)["training"] if item["dim"] == 3)
     ct(own / item["image"], np.random.default_rng(1), affine=np.zeros((4, 4)))
-    message = fault(own, strict=True)
+    message = fault(own, **{"train#dataset#strict": True})
     assert (
         message.startswith(f"{own / item['image']}: cannot be read (")
         and "the affine is zero, so size and orientation are unknown" in message

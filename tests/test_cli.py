@@ -82,7 +82,7 @@ def test_commands_pass_their_arguments_on(calls: list[tuple[Any, ...]]) -> None:
         (
             ["train"],
             "unknown command 'train'; there are: phantom, prepare, datasets, evaluate, inspect, embed, index, search, "
-            "zero_shot, serve, report, export, check",
+            "zero_shot, serve, report, export, check, plan",
         ),
         (
             ["phantom", "all", "o", "--patient", "3"],

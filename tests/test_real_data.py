@@ -77,7 +77,7 @@ def test_every_row_is_kept_and_no_patient_crosses_splits(real_root: Path, real_d
 
 
 def test_two_epochs_of_pre_training_learn(run: Any) -> None:
-    history = run.parser.get_parsed_content("train#history").rows
+    history = run.parser.get_parsed_content("train#run").history.rows
     steps = len(run.parser.get_parsed_content("train#dataloader"))
     assert len(history) == EPOCHS * steps and history[-1]["epoch"] == EPOCHS
     assert all(np.isfinite(row[name]) for row in history for name in ("loss", "vl", "icl", "pcl"))

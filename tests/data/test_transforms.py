@@ -357,3 +357,4 @@ def test_slices_at_a_time_equal_the_whole_volume(shape: Any, size: Any, kind: to
     found = WindowAread("image", (-1000, 400), size)({"image": volume})["image"]
     assert found.dtype == torch.float32 and torch.equal(found.as_tensor(), whole.as_tensor())
     assert torch.allclose(found.affine, whole.affine)
+    assert torch.equal(volume.affine, torch.diag(torch.tensor([3.0, 2, 1, 1], dtype=torch.float64)))

@@ -115,7 +115,7 @@ class WindowAread(MapTransform):
                 affine = given.affine @ torch.as_tensor(scale_affine(volume.shape[1:], self.spatial_size)).to(
                     given.affine
                 )
-                resized[key] = MetaTensor(resized[key], affine=affine, meta=given.meta)
+                resized[key] = MetaTensor(resized[key], affine=affine, meta=dict(given.meta))
         return resized
 
 
