@@ -115,7 +115,8 @@ class WindowAread(MapTransform):
                 affine = given.affine @ torch.as_tensor(scale_affine(volume.shape[1:], self.spatial_size)).to(
                     given.affine
                 )
-                resized[key] = MetaTensor(resized[key], affine=affine, meta=dict(given.meta))
+                meta = {name: value for name, value in given.meta.items() if name != "affine"}
+                resized[key] = MetaTensor(resized[key], affine=affine, meta=meta)
         return resized
 
 
