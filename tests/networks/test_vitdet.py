@@ -315,7 +315,7 @@ def test_bad_input_is_named() -> None:
         ({"num_classes": 0}, "the background is none"),
         ({"head_convs": 5}, "from 0 to 4"),
         ({"width": 12}, "multiple of 8"),
-        ({"anchor_sizes": [[8]]}, "1 lists of anchor_sizes for 5 maps"),
+        ({"anchor_sizes": [[8], [8]]}, "2 lists of anchor_sizes for 5 maps"),
         ({"anchor_sizes": [[8], [8, 9], [8], [8], [8]]}, "same number of sizes"),
     ]:
         with pytest.raises(ValueError, match=said):

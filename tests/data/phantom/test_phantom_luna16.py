@@ -200,5 +200,6 @@ def test_data_set_delivers_one_cube_per_candidate(root, tmp_path):
     first, again = ([data[index]["image"] for index in range(3)] for _ in range(2))
     for index, item in enumerate(items):
         expected = Compose(luna_cube_transforms((8, 16, 16)))({**item, "image": str(root / item["image"])})["image"]
-        assert first[index].equal(expected) and again[index].equal(expected)
+        # the cache keeps 256 levels from -1 to 1
+        assert (first[index] - expected).abs().max() <= 1.001 / 255 and again[index].equal(first[index])
     assert not first[0].equal(first[1])
