@@ -85,8 +85,9 @@ def test_two_epochs_from_exactly_these_towers(dinov2: Path, tmp_path: Path) -> N
     overrides = {
         **{"dataset_dir": str(tmp_path / "phantom"), "cache_dir": str(tmp_path / "cache")},
         **{"ckpt_dir": str(tmp_path / "models"), "output_dir": str(tmp_path / "eval")},
-        **{"phantoms": {"mimic_cxr": 12, "bimcv": 12}, "batch_2d": 4, "batch_3d": 2, "epochs": 2, "device": "cpu"},
-        **{"img_size": 64, "vol_size": [16, 48, 48], "out_dim": 64, "lr": 1e-5, "encoder_weights": str(dinov2)},
+        **{"datalist#phantoms": {"mimic_cxr": 12, "bimcv": 12}, "epochs": 2, "device": "cpu"},
+        **{"train#sampler#batch_2d": 4, "train#sampler#batch_3d": 2, "network_def#dino_head#out_dim": 64},
+        **{"img_size": 64, "vol_size": [16, 48, 48], "optimizer#lr": 1e-5, "encoder_weights": str(dinov2)},
         "tokenizer": f"$unimedi_components.networks.load_tokenizer({str(bert)!r})",
         "network_def#report_encoder": {
             "_target_": "unimedi_components.networks.ReportEncoder",
