@@ -286,7 +286,7 @@ def describe(
     epochs, steps = at["epochs"], max(1, images // (batch * gpus))
     hours = epochs * steps * step.flops / (peak * 1e12 * share) / 3600
     side, volume = round(at["xray"]["size"] * 256 / 224), math.prod(at["ct"]["spatial_size"])
-    cache = 1.0 * (xrays * side**2 + cts * volume) / GIB
+    cache = (xrays * side**2 + cts * volume) / GIB  # a byte a value
     count = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in network.named_children()}
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad) / 1e6
     kind = "half precision" if amp else "float32"
@@ -296,7 +296,7 @@ def describe(
         "a step": f"{batches[0]} X-rays + {batches[1]} CTs on each of {gpus} ranks: {step.flops / 1e12:.2f} TFLOP each",
         "memory a rank": f"{used:.1f} of {memory} GiB ({gpu}): {fixed / GIB:.1f} of weights, gradients, AdamW, "
         f"{step.activations / GIB:.1f} of activations, {step.passing / GIB:.1f} in passing",
-        "largest batch": f"{largest} a rank, in {_USABLE:.0%} of the memory; --accumulation and "
+        "largest batch": f"{largest} a rank, in {_USABLE:.0%} of the memory; --network_def#accumulation and "
         "--network_def#encoder#grad_checkpointing True make room",
         "hours": f"{hours:.1f}: {epochs} epochs of {steps} steps ({images} images), at {share:.0%} of {peak} TFLOP/s "
         f"in {kind} (assumed), without waiting for data or other ranks",

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from unimedi_components.data.transforms import RAS_LABELS
 from unimedi_components.data.volume_loading import LoadVolumed, Uprightd, with_part
 from unimedi_components.errors import DataError
 from unimedi_components.figures.attention import CTView, XrayView, draw_selection, draw_xrays
+from unimedi_components.files import replacing
 
 __all__ = ["SaveEmbeddings", "attention_in_file_geometry", "embed_batch", "finish_embedding"]
 
@@ -163,12 +163,10 @@ def _array(value: Any) -> Array:
 
 
 def _write_npz(path: Path, values: Mapping[str, Array]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp.npz")
-    np.savez_compressed(temporary, **values)  # type: ignore[arg-type]
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        np.savez_compressed(temporary, **values)  # type: ignore[arg-type]
 
 
 def _write_nifti(path: Path, values: Array, affine: Array) -> None:
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    nib.save(nib.Nifti1Image(values, affine), temporary)  # type: ignore[attr-defined]
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        nib.save(nib.Nifti1Image(values, affine), temporary)  # type: ignore[attr-defined]
