@@ -162,7 +162,8 @@ def test_head_is_trained_on_the_features_of_the_loaded_encoder(
     network = load_classifier(bundle / "models" / "model.pt")
     chain, names = task_transforms(network.card["preprocessing"]), network.card["label_names"]
     held_out = items.datalist()[6:]
-    dataset = LabelledDataset(held_out, chain, tmp_path, names, network.card["task"], network.spatial_dims)
+    settings = (names, network.card["task"], network.spatial_dims)
+    dataset = LabelledDataset(held_out, chain, tmp_path, *settings, cache_dir=tmp_path / "cache")
     (batch,) = labelled_loader(dataset, 9)
     with torch.no_grad():
         loss = ClassificationLoss(network.card["task"])(network(batch["image"]), batch["label"])
