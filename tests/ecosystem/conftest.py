@@ -164,7 +164,8 @@ def _tiny_unetr(train: dict[str, Any]) -> tuple[torch.nn.Module, str, dict[str, 
     train["train"]["repeated"]["steps"] = 4
     train["evaluation"] |= {"figures": 0, "bootstrap": 10}
     train["size"] = size = {"patch_size_3d": [4, 12, 12], "embed_dim": 32, "depth": 2, "num_heads": 2}
-    options = {"deep_supervision": True, "residual_scores": True, "background_prior": 0.9}
+    kept = ("normalize_states", "norm", "res_block", "deep_supervision", "residual_scores", "background_prior")
+    options = {name: train["network_def"][name] for name in kept}
     encoder = UnifiedViT(64, train["vol_size"], **size)
     network = UnifiedUNETR(encoder, 14, hidden_states=(0, 1), feature_size=4, **options)
     torch.nn.init.normal_(network.out.conv.conv.weight, std=5.0)

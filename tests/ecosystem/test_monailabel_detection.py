@@ -67,7 +67,8 @@ def direct(bundle: Path, image: Path, threshold: float) -> list[dict[str, Any]]:
     top = (size - round(height / scale)) // 2
     rois = []
     for x0, y0, x1, y1 in found["boxes"].tolist():
-        x0, x1, y0, y1 = (scale * (v - pad) for v, pad in ((x0, left), (x1, left), (y0, top), (y1, top)))
+        x0, x1 = (min(max(scale * (v - left), 0), width) for v in (x0, x1))
+        y0, y1 = (min(max(scale * (v - top), 0), height) for v in (y0, y1))
         rois.append([(x0 + x1) / 2 - 0.5, (y0 + y1) / 2 - 0.5, 0, x1 - x0, y1 - y0, 1])
     return rois
 
