@@ -83,7 +83,9 @@ class LabelledDataset(PretrainDataset):
         if self.task == "multilabel":
             if isinstance(label, (list, tuple)) and len(label) == count and all(entry in (0, 1, -1) for entry in label):
                 return [int(entry) for entry in label]
-            wanted = f"a list of {count} values 0, 1 or -1 (uncertain), or findings by name, with such values or without"
+            wanted = (
+                f"a list of {count} values 0, 1 or -1 (uncertain), or findings by name, with such values or without"
+            )
         else:
             # by name, it is the one that is there
             if label is not value and label.count(1) == 1 and label.count(0) == count - 1:
@@ -92,7 +94,9 @@ class LabelledDataset(PretrainDataset):
                 return label
             wanted = f"a whole number from 0 to {count - 1}, or one of the names"
         names = ", ".join(self.label_names)
-        raise DataError(f"item {name!r} has the label {value!r}; for this {self.task} task it must be {wanted}: {names}")
+        raise DataError(
+            f"item {name!r} has the label {value!r}; for this {self.task} task it must be {wanted}: {names}"
+        )
 
 
 def _by_number(value: Any, names: Sequence[str]) -> Any:
