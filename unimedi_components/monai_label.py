@@ -37,7 +37,10 @@ def give_reasons(app: type) -> None:
     def placed(self: Any, request: dict[str, Any], datastore: Any = None) -> Any:
         task, image = self._infers.get(request.get("model")), request.get("image")
         if getattr(task, "dimension", 3) == 2 and isinstance(image, str) and not os.path.exists(image):
-            film = _film((datastore or self.datastore()).get_image_uri(image))
+            store = datastore or self.datastore()
+            # where a series is fetched first, the answer is a temporary file
+            store.get_image_uri(image)
+            film = _film(store.get_image_uri(image))
             # the mask of a DICOM film would be written as DICOM without its place
             request = {"result_extension": ".nii.gz", **request, "image": film} if film else request
         result = infer(self, request, datastore)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
@@ -32,7 +33,7 @@ PLUGIN = Path("/usr/share/orthanc/plugins/libOrthancDicomWeb.so")
 # turned by 3-4-5 about the left-right axis; RAS
 AFFINE = np.array([[-2.0, 0, 0, 40], [0, -1.2, 2.4, 30], [0, 0.9, 3.2, 10], [0, 0, 0, 1]])
 ORGANS = "abdomen_ct_segmentation"
-STUDY, SCAN, FILM = "1.2.826.1", "1.2.826.1.1", "1.2.826.1.2"
+STUDY, SCAN, FILM, OTHER = "1.2.826.1", "1.2.826.1.1", "1.2.826.1.2", "1.2.826.1.3"
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +86,7 @@ def ids(series: str, number: int, sop_class: str) -> dict[str, Any]:
     }
 
 
-def write_scan(folder: Path) -> None:
+def write_scan(folder: Path, series: str) -> None:
     """A CT of 26 x 30 x 19 voxels."""
     folder.mkdir()
     values = np.random.default_rng(0).normal(-800, 50, (26, 30, 19))
@@ -93,7 +94,7 @@ def write_scan(folder: Path) -> None:
     lps = np.diag([-1, -1, 1, 1]) @ AFFINE
     for number in range(19):
         tags = {
-            **ids(SCAN, number, "1.2.840.10008.5.1.4.1.1.2"),
+            **ids(series, number, "1.2.840.10008.5.1.4.1.1.2"),
             "Modality": "CT",
             "ImagePositionPatient": [float(v) for v in (lps @ [0, 0, number, 1])[:3]],
             "ImageOrientationPatient": [*(lps[:3, 0] / 2.0), *(lps[:3, 1] / 1.5)],
@@ -116,9 +117,10 @@ def write_film(path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def client(archive: str, serve: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A server over the archive, with a scan and a film in it."""
+    """A server over the archive, with two scans and a film in it."""
     folder = tmp_path_factory.mktemp("dicomweb")
-    write_scan(folder / "scan")
+    write_scan(folder / "scan", SCAN)
+    write_scan(folder / "other", OTHER)
     write_film(folder / "film" / "0.dcm")
     for file in sorted(folder.glob("*/*.dcm")):
         send(archive, file)
@@ -201,23 +203,24 @@ def test_scores_and_mask_of_a_film_are_those_of_its_dicom(client: Any, tmp_path:
 def test_labels_go_to_the_archive_as_dicom_seg_and_train(client: Any, archive: str, tmp_path: Path) -> None:
     labels = np.zeros((26, 30, 19), np.uint8)
     labels[4:14, 6:18, 4:14], labels[20:24, 20:26, 5:12] = 6, 1
-    place, info = {"image": SCAN, "tag": "final"}, {"label_info": [{"name": "spleen"}, {"name": "liver"}]}
-    file = ("label.nii", nib.Nifti1Image(labels, AFFINE).to_bytes())
-    answer = client.put("/datastore/label", params=place, files={"label": file}, data={"params": json.dumps(info)})
-    assert answer.status_code == 200, answer.text
+    info = {"label_info": [{"name": "spleen"}, {"name": "liver"}]}
+    file = ("label.nii.gz", gzip.compress(nib.Nifti1Image(labels, AFFINE).to_bytes()))
+    for series in (SCAN, OTHER):
+        place, params = {"image": series, "tag": "final"}, {"params": json.dumps(info)}
+        answer = client.put("/datastore/label", params=place, files={"label": file}, data=params)
+        assert answer.status_code == 200, answer.text
     query = f"{archive}/dicom-web/series?Modality=SEG"
     with urllib.request.urlopen(query) as found:
-        (series,) = json.load(found)
-    assert series["0020000D"]["Value"] == [STUDY]
+        assert [series["0020000D"]["Value"] for series in json.load(found)] == [[STUDY]] * 2
     models = client.folder / "app" / "apps" / "monaibundle" / "model" / ORGANS / "models" / "model.pt"
     before = torch.load(models)
-    options = {"max_epochs": 1, "val_split": 0, "multi_gpu": False}
+    options = {"max_epochs": 1, "val_split": 0.5, "multi_gpu": False}
     answer = client.post(f"/train/{ORGANS}", params={"run_sync": "true"}, json=options)
-    assert (answer.status_code, answer.json()) == (200, {})
+    assert (answer.status_code, answer.json()) == (200, {}), answer.text
     assert not torch.equal(torch.load(models)["out.conv.conv.weight"], before["out.conv.conv.weight"])
     # read back from the archive, whose segments are numbered anew, a label map would name other organs
     for cached in (client.folder / "cache").glob("*/labels/final/*.nii*"):
         cached.unlink()
     answer = client.post(f"/train/{ORGANS}", params={"run_sync": "true"}, json=options)
     assert answer.status_code == 400, answer.text
-    assert f"{SCAN}.nrrd" in answer.json()["detail"]
+    assert ".nrrd" in answer.json()["detail"]

@@ -115,11 +115,11 @@ def _inverse(plane: _Plane, path: str | Path) -> Array:
 
 
 def _plane(path: Path) -> _Plane:
-    itk = load_itk()
     if not path.is_file():
         raise DataError(f"{path}: no such file; correct the datalist")
     if is_dicom(path):
         return _dicom(read_header(path))
+    itk = load_itk()
     reader = itk.ImageIOFactory.CreateImageIO(str(path), itk.CommonEnums.IOFileMode_ReadMode)
     if reader is None:
         return _picture(path)

@@ -189,12 +189,14 @@ class ServedMaskd(Transform):
         self.image, self.pred, self.path = image, pred, path
 
     def __call__(self, data: Mapping[Hashable, Any]) -> Mapping[Hashable, Any]:
-        """Return `data` with the mask uint8 (W, H)."""
+        """Return `data` with the mask uint8 (W, H); (W, H, 1) of a film that has a place, which is written only so."""
         if "id" in data:
             return data
         mask = torch.as_tensor(data[self.pred])[0].to(torch.uint8).T.contiguous()
         image = data[self.image].clone()
-        image.meta["spatial_shape"] = np.asarray(mask.shape)
         if self.path in data:
             image.affine = torch.as_tensor(film_affine(data[self.path]))
+            if not np.array_equal(np.abs(image.affine), np.eye(4)):
+                mask = mask[..., None]
+        image.meta["spatial_shape"] = np.asarray(mask.shape)
         return {**data, self.pred: mask, self.image: image}
