@@ -195,8 +195,9 @@ class ServedMaskd(Transform):
         mask = torch.as_tensor(data[self.pred])[0].to(torch.uint8).T.contiguous()
         image = data[self.image].clone()
         if self.path in data:
-            image.affine = torch.as_tensor(film_affine(data[self.path]))
-            if not np.array_equal(np.abs(image.affine), np.eye(4)):
+            affine = film_affine(data[self.path])
+            image.affine = torch.as_tensor(affine)
+            if not np.array_equal(np.abs(affine), np.eye(4)):
                 mask = mask[..., None]
         image.meta["spatial_shape"] = np.asarray(mask.shape)
         return {**data, self.pred: mask, self.image: image}
