@@ -94,7 +94,9 @@ def _name_segments(info: list[Any], file: str, numbers: dict[str, int]) -> None:
     """Put in place, for each label that a mask has, the entry of its name, or one with its name alone."""
     names = {number: name for name, number in numbers.items()}
     given = {str(entry.get("name", "")).lower(): entry for entry in info}
-    found = [names[int(label)] for label in np.unique(np.asanyarray(nib.load(file).dataobj)) if label]
+    found = [
+        names[int(label)] for label in np.unique(np.asanyarray(nib.Nifti1Image.from_filename(file).dataobj)) if label
+    ]
     first = {"model_name": info[0]["model_name"]} if info and "model_name" in info[0] else {}
     info[:] = [{**first, **given.get(name, {"name": name})} for name in found]
 

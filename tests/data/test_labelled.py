@@ -135,7 +135,7 @@ def test_labels_in_json_files(root, tmp_path):
         with pytest.raises(DataError, match=fault):
             labels_of(root, [str(tmp_path / name)], "multiclass")
     (tmp_path / "f.json").write_text('{"name": 1}')
-    with pytest.raises(DataError, match="has the label {'name': 1}"):
+    with pytest.raises(DataError, match=r"has the label \{'name': 1\}"):
         labels_of(root, [str(tmp_path / "f.json")], "multiclass")
     (tmp_path / "g.json").write_text('{"pneumonia": 1}')
     (tmp_path / "h.json").write_text('{"label": ["pneumonia", "normal"]}')

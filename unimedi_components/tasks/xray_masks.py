@@ -180,7 +180,7 @@ class ServedMaskd(Transform):
     pass untouched.
 
     Args:
-        image: key of the image, whose "spatial_shape" MONAI Label compares the mask's with, and whose affine it writes.
+        image: key of the image, whose "spatial_shape" and "original_affine" MONAI Label gives the mask.
         pred: key of the mask, (1, H, W).
         path: key of the film's file, which knows where it lies.
     """
@@ -196,7 +196,7 @@ class ServedMaskd(Transform):
         image = data[self.image].clone()
         if self.path in data:
             affine = film_affine(data[self.path])
-            image.affine = torch.as_tensor(affine)
+            image.meta["original_affine"] = affine
             if not np.array_equal(np.abs(affine), np.eye(4)):
                 mask = mask[..., None]
         image.meta["spatial_shape"] = np.asarray(mask.shape)
