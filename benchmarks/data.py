@@ -32,9 +32,10 @@ from monai.transforms import (
     ScaleIntensityRanged,
 )
 
-from unimedi_components.data import ByDimension, PretrainDataset, ct_transforms, pretraining_datalist, xray_transforms
+from unimedi_components.data import ByDimension, ct_transforms, pretraining_datalist, xray_transforms
 from unimedi_components.data.datalist import load_datalist
 from unimedi_components.data.transforms import RAS_LABELS
+from unimedi_components.loading import PretrainDataset
 
 NAMES = {2: "X-rays", 3: "CT volumes"}
 MIN_LATER = {2: 1500, 3: 2000}

@@ -22,10 +22,10 @@ from monai.bundle import ConfigParser
 from monai.networks.nets import UNETR
 from torch import nn
 
-from unimedi_components.data import labelled_loader
-from unimedi_components.data.dense import DenseDataset
-from unimedi_components.data.repeated import RepeatedDataset
 from unimedi_components.engines.fine_tune import fine_tuning_optimizer
+from unimedi_components.loading import labelled_loader
+from unimedi_components.loading.dense import DenseDataset
+from unimedi_components.loading.repeated import RepeatedDataset
 from unimedi_components.metrics.organs import OrganDice
 from unimedi_components.networks import encoder_sizes
 

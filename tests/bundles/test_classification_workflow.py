@@ -12,7 +12,7 @@ import torch
 from monai.bundle import ConfigWorkflow
 
 from unimedi_components.data.chains import task_transforms
-from unimedi_components.data.labelled import LabelledDataset, labelled_loader
+from unimedi_components.loading.labelled import LabelledDataset, labelled_loader
 from unimedi_components.losses import ClassificationLoss
 from unimedi_components.networks import UnifiedViT
 from unimedi_components.networks.classifier import load_classifier

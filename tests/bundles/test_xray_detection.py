@@ -17,8 +17,9 @@ import torch
 from monai.bundle import ConfigParser, ConfigWorkflow
 from PIL import Image
 
-from unimedi_components.data import DenseDataset, labelled_loader, task_transforms
+from unimedi_components.data import task_transforms
 from unimedi_components.errors import DataError
+from unimedi_components.loading import DenseDataset, labelled_loader
 from unimedi_components.metrics import Detections, detection_metrics
 from unimedi_components.networks import load_network
 from unimedi_components.tasks import evaluate_task

@@ -14,7 +14,8 @@ import torch
 from monai.bundle import ConfigWorkflow
 from torch.nn import functional as F
 
-from unimedi_components.data import DenseDataset, labelled_loader, task_transforms
+from unimedi_components.data import task_transforms
+from unimedi_components.loading import DenseDataset, labelled_loader
 from unimedi_components.losses import FocalDiceLoss
 from unimedi_components.networks import load_network
 

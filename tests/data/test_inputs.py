@@ -13,15 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unimedi_components.data import (
-    ByDimension,
-    PretrainDataset,
-    ct_transforms,
-    find_images,
-    image_loader,
-    xray_transforms,
-)
+from unimedi_components.data import ByDimension, ct_transforms, find_images, image_loader, xray_transforms
 from unimedi_components.errors import DataError
+from unimedi_components.loading import PretrainDataset
 
 UID = "1.2.826.0.1.3680043.2.1125.1"
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from unimedi_components.data.dataset import PretrainDataset
 from unimedi_components.data.slice_files import evenly_spread, in_slice_order, slice_files
 from unimedi_components.data.slices import ChooseSlicesd, SliceFolderReader, slice_volume_transforms
 from unimedi_components.data.transforms import ByDimension
 from unimedi_components.errors import DataError
+from unimedi_components.loading.dataset import PretrainDataset
 
 
 def save(path, pixels, **options):

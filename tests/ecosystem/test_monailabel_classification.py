@@ -15,7 +15,8 @@ import torch
 from monai.transforms import Compose
 from PIL import Image
 
-from unimedi_components.data import LabelledDataset, labelled_loader, task_transforms
+from unimedi_components.data import task_transforms
+from unimedi_components.loading import LabelledDataset, labelled_loader
 from unimedi_components.losses import ClassificationLoss
 from unimedi_components.networks import load_classifier
 

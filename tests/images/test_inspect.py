@@ -14,8 +14,9 @@ import pytest
 from PIL import Image
 
 from unimedi_components.__main__ import main
-from unimedi_components.data import ByDimension, PretrainDataset, ct_transforms, find_images, xray_transforms
+from unimedi_components.data import ByDimension, ct_transforms, find_images, xray_transforms
 from unimedi_components.data.table import collect
+from unimedi_components.loading import PretrainDataset
 
 REPORT = "The heart is enlarged and the lungs are clear."
 

@@ -12,11 +12,11 @@ from monai.data import DataLoader
 
 from unimedi_components.command_options import path_names
 from unimedi_components.data.datalist import load_datalist
-from unimedi_components.data.dataset import PretrainDataset, Skipped
 from unimedi_components.data.volume_loading import part_of
 from unimedi_components.errors import DataError
 from unimedi_components.images import find
 from unimedi_components.images.xray import film_notes
+from unimedi_components.loading.dataset import PretrainDataset, Skipped
 
 __all__ = ["find_images", "image_loader"]
 

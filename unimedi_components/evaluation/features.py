@@ -17,14 +17,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from unimedi_components.data.dataset import PretrainDataset
-from unimedi_components.data.loading import eval_loader
 from unimedi_components.data.phantom.paired import PAIRED
 from unimedi_components.data.text import as_trained
 from unimedi_components.data.transforms import input_transforms
 from unimedi_components.distributed import gather_objects, is_distributed, rank, wait_for_ranks, world_size
 from unimedi_components.errors import DataError
 from unimedi_components.images.find import ImageList
+from unimedi_components.loading.dataset import PretrainDataset
+from unimedi_components.loading.loader import eval_loader
 from unimedi_components.networks.output import ImageFeatures
 from unimedi_components.networks.pretrained import Pretrained
 

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unimedi_components.data.loading import eval_loader
 from unimedi_components.engines.checkpoint import LAST
 from unimedi_components.engines.target_information import COLLAPSED
 from unimedi_components.errors import CheckpointError
 from unimedi_components.evaluation.features import make_dataset
+from unimedi_components.loading.loader import eval_loader
 from unimedi_components.losses.pretrain import UniMediLoss
 from unimedi_components.metrics.information import TargetInformation
 from unimedi_components.networks.heads import DINOHead

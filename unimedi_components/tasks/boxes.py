@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from unimedi_components.data.boxes import boxes_to_file, boxes_to_image
 from unimedi_components.data.chains import task_transforms
-from unimedi_components.data.dense import DenseDataset
 from unimedi_components.data.roi_boxes import boxes_of_rois, rois_of_boxes
 from unimedi_components.data.transforms import XrayReader
 from unimedi_components.figures.charts import draw_precision_recall
 from unimedi_components.figures.panels import BoxImage, draw_boxes
+from unimedi_components.loading.dense import DenseDataset
 from unimedi_components.metrics.boxes import (
     SHOWN,
     Detections,

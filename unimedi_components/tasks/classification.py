@@ -14,9 +14,9 @@ from sklearn.metrics import roc_curve
 from torch import Tensor
 
 from unimedi_components.data.chains import task_transforms
-from unimedi_components.data.labelled import LabelledDataset
 from unimedi_components.figures.charts import RocCurve, draw_confusion, draw_roc
 from unimedi_components.figures.panels import draw_prediction
+from unimedi_components.loading.labelled import LabelledDataset
 from unimedi_components.losses.classification import UNCERTAIN, probabilities
 from unimedi_components.metrics.classification import classification_metrics, predicted_labels
 from unimedi_components.networks.classifier import ImageClassifier

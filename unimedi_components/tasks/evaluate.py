@@ -16,11 +16,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from unimedi_components.data.datalist import load_datalist, select, write_json
-from unimedi_components.data.dataset import PretrainDataset, Skipped
-from unimedi_components.data.labelled import labelled_loader
 from unimedi_components.distributed import rank
 from unimedi_components.errors import CheckpointError, ConfigError, DataError
 from unimedi_components.figures.curves import draw_loss_curves
+from unimedi_components.loading.dataset import PretrainDataset, Skipped
+from unimedi_components.loading.labelled import labelled_loader
 from unimedi_components.networks.cards import load_network
 from unimedi_components.provenance import provenance
 from unimedi_components.tasks.writer import write_csv

@@ -14,9 +14,9 @@ import torch
 from monai.transforms import Transform
 
 from unimedi_components.data.datalist import write_json
-from unimedi_components.data.dataset import PretrainDataset
 from unimedi_components.errors import CheckpointError, DataError
 from unimedi_components.files import replacing
+from unimedi_components.loading.dataset import PretrainDataset
 from unimedi_components.tasks.dicom_outputs import check_dicom_outputs
 
 __all__ = ["PredictionWriter", "check_finite", "check_probability", "write_csv"]

@@ -15,10 +15,10 @@ from PIL import Image
 from torch import Tensor
 
 from unimedi_components.data.chains import task_transforms
-from unimedi_components.data.dense import DenseDataset
 from unimedi_components.data.transforms import XrayReader
 from unimedi_components.figures.panels import MaskView, draw_masks
 from unimedi_components.files import replacing
+from unimedi_components.loading.dense import DenseDataset
 from unimedi_components.metrics.masks import mask_counts, mask_metrics, mask_scores
 from unimedi_components.tasks.dicom_outputs import write_mask
 from unimedi_components.tasks.evaluate import Row, TaskEvaluation

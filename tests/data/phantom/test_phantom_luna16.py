@@ -13,13 +13,13 @@ import pytest
 from monai.transforms import Compose
 
 from unimedi_components.data.cubes import LoadCubed, luna_cube_transforms
-from unimedi_components.data.dataset import PretrainDataset
 from unimedi_components.data.luna16 import DATASET
 from unimedi_components.data.phantom import luna16, write_phantom
 from unimedi_components.data.phantom.nodules import PADDING_HU, make_nodule_ct
 from unimedi_components.data.phantom.studies import make_patient
 from unimedi_components.data.transforms import ByDimension, ct_transforms
 from unimedi_components.images.itk_volumes import read_block, read_geometry, world_to_voxel
+from unimedi_components.loading.dataset import PretrainDataset
 
 PATIENTS, SEED = 12, 6
 SPLITS = ("training", "validation", "test")

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from unimedi_components.data.dataset import PretrainDataset, Skipped
+from unimedi_components.loading.dataset import PretrainDataset, Skipped
 
 __all__ = ["RepeatedDataset"]
 

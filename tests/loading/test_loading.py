@@ -14,13 +14,13 @@ import torch
 from monai.transforms import Transform
 from PIL import Image
 
-from unimedi_components.data.dataset import PretrainDataset, Skipped
 from unimedi_components.data.fingerprint import describe, fingerprint
-from unimedi_components.data.loading import MixedCollate, build_loader, eval_loader
-from unimedi_components.data.sampler import MixedBatchSampler
 from unimedi_components.data.transforms import ByDimension, ct_transforms, xray_transforms
 from unimedi_components.data.vocabulary import build_wordpiece
 from unimedi_components.errors import ConfigError, DataError
+from unimedi_components.loading.dataset import PretrainDataset, Skipped
+from unimedi_components.loading.loader import MixedCollate, build_loader, eval_loader
+from unimedi_components.loading.sampler import MixedBatchSampler
 
 N2, N3 = 10, 5
 

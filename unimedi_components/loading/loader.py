@@ -15,9 +15,9 @@ import torch
 from monai.data import DataLoader
 from torch import Tensor
 
-from unimedi_components.data.dataset import PretrainDataset, Skipped
-from unimedi_components.data.sampler import MixedBatchSampler
 from unimedi_components.errors import DataError
+from unimedi_components.loading.dataset import PretrainDataset, Skipped
+from unimedi_components.loading.sampler import MixedBatchSampler
 
 __all__ = [
     "MixedBatchSampler",

@@ -12,14 +12,14 @@ from monai.data import MetaTensor
 from monai.data.utils import collate_meta_tensor
 from torch import Tensor
 
-from unimedi_components.data.dataset import PretrainDataset, Skipped
 from unimedi_components.data.films import TARGETS
-from unimedi_components.data.labelled import distinguish
 from unimedi_components.data.roi_boxes import boxes_of_rois
 from unimedi_components.data.transforms import ByDimension
 from unimedi_components.errors import ConfigError, DataError
 from unimedi_components.images.find import ImageList
 from unimedi_components.images.xray import film_notes
+from unimedi_components.loading.dataset import PretrainDataset, Skipped
+from unimedi_components.loading.labelled import distinguish
 
 __all__ = ["DenseDataset", "collate_dense"]
 

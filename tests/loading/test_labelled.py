@@ -10,10 +10,11 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-from unimedi_components.data import sampler, xray_transforms
-from unimedi_components.data.dataset import Skipped
-from unimedi_components.data.labelled import FeatureDataset, LabelledDataset, collate_labelled, labelled_loader
+from unimedi_components.data import xray_transforms
 from unimedi_components.errors import DataError
+from unimedi_components.loading import sampler
+from unimedi_components.loading.dataset import Skipped
+from unimedi_components.loading.labelled import FeatureDataset, LabelledDataset, collate_labelled, labelled_loader
 from unimedi_components.networks import UnifiedViT
 from unimedi_components.networks.classifier import ImageClassifier
 

@@ -11,10 +11,11 @@ from monai.data import MetaTensor
 from monai.transforms import RandFlipd
 from PIL import Image
 
-from unimedi_components.data import film_transforms, labelled_loader, segmentation_transforms
-from unimedi_components.data.dataset import Skipped
-from unimedi_components.data.dense import DenseDataset, collate_dense
+from unimedi_components.data import film_transforms, segmentation_transforms
 from unimedi_components.errors import ConfigError, DataError
+from unimedi_components.loading import labelled_loader
+from unimedi_components.loading.dataset import Skipped
+from unimedi_components.loading.dense import DenseDataset, collate_dense
 
 SIDE = 16
 

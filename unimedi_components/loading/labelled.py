@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from unimedi_components.data.dataset import PretrainDataset, Skipped
-from unimedi_components.data.loading import MixedDataLoader
-from unimedi_components.data.sampler import MixedBatchSampler, rank_share
 from unimedi_components.data.transforms import ByDimension
 from unimedi_components.distributed import gather_objects, rank, world_size
 from unimedi_components.errors import DataError
 from unimedi_components.images.find import ImageList
 from unimedi_components.images.xray import film_notes
+from unimedi_components.loading.dataset import PretrainDataset, Skipped
+from unimedi_components.loading.loader import MixedDataLoader
+from unimedi_components.loading.sampler import MixedBatchSampler, rank_share
 
 __all__ = ["FeatureDataset", "LabelledDataset", "collate_labelled", "distinguish", "labelled_loader"]
 

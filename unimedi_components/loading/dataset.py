@@ -27,11 +27,11 @@ from monai.transforms import (
 )
 from torch import Tensor
 
-from unimedi_components.data.store import FORMAT, ImageStore, ItemList, pack, unpack
 from unimedi_components.data.transforms import ByDimension
 from unimedi_components.errors import DataError
 from unimedi_components.images.find import ImageList
 from unimedi_components.images.xray import LoadXrayd
+from unimedi_components.loading.store import FORMAT, ImageStore, ItemList, pack, unpack
 
 __all__ = ["PretrainDataset", "Skipped"]
 
