@@ -18,7 +18,6 @@ _EXPORTS = {
     "ct_transforms": "transforms",
     "film_transforms": "films",
     "find_images": "inputs",
-    "image_loader": "inputs",
     "load_datalist": "datalist",
     "load_task": "tasks",
     "pretraining_datalist": "pretraining",

@@ -36,7 +36,7 @@ def embed_batch(engine: Any, batchdata: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         engine: MONAI's `SupervisedEvaluator`; its inferer is given the network's `features`.
-        batchdata: a batch of `data.image_loader`.
+        batchdata: a batch of `ImageLoader`.
 
     Returns:
         "image", "pred" (B, E) of unit norm, "cls" (B, D), "attention" on the token grid (B, rows, columns) or
@@ -140,7 +140,7 @@ def finish_embedding(dataset: Any, output_dir: str | Path) -> None:
     """Write `summary.json`, the inputs and those that could not be read, and say how many there were.
 
     Args:
-        dataset: the `PretrainDataset` that was gone through.
+        dataset: the `ImageDataset` that was gone through.
         output_dir: folder of the embeddings.
 
     Raises:

@@ -1,24 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Datalists to batches: data sets with a cache on disk, samplers, loaders."""
+"""Datalists to batches: images with their targets, kept on disk, in batches that are the same on every machine."""
 
-from unimedi_components.loading.dataset import PretrainDataset
-from unimedi_components.loading.dense import DenseDataset
-from unimedi_components.loading.labelled import FeatureDataset, LabelledDataset, labelled_loader
-from unimedi_components.loading.loader import MixedCollate, MixedDataLoader, build_loader, eval_loader
-from unimedi_components.loading.repeated import RepeatedDataset
+from unimedi_components.loading.collate import MixedCollate
+from unimedi_components.loading.dataset import ImageDataset
+from unimedi_components.loading.derived import FeatureDataset, RepeatedDataset
+from unimedi_components.loading.loader import ImageLoader
 from unimedi_components.loading.sampler import MixedBatchSampler, rank_share
+from unimedi_components.loading.targets import Skipped
 
 __all__ = [
-    "DenseDataset",
     "FeatureDataset",
-    "LabelledDataset",
+    "ImageDataset",
+    "ImageLoader",
     "MixedBatchSampler",
     "MixedCollate",
-    "MixedDataLoader",
-    "PretrainDataset",
     "RepeatedDataset",
-    "build_loader",
-    "eval_loader",
-    "labelled_loader",
+    "Skipped",
     "rank_share",
 ]
