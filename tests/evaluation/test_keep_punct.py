@@ -20,7 +20,7 @@ from unimedi_components.errors import DataError
 from unimedi_components.evaluation import evaluate_datalist
 from unimedi_components.evaluation.evaluate import heldout_items
 from unimedi_components.evaluation.features import make_dataset
-from unimedi_components.loading.loader import MixedCollate
+from unimedi_components.loading import MixedCollate
 from unimedi_components.networks import ProjectionHead, ReportEncoder, UnifiedViT, UniMedI, load_tokenizer
 from unimedi_components.networks.pretrained import load_pretrained, make_card, student_state
 from unimedi_components.search import Embedder, ZeroShot, load_prompts

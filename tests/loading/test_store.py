@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from unimedi_components.data.vocabulary import build_wordpiece
-from unimedi_components.loading.loader import MixedCollate
+from unimedi_components.loading import MixedCollate
 from unimedi_components.loading.store import ImageStore, ItemList, pack, unpack
 
 IMAGE = torch.linspace(-1, 1, 3001).reshape(1, 1, 3001)
