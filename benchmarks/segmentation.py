@@ -22,7 +22,7 @@ from monai.bundle import ConfigParser
 from monai.networks.nets import UNETR
 from torch import nn
 
-from unimedi_components.engines.fine_tune import fine_tuning_optimizer
+from unimedi_components.engines import build_optimizer
 from unimedi_components.loading import ImageDataset, ImageLoader, RepeatedDataset
 from unimedi_components.metrics.organs import OrganDice
 from unimedi_components.networks import encoder_sizes
@@ -90,7 +90,7 @@ def _train(name: str, minutes: float, phantoms: int, seed: int) -> list[dict[str
     if name == "monai":
         optimizer = torch.optim.AdamW(network.parameters(), lr=rates["lr"], weight_decay=rates["weight_decay"])
     else:
-        optimizer = fine_tuning_optimizer(network, **rates)
+        optimizer = build_optimizer(network, **rates)
     peaks = [group["lr"] for group in optimizer.param_groups]
     rows: list[dict[str, Any]] = []
     steps, trained, epoch = 0, 0.0, 0

@@ -46,6 +46,8 @@ _MAX_REFILL = 8
 _SKIPPED_FILE = "skipped.jsonl"
 # fields of an item that say what its file is to be taken for: the slices of a folder, the centre of a cube, units
 _PART_FIELDS = ("slices", "center", "assume_hu", "check_hu")
+# what a transform says of an image's values, which goes with it where nothing is cached
+_NOTES = ("film_values",)
 # fields that name a file, whose size and time decide whether what is kept of it is still valid
 _FILE_FIELDS = ("image", "mask")
 
@@ -211,12 +213,12 @@ class ImageDataset(PersistentDataset):
             key = [self.seed, int(self._epoch), index]
             self.transform.seed_random(item["dim"], int(np.random.SeedSequence(key).generate_state(1)[0]))
             with _meta(any(isinstance(value, MetaTensor) for value in prepared.values())):
-                tensors = self._tensors(self.transform.random(prepared | {"dim": item["dim"]}))
+                made = self._kept(self.transform.random(prepared | {"dim": item["dim"]}))
         except MemoryError:
             raise
         except Exception as error:
             return self._skip(item["id"], self.root / item["image"], error)
-        return {**item, "index": index, **tensors}
+        return {**item, "index": index, **made}
 
     def _source(self, item: Mapping[str, Any]) -> dict[str, Any]:
         """What the transforms are given of an item: "id", "dim", and what says where and which the image is."""
@@ -232,10 +234,12 @@ class ImageDataset(PersistentDataset):
             source["boxes"] = boxes_of_rois(source["image"], item["box"])
         return source
 
-    def _tensors(self, prepared: Mapping[str, Any]) -> dict[str, Tensor]:
+    def _kept(self, prepared: Mapping[str, Any]) -> dict[str, Any]:
+        """The tensors of an item that its batch needs, and what was done to a film's values."""
+        notes = {name: prepared[name] for name in _NOTES if name in prepared}
         if self.keep_meta:
-            return {name: prepared[name] for name in self.kept}
-        return {name: _plain(prepared[name], float_only=name == "image") for name in self.kept}
+            return notes | {name: prepared[name] for name in self.kept}
+        return notes | {name: _plain(prepared[name], float_only=name == "image") for name in self.kept}
 
     def _skip(self, item_id: str, path: Path, error: BaseException) -> Skipped:
         cause = error
@@ -267,17 +271,18 @@ class ImageDataset(PersistentDataset):
             self._keys[index] = np.frombuffer(_key(source), np.uint8)
         key = self._keys[index].tobytes()
         if (found := self._stores[dim].get(key)) is None:
-            block = pack(self._compute(source or self._source(item)))
+            made = self._compute(source or self._source(item))
+            block = pack({name: made[name] for name in self.kept})
             self._stores[dim].put(key, block)
             # rounded as it will be when it is read
             found = unpack(block)
         return found
 
-    def _compute(self, item: dict[str, Any]) -> dict[str, Tensor]:
+    def _compute(self, item: dict[str, Any]) -> dict[str, Any]:
         steps = self.transform.cached_transforms(item["dim"])
         with _meta(self.keep_meta or not all(type(step) in _BLIND for step in steps)):
             prepared = dict(self._pre_transform(item))
-            found = prepared if self.keep_meta else self._tensors(prepared)
+            found = prepared if self.keep_meta else self._kept(prepared)
         # one pass, in which a NaN comes through
         if not torch.isfinite(torch.stack(found["image"].as_subclass(Tensor).aminmax())).all():
             raise DataError(f"{item['image']}: holds values that are not finite numbers")
