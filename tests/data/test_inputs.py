@@ -133,6 +133,7 @@ def test_loader_keeps_dimensions_apart_and_unreadable_files_out(tmp_path: Path) 
     dataset = ImageDataset(find_images(None, tmp_path), transform, tmp_path)
     batches = list(ImageLoader(dataset, (2, 2)))
     assert [batch["id"] for batch in batches] == [["a"], ["ct", "v"]]
+    assert batches[0]["film_values"] == ["value / 255"] and "film_values" not in batches[1]
     assert [batch["image"].shape for batch in batches] == [(1, 1, 16, 16), (2, 1, 8, 16, 16)]
     # The DICOM series came in as one volume, its slices in the order of their positions: they grow brighter upwards.
     means = batches[1]["image"][0, 0].mean((1, 2))

@@ -40,11 +40,8 @@ def embed_batch(engine: Any, batchdata: Mapping[str, Any]) -> dict[str, Any]:
 
     Returns:
         "image", "pred" (B, E) of unit norm, "cls" (B, D), "attention" on the token grid (B, rows, columns) or
-        (B, slabs, rows, columns), and for volumes "scores" (B, slabs) and "selected" (B, k). Empty where nothing of
-        the batch could be read.
+        (B, slabs, rows, columns), and for volumes "scores" (B, slabs) and "selected" (B, k).
     """
-    if "image" not in batchdata:
-        return {}
     image = batchdata["image"].to(engine.state.device)
     with engine.mode(engine.network), torch.autocast(image.device.type, enabled=engine.amp):
         found = engine.inferer(image, engine.network.features)
