@@ -84,11 +84,11 @@ class ImageLoader(DataLoader):
         collate_fn = collate_fn or dataset.collate
         super().__init__(dataset, num_workers, batch_sampler=batches, collate_fn=collate_fn, **kwargs)
 
-    def set_epoch(self, epoch: int, skip: int = 0) -> None:
-        """Choose the epoch of the next iteration, and how many of its first batches to leave out (resume)."""
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the next iteration."""
         self.dataset.set_epoch(epoch)
         if isinstance(self.batch_sampler, MixedBatchSampler):
-            self.batch_sampler.set_epoch(epoch, skip)
+            self.batch_sampler.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]
         return (batch for batch in super().__iter__() if batch is not None)
