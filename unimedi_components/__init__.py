@@ -31,11 +31,10 @@ _SUBPACKAGES = (
     "distributed",
     "engines",
     "errors",
-    "evaluation",
     "losses",
     "metrics",
     "networks",
-    "search",
+    "retrieval",
     "selection",
     "tasks",
 )

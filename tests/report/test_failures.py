@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import torch
 
-from unimedi_components.evaluation.features import Features
 from unimedi_components.report.failures import _kept, lowest_retrievals, missed_studies
+from unimedi_components.retrieval.features import Features
 
 REPORTS = ["effusion", "nodule", "edema", "normal"]
 

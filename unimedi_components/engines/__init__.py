@@ -18,7 +18,6 @@ from unimedi_components.engines.handlers import (
     losses,
     prepare_mixed_batch,
 )
-from unimedi_components.engines.inference import SaveEmbeddings, embed_batch, finish_embedding
 from unimedi_components.engines.optim import amp_dtype, build_optimizer, scaled_lr, use_amp, warmup_cosine
 from unimedi_components.engines.progress import TrainingProgress
 from unimedi_components.engines.run import PretrainingRun, TaskRun, set_up
@@ -33,7 +32,6 @@ __all__ = [
     "GradientCare",
     "History",
     "PretrainingRun",
-    "SaveEmbeddings",
     "SkippedStudies",
     "TaskCheckpoint",
     "TaskRun",
@@ -48,8 +46,6 @@ __all__ = [
     "build_optimizer",
     "choose_recipe",
     "defined_handler",
-    "embed_batch",
-    "finish_embedding",
     "losses",
     "prepare_mixed_batch",
     "scaled_lr",

@@ -13,12 +13,12 @@ import torch
 from torch.nn import functional as F
 
 from unimedi_components.data.datalist import write_json
-from unimedi_components.evaluation.features import Features
-from unimedi_components.evaluation.retrieval import first_correct_rank
-from unimedi_components.evaluation.slices import is_focal, lesion_mask
-from unimedi_components.evaluation.summary import ct_views
 from unimedi_components.figures.attention import draw_selection
 from unimedi_components.networks.pretrained import Pretrained
+from unimedi_components.retrieval.features import Features
+from unimedi_components.retrieval.recall import first_correct_rank
+from unimedi_components.retrieval.slices import is_focal, lesion_mask
+from unimedi_components.retrieval.summary import ct_views
 
 __all__ = ["FAILURES", "MISSED", "lowest_retrievals", "missed_studies", "write_failures"]
 

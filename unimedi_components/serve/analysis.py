@@ -15,7 +15,10 @@ import torch
 from torch.nn import functional as F
 
 from unimedi_components.errors import DataError
-from unimedi_components.search import Embedder, EmbeddingIndex, Hit, PromptSet, ZeroShot
+from unimedi_components.retrieval.embedder import Embedder
+from unimedi_components.retrieval.index import EmbeddingIndex, Hit
+from unimedi_components.retrieval.prompts import PromptSet
+from unimedi_components.retrieval.zero_shot import ZeroShot
 from unimedi_components.serve.faults import bad_request
 from unimedi_components.serve.results import Analysis, Finding, Neighbour, Neighbours, Picture, Slab
 from unimedi_components.serve.study import Study
