@@ -192,6 +192,10 @@ ARROWS = {
     "networks": {"errors", "networks", "selection", "distributed"},
     "losses": {"errors", "losses", "networks", "distributed"},
     "metrics": {"distributed", "errors", "losses", "metrics"},
+    "retrieval": {
+        *("data", "distributed", "engines", "errors", "figures", "files", "images", "losses", "metrics", "networks"),
+        *("provenance", "retrieval", "tasks"),
+    },
     "selection": set(),
     "distributed": {"errors"},
 }

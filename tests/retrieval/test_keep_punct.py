@@ -11,18 +11,15 @@ import torch
 from monai.bundle import ConfigParser
 
 from unimedi_components.data import load_datalist, pretraining_datalist, select
-from unimedi_components.data.datalist import write_json
 from unimedi_components.data.loading import MixedCollate
 from unimedi_components.data.phantom import write_phantom
 from unimedi_components.data.prepare import merge_datalists, prepare
 from unimedi_components.data.text import as_trained, clean_report
-from unimedi_components.data.vocabulary import build_wordpiece
 from unimedi_components.errors import DataError
-from unimedi_components.networks import ProjectionHead, ReportEncoder, UnifiedViT, UniMedI, load_tokenizer
-from unimedi_components.networks.pretrained import load_pretrained, make_card, student_state
+from unimedi_components.networks.pretrained import load_pretrained
 from unimedi_components.retrieval import Embedder, ZeroShot, evaluate_datalist, load_prompts
+from unimedi_components.retrieval.embedder import make_dataset
 from unimedi_components.retrieval.evaluate import heldout_items
-from unimedi_components.retrieval.features import make_dataset
 from unimedi_components.retrieval.report_table import read_reports
 
 BUNDLES = Path(__file__).resolve().parents[2] / "bundles"
@@ -40,33 +37,17 @@ def keep_punct(request):
 
 
 @pytest.fixture(scope="module")
-def training(tmp_path_factory, keep_punct):
+def training(tmp_path_factory, keep_punct, leave_network):
     """A training run's datalist, its folder, and a network as the run leaves it, with random weights."""
     root = tmp_path_factory.mktemp("data")
     kept = {"mimic_cxr": PATIENTS, "bimcv": PATIENTS}
     datalist = load_datalist(
         pretraining_datalist(root, kept, SEED, **{} if keep_punct is False else {"keep_punct": True}), root
     )
-    models = tmp_path_factory.mktemp("models")
-    tokenizer = load_tokenizer(build_wordpiece([item["report"] for item in datalist["training"]], models / "v", 300))
-    torch.manual_seed(0)
-    network = UniMedI(
-        UnifiedViT(img_size=32, vol_size=(16, 32, 32), patch_size_3d=(4, 16, 16), embed_dim=32, depth=1, num_heads=2),
-        ReportEncoder(config={"hidden_size": 32, "num_hidden_layers": 1, "vocab_size": len(tokenizer)}),
-        ProjectionHead(32, 32, 16),
-        ProjectionHead(32, 32, 16),
-        selector="student",
-        self_distillation=False,
-        num_slices=2,
-    )
-    preprocessing = {"xray": {"size": 32}, "ct": {"spatial_size": [16, 32, 32]}, "max_length": 64}
-    if keep_punct is not None:
-        preprocessing["keep_punct"] = keep_punct
-    write_json(make_card(network, preprocessing), models / "model.json")
-    torch.save(network.encoder.state_dict(), models / "model.pt")
-    torch.save(student_state(network), models / "unimedi.pt")
-    tokenizer.save_pretrained(models / "report_encoder")
-    return datalist, root, load_pretrained(models / "model.pt")
+    reports = [item["report"] for item in datalist["training"]]
+    card = {} if keep_punct is None else {"keep_punct": keep_punct}
+    path = leave_network(tmp_path_factory.mktemp("models"), reports, depth=1, **card)
+    return datalist, root, load_pretrained(path)
 
 
 @pytest.fixture

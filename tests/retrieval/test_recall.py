@@ -86,10 +86,10 @@ def test_precision_by_hand():
     candidates = torch.tensor([[1.0, 0.0], [1.0, 0.1], [1.0, 0.0], [0.0, 1.0]])
     correct = torch.tensor([[True, True, False, False], [False, False, False, True]])
     # candidates 0 and 2 tie for the first query, and the wrong one counts as the first
-    assert precision_at_k(query, candidates, correct, k=1) == 0.5
-    assert precision_at_k(query, candidates, correct, k=2) == pytest.approx((1 / 2 + 1 / 2) / 2)
-    assert precision_at_k(query, candidates, correct, k=4) == pytest.approx((2 / 4 + 1 / 4) / 2)
-    assert precision_at_k(query, candidates, correct, k=9) == pytest.approx((2 / 4 + 1 / 4) / 2)
+    assert precision_at_k(query, candidates, correct, k=1)[0].mean() == 0.5
+    assert precision_at_k(query, candidates, correct, k=2)[0].mean() == pytest.approx((1 / 2 + 1 / 2) / 2)
+    assert precision_at_k(query, candidates, correct, k=4)[0].mean() == pytest.approx((2 / 4 + 1 / 4) / 2)
+    assert precision_at_k(query, candidates, correct, k=9)[0].mean() == pytest.approx((2 / 4 + 1 / 4) / 2)
     with pytest.raises(ValueError, match="does not fit 2 queries, 4 candidates"):
         precision_at_k(query, candidates, correct.T)
 

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from unimedi_components.networks import UnifiedViT
-from unimedi_components.retrieval.features import Features, make_dataset
+from unimedi_components.retrieval.embedder import make_dataset
+from unimedi_components.retrieval.features import Features
 from unimedi_components.retrieval.xray_attention import attention_ratios, box_cover, xray_attention_metrics
 
 

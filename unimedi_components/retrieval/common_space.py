@@ -7,6 +7,7 @@ Letters: N X-rays, M volumes, F findings.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ import torch
 from torch import Tensor
 
 from unimedi_components.data.phantom.paired import write_paired_xray
-from unimedi_components.metrics.bootstrap import PatientResamples
+from unimedi_components.data.phantom.truth import labels_of
 from unimedi_components.metrics.common_space import centred, centroid_distance, unit_rows
 from unimedi_components.metrics.measures import Measures
 from unimedi_components.networks.pretrained import Pretrained
-from unimedi_components.retrieval.features import Features, extract_features, labels_of
+from unimedi_components.retrieval.class_search import queries_by_finding, same_findings
+from unimedi_components.retrieval.features import Features, extract_features
 from unimedi_components.retrieval.probe import linear_probe
-from unimedi_components.retrieval.recall import first_correct_rank, precision_rows, recall_chance
+from unimedi_components.retrieval.recall import first_correct_rank, precision_at_k, recall_chance
 
 __all__ = ["cross_search_metrics", "paired_search_metrics", "separation_metrics"]
 
@@ -121,47 +123,47 @@ def cross_search_metrics(
         found = {dim: _rows(features[dim], space) for dim in (2, 3)}
         rows = {dim: torch.from_numpy(centred(part) if space == "cls" else part) for dim, part in found.items()}
         for name, query, other in (("xray_to_ct", 2, 3), ("ct_to_xray", 3, 2)):
-            people = features[query].patients
             for k in ks:
                 if k <= len(rows[other]):
-                    search = _Search(rows[query], rows[other], k, people)
-                    same = (labels[query][:, None] == labels[other][None]).all(-1)
-                    search.exact(kept, f"{name}{end}_precision_at_{k}", same)
-                    search.by_class(kept, f"{name}{end}_class_precision_at_{k}", labels[query], labels[other])
+                    search = _Search(rows[query], rows[other], k, features[query].patients, kept)
+                    search.exact(f"{name}{end}_precision_at_{k}", labels[query], labels[other])
+                    search.by_class(f"{name}{end}_class_precision_at_{k}", labels[query], labels[other])
     return kept.content()
 
 
+@dataclass
 class _Search:
-    """One search of N queries among M candidates for the K nearest."""
+    """One search of N queries among M candidates for the K nearest, labels (N, F) and (M, F)."""
 
-    def __init__(self, query: Tensor, candidates: Tensor, k: int, patients: Sequence[str]) -> None:
-        self.query, self.candidates, self.k, self.patients = query, candidates, k, patients
+    query: Tensor
+    candidates: Tensor
+    k: int
+    patients: Sequence[str]
+    kept: Measures
 
-    def _precisions(self, asked: Array, correct: Array) -> tuple[Array, Array, list[str]]:
-        """P@K and its chance for the queries at `asked`, `correct` (n, M), and their patients."""
-        found = precision_rows(self.query[asked], self.candidates, torch.from_numpy(correct), self.k)
-        return found.numpy(), correct.mean(1), [self.patients[i] for i in asked]
-
-    def exact(self, kept: Measures, key: str, same: Array) -> None:
-        """P@K over the queries that have a candidate with the same findings, `same` (N, M)."""
-        asked = np.flatnonzero(same.any(1))
+    def exact(self, key: str, mine: Array, theirs: Array) -> None:
+        """P@K over the queries that have a candidate with the same findings."""
+        same = same_findings(mine, theirs)
+        asked = same.any(1).nonzero().flatten()
         if len(asked):
-            rows, chance, people = self._precisions(asked, same[asked])
-            kept.mean(key, rows, people)
-            kept.mean(f"{key}_chance", chance, people)
+            for end, rows in zip(("", "_chance"), self._precisions(asked, self.candidates, same[asked]), strict=True):
+                self.kept.mean(f"{key}{end}", rows, [self.patients[i] for i in asked.tolist()])
 
-    def by_class(self, kept: Measures, key: str, mine: Array, theirs: Array) -> None:
-        """Mean over the findings of P@K, labels (N, F) and (M, F)."""
+    def by_class(self, key: str, mine: Array, theirs: Array) -> None:
+        """Mean over the findings of P@K."""
         parts = []
-        for own, other in zip(mine.T, theirs.T, strict=True):
-            asked = np.flatnonzero(own == 1)
-            if len(asked) and (other == 1).any():
-                parts.append(self._precisions(asked, np.repeat((other == 1)[None], len(asked), axis=0)))
+        for _, asked, known, having in queries_by_finding(mine, theirs):
+            rows, chance = self._precisions(asked, self.candidates[known], having.expand(len(asked), -1))
+            parts.append((rows, chance, [self.patients[i] for i in asked.tolist()]))
         if parts:
-            draws: PatientResamples | None = kept.resamples
+            draws = self.kept.resamples
             resampled = None if draws is None else np.mean([draws.mean(rows, who) for rows, _, who in parts], axis=0)
-            kept.add(key, float(np.mean([rows.mean() for rows, _, _ in parts])), resampled)
-            kept.add(f"{key}_chance", float(np.mean([chance.mean() for _, chance, _ in parts])))
+            self.kept.add(key, float(np.mean([rows.mean() for rows, _, _ in parts])), resampled)
+            self.kept.add(f"{key}_chance", float(np.mean([chance.mean() for _, chance, _ in parts])))
+
+    def _precisions(self, asked: Tensor, candidates: Tensor, correct: Tensor) -> tuple[Array, Array]:
+        rows, chance = precision_at_k(self.query[asked], candidates, correct, self.k)
+        return rows.numpy(), chance.numpy()
 
 
 def paired_search_metrics(

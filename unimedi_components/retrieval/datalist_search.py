@@ -20,15 +20,12 @@ from unimedi_components.data.datalist import SPLITS, load_datalist, write_json
 from unimedi_components.distributed import rank
 from unimedi_components.errors import ConfigError, DataError
 from unimedi_components.figures.charts import RocCurve, draw_roc
-from unimedi_components.retrieval.class_search import Studies, class_search, gather_studies
-from unimedi_components.retrieval.embedder import Embedder
+from unimedi_components.retrieval.class_search import NOT_MENTIONED, Studies, class_search, gather_studies, label_table
+from unimedi_components.retrieval.embedder import Embedder, check_punct
 from unimedi_components.retrieval.embeddings import Embeddings
-from unimedi_components.retrieval.features import check_punct
-from unimedi_components.retrieval.label_tables import NOT_MENTIONED, label_table
 from unimedi_components.retrieval.measuring import retrieval_metrics
 from unimedi_components.retrieval.prompts import PromptSet, load_prompt_sets
-from unimedi_components.retrieval.protocol_report import protocol_metrics
-from unimedi_components.retrieval.protocols import exclusive_sample
+from unimedi_components.retrieval.protocols import exclusive_sample, protocol_metrics
 from unimedi_components.retrieval.zero_shot import ZeroShot, zero_shot_scores
 from unimedi_components.tasks.writer import write_csv
 

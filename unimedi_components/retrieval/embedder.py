@@ -4,26 +4,32 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from unimedi_components.data.datalist import SPLITS, load_datalist, select
+from unimedi_components.data.dataset import PretrainDataset
 from unimedi_components.data.inputs import find_images, image_loader
 from unimedi_components.data.text import as_trained
+from unimedi_components.data.transforms import input_transforms
 from unimedi_components.errors import DataError
 from unimedi_components.images.find import ImageList
-from unimedi_components.networks.pretrained import Pretrained, load_pretrained
+from unimedi_components.networks.cards import KINDS, load_network
+from unimedi_components.networks.export import ScriptableByDimension, trace
+from unimedi_components.networks.output import ImageFeatures
+from unimedi_components.networks.pretrained import Pretrained, load_pretrained, read_card
 from unimedi_components.retrieval.embeddings import Embeddings, entry_of
-from unimedi_components.retrieval.features import check_punct, make_dataset
 
-__all__ = ["Embedder", "model_hash"]
+__all__ = ["Embedder", "check_punct", "load_trained", "make_dataset", "model_hash"]
 
 _BATCH = 64
 
@@ -38,8 +44,49 @@ def model_hash(network: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-class Embedder:
-    """A trained network for embedding files and sentences.
+def check_punct(pretrained: Pretrained, lists: Mapping[str, Any]) -> None:
+    """Warn where a datalist's reports lack the punctuation that the network's training reports had.
+
+    Args:
+        lists: the datalist; those of before meta.keep_punct pass.
+    """
+    meta = lists.get("meta", {})
+    if pretrained.keep_punct and meta.get("keep_punct") is False:
+        warnings.warn(
+            f"{meta.get('dataset', 'the datalist')}: its reports lost their punctuation, which those that the network "
+            "was trained on kept; prepare the data with --keep_punct for the values that it can reach",
+            stacklevel=3,
+        )
+
+
+def make_dataset(
+    pretrained: Pretrained,
+    items: Sequence[Mapping[str, Any]],
+    root: str | Path,
+    cache_dir: str | Path | None = None,
+    strict: bool = False,
+) -> PretrainDataset:
+    """The items as the network was trained to see them, by its card, reports as well, without random transforms.
+
+    Args:
+        pretrained: its card holds "preprocessing": arguments of `xray_transforms` and `ct_transforms`, and
+            "keep_punct".
+    """
+    whole = []
+    for item in items:
+        text = as_trained(item.get("report") or "", pretrained.keep_punct)
+        place = str(Path(root) / item["image"])
+        whole.append({"source": place, "report": "", **item, **({"report": text} if text else {})})
+    known = ImageList(whole, getattr(items, "left_out", ()))
+    transform = input_transforms(pretrained.card["preprocessing"])
+    return PretrainDataset(known, transform, root, cache_dir, strict=strict, require_report=False)
+
+
+class Embedder(nn.Module):
+    """A trained network for embedding files and sentences; as a module it takes images and returns embeddings.
+
+    MONAI's inferers, exports and checks take it as it is. Its state is the encoder's, as `model.pt` holds it, so that
+    MONAI's tools save and load it; the projection stays as it was built. It is in evaluation mode.
 
     Args:
         checkpoint: `models/model.pt` (or another weight file) of a pre-training run, with its card beside it, or a
@@ -48,10 +95,11 @@ class Embedder:
         use_slices: feed a volume's selected slices beside it, as in pre-training.
 
     Attributes:
+        card: how the network was built, and under "preprocessing" how its input was prepared.
         model: hash of the weights, see `model_hash`.
 
     Raises:
-        CheckpointError: the checkpoint does not load.
+        CheckpointError: a file is missing or does not fit.
 
     Example:
         >>> embedder = Embedder("bundles/pretrain/models/model.pt")  # doctest: +SKIP
@@ -59,17 +107,79 @@ class Embedder:
         (1, 128)
     """
 
+    __jit_unused_properties__ = ("device",)
+
     def __init__(
         self, checkpoint: str | Path | Pretrained, device: str | torch.device = "auto", use_slices: bool = True
     ) -> None:
+        super().__init__()
         auto = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = torch.device(auto if device == "auto" else device)
+        target = torch.device(auto if device == "auto" else device)
         if not isinstance(checkpoint, Pretrained):
-            checkpoint = load_pretrained(checkpoint, self.device)
-        self.pretrained = checkpoint
-        self.pretrained.network.to(self.device).eval()
-        self.network, self.card, self.use_slices = self.pretrained.network, self.pretrained.card, use_slices
-        self.model = model_hash(self.network)
+            checkpoint = load_pretrained(checkpoint, target)
+        self.pretrained, self.card, self.use_slices = checkpoint, checkpoint.card, use_slices
+        self.network = checkpoint.network.to(target)
+        self.eval()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return self.network.encoder.cls_token.device
+
+    @cached_property
+    def model(self) -> str:
+        return model_hash(self.network)
+
+    def encode(self, image: Tensor) -> ImageFeatures:
+        """All that the network makes of X-rays (B, C, H, W) or volumes (B, C, D, H, W) in [-1, 1]."""
+        return self.network.encode_image(image, self.use_slices)
+
+    def token_grid(self, image: Tensor) -> tuple[int, ...]:
+        """Rows and columns of an X-ray's tokens, or slabs, rows and columns of a volume's: the grid of **v**."""
+        grid = self.network.encoder.token_grids(image)[0]
+        return grid if image.ndim == 5 else grid[1:]
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Images as in `encode` to unit vectors in the space that images and reports share, (B, E)."""
+        return F.normalize(self.encode(image).embed, dim=-1)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The encoder's state, which `model.pt` holds."""
+        return self.network.encoder.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load another encoder's state."""
+        self.__dict__.pop("model", None)
+        return self.network.encoder.load_state_dict(state_dict, strict, assign)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What `torch.jit.script`, and so `monai.bundle ckpt_export`, compiles in place of this network."""
+        encoder, unused = self.network.encoder, ("network.report_encoder", "network.text_projection")
+        channels = encoder.patch_embed.proj.in_channels
+        empty = (torch.zeros(2, channels, *size, device=self.device) for size in (encoder.img_size, encoder.vol_size))
+        two_d, three_d = (trace(self, image, unused) for image in empty)
+        return ScriptableByDimension(two_d, three_d).eval()
+
+    def run(
+        self, dataset: PretrainDataset, batch_2d: int, batch_3d: int, num_workers: int = 0, progress: bool = True
+    ) -> Iterator[tuple[dict[str, Any], Tensor, ImageFeatures]]:
+        """Go through a data set.
+
+        Args:
+            dataset: of `make_dataset`.
+
+        Yields:
+            batches of `image_loader` of which something could be read, their images and what `encode` makes of them,
+            both on the network's device; first the X-rays.
+        """
+        with tqdm(total=len(dataset), desc="embedding", unit="image", disable=not progress) as bar:
+            for batch in image_loader(dataset, batch_2d, batch_3d, num_workers):
+                if batch["id"]:
+                    image = batch["image"].to(self.device)
+                    with torch.no_grad():
+                        found = self.encode(image)
+                    yield batch, image, found
+                bar.update(len(batch["id"]))
 
     def images(
         self,
@@ -114,50 +224,35 @@ class Embedder:
         progress: bool = True,
     ) -> Embeddings:
         """Embed datalist items, {"id", "image", "dim"}; other arguments, result and errors as of `images`."""
-        whole = ({"source": str(Path(root) / item["image"]), "report": "", **item} for item in items)
-        known = ImageList(whole, getattr(items, "left_out", ()))
-        dataset = make_dataset(self.pretrained, known, root, strict=strict)
+        dataset = make_dataset(self.pretrained, items, root, strict=strict)
         rows: list[dict[str, Any]] = []
-        with tqdm(total=len(known), desc="embedding", unit="image", disable=not progress) as bar:
-            for batch in image_loader(dataset, batch_2d, batch_3d, num_workers):
-                rows += self._rows(batch) if "image" in batch else []
-                bar.update(len(batch["id"]))
+        for batch, _, found in self.run(dataset, batch_2d, batch_3d, num_workers, progress):
+            values = {"embed": F.normalize(found.embed.float(), dim=-1), "cls": found.cls.float()}
+            if found.scores is not None and found.selected is not None:
+                values |= {"scores": found.scores.float(), "selected": found.selected}
+            arrays = {name: value.cpu().numpy() for name, value in values.items()}
+            columns = zip(batch["id"], batch["dim"], batch["source"], batch["report"], strict=True)
+            for i, (name, dim, source, report) in enumerate(columns):
+                entry = entry_of(name, "image", int(dim), source, report or "")
+                rows.append({"entry": entry, **{key: array[i] for key, array in arrays.items()}})
         skipped = [record._asdict() for record in dataset.skipped]
         if not rows:
             first = f", first {skipped[0]['file']}: {skipped[0]['reason']}" if skipped else ""
-            raise DataError(f"none of {len(known)} images could be read{first}")
+            raise DataError(f"none of {len(items)} images could be read{first}")
         more: dict[str, dict[str, Any]] = {
-            item["id"]: {name: item[name] for name in ("label", "patient") if name in item} for item in known
+            item["id"]: {name: item[name] for name in ("label", "patient") if name in item} for item in items
         }
         return Embeddings(
             embed=np.stack([row["embed"] for row in rows]),
             entries=[{**row["entry"], **more[row["entry"]["id"]]} for row in rows],
             model=self.model,
             cls=np.stack([row["cls"] for row in rows]),
-            scores=_padded([row["scores"] for row in rows], np.float32, np.nan),
-            selected=_padded([row["selected"] for row in rows], np.int64, -1),
+            scores=_padded([row.get("scores", ()) for row in rows], np.float32, np.nan),
+            selected=_padded([row.get("selected", ()) for row in rows], np.int64, -1),
             card=self.card,
             skipped=skipped,
         )
 
-    @torch.no_grad()
-    def _rows(self, batch: Mapping[str, Any]) -> list[dict[str, Any]]:
-        found = self.network.encode_image(batch["image"].to(self.device), self.use_slices)
-        embed, cls = F.normalize(found.embed.float(), dim=-1).cpu().numpy(), found.cls.float().cpu().numpy()
-        columns = zip(batch["id"], batch["dim"], batch["source"], batch["report"], strict=True)
-        empty = np.empty(0)
-        return [
-            {
-                "entry": entry_of(name, "image", int(dim), source, report or ""),
-                "embed": embed[i],
-                "cls": cls[i],
-                "scores": empty if found.scores is None else found.scores[i].float().cpu().numpy(),
-                "selected": empty if found.selected is None else found.selected[i].cpu().numpy(),
-            }
-            for i, (name, dim, source, report) in enumerate(columns)
-        ]
-
-    @torch.no_grad()
     def sentences(self, texts: Sequence[str], dim: int) -> Tensor:
         """Embed sentences or reports in the form of the network's training reports, see `data.text.as_trained`.
 
@@ -170,21 +265,25 @@ class Embedder:
         Raises:
             DataError: a text holds no word.
         """
-        length = self.card["preprocessing"].get("max_length", 112)
         for text in texts:
             if not any(letter.isalpha() for letter in text):
                 raise DataError(f"the text {' '.join(text.lower().split())!r} holds no word")
         read = [as_trained(text, self.pretrained.keep_punct, min_tokens=1) for text in texts]
         rows = [torch.empty(0, self.network.text_projection.output.out_features)]
         for start in range(0, len(read), _BATCH):
-            part = read[start : start + _BATCH]
-            tokens = self.pretrained.tokenizer(
-                part, truncation=True, max_length=length, padding=True, return_tensors="pt"
-            ).to(self.device)
-            modality = torch.full((len(part),), dim - 2, device=self.device)
-            embed = self.network.encode_text(tokens["input_ids"], tokens["attention_mask"], modality)
+            embed = self.encode_reports(read[start : start + _BATCH], dim)
             rows.append(F.normalize(embed.float(), dim=-1).cpu())
         return torch.cat(rows)
+
+    @torch.no_grad()
+    def encode_reports(self, texts: Sequence[str], dim: int) -> Tensor:
+        """Project reports in the form that the network was trained on: (B, E) on its device, not normalised."""
+        length = self.card["preprocessing"].get("max_length", 112)
+        tokens = self.pretrained.tokenizer(
+            list(texts), truncation=True, max_length=length, padding=True, return_tensors="pt"
+        ).to(self.device)
+        modality = torch.full((len(texts),), dim - 2, device=self.device)
+        return self.network.encode_text(tokens["input_ids"], tokens["attention_mask"], modality)
 
     def reports(self, items: Sequence[Mapping[str, Any]]) -> Embeddings:
         """Embed the reports of datalist items, {"id", "dim", "report"}; those without text are left out.
@@ -233,3 +332,16 @@ def _padded(rows: Sequence[Any], dtype: Any, fill: float) -> Any:
     for i, row in enumerate(rows):
         table[i, : len(row)] = row
     return table
+
+
+def load_trained(checkpoint: str | Path) -> nn.Module:
+    """The network that `model.pt` of any bundle holds, on the CPU, in evaluation mode.
+
+    Returns:
+        a task's network as of `load_network`, or an `Embedder` of what pre-training left.
+
+    Raises:
+        CheckpointError: a file is missing or does not fit.
+    """
+    path = Path(checkpoint)
+    return load_network(path) if KINDS.keys() & read_card(path) else Embedder(path, "cpu")

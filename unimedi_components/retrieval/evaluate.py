@@ -14,10 +14,10 @@ import torch
 from unimedi_components.data import bimcv, mimic_cxr
 from unimedi_components.data.datalist import SPLITS, write_json
 from unimedi_components.data.phantom import write_phantom
+from unimedi_components.data.phantom.truth import load_truth
 from unimedi_components.errors import CheckpointError, ConfigError, DataError
-from unimedi_components.metrics.bootstrap import PatientResamples
 from unimedi_components.networks.pretrained import Pretrained, load_pretrained, untrained
-from unimedi_components.retrieval.features import extract_features, load_truth
+from unimedi_components.retrieval.features import extract_features
 from unimedi_components.retrieval.measuring import all_metrics
 
 __all__ = ["HEADLINE", "evaluate", "heldout_items", "summary"]
@@ -81,29 +81,7 @@ _LAYOUTS: dict[int, tuple[str, Converter]] = {
 }
 
 #: Measured on the untrained network too, under KEY_untrained.
-_ALSO_UNTRAINED = (
-    "probe_auroc_2d",
-    "probe_auroc_3d",
-    "slice_precision",
-    "slice_recall",
-    "slice_distance_mm",
-    "report_recall_at_5",
-    "report_recall_2d_at_5",
-    "report_recall_3d_at_5",
-    "xray_to_ct_precision_at_10",
-    "ct_to_xray_precision_at_10",
-    "xray_to_ct_cls_precision_at_10",
-    "ct_to_xray_cls_precision_at_10",
-    "drr_to_ct_recall_at_10",
-    "drr_to_ct_cls_recall_at_10",
-    "modality_accuracy_cls",
-    "modality_accuracy_embed",
-    "centroid_distance_cls",
-    "centroid_distance_embed",
-    "xray_attention_ratio",
-    "cls_attention_3d",
-    "cls_attention_slices",
-)
+_ALSO_UNTRAINED = ("slice_recall", *(key for _, key, ends in _LINES if "untrained" in ends))
 
 
 def evaluate(
@@ -135,7 +113,7 @@ def evaluate(
 
     Returns:
         what is written: `HEADLINE`, the same values by finding, at other K, for each dimension and untrained, and
-        their "intervals", see `metrics.all_metrics`.
+        their "intervals", see `measuring.all_metrics`.
 
     Raises:
         CheckpointError: the checkpoint does not load, or diverged in training.
@@ -163,8 +141,7 @@ def evaluate(
             raise CheckpointError(
                 f"{checkpoint}: gives features that are not finite; its training diverged, train again"
             )
-        resamples = PatientResamples(patient for part in found["trained"].values() for patient in part.patients)
-        common = (truth, resamples, folder / "paired_xrays")
+        common = (truth, folder / "paired_xrays")
         values = all_metrics(trained, found["trained"], *common, **options)
         baseline = all_metrics(random, found["untrained"], *common, untrained=True, **options)
     intervals = {**values.pop("intervals"), **_untrained(baseline.pop("intervals"))}

@@ -12,11 +12,9 @@ import numpy as np
 from unimedi_components.data.datalist import SPLITS, load_datalist
 from unimedi_components.distributed import rank
 from unimedi_components.figures.search import Found, draw_search
-from unimedi_components.retrieval.class_search import common_findings
-from unimedi_components.retrieval.embedder import Embedder
-from unimedi_components.retrieval.features import make_dataset
+from unimedi_components.retrieval.class_search import common_findings, label_table
+from unimedi_components.retrieval.embedder import Embedder, make_dataset
 from unimedi_components.retrieval.index import EmbeddingIndex, Hit
-from unimedi_components.retrieval.label_tables import label_table
 from unimedi_components.retrieval.prompts import load_prompt_sets
 
 __all__ = ["draw_examples"]

@@ -3,46 +3,21 @@
 
 from __future__ import annotations
 
-import json
-import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from tqdm.auto import tqdm
 
-from unimedi_components.data.dataset import PretrainDataset
-from unimedi_components.data.loading import eval_loader
-from unimedi_components.data.phantom.paired import PAIRED
-from unimedi_components.data.text import as_trained
-from unimedi_components.data.transforms import input_transforms
 from unimedi_components.distributed import gather_objects, is_distributed, rank, wait_for_ranks, world_size
-from unimedi_components.errors import DataError
-from unimedi_components.images.find import ImageList
 from unimedi_components.networks.output import ImageFeatures
 from unimedi_components.networks.pretrained import Pretrained
+from unimedi_components.retrieval.embedder import Embedder, make_dataset
 
-__all__ = [
-    "Features",
-    "Paired",
-    "check_punct",
-    "extract_features",
-    "features_of_all_ranks",
-    "labels_of",
-    "load_truth",
-    "make_dataset",
-    "pool",
-]
-
-Truth = Mapping[str, Mapping[str, Any]]
-
-_TRUTH = "truth.json"
+__all__ = ["Features", "Paired", "extract_features", "features_of_all_ranks", "pool"]
 
 
 @dataclass(frozen=True)
@@ -97,40 +72,20 @@ class Features(Paired):
         """Image file of each item."""
         return [self.root / item["image"] for item in self.items]
 
+    def take(self, rows: Sequence[int]) -> Features:
+        """Some of the images, in this order."""
+        tensors: dict[str, Any] = {name: value[rows] for name, value in self._tensors().items()}
+        return replace(self, items=[self.items[row] for row in rows], **tensors)
 
-def check_punct(pretrained: Pretrained, lists: Mapping[str, Any]) -> None:
-    """Warn where a datalist's reports lack the punctuation that the network's training reports had.
+    @classmethod
+    def join(cls, parts: Sequence[Features]) -> Features:
+        """Several parts of one dimension as one."""
+        columns = [part._tensors() for part in parts]
+        tensors: dict[str, Any] = {name: torch.cat([column[name] for column in columns]) for name in columns[0]}
+        return replace(parts[0], items=[item for part in parts for item in part.items], **tensors)
 
-    Args:
-        lists: the datalist; those of before meta.keep_punct pass.
-    """
-    meta = lists.get("meta", {})
-    if pretrained.keep_punct and meta.get("keep_punct") is False:
-        warnings.warn(
-            f"{meta.get('dataset', 'the datalist')}: its reports lost their punctuation, which those that the network "
-            "was trained on kept; prepare the data with --keep_punct for the values that it can reach",
-            stacklevel=3,
-        )
-
-
-def make_dataset(
-    pretrained: Pretrained,
-    items: Sequence[dict[str, Any]],
-    root: str | Path,
-    cache_dir: str | Path | None = None,
-    strict: bool = False,
-) -> PretrainDataset:
-    """The items as the network was trained to see them, by its card, reports as well, without random transforms.
-
-    Args:
-        pretrained: its card holds "preprocessing": arguments of `xray_transforms` and `ct_transforms`, and
-            "keep_punct".
-    """
-    transform = input_transforms(pretrained.card["preprocessing"])
-    texts = [as_trained(item.get("report") or "", pretrained.keep_punct) for item in items]
-    read = ({**item, "report": text} if text else item for item, text in zip(items, texts, strict=True))
-    known = ImageList(read, getattr(items, "left_out", ()))
-    return PretrainDataset(known, transform, root, cache_dir, strict=strict, require_report=False)
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
 
 def extract_features(
@@ -158,19 +113,18 @@ def extract_features(
     """
     if not items:
         return {}
+    embedder = Embedder(pretrained, next(pretrained.network.parameters()).device, use_slices)
     dataset = make_dataset(pretrained, items, root, cache_dir)
-    length = pretrained.card["preprocessing"].get("max_length", 112)
-    loader = eval_loader(dataset, pretrained.tokenizer, batch_2d, batch_3d, length, length, num_workers=num_workers)
     by_id = {item["id"]: item for item in items}
-    rows: dict[int, list[dict[str, Any]]] = {}
-    with tqdm(total=len(items), desc="embedding", unit="study", disable=not progress) as bar:
-        for batch in loader:
-            for dim in (2, 3):
-                if f"image{dim}d" in batch:
-                    part = _run_batch(pretrained, batch, dim, use_slices)
-                    rows.setdefault(dim, []).append({"items": [by_id[name] for name in batch["id"]], **part})
-            bar.update(len(batch["id"]))
-    return {dim: _join(parts, Path(root)) for dim, parts in rows.items()}
+    parts: dict[int, list[Features]] = {}
+    for batch, image, found in embedder.run(dataset, batch_2d, batch_3d, num_workers, progress):
+        dim, reports = batch["dim"][0], embedder.encode_reports(batch["report"], batch["dim"][0])
+        values = {**vars(found), "slice_attention": _slice_attention(found), "pooled": pool(image)}
+        del values["joint_attention"]
+        rows: Any = {name: None if value is None else value.cpu() for name, value in values.items()}
+        own = [by_id[name] for name in batch["id"]]
+        parts.setdefault(dim, []).append(Features(own, rows.pop("embed"), reports.cpu(), root=Path(root), **rows))
+    return {dim: Features.join(part) for dim, part in parts.items()}
 
 
 def features_of_all_ranks(
@@ -191,36 +145,10 @@ def features_of_all_ranks(
     place = {item["id"]: number for number, item in enumerate(items)}
     found = {}
     for dim in sorted({dim for share in shares for dim in share}):
-        parts = [share[dim] for share in shares if dim in share]
-        joined = [item for part in parts for item in part.items]
-        rows = sorted(range(len(joined)), key=lambda row: place[joined[row]["id"]])
-        values: dict[str, Any] = {}
-        for name in (field.name for field in fields(Features) if field.name not in ("items", "root")):
-            columns = [getattr(part, name) for part in parts]
-            values[name] = None if columns[0] is None else torch.cat(columns)[rows]
-        found[dim] = Features(items=[joined[row] for row in rows], root=Path(root), **values)
+        joined = Features.join([share[dim] for share in shares if dim in share])
+        order = [place[item["id"]] for item in joined.items]
+        found[dim] = joined.take(sorted(range(len(order)), key=order.__getitem__))
     return found
-
-
-@torch.no_grad()
-def _run_batch(pretrained: Pretrained, batch: Mapping[str, Any], dim: int, use_slices: bool) -> dict[str, Any]:
-    network = pretrained.network
-    device = next(network.parameters()).device
-    pixels = batch[f"image{dim}d"].to(device)
-    image = network.encode_image(pixels, use_slices)
-    modality = torch.full((len(image.cls),), dim - 2, device=device)
-    text = network.encode_text(batch["input_ids"].to(device), batch["attention_mask"].to(device), modality)
-    found = {
-        "cls": image.cls,
-        "image_embed": image.embed,
-        "text_embed": text,
-        "attention": image.attention,
-        "selected": image.selected,
-        "scores": image.scores,
-        "slice_attention": _slice_attention(image),
-        "pooled": pool(pixels),
-    }
-    return {name: None if value is None else value.cpu() for name, value in found.items()}
 
 
 def pool(image: Tensor) -> Tensor:
@@ -236,61 +164,3 @@ def _slice_attention(image: ImageFeatures) -> Tensor | None:
     joint = image.joint_attention
     share = joint[:, own:].sum(1) / joint.sum(1)
     return torch.stack([share, torch.full_like(share, 1 - own / joint.shape[1])], dim=1)
-
-
-def _join(parts: list[dict[str, Any]], root: Path) -> Features:
-    items = [item for part in parts for item in part["items"]]
-    names = [name for name in parts[0] if name != "items"]
-    joined: dict[str, Any] = {n: None if parts[0][n] is None else torch.cat([part[n] for part in parts]) for n in names}
-    return Features(items=items, root=root, **joined)
-
-
-def load_truth(root: str | Path) -> dict[str, Any] | None:
-    """The truth of the phantom set at `root`, or of those in its folders; None for real data.
-
-    Args:
-        root: a folder with truth.json, or one with a folder per data set, as pre-training's datalist has it.
-
-    Returns:
-        "findings", the names of the labels, and "studies", by item id: "labels", "findings", and for volumes
-        "lesion_slices" (inferior to superior), "n_slices" and, where the patient can be made again for an X-ray,
-        "phantom" (layout, seed, number). Studies of a folder NAME also go by NAME-ID, as `merge_datalists` calls ids
-        that collide.
-
-    Raises:
-        DataError: a file is damaged.
-    """
-    if (Path(root) / _TRUTH).is_file():
-        return _read_truth(Path(root) / _TRUTH)
-    parts = {path.parent.name: _read_truth(path) for path in sorted(Path(root).glob(f"*/{_TRUTH}"))}
-    if not parts:
-        return None
-    studies: dict[str, Any] = {}
-    for name, part in parts.items():
-        studies.update(part["studies"])
-        studies.update({f"{name}-{key}": study for key, study in part["studies"].items()})
-    return {"findings": next(iter(parts.values()))["findings"], "studies": studies}
-
-
-def _read_truth(path: Path) -> dict[str, Any]:
-    try:
-        truth = json.loads(path.read_text(encoding="utf-8"))
-        studies = truth["studies"]
-        if truth.get("layout") in PAIRED:
-            made = enumerate(studies.items())
-            studies = {name: {**study, "phantom": (truth["layout"], truth["seed"], i)} for i, (name, study) in made}
-        return {"findings": truth["findings"], "studies": studies}
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: no truth file of phantoms ({error!r}); write them again") from error
-
-
-def labels_of(items: Sequence[Mapping[str, Any]], studies: Truth) -> npt.NDArray[np.int64]:
-    """True labels of datalist items, (N, F).
-
-    Raises:
-        DataError: an item is not in the truth file.
-    """
-    missing = [item["id"] for item in items if item["id"] not in studies]
-    if missing:
-        raise DataError(f"truth.json does not know {missing[0]} ({len(missing)} such); write the phantoms again")
-    return np.asarray([studies[item["id"]]["labels"] for item in items], dtype=np.int64)

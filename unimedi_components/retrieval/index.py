@@ -85,7 +85,7 @@ class Approximate:
         self.index.add(data)
 
     def nearest(self, queries: Array, k: int) -> tuple[Array, Array]:
-        """See `Neighbours`."""
+        """See `Exact.nearest`."""
         scores, places = self.index.search(queries, k)
         return scores, places
 

@@ -12,12 +12,13 @@ import torch
 from monai.metrics import EmbeddingCollapseMetric
 from torch import Tensor
 
+from unimedi_components.data.phantom.truth import labels_of
 from unimedi_components.images.volume import read_volume_header
 from unimedi_components.metrics.bootstrap import PatientResamples
 from unimedi_components.metrics.measures import Measures
 from unimedi_components.networks.pretrained import Pretrained
 from unimedi_components.retrieval.common_space import cross_search_metrics, paired_search_metrics, separation_metrics
-from unimedi_components.retrieval.features import Features, Paired, labels_of
+from unimedi_components.retrieval.features import Features, Paired
 from unimedi_components.retrieval.probe import linear_probe
 from unimedi_components.retrieval.recall import first_correct_rank, recall_chance
 from unimedi_components.retrieval.self_distillation import self_distillation_metrics
@@ -41,7 +42,6 @@ def all_metrics(
     pretrained: Pretrained,
     features: Mapping[int, Features],
     truth: Mapping[str, Any] | None = None,
-    resamples: PatientResamples | None = None,
     films: str | Path | None = None,
     untrained: bool = False,
     **options: Any,
@@ -50,12 +50,11 @@ def all_metrics(
 
     Args:
         truth: of `load_truth`, or None: then without what needs labels, boxes or lesions.
-        resamples: of the patients; None gives no intervals.
         films: folder for the X-rays of the volumes' patients, reused if they are there; None for a temporary one.
         untrained: the network has random weights: its run's self-distillation and the input's own probe are left out.
         options: of `extract_features`, for these X-rays.
     """
-    kept = Measures(resamples)
+    kept = Measures(PatientResamples(patient for part in features.values() for patient in part.patients))
     for dim in (2, 3):
         kept.add(f"studies_{dim}d", len(features[dim].items) if dim in features else 0)
     retrieval_metrics(features, kept)

@@ -25,8 +25,8 @@ __all__ = [
     "RetrievalRecall",
     "chance_of_hit",
     "first_correct_rank",
+    "group_index",
     "precision_at_k",
-    "precision_rows",
     "recall_at_k",
     "recall_chance",
 ]
@@ -56,7 +56,7 @@ def first_correct_rank(query: Tensor, candidates: Tensor, groups: Sequence[Hasha
     """
     if query.shape != candidates.shape or query.ndim != 2 or not len(query):
         raise ValueError(f"expected two (N, E) tensors, got {tuple(query.shape)} and {tuple(candidates.shape)}")
-    key = _group_index(groups, len(query))
+    key = group_index(groups, len(query))
     # On the CPU: not every device has float64.
     x, y = (F.normalize(embed.detach().cpu().double(), dim=-1) for embed in (query, candidates))
     ranks = []
@@ -118,7 +118,7 @@ def recall_chance(n: int, ks: Sequence[int] = (1, 5, 10), groups: Sequence[Hasha
     Returns:
         the expectation for each K; K / n without groups.
     """
-    key = _group_index(groups, n)
+    key = group_index(groups, n)
     sizes, queries = torch.unique(torch.bincount(key)[key], return_counts=True)
     parts = list(zip(sizes.tolist(), queries.tolist(), strict=True))
     return {k: sum(count * chance_of_hit(size, n, k) for size, count in parts) / n for k in ks}
@@ -126,15 +126,8 @@ def recall_chance(n: int, ks: Sequence[int] = (1, 5, 10), groups: Sequence[Hasha
 
 def precision_at_k(
     query: Tensor, candidates: Tensor, correct: Tensor, k: int = 5, excluded: Tensor | None = None
-) -> float:
-    """Mean of `precision_rows` over the queries (GLoRIA's and MGCA's P@K); a random order gives that of `correct`."""
-    return precision_rows(query, candidates, correct, k, excluded).mean().item()
-
-
-def precision_rows(
-    query: Tensor, candidates: Tensor, correct: Tensor, k: int = 5, excluded: Tensor | None = None
-) -> Tensor:
-    """Share of correct ones among the K candidates most similar to each query.
+) -> tuple[Tensor, Tensor]:
+    """Share of correct ones among the K candidates most similar to each query (the terms of GLoRIA's and MGCA's P@K).
 
     Args:
         query: (N, E), normalised here.
@@ -144,7 +137,7 @@ def precision_rows(
         excluded: which candidates a query does not look at, such as itself, bool (N, M); at least `k` must be left.
 
     Returns:
-        (N,) float64.
+        the shares, and beside them what a random order gives, (N,) float64 each.
 
     Raises:
         ValueError: the shapes do not fit together, or a query has fewer than `k` candidates left.
@@ -156,20 +149,22 @@ def precision_rows(
     x, y = (F.normalize(embed.detach().cpu().double(), dim=-1) for embed in (query, candidates))
     correct = correct.cpu()
     similarity = (x @ y.T / _TIE).round()
+    left = torch.full((len(query),), len(candidates))
     if excluded is not None:
         excluded = excluded.cpu()
         if excluded.shape != correct.shape or int((~excluded).sum(1).min()) < k:
             raise ValueError(f"excluded {tuple(excluded.shape)} leaves a query fewer than {k} candidates, or fits none")
         similarity = similarity.masked_fill(excluded, -math.inf)
-        correct = correct & ~excluded
+        correct, left = correct & ~excluded, (~excluded).sum(1)
     # Wrong ones first, so that the stable sort by similarity keeps them in front of right ones that tie with
     # them.
     order = correct.long().sort(dim=1, stable=True).indices
     best = similarity.gather(1, order).sort(dim=1, descending=True, stable=True).indices[:, :k]
-    return correct.gather(1, order).gather(1, best).double().mean(1)
+    return correct.gather(1, order).gather(1, best).double().mean(1), correct.sum(1).double() / left
 
 
-def _group_index(groups: Sequence[Hashable] | None, n: int) -> Tensor:
+def group_index(groups: Sequence[Hashable] | None, n: int) -> Tensor:
+    """Each row's group as a number, in the order of their first rows: (n,); None: every row is its own."""
     if groups is None:
         return torch.arange(n)
     if len(groups) != n:

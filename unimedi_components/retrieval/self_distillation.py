@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unimedi_components.data.loading import eval_loader
+from unimedi_components.data.inputs import image_loader
 from unimedi_components.engines.checkpoint import LAST
 from unimedi_components.engines.target_information import COLLAPSED
 from unimedi_components.errors import CheckpointError
@@ -23,7 +23,7 @@ from unimedi_components.networks.pretrained import Pretrained
 from unimedi_components.networks.unified_vit import UnifiedViT
 from unimedi_components.networks.unimedi import UniMedI
 from unimedi_components.networks.weights import load_strict
-from unimedi_components.retrieval.features import make_dataset
+from unimedi_components.retrieval.embedder import make_dataset
 
 __all__ = ["Teacher", "load_teacher", "self_distillation_metrics"]
 
@@ -94,8 +94,9 @@ def _images(
     pretrained: Pretrained, items: Sequence[dict[str, Any]], root: str | Path, **options: Any
 ) -> Iterator[Tensor]:
     device = next(pretrained.network.parameters()).device
-    for batch in eval_loader(make_dataset(pretrained, items, root, **options), pretrained.tokenizer):
-        yield (batch["image2d"] if "image2d" in batch else batch["image3d"]).to(device)
+    for batch in image_loader(make_dataset(pretrained, items, root, **options), 32, 16):
+        if "image" in batch:
+            yield batch["image"].to(device)
 
 
 def self_distillation_metrics(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Search by class against the same written as loops over sorted lists."""
+"""Search by class against the same written as loops over sorted lists, and labels of several data sets as one table."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from unimedi_components.retrieval.class_retrieval import class_precision, same_findings_precision
+from unimedi_components.errors import DataError
+from unimedi_components.retrieval.class_search import class_precision, label_table, same_findings_precision
 from unimedi_components.retrieval.recall import precision_at_k
 
 NAMES = ("effusion", "nodule", "edema")
@@ -83,7 +84,41 @@ def test_excluded_candidates_are_neither_found_nor_right():
     query, candidates = torch.eye(2), torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]])
     correct = torch.tensor([[True, False, True], [False, False, True]])
     excluded = torch.tensor([[True, False, False], [False, False, False]])
-    assert precision_at_k(query, candidates, correct, 1, excluded) == pytest.approx((0 + 1) / 2)
-    assert precision_at_k(query, candidates, correct, 2, excluded) == pytest.approx((0.5 + 0.5) / 2)
+    assert precision_at_k(query, candidates, correct, 1, excluded)[0].mean() == pytest.approx((0 + 1) / 2)
+    assert precision_at_k(query, candidates, correct, 2, excluded)[0].mean() == pytest.approx((0.5 + 0.5) / 2)
     with pytest.raises(ValueError, match="fewer than 3 candidates"):
         precision_at_k(query, candidates, correct, 3, excluded)
+
+
+def test_labels_of_one_data_set():
+    items = [{"id": "a", "patient": "1", "label": [1, -1]}, {"id": "b", "patient": "2"}]
+    names, table = label_table(items, {"label_names": ["edema", "nodule"]})
+    assert names == ["edema", "nodule"] and table.tolist() == [[1, -1], [-2, -2]]
+
+
+def test_classes_become_findings():
+    items = [{"id": str(label), "patient": "1", "label": label} for label in (2, 0, -1)]
+    names, table = label_table(items, {"label_names": ["normal", "pneumonia", "COVID-19"]})
+    assert names == ["normal", "pneumonia", "COVID-19"]
+    assert table.tolist() == [[0, 0, 1], [1, 0, 0], [-1, -1, -1]]
+
+
+def test_sources_keep_their_names_apart():
+    items = [
+        {"id": "c", "patient": "bimcv-1", "label": [0, 1]},
+        {"id": "a", "patient": "mimic_cxr-1", "label": [1, -2, 0]},
+        {"id": "d", "patient": "other-1", "label": [1]},
+    ]
+    meta = {"label_names": {"mimic_cxr": ["edema", "fracture", "nodule"], "bimcv": ["nodule", "normal"]}}
+    names, table = label_table(items, meta)
+    assert names == ["nodule", "normal", "edema", "fracture"]
+    assert table.tolist() == [[0, 1, -2, -2], [0, -2, 1, -2], [-2, -2, -2, -2]]
+    assert label_table(items[1:2], meta)[0] == ["edema", "fracture", "nodule"]
+    assert label_table(items, {})[1].shape == (3, 0)
+
+
+def test_labels_that_do_not_fit():
+    with pytest.raises(DataError, match="x: 1 labels for 2 label names"):
+        label_table([{"id": "x", "patient": "1", "label": [1]}], {"label_names": ["a", "b"]})
+    with pytest.raises(DataError, match="x: label 2 is no index of 2 classes"):
+        label_table([{"id": "x", "patient": "1", "label": 2}], {"label_names": ["a", "b"]})

@@ -11,20 +11,14 @@ from typing import Any
 import numpy as np
 
 from unimedi_components.data.datalist import load_datalist, select, write_json
+from unimedi_components.data.phantom.truth import load_truth
 from unimedi_components.distributed import rank, wait_for_ranks
 from unimedi_components.figures.attention import CTView, XrayView, draw_selection, draw_xrays
 from unimedi_components.figures.curves import draw_loss_curves
-from unimedi_components.metrics.bootstrap import PatientResamples
 from unimedi_components.networks.pretrained import Pretrained, load_pretrained
 from unimedi_components.provenance import provenance
-from unimedi_components.retrieval.features import (
-    Features,
-    check_punct,
-    extract_features,
-    features_of_all_ranks,
-    load_truth,
-    make_dataset,
-)
+from unimedi_components.retrieval.embedder import check_punct, make_dataset
+from unimedi_components.retrieval.features import Features, extract_features, features_of_all_ranks
 from unimedi_components.retrieval.measuring import all_metrics
 from unimedi_components.retrieval.slices import is_focal, lesion_mask
 
@@ -55,7 +49,7 @@ def evaluate_datalist(
         options: of `extract_features`.
 
     Returns:
-        the values of `metrics.all_metrics`, with "split"; a split without items gives its name and counts of
+        the values of `measuring.all_metrics`, with "split"; a split without items gives its name and counts of
         0.
 
     Raises:
@@ -64,7 +58,7 @@ def evaluate_datalist(
     lists = _parsed(datalist)
     check_punct(pretrained, lists)
     features = extract_features(pretrained, select(lists, split), root, **options)
-    return {"split": split, **_measured(pretrained, features, load_truth(truth or root), options)}
+    return {"split": split, **all_metrics(pretrained, features, load_truth(truth or root), **options)}
 
 
 def after_training(
@@ -108,7 +102,7 @@ def after_training(
         features = features_of_all_ranks(pretrained, select(lists, split), root, **read)
         if rank() != 0:
             return {}
-        values = {"split": split, **_measured(pretrained, features, truth, read)}
+        values = {"split": split, **all_metrics(pretrained, features, truth, **read)}
     if history:
         values["training"] = {"iterations": history[-1]["iteration"], "loss": history[-1]["loss"]}
         draw_loss_curves(history, out / "loss_curves.png")
@@ -201,10 +195,3 @@ def xray_views(pretrained: Pretrained, features: Features, root: str | Path, cou
 
 def _parsed(datalist: str | Path | Datalist) -> Datalist:
     return datalist if isinstance(datalist, dict) else load_datalist(datalist)
-
-
-def _measured(
-    pretrained: Pretrained, features: Mapping[int, Features], truth: Datalist | None, options: Mapping[str, Any]
-) -> dict[str, Any]:
-    resamples = PatientResamples(patient for part in features.values() for patient in part.patients)
-    return all_metrics(pretrained, features, truth, resamples, **options)
