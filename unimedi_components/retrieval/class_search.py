@@ -165,18 +165,16 @@ class Studies(Paired):
 def gather_studies(
     items: Sequence[dict[str, Any]], images: Embeddings, reports: Embeddings | None, meta: Mapping[str, Any]
 ) -> dict[int, Studies]:
-    known = {item["id"]: item for item in items}
-    text_row = {} if reports is None else {name: row for row, name in enumerate(reports.ids)}
+    known, ids = {item["id"]: item for item in items}, images.ids
+    texts = {} if reports is None else dict(zip(reports.ids, reports.embed, strict=True))
     parts = {}
     for dim in (2, 3):
         rows = [row for row, entry in enumerate(images.entries) if entry["dim"] == dim]
         if not rows:
             continue
-        own = [known[images.ids[row]] for row in rows]
-        text = np.zeros((len(rows), images.embed.shape[1]), np.float32)
-        for place, item in enumerate(own):
-            if reports is not None and item["id"] in text_row:
-                text[place] = reports.embed[text_row[item["id"]]]
+        own = [known[ids[row]] for row in rows]
+        none = np.zeros(images.embed.shape[1], np.float32)
+        text = np.stack([texts.get(item["id"], none) for item in own])
         names, labels = label_table(own, meta)
         parts[dim] = Studies(own, torch.from_numpy(images.embed[rows]), torch.from_numpy(text), names, labels)
     return parts

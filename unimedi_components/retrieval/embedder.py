@@ -294,15 +294,12 @@ class Embedder(nn.Module):
         known = [item for item in items if item.get("report")]
         if not known:
             raise DataError("no item has a report; give a datalist with reports")
-        embed = np.empty((len(known), 0), np.float32)
+        embed = np.zeros((len(known), self.network.text_projection.output.out_features), np.float32)
         for dim in (2, 3):
             own = [i for i, item in enumerate(known) if item["dim"] == dim]
-            if own:
-                texts = [as_trained(known[i]["report"], self.pretrained.keep_punct) for i in own]
-                found = self.sentences(texts, dim).numpy()
-                embed = embed if embed.shape[1] else np.zeros((len(known), found.shape[1]), np.float32)
-                embed[own] = found
-        entries = [dict(entry_of(item["id"], "report", item["dim"], text=item["report"])) for item in known]
+            texts = [as_trained(known[i]["report"], self.pretrained.keep_punct) for i in own]
+            embed[own] = self.sentences(texts, dim).numpy()
+        entries = [entry_of(item["id"], "report", item["dim"], text=item["report"]) for item in known]
         return Embeddings(embed, entries, self.model, card=self.card)
 
     def datalist(self, path: str | Path, root: str | Path, split: str = "test", **options: Any) -> Embeddings:

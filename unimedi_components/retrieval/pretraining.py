@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import numpy.typing as npt
 
 from unimedi_components.data.datalist import load_datalist, select, write_json
 from unimedi_components.data.phantom.truth import load_truth
@@ -24,6 +24,7 @@ from unimedi_components.retrieval.slices import is_focal, lesion_mask
 
 __all__ = ["after_training", "ct_views", "evaluate_datalist", "xray_views"]
 
+Array = npt.NDArray[Any]
 Datalist = dict[str, Any]
 Studies = Mapping[str, Mapping[str, Any]]
 
@@ -156,24 +157,19 @@ def ct_views(
     rows = range(len(truths))
     focal = [i for i in rows if is_focal(truths[i].get("lesion_slices", ()), truths[i].get("n_slices", 0))]
     chosen = (focal or list(rows))[:count]
-    dataset = make_dataset(pretrained, [features.items[i] for i in chosen], root)
-    views = []
     assert features.selected is not None and features.scores is not None
-    for position, i in enumerate(chosen):
-        volume = dataset[position]["image"]
-        grid = pretrained.network.encoder.token_grids(volume[None])[0]
+    views = []
+    for i, volume, attention in _images(pretrained, features, chosen, root):
         known = "n_slices" in truths[i]
         views.append(
             CTView(
                 name=features.items[i]["id"],
-                volume=volume[0].numpy(),
+                volume=volume,
                 selected=features.selected[i].tolist(),
                 scores=features.scores[i].numpy(),
-                attention=features.attention[i].view(grid).numpy(),
+                attention=attention,
                 report=features.reports[i],
-                lesions=lesion_mask(truths[i]["lesion_slices"], truths[i]["n_slices"], len(volume[0]))
-                if known
-                else None,
+                lesions=lesion_mask(truths[i]["lesion_slices"], truths[i]["n_slices"], len(volume)) if known else None,
             )
         )
     return views
@@ -182,15 +178,22 @@ def ct_views(
 def xray_views(pretrained: Pretrained, features: Features, root: str | Path, count: int = _XRAYS) -> list[XrayView]:
     """The first X-rays to draw, one of a patient; arguments as for `ct_views`."""
     firsts = {item["patient"]: i for i, item in reversed(list(enumerate(features.items)))}
-    chosen = sorted(firsts.values())[:count]
-    dataset = make_dataset(pretrained, [features.items[i] for i in chosen], root)
-    views = []
-    for place, i in enumerate(chosen):
+    shown = _images(pretrained, features, sorted(firsts.values())[:count], root)
+    return [
+        XrayView(features.items[i]["id"][-24:], image, attention[0], features.reports[i])
+        for i, image, attention in shown
+    ]
+
+
+def _images(
+    pretrained: Pretrained, features: Features, rows: Sequence[int], root: str | Path
+) -> Iterator[tuple[int, Array, Array]]:
+    """Row, image and attention on its token grid (slabs, rows, columns) of some of the features' items."""
+    dataset = make_dataset(pretrained, [features.items[i] for i in rows], root)
+    for place, i in enumerate(rows):
         image = dataset[place]["image"]
-        grid = pretrained.network.encoder.token_grids(image[None])[0][1:]
-        attention: np.ndarray = features.attention[i].view(grid).numpy()
-        views.append(XrayView(features.items[i]["id"][-24:], image[0].numpy(), attention, features.reports[i]))
-    return views
+        grid = pretrained.network.encoder.token_grids(image[None])[0]
+        yield i, image[0].numpy(), features.attention[i].view(grid).numpy()
 
 
 def _parsed(datalist: str | Path | Datalist) -> Datalist:
