@@ -12,6 +12,7 @@ import torch
 
 from unimedi_components.data.datalist import write_json
 from unimedi_components.data.vocabulary import build_wordpiece
+from unimedi_components.metrics.measures import Measures
 from unimedi_components.networks import ProjectionHead, ReportEncoder, UnifiedViT, UniMedI, load_tokenizer
 from unimedi_components.networks.pretrained import make_card, student_state
 
@@ -41,3 +42,15 @@ def leave_network() -> Callable[..., Path]:
         return models / "model.pt"
 
     return write
+
+
+@pytest.fixture(scope="session")
+def kept_by() -> Callable[..., dict[str, Any]]:
+    """What a measure adds to `Measures` without resamples."""
+
+    def values(measure: Callable[..., None], *args: Any, **options: Any) -> dict[str, Any]:
+        kept = Measures()
+        measure(kept, *args, **options)
+        return kept.content()
+
+    return values

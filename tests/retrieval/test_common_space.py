@@ -44,9 +44,9 @@ def case():
     return parts, studies, labels
 
 
-def test_search_equals_the_protocols_functions(case):
+def test_search_equals_the_protocols_functions(case, kept_by):
     parts, studies, labels = case
-    found = cross_search_metrics(parts, studies)
+    found = kept_by(cross_search_metrics, parts, studies)
     for name, query, other in (("xray_to_ct", 2, 3), ("ct_to_xray", 3, 2)):
         for end, space in (("", "image_embed"), ("_cls", "cls")):
             rows = {dim: getattr(parts[dim], space).double() for dim in (2, 3)}
@@ -64,22 +64,24 @@ def test_search_equals_the_protocols_functions(case):
     assert found["xray_to_ct_precision_at_5"] < 1.6 * found["xray_to_ct_precision_at_5_chance"]
 
 
-def test_search_has_intervals_and_leaves_out_what_cannot_be_asked(case):
+def test_search_has_intervals_and_leaves_out_what_cannot_be_asked(case, kept_by):
     parts, studies, _ = case
     kept = Measures(PatientResamples(p for part in parts.values() for p in part.patients))
-    found = cross_search_metrics(parts, studies, ks=(5, 41), measures=kept)
+    cross_search_metrics(kept, parts, studies, ks=(5, 41))
+    found = kept.content()
     assert not [key for key in found if "at_41" in key]
     low, high = found["intervals"]["xray_to_ct_cls_class_precision_at_5"]
     assert low < found["xray_to_ct_cls_class_precision_at_5"] < high
-    assert cross_search_metrics({2: parts[2]}, studies) == {}
+    assert kept_by(cross_search_metrics, {2: parts[2]}, studies) == {}
     nothing = {name: {"labels": [0, 0, int(name.startswith("3"))]} for name in studies}
-    assert cross_search_metrics(parts, nothing) == {}
+    assert kept_by(cross_search_metrics, parts, nothing) == {}
 
 
-def test_modalities_that_a_plane_separates_and_that_none_does(case):
+def test_modalities_that_a_plane_separates_and_that_none_does(case, kept_by):
     parts, studies, _ = case
     kept = Measures(PatientResamples(p for part in parts.values() for p in part.patients))
-    found = separation_metrics(parts, studies, NAMES, kept)
+    separation_metrics(kept, parts, studies, NAMES)
+    found = kept.content()
     assert found["modality_accuracy_cls"] > 0.95
     assert found["modality_accuracy_embed"] == pytest.approx(0.5, abs=0.15)
     assert found["modality_accuracy_chance"] == 0.5
@@ -87,7 +89,7 @@ def test_modalities_that_a_plane_separates_and_that_none_does(case):
     assert set(found["centroid_distance_cls_per_finding"]) == set(NAMES)
     assert {"modality_accuracy_embed", "centroid_distance_cls"} <= found["intervals"].keys()
     assert found["intervals"]["modality_accuracy_cls"][1] == 1.0
-    assert separation_metrics({3: parts[3]}, studies, NAMES) == {}
+    assert kept_by(separation_metrics, {3: parts[3]}, studies, NAMES) == {}
 
 
 def test_accuracy_is_balanced():
@@ -98,7 +100,7 @@ def test_accuracy_is_balanced():
     assert kept.values == {"x": 0.75}
 
 
-def test_paired_search_by_hand(case, monkeypatch, tmp_path):
+def test_paired_search_by_hand(case, monkeypatch, tmp_path, kept_by):
     """Ten patients whose X-rays lie at their own volume after projection, at their neighbour's on the CLS."""
     written = []
 
@@ -117,7 +119,8 @@ def test_paired_search_by_hand(case, monkeypatch, tmp_path):
     monkeypatch.setattr(common_space, "write_paired_xray", write)
     monkeypatch.setattr(common_space, "extract_features", run)
     kept = Measures(PatientResamples(volumes.patients))
-    found = paired_search_metrics(None, volumes, studies, tmp_path, measures=kept, batch_2d=3)
+    paired_search_metrics(kept, None, volumes, studies, tmp_path, batch_2d=3)
+    found = kept.content()
     assert written == [(f"3-{i}.jpg", "bimcv", 7, i) for i in range(10)]
     assert (found["drr_to_ct_recall_at_1"], found["drr_to_ct_cls_recall_at_1"]) == (1.0, 0.0)
     assert (found["drr_to_ct_recall_at_10"], found["drr_to_ct_cls_recall_at_10"]) == (1.0, 1.0)
@@ -126,4 +129,4 @@ def test_paired_search_by_hand(case, monkeypatch, tmp_path):
     assert found["intervals"]["drr_to_ct_recall_at_1"] == [1.0, 1.0]
     bare = {name: {"labels": [0, 0, 0]} for name in studies}
     monkeypatch.setattr(common_space, "extract_features", lambda *args, **kwargs: {})
-    assert paired_search_metrics(None, volumes, bare, tmp_path) == {}
+    assert kept_by(paired_search_metrics, None, volumes, bare, tmp_path) == {}

@@ -95,7 +95,7 @@ def test_focal_studies_fill_at_most_a_third():
     assert not is_focal([], 48)
 
 
-def test_metrics_average_the_focal_studies():
+def test_metrics_average_the_focal_studies(kept_by):
     truths = [
         {"lesion_slices": [5, 6], "n_slices": 16},
         {"lesion_slices": list(range(12)), "n_slices": 16},
@@ -103,14 +103,14 @@ def test_metrics_average_the_focal_studies():
         {"lesion_slices": [], "n_slices": 16},
         {"lesion_slices": [14], "n_slices": 16},
     ]
-    found = slice_metrics([[2, 6], [2, 6], [2, 6], [2, 6], [2, 6]], truths, 16, 4)
+    found = kept_by(slice_metrics, [[2, 6], [2, 6], [2, 6], [2, 6], [2, 6]], truths, 16, 4)
     assert found["slice_studies"] == 2
     assert found["slice_studies_known"] == 4
     assert found["slice_precision"] == pytest.approx((0.5 + 0.0) / 2)
     assert found["slice_precision_chance"] == pytest.approx(0.25)
     assert found["slice_recall"] == pytest.approx((1.0 + 0.0) / 2)
     assert found["slice_hit"] == 0.5
-    assert slice_metrics([[2]], [None], 16, 4) == {"slice_studies": 0, "slice_studies_known": 0}
+    assert kept_by(slice_metrics, [[2]], [None], 16, 4) == {"slice_studies": 0, "slice_studies_known": 0}
 
 
 def test_baselines_by_hand():
@@ -123,7 +123,8 @@ def test_baselines_by_hand():
     ]
     selected = [[6, 10], [6, 10], [2, 14], [2, 14]]
     kept = Measures(PatientResamples("abcd", seed=0))
-    found = slice_metrics(selected, truths, 16, 4, "centre", "abcd", [2.0, 2.0, 3.0, 2.0], kept)
+    slice_metrics(kept, selected, truths, 16, 4, "centre", "abcd", [2.0, 2.0, 3.0, 2.0])
+    found = kept.content()
     # slices 6 and 10, 6 and 10, 2 and 14, 2 and 14 against slices 6, 6, 6, 14
     assert found["slice_precision"] == pytest.approx((0.5 + 0.5 + 0.0 + 0.5) / 4)
     assert found["slice_precision_permuted"] == pytest.approx((1 / 6 + 1 / 6 + 1 / 3 + 1 / 6) / 4)
@@ -143,12 +144,12 @@ def test_baselines_by_hand():
     assert 0 <= found["intervals"]["slice_precision"][0] <= found["slice_precision"]
 
 
-def test_the_selection_of_the_own_patient_is_no_permuted_one():
+def test_the_selection_of_the_own_patient_is_no_permuted_one(kept_by):
     truth = {"lesion_slices": [5, 6], "n_slices": 16}
-    found = slice_metrics([[6, 10], [6, 10], [2, 14]], [truth] * 3, 16, 4, patients="aab")
+    found = kept_by(slice_metrics, [[6, 10], [6, 10], [2, 14]], [truth] * 3, 16, 4, patients="aab")
     # the first two have the third's, which misses; the third has theirs
     assert found["slice_precision_permuted"] == pytest.approx((0 + 0 + 0.5) / 3)
-    alone = slice_metrics([[6, 10], [2, 14]], [truth] * 2, 16, 4, patients="aa")
+    alone = kept_by(slice_metrics, [[6, 10], [2, 14]], [truth] * 2, 16, 4, patients="aa")
     assert not {"slice_precision_permuted", "slice_precision_fixed"} & alone.keys()
 
 

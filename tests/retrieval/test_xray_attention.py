@@ -61,17 +61,17 @@ def test_boxes_follow_the_preparation_of_the_image(tmp_path, size, options):
     assert found.sum() == pytest.approx(expected.sum(), rel=0.12)
 
 
-def test_metrics_by_hand(tmp_path):
+def test_metrics_by_hand(tmp_path, kept_by):
     """Films of 64 x 64, cut to their centre of 56: patches of 14 pixels; one without a box, one with a large one."""
     boxes = [[[4, 4, 17, 17]], [[46, 46, 59, 59]], [[4, 46, 17, 59]], [], [[0, 0, 63, 40]]]
     attention = torch.full((5, 16), 0.04)
     attention[0, 0], attention[1, 0], attention[2, 12] = 0.4, 0.4, 0.4
     part, studies = features(tmp_path, attention, boxes)
-    found = xray_attention_metrics(pretrained(), part, studies)
+    found = kept_by(xray_attention_metrics, pretrained(), part, studies)
     assert found["xray_attention_studies"] == 3
     high, low = 16 * 0.4, 16 * 0.04
     assert found["xray_attention_ratio"] == pytest.approx((high + low + high) / 3, rel=1e-5)
     others = ((high + low) / 2 + low + low) / 3
     assert found["xray_attention_ratio_permuted"] == pytest.approx(others, rel=1e-5)
     assert found["xray_attention_ratio_per_finding"]["nodule"] == pytest.approx(found["xray_attention_ratio"])
-    assert xray_attention_metrics(pretrained(), part, {}) == {"xray_attention_studies": 0}
+    assert kept_by(xray_attention_metrics, pretrained(), part, {}) == {"xray_attention_studies": 0}

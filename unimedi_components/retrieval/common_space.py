@@ -30,7 +30,6 @@ __all__ = ["cross_search_metrics", "paired_search_metrics", "separation_metrics"
 
 Array = npt.NDArray[Any]
 Studies = Mapping[str, Mapping[str, Any]]
-Values = dict[str, Any]
 
 _SPACES = ("cls", "embed")
 
@@ -41,27 +40,24 @@ def _rows(part: Features, space: str) -> Array:
 
 
 def separation_metrics(
-    features: Mapping[int, Features], studies: Studies, names: Sequence[str], measures: Measures | None = None
-) -> Values:
+    kept: Measures, features: Mapping[int, Features], studies: Studies, names: Sequence[str]
+) -> None:
     """How far X-rays and volumes lie apart, for SPACE "cls" and "embed" (after projection), L2-normalised.
 
-    Args:
-        measures: gets the values; None for none.
 
-    Returns:
+    Keeps:
         "modality_accuracy_SPACE": balanced accuracy of telling X-rays from volumes by `linear_probe`, and
         "modality_accuracy_chance". "centroid_distance_SPACE": mean over the findings of `centroid_distance`, with
         "_per_finding", and "centroid_distance_chance", what two samples of one distribution would have. Empty where a
         dimension is missing.
     """
-    kept = measures or Measures()
     if not {2, 3} <= features.keys():
-        return kept.content()
+        return
     parts = [features[2], features[3]]
     patients = [patient for part in parts for patient in part.patients]
     modality = np.repeat([0, 1], [len(part.items) for part in parts])
     labels = [labels_of(part.items, studies) for part in parts]
-    draws = None if measures is None else measures.resamples
+    draws = kept.resamples
     weights = [] if draws is None else [draws.weights(part.patients) for part in parts]
     for space in _SPACES:
         rows = [_rows(part, space) for part in parts]
@@ -85,7 +81,6 @@ def separation_metrics(
     if enough.any():
         kept.add("centroid_distance_chance", float(np.sqrt((1 / counts[:, enough]).sum(0)).mean()))
     kept.add("modality_accuracy_chance", 0.5)
-    return kept.content()
 
 
 def _balanced_accuracy(kept: Measures, key: str, right: Array, truth: Array, patients: Sequence[str]) -> None:
@@ -98,26 +93,24 @@ def _balanced_accuracy(kept: Measures, key: str, right: Array, truth: Array, pat
 
 
 def cross_search_metrics(
+    kept: Measures,
     features: Mapping[int, Features],
     studies: Studies,
     ks: Sequence[int] = (5, 10),
-    measures: Measures | None = None,
-) -> Values:
+) -> None:
     """X-ray to CT search and back by images alone, after projection and on the CLS, centred per modality there.
 
     Args:
         ks: the K; one that exceeds the candidates is left out.
-        measures: gets the values; None for none.
 
-    Returns:
+    Keeps:
         for QUERY "xray_to_ct", "ct_to_xray", "xray_to_ct_cls" and "ct_to_xray_cls", each also with "_chance":
         "QUERY_precision_at_K", where a candidate is correct that has exactly the query's findings, over the queries for
         which there is one; and "QUERY_class_precision_at_K", the mean over the findings of how many of the K have a
         finding that the query has. Chance is the share of correct candidates. Empty where a dimension is missing.
     """
-    kept = measures or Measures()
     if not {2, 3} <= features.keys():
-        return kept.content()
+        return
     labels = {dim: labels_of(features[dim].items, studies) for dim in (2, 3)}
     for space, end in (("embed", ""), ("cls", "_cls")):
         found = {dim: _rows(features[dim], space) for dim in (2, 3)}
@@ -128,7 +121,6 @@ def cross_search_metrics(
                     search = _Search(rows[query], rows[other], k, features[query].patients, kept)
                     search.exact(f"{name}{end}_precision_at_{k}", labels[query], labels[other])
                     search.by_class(f"{name}{end}_class_precision_at_{k}", labels[query], labels[other])
-    return kept.content()
 
 
 @dataclass
@@ -167,28 +159,26 @@ class _Search:
 
 
 def paired_search_metrics(
+    kept: Measures,
     pretrained: Pretrained,
     volumes: Features,
     studies: Studies,
     folder: Path,
     ks: Sequence[int] = (1, 5, 10),
-    measures: Measures | None = None,
     **options: Any,
-) -> Values:
+) -> None:
     """Does the X-ray of a phantom patient find that patient's own CT among all? Ray-summed for this, never trained on.
 
     Args:
         volumes: features of CT volumes.
         studies: truth by item id, with "phantom" where it is known how to make the patient again.
         folder: for the X-rays, reused if they are there.
-        measures: gets the values; None for none.
         options: of `extract_features`.
 
-    Returns:
+    Keeps:
         "drr_to_ct_recall_at_K" after projection and "drr_to_ct_cls_recall_at_K" on the CLS, X-rays and volumes each
         centred, both with "_chance"; empty where no patient can be made again.
     """
-    kept = measures or Measures()
     rows = [i for i, item in enumerate(volumes.items) if "phantom" in studies.get(item["id"], {})]
     items = []
     for i in rows:
@@ -197,7 +187,7 @@ def paired_search_metrics(
         items.append({"id": item["id"], "patient": item["patient"], "image": str(file), "dim": 2})
     films = extract_features(pretrained, items, folder, **options).get(2)
     if films is None or len(films.items) != len(rows):
-        return kept.content()
+        return
     for space, end in (("embed", ""), ("cls", "_cls")):
         query, candidates = _rows(films, space), _rows(volumes, space)[rows]
         if space == "cls":
@@ -207,4 +197,3 @@ def paired_search_metrics(
             kept.mean(f"drr_to_ct{end}_recall_at_{k}", (rank <= k).numpy(), films.patients)
         for k, chance in recall_chance(len(rows), ks).items():
             kept.add(f"drr_to_ct{end}_recall_at_{k}_chance", chance)
-    return kept.content()

@@ -20,6 +20,7 @@ from unimedi_components.data.datalist import SPLITS, load_datalist, write_json
 from unimedi_components.distributed import rank
 from unimedi_components.errors import ConfigError, DataError
 from unimedi_components.figures.charts import RocCurve, draw_roc
+from unimedi_components.metrics.measures import Measures
 from unimedi_components.retrieval.class_search import NOT_MENTIONED, Studies, class_search, gather_studies, label_table
 from unimedi_components.retrieval.embedder import Embedder, check_punct
 from unimedi_components.retrieval.embeddings import Embeddings
@@ -116,12 +117,14 @@ def evaluate_search(
     images = embedder.items(items, dataset_dir, **options)
     reports = embedder.reports(items) if any(item.get("report") for item in items) else None
     parts = gather_studies(items, images, reports, meta)
+    recall = Measures()
+    retrieval_metrics(recall, parts)
     values: Values = {
         **dict.fromkeys(HEADLINE),
         "split": split,
         **{f"studies_{dim}d": len(parts[dim].items) if dim in parts else 0 for dim in (2, 3)},
         "skipped_files": len(images.skipped),
-        **retrieval_metrics(parts),
+        **recall.values,
         "class_search": class_search(parts, sets),
     }
     zero_shot, table = _zero_shot(embedder, sets, parts, bootstrap, seed)

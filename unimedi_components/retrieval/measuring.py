@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From features to numbers: report retrieval, probes, slice selection, collapse, and all measures together."""
+"""From features to numbers: report retrieval, probes, slice selection, collapse, and all measures together.
+
+A measure adds to the `Measures` that it is given first, with intervals over patients where that has resamples.
+"""
 
 from __future__ import annotations
 
@@ -57,9 +60,9 @@ def all_metrics(
     kept = Measures(PatientResamples(patient for part in features.values() for patient in part.patients))
     for dim in (2, 3):
         kept.add(f"studies_{dim}d", len(features[dim].items) if dim in features else 0)
-    retrieval_metrics(features, kept)
+    retrieval_metrics(kept, features)
     kept.values.update(collapse_metrics(features))
-    network_metrics(pretrained, features, kept)
+    network_metrics(kept, pretrained, features)
     if not untrained and features:
         items = [
             {**item, "image": str(file.resolve())}
@@ -70,29 +73,27 @@ def all_metrics(
         kept.values.update(self_distillation_metrics(pretrained, items, root, options.get("cache_dir")))
     if truth is not None:
         studies = truth["studies"]
-        probe_metrics(features, truth, kept, pixels=not untrained)
-        selection_metrics(pretrained, features, studies, kept)
-        cross_search_metrics(features, studies, measures=kept)
-        separation_metrics(features, studies, truth["findings"], kept)
+        probe_metrics(kept, features, truth, pixels=not untrained)
+        selection_metrics(kept, pretrained, features, studies)
+        cross_search_metrics(kept, features, studies)
+        separation_metrics(kept, features, studies, truth["findings"])
         if 2 in features:
-            xray_attention_metrics(pretrained, features[2], studies, kept)
+            xray_attention_metrics(kept, pretrained, features[2], studies)
         if 3 in features:
             with tempfile.TemporaryDirectory(prefix="unimedi-films-") as scratch:
                 folder = Path(films or scratch)
-                paired_search_metrics(pretrained, features[3], studies, folder, measures=kept, **options)
+                paired_search_metrics(kept, pretrained, features[3], studies, folder, **options)
     return kept.content()
 
 
-def retrieval_metrics(features: Mapping[int, Paired], measures: Measures | None = None) -> Values:
+def retrieval_metrics(kept: Measures, features: Mapping[int, Paired]) -> None:
     """Report retrieval with the reports of both dimensions as candidates, and within each dimension.
 
     A report that is word for word the right one counts as right; "_strict" keys count the image's own report
     alone.
 
-    Args:
-        measures: gets the values, with intervals over the queries' patients where it has resamples; None for none.
 
-    Returns:
+    Keeps:
         "report_recall_at_K" (image to report, both dimensions pooled), "image_recall_at_K" (report to image),
         each also with "_strict"; "report_recall_at_K_chance" and "report_recall_at_K_strict_chance", which hold
         for both ways; the same within one dimension as "report_recall_2d_at_K" and so on; "reports", the number
@@ -101,7 +102,6 @@ def retrieval_metrics(features: Mapping[int, Paired], measures: Measures | None 
     pools = {"": list(features.values())}
     if len(features) > 1:
         pools.update({f"_{dim}d": [part] for dim, part in features.items()})
-    kept = measures or Measures()
     for suffix, parts in pools.items():
         known = [torch.tensor([bool(text) for text in part.reports]) for part in parts]
         reports = [text for part in parts for text in part.reports if text]
@@ -119,7 +119,6 @@ def retrieval_metrics(features: Mapping[int, Paired], measures: Measures | None 
             kept.values.update({f"report_recall{suffix}_at_{k}{kind}_chance": chance[k] for k in KS})
         kept.add(f"reports{suffix}", len(reports))
         kept.add(f"distinct_reports{suffix}", len(set(reports)))
-    return kept.content()
 
 
 def collapse_metrics(features: Mapping[int, Features]) -> Values:
@@ -148,65 +147,57 @@ def _value(score: Tensor | None) -> float | None:
     return None if score is None else float(score)
 
 
-def network_metrics(
-    pretrained: Pretrained, features: Mapping[int, Features], measures: Measures | None = None
-) -> Values:
+def network_metrics(kept: Measures, pretrained: Pretrained, features: Mapping[int, Features]) -> None:
     """The temperature of L_vl, and how the CLS attends to a volume and to its slices when both are encoded together.
 
-    Returns:
+    Keeps:
         "temperature"; "cls_attention_3d" and "cls_attention_slices", mean shares of Eq. 1's **v** on the tokens of the
         volume and of its slices, each with "_uniform", their share of the tokens, where slices join volumes.
     """
-    kept = measures or Measures()
     kept.add("temperature", 1 / pretrained.network.logit_scale.item())
     if 3 in features and (share := features[3].slice_attention) is not None:
         for column, end in enumerate(("", "_uniform")):
             slices = share[:, column].double().numpy()
             kept.mean(f"cls_attention_3d{end}", 1 - slices, features[3].patients)
             kept.mean(f"cls_attention_slices{end}", slices, features[3].patients)
-    return kept.content()
 
 
 def selection_metrics(
+    kept: Measures,
     pretrained: Pretrained,
     features: Mapping[int, Features],
     studies: Mapping[str, Mapping[str, Any]],
-    measures: Measures | None = None,
-) -> Values:
+) -> None:
     """Slice selection against the true lesion slices of the focal CT studies, see `slices.slice_metrics`."""
     part, network = features.get(3), pretrained.network
     if part is None or part.selected is None or part.scores is None:
-        return {}
+        return
     truths = [study if (study := studies.get(item["id"])) and "n_slices" in study else None for item in part.items]
     patch_depth = network.encoder.patch_depth
     depth = part.scores.shape[1] * patch_depth
     spacing = [
         read_volume_header(file).slice_spacing if truth else 0.0 for file, truth in zip(part.files, truths, strict=True)
     ]
-    return slice_metrics(
-        part.selected.tolist(), truths, depth, patch_depth, network.expand, part.patients, spacing, measures
-    )
+    slice_metrics(kept, part.selected.tolist(), truths, depth, patch_depth, network.expand, part.patients, spacing)
 
 
 def probe_metrics(
+    kept: Measures,
     features: Mapping[int, Features],
     truth: Mapping[str, Any],
-    measures: Measures | None = None,
     pixels: bool = True,
-) -> Values:
+) -> None:
     """Linear probes of the CLS, and of the input itself beside them, cross-validated on the same splits.
 
     Args:
         truth: of `load_truth`.
-        measures: gets the values, with intervals if it has resamples; None for none.
         pixels: probe the averaged input too, `Features.pooled`.
 
-    Returns:
+    Keeps:
         "probe_auroc_2d" and "probe_auroc_3d", each with "_per_finding" and, where findings could not be probed,
         "_skipped"; with `pixels` also "probe_auroc_2d_pixels", "probe_auroc_3d_voxels", and what the features have more
         than these, "probe_minus_pixels_2d" and "..._3d".
     """
-    kept = measures or Measures()
     names = truth["findings"]
     for dim, part in features.items():
         labels = labels_of(part.items, truth["studies"])
@@ -226,4 +217,3 @@ def probe_metrics(
         if len(macros) == 2 and macros[0] is not None and macros[1] is not None:
             paired = None if resampled[0] is None or resampled[1] is None else resampled[0] - resampled[1]
             kept.add(f"probe_minus_pixels_{dim}d", macros[0] - macros[1], paired)
-    return kept.content()

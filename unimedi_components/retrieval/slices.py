@@ -144,6 +144,7 @@ def _hit_chance(by_slab: npt.NDArray[np.bool_], k: int, expand: str) -> float:
 
 
 def slice_metrics(
+    kept: Measures,
     selected: Sequence[Sequence[int]],
     truths: Sequence[Mapping[str, Any] | None],
     depth: int,
@@ -151,8 +152,7 @@ def slice_metrics(
     expand: str = "centre",
     patients: Sequence[Hashable] | None = None,
     spacing: Sequence[float] | None = None,
-    measures: Measures | None = None,
-) -> dict[str, Any]:
+) -> None:
     """Means over the focal studies, beside what other ways to choose would reach on them.
 
     Args:
@@ -162,9 +162,8 @@ def slice_metrics(
         depth, patch_depth, expand: as in `slice_score`.
         patients: of the studies; None: every study is of a patient of its own.
         spacing: mm between the slices of each study's file; None measures no distance.
-        measures: gets the values, with intervals if it has resamples; None for none.
 
-    Returns:
+    Keeps:
         "slice_studies", how many studies are focal, and "slice_studies_known", how many have a truth; without focal
         studies these alone. "slice_precision", "slice_recall" and "slice_hit", each also with "_chance".
         "slice_distance_mm": from the chosen slice that is nearest to a lesion slice to that one. Precision and distance
@@ -172,13 +171,12 @@ def slice_metrics(
         for all, learned on other patients, see `fixed_choices`), "_oracle" (the best choice there is), distance with
         "_chance"; precisions also as "_per_finding", means over the focal studies that have a finding.
     """
-    kept = measures or Measures()
     people = list(range(len(truths))) if patients is None else list(patients)
     rows = [i for i, truth in enumerate(truths) if truth and is_focal(truth["lesion_slices"], truth["n_slices"])]
     kept.add("slice_studies", len(rows))
     kept.add("slice_studies_known", sum(truth is not None for truth in truths))
     if not rows:
-        return kept.content()
+        return
     studies = [truth for i in rows if (truth := truths[i]) is not None]
     chosen, own = np.asarray([selected[i] for i in rows], dtype=np.int64), [people[i] for i in rows]
     findings = [[finding["name"] for finding in study.get("findings", ())] for study in studies]
@@ -208,7 +206,6 @@ def slice_metrics(
             kept.mean(f"slice_distance_mm{suffix}", _scores_of(away, choices, own, "min"), own)
         chance = [expected_minimum(values, k, patch_depth, expand) for values in away]
         kept.mean("slice_distance_mm_chance", chance, own)
-    return kept.content()
 
 
 def _other_choices(

@@ -27,22 +27,19 @@ Array = npt.NDArray[Any]
 
 
 def xray_attention_metrics(
+    kept: Measures,
     pretrained: Pretrained,
     features: Features,
     studies: Mapping[str, Mapping[str, Any]],
-    measures: Measures | None = None,
-) -> dict[str, Any]:
+) -> None:
     """Attention inside the true boxes of the X-rays whose boxes fill at most a third of what the network sees.
 
-    Args:
-        measures: gets the values; None for none.
 
-    Returns:
+    Keeps:
         "xray_attention_ratio": mean of `attention_ratios` of an image's own attention, 1 for even attention, and
         "..._permuted", that of other patients' attention; each also "_per_finding"; "xray_attention_studies", how many
         X-rays count. Without any, the count alone.
     """
-    kept = measures or Measures()
     known = [studies.get(item["id"], {}).get("findings", ()) for item in features.items]
     boxes = [[box for finding in findings for box in finding["boxes"]] for findings in known]
     tried = [i for i, found in enumerate(boxes) if found]
@@ -58,7 +55,6 @@ def xray_attention_metrics(
             if np.isfinite(values).all():
                 kept.mean(f"xray_attention_ratio{key}", values, patients)
                 kept.per_finding(f"xray_attention_ratio{key}", values, findings)
-    return kept.content()
 
 
 def attention_ratios(attention: Array, cover: Array) -> Array:
