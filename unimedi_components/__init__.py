@@ -31,6 +31,7 @@ _SUBPACKAGES = (
     "distributed",
     "engines",
     "errors",
+    "loading",
     "losses",
     "metrics",
     "networks",

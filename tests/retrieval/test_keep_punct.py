@@ -11,11 +11,11 @@ import torch
 from monai.bundle import ConfigParser
 
 from unimedi_components.data import load_datalist, pretraining_datalist, select
-from unimedi_components.data.loading import MixedCollate
 from unimedi_components.data.phantom import write_phantom
 from unimedi_components.data.prepare import merge_datalists, prepare
 from unimedi_components.data.text import as_trained, clean_report
 from unimedi_components.errors import DataError
+from unimedi_components.loading import MixedCollate
 from unimedi_components.networks.pretrained import load_pretrained
 from unimedi_components.retrieval import Embedder, ZeroShot, evaluate_datalist, load_prompts
 from unimedi_components.retrieval.embedder import make_dataset

@@ -4,7 +4,6 @@
 from unimedi_components.engines.calibration import CalibrateProjection
 from unimedi_components.engines.checkpoint import TaskCheckpoint, TrainingCheckpoint
 from unimedi_components.engines.early_stop import EarlyStop
-from unimedi_components.engines.fine_tune import choose_recipe
 from unimedi_components.engines.handlers import (
     EndWithLoader,
     EpochSeed,
@@ -18,7 +17,15 @@ from unimedi_components.engines.handlers import (
     losses,
     prepare_mixed_batch,
 )
-from unimedi_components.engines.optim import amp_dtype, build_optimizer, scaled_lr, use_amp, warmup_cosine
+from unimedi_components.engines.optim import (
+    amp_dtype,
+    build_optimizer,
+    choose_recipe,
+    scaled_lr,
+    use_amp,
+    warmup_cosine,
+    warmup_poly,
+)
 from unimedi_components.engines.progress import TrainingProgress
 from unimedi_components.engines.run import PretrainingRun, TaskRun, set_up
 from unimedi_components.engines.target_information import WatchTargets
@@ -52,4 +59,5 @@ __all__ = [
     "set_up",
     "use_amp",
     "warmup_cosine",
+    "warmup_poly",
 ]

@@ -17,12 +17,12 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from unimedi_components.data.datalist import SPLITS, load_datalist, select
-from unimedi_components.data.dataset import PretrainDataset
-from unimedi_components.data.inputs import find_images, image_loader
+from unimedi_components.data.inputs import find_images
 from unimedi_components.data.text import as_trained
 from unimedi_components.data.transforms import input_transforms
 from unimedi_components.errors import DataError
 from unimedi_components.images.find import ImageList
+from unimedi_components.loading import ImageDataset, ImageLoader
 from unimedi_components.networks.cards import KINDS, load_network
 from unimedi_components.networks.export import ScriptableByDimension, trace
 from unimedi_components.networks.output import ImageFeatures
@@ -65,7 +65,7 @@ def make_dataset(
     root: str | Path,
     cache_dir: str | Path | None = None,
     strict: bool = False,
-) -> PretrainDataset:
+) -> ImageDataset:
     """The items as the network was trained to see them, by its card, reports as well, without random transforms.
 
     Args:
@@ -79,7 +79,7 @@ def make_dataset(
         whole.append({"source": place, "report": "", **item, **({"report": text} if text else {})})
     known = ImageList(whole, getattr(items, "left_out", ()))
     transform = input_transforms(pretrained.card["preprocessing"])
-    return PretrainDataset(known, transform, root, cache_dir, strict=strict, require_report=False)
+    return ImageDataset(known, transform, root, cache_dir=cache_dir, strict=strict)
 
 
 class Embedder(nn.Module):
@@ -161,7 +161,7 @@ class Embedder(nn.Module):
         return ScriptableByDimension(two_d, three_d).eval()
 
     def run(
-        self, dataset: PretrainDataset, batch_2d: int, batch_3d: int, num_workers: int = 0, progress: bool = True
+        self, dataset: ImageDataset, batch_2d: int, batch_3d: int, num_workers: int = 0, progress: bool = True
     ) -> Iterator[tuple[dict[str, Any], Tensor, ImageFeatures]]:
         """Go through a data set.
 
@@ -169,16 +169,15 @@ class Embedder(nn.Module):
             dataset: of `make_dataset`.
 
         Yields:
-            batches of `image_loader` of which something could be read, their images and what `encode` makes of them,
-            both on the network's device; first the X-rays.
+            batches of `ImageLoader`, their images and what `encode` makes of them, both on the network's device; first
+            the X-rays.
         """
         with tqdm(total=len(dataset), desc="embedding", unit="image", disable=not progress) as bar:
-            for batch in image_loader(dataset, batch_2d, batch_3d, num_workers):
-                if batch["id"]:
-                    image = batch["image"].to(self.device)
-                    with torch.no_grad():
-                        found = self.encode(image)
-                    yield batch, image, found
+            for batch in ImageLoader(dataset, (batch_2d, batch_3d), num_workers=num_workers, allow_empty=True):
+                image = batch["image"].to(self.device)
+                with torch.no_grad():
+                    found = self.encode(image)
+                yield batch, image, found
                 bar.update(len(batch["id"]))
 
     def images(

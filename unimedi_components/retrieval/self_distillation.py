@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unimedi_components.data.inputs import image_loader
 from unimedi_components.engines.checkpoint import LAST
 from unimedi_components.engines.target_information import COLLAPSED
 from unimedi_components.errors import CheckpointError
+from unimedi_components.loading import ImageLoader
 from unimedi_components.losses.pretrain import UniMediLoss
 from unimedi_components.metrics.information import TargetInformation
 from unimedi_components.networks.heads import DINOHead
@@ -94,9 +94,8 @@ def _images(
     pretrained: Pretrained, items: Sequence[dict[str, Any]], root: str | Path, **options: Any
 ) -> Iterator[Tensor]:
     device = next(pretrained.network.parameters()).device
-    for batch in image_loader(make_dataset(pretrained, items, root, **options), 32, 16):
-        if "image" in batch:
-            yield batch["image"].to(device)
+    for batch in ImageLoader(make_dataset(pretrained, items, root, **options), (32, 16), allow_empty=True):
+        yield batch["image"].to(device)
 
 
 def self_distillation_metrics(
