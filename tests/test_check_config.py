@@ -13,7 +13,7 @@ import pytest
 from monai.bundle import ConfigWorkflow
 
 from unimedi_components import check_config, check_run
-from unimedi_components.bundle import RunCall, parse_run_call
+from unimedi_components.bundle import RunCall, parse_run_call, user_fault
 from unimedi_components.errors import ConfigError
 
 MONAI_MAIN = "/site-packages/monai/bundle/__main__.py"
@@ -311,11 +311,62 @@ def test_check_run_ends_the_running_bundle_with_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = write(tmp_path / "train.json", BASE)
-    workflow = ConfigWorkflow(config_file=base, logging_file=False, ghost=7)
+    workflow = ConfigWorkflow(config_file=base, logging_file=False)
     monkeypatch.setattr(sys, "argv", ["pytest", "--ghost", "7"])
-    workflow.initialize()  # not a command line of MONAI: nothing to check
+    workflow.initialize()  # not a command line of MONAI
     monkeypatch.setattr(sys, "argv", [MONAI_MAIN, "run", "--config_file", base, "--ghost", "7"])
     with pytest.raises(SystemExit) as stop:
         workflow.initialize()
     assert stop.value.code == 2
     assert capsys.readouterr().err.splitlines()[-1] == "error: unknown override '--ghost': nothing defines it"
+
+
+BUNDLES = Path(__file__).parents[1] / "bundles"
+
+
+@pytest.mark.parametrize(
+    ("config", "key", "message"),
+    [
+        (None, "ghost", "unknown config key 'ghost' in the workflow: nothing uses it"),
+        (
+            None,
+            "max_epoch",
+            "unknown config key 'max_epoch' in the workflow: nothing uses it; did you mean 'max_epochs'?",
+        ),
+        (
+            None,
+            "train#sises",
+            "unknown config key 'train#sises' in the workflow: nothing uses it; did you mean 'train#sizes'?",
+        ),
+        (
+            None,
+            "optimizer#weight_decy",
+            "unknown argument 'weight_decy' of 'torch.optim.AdamW' at 'optimizer'; did you mean 'weight_decay'?",
+        ),
+        (
+            "chest_xray_segmentation",
+            "img_size",
+            "unknown config key 'img_size' in the workflow: nothing uses it; did you mean 'preprocessing#film#size'?",
+        ),
+        (
+            "pretrain",
+            "amp_dtype",
+            "unknown config key 'amp_dtype' in the workflow: nothing uses it; did you mean 'amp'?",
+        ),
+        (
+            "chest_xray_classification",
+            "probe_lr",
+            "unknown config key 'probe_lr' in the workflow: nothing uses it; did you mean 'recipe#probe#lr'?",
+        ),
+    ],
+)
+def test_a_workflow_made_in_python_is_checked(config: str | None, key: str, message: str, tmp_path: Path) -> None:
+    # an override that takes a reference's place, and a macro, leave keys that nothing but the file refers to
+    base = changed(extra=[1], train__copy="%extra", train__dataloader__batch_size="$len(@train#copy)")
+    file = BUNDLES / config / "configs" / "train.json" if config else write(tmp_path / "train.json", base)
+    made = {"config_file": str(file), "logging_file": False}
+    if not config:
+        ConfigWorkflow(**made, **{"train#dataset#data": [3], "optimizer#lr": 0.1, "device": "cpu"}).initialize()
+    with pytest.raises(RuntimeError) as caught:
+        ConfigWorkflow(**made, **{key: 7}).initialize()
+    assert user_fault(caught.value) == message
