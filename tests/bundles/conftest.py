@@ -20,6 +20,7 @@ from ignite.engine import Events
 from monai.bundle import ConfigWorkflow
 from torch import nn
 
+from tests.common import REPOSITORY
 from unimedi_components.data.datalist import write_json
 from unimedi_components.data.phantom import write_phantom
 from unimedi_components.data.vocabulary import build_wordpiece
@@ -37,7 +38,6 @@ from unimedi_components.networks import (
 from unimedi_components.networks.pretrained import make_card, student_state
 from unimedi_components.networks.unetr import UnifiedUNETR
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGS = REPOSITORY / "bundles" / "pretrain" / "configs"
 #: "cuda" or, with `pytest -p tests.rehearsal`, "rehearsal" runs these tests on a GPU or a rehearsed one.
 DEVICE = os.environ.get("UNIMEDI_TEST_DEVICE", "cpu")
@@ -318,6 +318,18 @@ def task_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tas
         return made[name]
 
     return get
+
+
+@pytest.fixture(scope="module")
+def bundle(request: pytest.FixtureRequest, task_bundle: Any) -> TaskBundle:
+    """The task bundle that the test module names in BUNDLE."""
+    return task_bundle(request.module.BUNDLE)
+
+
+@pytest.fixture(scope="module")
+def finished(bundle: TaskBundle) -> tuple[Path, ConfigWorkflow]:
+    """Folder and workflow of its default run."""
+    return bundle.finished()
 
 
 def untrained_task(name: str, sizes: dict[str, Any], outputs: int) -> tuple[nn.Module, list[str], dict[str, Any]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import logging
-import struct
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +20,7 @@ from monai.bundle import ConfigWorkflow
 from monai.transforms import Compose
 from PIL import Image
 
+from tests.common import write_radiograph
 from unimedi_components.bundle import user_fault
 from unimedi_components.data import task_transforms
 from unimedi_components.data.task_inputs import find_task_images
@@ -88,25 +88,6 @@ def scan() -> np.ndarray:
     return (-1000 + 900 * np.exp(-((x - 12) ** 2 + (y - 22) ** 2 + (z - 20) ** 2) / 90) + 3 * z).astype(np.float32)
 
 
-def write_film(path: Path, pixels: np.ndarray, photometric: bytes, bits: int = 16) -> None:
-    """A digital radiograph, explicit little-endian."""
-
-    def element(group: int, number: int, vr: bytes, value: bytes) -> bytes:
-        value += b" " * (len(value) % 2)
-        size = struct.pack("<HI", 0, len(value)) if vr == b"OW" else struct.pack("<H", len(value))
-        return struct.pack("<HH", group, number) + vr + size + value
-
-    us = struct.Struct("<H").pack
-    meta = element(2, 0x10, b"UI", b"1.2.840.10008.1.2.1\0")
-    body = element(8, 0x16, b"UI", b"1.2.840.10008.5.1.4.1.1.1.1") + element(8, 0x18, b"UI", path.stem.encode())
-    body += element(8, 0x60, b"CS", b"DX") + element(0x20, 0xE, b"UI", path.stem.encode())
-    body += element(0x28, 2, b"US", us(1)) + element(0x28, 4, b"CS", photometric)
-    numbers = {0x10: pixels.shape[0], 0x11: pixels.shape[1], 0x100: 16, 0x101: bits, 0x102: bits - 1, 0x103: 0}
-    body += b"".join(element(0x28, number, b"US", us(value)) for number, value in numbers.items())
-    body += element(0x7FE0, 0x10, b"OW", pixels.astype("<u2").tobytes())
-    path.write_bytes(bytes(128) + b"DICM" + element(2, 0, b"UL", struct.pack("<I", len(meta))) + meta + body)
-
-
 def write_series(folder: Path, volume: np.ndarray) -> None:
     """(right-left, back-front, foot-head) as a CT series; DICOM counts columns to the left and rows to the back."""
     folder.mkdir()
@@ -147,8 +128,8 @@ def test_xrays_of_every_kind(predict: Predict, bundles: Path, tmp_path: Path, ca
     Image.fromarray(np.stack([pixels] * 3, -1)).save(own / "colour.png")
     Image.fromarray(pixels).save(own / "photo.jpg", quality=95)
     deep = pixels.astype(np.uint16) * 257
-    write_film(own / "1.2.dcm", deep, b"MONOCHROME2")
-    write_film(own / "1.3.dcm", 65535 - deep, b"MONOCHROME1")
+    write_radiograph(own / "1.2.dcm", deep, b"MONOCHROME2")
+    write_radiograph(own / "1.3.dcm", 65535 - deep, b"MONOCHROME1")
     nib.save(nib.Nifti1Image(scan(), np.eye(4)), own / "ct.nii.gz")
     (tmp_path / "letter.dcm").write_text("Dear colleague")
     with caplog.at_level(logging.WARNING):

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The RSNA phantom: real layout, the same bytes again, and truth equal to what converter and transforms give."""
 
-import csv
-import hashlib
 import json
 import re
 from pathlib import Path
@@ -11,9 +9,10 @@ import itk
 import numpy as np
 import pytest
 
+from tests.common import SPLITS, items_of, rows, truth_of
 from unimedi_components.data.boxes import boxes_to_file
 from unimedi_components.data.films import film_transforms
-from unimedi_components.data.phantom import LAYOUTS, write_phantom
+from unimedi_components.data.phantom import write_phantom
 from unimedi_components.data.phantom.findings import FINDINGS, ZONES
 from unimedi_components.data.phantom.rsna import CLASSES, OPACITIES, SIDE, _draw
 from unimedi_components.data.rsna import DATASET
@@ -21,37 +20,16 @@ from unimedi_components.data.transforms import ByDimension, XrayReader
 from unimedi_components.errors import DataError
 
 PATIENTS = 60
-SPLITS = ("training", "validation", "test")
 
 
 @pytest.fixture(scope="module")
-def phantom(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("phantom") / "rsna"
-    write_phantom("rsna", root, PATIENTS, 4, workers=1, progress=False)
-    return root
+def phantom(phantom_folder) -> Path:
+    return phantom_folder("rsna", PATIENTS, 4)
 
 
 @pytest.fixture(scope="module")
 def truth(phantom) -> dict:
-    return json.loads((phantom / "truth.json").read_text())["studies"]
-
-
-def rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def digests(root: Path) -> dict[str, str]:
-    files = sorted(p for p in root.rglob("*") if p.is_file())
-    return {p.relative_to(root).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
-
-
-def test_same_seed_same_bytes(tmp_path):
-    for name, seed in (("a", 4), ("b", 4), ("c", 5)):
-        write_phantom("rsna", tmp_path / name, 5, seed, workers=1, progress=False)
-    assert digests(tmp_path / "a") == digests(tmp_path / "b")
-    assert not set(digests(tmp_path / "a").values()) & set(digests(tmp_path / "c").values())
-    assert LAYOUTS["rsna"].code == 4
+    return truth_of(phantom)
 
 
 def test_layout(phantom, truth):
@@ -99,7 +77,7 @@ def test_converter_gives_the_truth(phantom, truth, task):
     datalist = DATASET.convert(phantom, task=task, check_images="full", strict=True, progress=False)
     assert datalist["meta"]["dropped"] == {}
     assert all(len(datalist[split]) >= PATIENTS // 10 for split in SPLITS)
-    found = {item["id"]: item for split in SPLITS for item in datalist[split]}
+    found = items_of(datalist)
     assert set(found) == set(truth)
     for name, study in truth.items():
         item = found[name]
@@ -114,7 +92,7 @@ def test_transforms_give_the_truth(phantom, truth):
         {target: ByDimension(film_transforms(size, target=target)) for target in ("mask", "boxes")}
         for size in (SIDE, SIDE // 2)
     )
-    for item in [entry for split in SPLITS for entry in datalist[split]][::3]:
+    for item in list(items_of(datalist).values())[::3]:
         start = {**item, "image": str(phantom / item["image"])}
         mask = np.zeros((SIDE, SIDE), np.float32)
         for x0, y0, x1, y1 in truth[item["id"]]["boxes"]:
