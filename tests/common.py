@@ -6,16 +6,27 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import logging
 import os
 import struct
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import monai
 import numpy as np
+import pytest
 import torch
+from monai.bundle import ConfigWorkflow
 from torch import nn
+
+from unimedi_components.data.datalist import write_json
+from unimedi_components.data.vocabulary import build_wordpiece
+from unimedi_components.networks import ProjectionHead, ReportEncoder, UnifiedViT, UniMedI, load_tokenizer
+from unimedi_components.networks.pretrained import make_card, student_state
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -37,6 +48,34 @@ def rows(path: Path, delimiter: str = ",") -> list[dict[str, str]]:
         return list(csv.DictReader(file, delimiter=delimiter))
 
 
+def run_bundle(files: Path | list[Path], kind: str, start: bool = True, **overrides: Any) -> ConfigWorkflow:
+    """A workflow over config files, initialised and, but for `start`, run to its end."""
+    names = [str(file) for file in (files if isinstance(files, list) else [files])]
+    made = ConfigWorkflow(names, workflow_type=kind, logging_file=False, **overrides)
+    made.initialize()
+    if start:
+        made.run()
+        made.finalize()
+    return made
+
+
+@contextmanager
+def process_kept() -> Iterator[None]:
+    """Puts back what a run changes for the whole process."""
+    root, path, precision = logging.getLogger(), sys.path[:], torch.get_float32_matmul_precision()
+    handlers, level, flash = root.handlers[:], root.level, torch.backends.cuda.flash_sdp_enabled()
+    deterministic, benchmark = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+    try:
+        yield
+    finally:
+        root.handlers[:], sys.path[:] = handlers, path
+        root.setLevel(level)
+        monai.utils.set_determinism(None)
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = deterministic, benchmark
+        torch.set_float32_matmul_precision(precision)
+        torch.backends.cuda.enable_flash_sdp(flash)
+
+
 def last(folder: Path) -> dict[str, Any]:
     """The checkpoint that a task's run resumes from."""
     return torch.load(folder / "models" / "last.ckpt", weights_only=True)
@@ -48,6 +87,11 @@ def digests(root: Path) -> dict[str, str]:
     return {path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
+def phantom(layout: str, patients: int, seed: int) -> Any:
+    """A fixture: the folder of a layout, written once for all tests that read it."""
+    return pytest.fixture(scope="module")(lambda phantom_folder: phantom_folder(layout, patients, seed))
+
+
 def truth_of(root: Path) -> dict[str, Any]:
     """The studies of a phantom's truth.json."""
     return read(root / "truth.json")["studies"]
@@ -56,6 +100,26 @@ def truth_of(root: Path) -> dict[str, Any]:
 def items_of(datalist: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The items of all splits by id."""
     return {item["id"]: item for split in SPLITS for item in datalist[split]}
+
+
+def tiny_towers(models: Path, reports: list[str], depth: int, preprocessing: dict[str, Any], **card: Any) -> Path:
+    """Pre-training's files of a small network with random weights, and the path of its model.pt."""
+    tokenizer = load_tokenizer(build_wordpiece(reports, models / "vocabulary", vocab_size=300))
+    torch.manual_seed(0)
+    network = UniMedI(
+        UnifiedViT(32, (16, 32, 32), patch_size_3d=(4, 16, 16), embed_dim=32, depth=depth, num_heads=2),
+        ReportEncoder(config={"hidden_size": 32, "num_hidden_layers": 1, "vocab_size": len(tokenizer)}),
+        *(ProjectionHead(32, 32, 16) for _ in range(2)),
+        selector="student",
+        self_distillation=False,
+        num_slices=2,
+    )
+    sizes = {"xray": {"size": 32}, "ct": {"spatial_size": [16, 32, 32]}, "max_length": 64}
+    write_json(make_card(network, {**sizes, **preprocessing}, **card), models / "model.json")
+    torch.save(network.encoder.state_dict(), models / "model.pt")
+    torch.save(student_state(network), models / "unimedi.pt")
+    tokenizer.save_pretrained(models / "report_encoder")
+    return models / "model.pt"
 
 
 def randomised(network: Network, spread: float = 0.1) -> Network:
@@ -73,6 +137,20 @@ def on_two_ranks(program: str, folder: Path, *arguments: str) -> list[Any]:
     programs = [subprocess.Popen(command, env=environment) for command in commands]
     assert [program.wait(300) for program in programs] == [0, 0]
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def write_ct_slice(path: Path, image: Any, number: int) -> None:
+    """An ITK image (1, H, W) as the instance of that number of one CT series."""
+    import itk
+
+    tags = image.GetMetaDataDictionary()
+    tags["0008|0060"], tags["0008|0018"] = "CT", f"1.2.3.{number}"
+    tags["0020|000d"], tags["0020|000e"], tags["0020|0013"] = "1.2.4", "1.2.5", str(number)
+    writer = itk.ImageFileWriter[type(image)].New(Input=image, FileName=str(path))
+    image_io = itk.GDCMImageIO.New()
+    image_io.KeepOriginalUIDOn()
+    writer.SetImageIO(image_io)
+    writer.Update()
 
 
 def write_radiograph(path: Path, pixels: np.ndarray, photometric: bytes, bits: int = 16) -> None:

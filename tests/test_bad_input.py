@@ -12,19 +12,17 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import monai
 import nibabel as nib
 import numpy as np
 import pytest
-import torch
 from monai.bundle import ConfigWorkflow
 from PIL import Image
 
+from tests.common import run_bundle
 from unimedi_components import check_run
 from unimedi_components.__main__ import main
 from unimedi_components.bundle import user_fault
@@ -83,20 +81,6 @@ def own(tmp_path: Path) -> Path:
     return root
 
 
-@pytest.fixture
-def in_process() -> Iterator[None]:
-    """Put back what a run changes for the whole process."""
-    precision, path = torch.get_float32_matmul_precision(), sys.path[:]
-    flash, cudnn = torch.backends.cuda.flash_sdp_enabled(), torch.backends.cudnn
-    flags = cudnn.deterministic, cudnn.benchmark
-    yield
-    sys.path[:] = path
-    monai.utils.set_determinism(None)
-    cudnn.deterministic, cudnn.benchmark = flags
-    torch.set_float32_matmul_precision(precision)
-    torch.backends.cuda.enable_flash_sdp(flash)
-
-
 def prepare(root: Path, dataset: str = "table", table: str = "own.csv", **options: Any) -> dict[str, Any]:
     """Run `prepare` on the command line and return the datalist."""
     source = str(root / table) if dataset == "table" else str(root)
@@ -128,11 +112,7 @@ def folders(root: Path) -> dict[str, str]:
 
 def train(root: Path, **overrides: Any) -> ConfigWorkflow:
     """Train for an epoch on the prepared data, as `monai.bundle run` does."""
-    words = {**TINY, **folders(root), **overrides}
-    workflow = ConfigWorkflow(str(CONFIG), workflow_type="train", logging_file=False, **words)
-    workflow.initialize()
-    workflow.run()
-    return workflow
+    return run_bundle(CONFIG, "train", **{**TINY, **folders(root), **overrides})
 
 
 def fault(root: Path, **overrides: Any) -> str:

@@ -7,12 +7,11 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import monai
 import pytest
 import torch
 from filelock import FileLock
@@ -165,20 +164,6 @@ def new_run(trained: Run, tmp_path: Path) -> Run:
 def empty_run(tmp_path: Path) -> Run:
     """Folders of a run over phantoms of its own."""
     return Run(tmp_path / "run", tmp_path / "data")
-
-
-@pytest.fixture
-def in_process() -> Iterator[None]:
-    """For runs within the test's own process: puts back what a run changes for the whole process."""
-    precision, flash = torch.get_float32_matmul_precision(), torch.backends.cuda.flash_sdp_enabled()
-    deterministic, benchmark = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
-    path = sys.path[:]
-    yield
-    sys.path[:] = path
-    monai.utils.set_determinism(None)
-    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = deterministic, benchmark
-    torch.set_float32_matmul_precision(precision)
-    torch.backends.cuda.enable_flash_sdp(flash)
 
 
 @pytest.fixture(scope="session")

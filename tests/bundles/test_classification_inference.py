@@ -20,7 +20,7 @@ from monai.bundle import ConfigWorkflow
 from monai.transforms import Compose
 from PIL import Image
 
-from tests.common import write_radiograph
+from tests.common import run_bundle, write_ct_slice, write_radiograph
 from unimedi_components.bundle import user_fault
 from unimedi_components.data import task_transforms
 from unimedi_components.data.task_inputs import find_task_images
@@ -46,8 +46,8 @@ def bundles(tmp_path_factory: pytest.TempPathFactory, untrained_bundle: Any) -> 
 def workflow(bundles: Path, tmp_path: Path) -> Callable[..., ConfigWorkflow]:
     def make(name: str, **overrides: Any) -> ConfigWorkflow:
         folders = {"bundle_root": str(bundles / name), "output_dir": str(tmp_path / "out"), "device": "cpu"}
-        config = str(bundles / name / "configs" / "inference.json")
-        return ConfigWorkflow(config, workflow_type="inference", logging_file=False, **{**folders, **overrides})
+        config = bundles / name / "configs" / "inference.json"
+        return run_bundle(config, "inference", start=False, **{**folders, **overrides})
 
     return make
 
@@ -58,7 +58,6 @@ def predict(workflow: Any, tmp_path: Path) -> Predict:
 
     def run(name: str, inputs: Any, figures: bool = False, **overrides: Any) -> dict[str, dict[str, Any]]:
         flow = workflow(name, inputs=inputs, figures=figures, **overrides)
-        flow.initialize()
         flow.run()
         flow.finalize()
         content = json.loads((tmp_path / "out" / "predictions.json").read_text())
@@ -95,14 +94,7 @@ def write_series(folder: Path, volume: np.ndarray) -> None:
     for number, plane in enumerate(stack):
         image = itk.image_from_array(plane[None].copy())
         image.SetOrigin([0.0, 0.0, 2.0 * number])
-        tags = image.GetMetaDataDictionary()
-        tags["0008|0060"], tags["0008|0018"] = "CT", f"1.2.3.{number + 1}"
-        tags["0020|000d"], tags["0020|000e"], tags["0020|0013"] = "1.2.4", "1.2.5", str(number + 1)
-        writer = itk.ImageFileWriter[type(image)].New(Input=image, FileName=str(folder / f"{number}.dcm"))
-        image_io = itk.GDCMImageIO.New()
-        image_io.KeepOriginalUIDOn()
-        writer.SetImageIO(image_io)
-        writer.Update()
+        write_ct_slice(folder / f"{number}.dcm", image, number + 1)
 
 
 def values(entry: dict[str, Any]) -> list[float]:
@@ -114,7 +106,6 @@ def test_properties(name: str, workflow: Any, tmp_path: Path) -> None:
     Image.fromarray(shapes()).save(tmp_path / "a.png")
     nib.save(nib.Nifti1Image(scan(), np.eye(4)), tmp_path / "v.nii.gz")
     flow = workflow(name, inputs=str(tmp_path))
-    flow.initialize()
     assert flow.check_properties() == []
     (image,) = (item["image"] for item in flow.parser.get_parsed_content("dataset"))
     assert tuple(image.shape) == ((1, 64, 64) if name == XRAY else (1, 32, 48, 48))

@@ -19,7 +19,7 @@ from monai.data import load_net_with_metadata
 from monai.transforms import Compose
 from PIL import Image
 
-from tests.common import write_radiograph
+from tests.common import run_bundle, write_radiograph
 from unimedi_components.data import task_transforms, write_json
 from unimedi_components.data.phantom import write_phantom
 from unimedi_components.data.prepare import prepare
@@ -60,10 +60,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def workflow(bundle: Path, tmp_path: Path) -> Callable[..., ConfigWorkflow]:
     def make(**overrides: Any) -> ConfigWorkflow:
         folders = {"bundle_root": str(bundle), "output_dir": str(tmp_path / "out"), "device": "cpu"}
-        config = str(bundle / "configs" / "inference.json")
-        made = ConfigWorkflow(config, workflow_type="inference", logging_file=False, **{**folders, **overrides})
-        made.initialize()
-        return made
+        config = bundle / "configs" / "inference.json"
+        return run_bundle(config, "inference", start=False, **{**folders, **overrides})
 
     return make
 

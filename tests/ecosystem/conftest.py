@@ -9,17 +9,13 @@ from __future__ import annotations
 
 import importlib.machinery
 import importlib.util
-import logging
 import sys
 import types
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import monai
 import pytest
-import torch
 
 import unimedi_components.bundle
 from unimedi_components.errors import ConfigError
@@ -49,18 +45,6 @@ def monailabel() -> SimpleNamespace:
         for name in names:
             del sys.modules[name]
     return SimpleNamespace(BundleInferTask=BundleInferTask, BundleTrainTask=BundleTrainTask)
-
-
-@pytest.fixture
-def in_process() -> Iterator[None]:
-    """Puts back what a run within the test's own process changes."""
-    root, path = logging.getLogger(), sys.path[:]
-    handlers, level, flash = root.handlers[:], root.level, torch.backends.cuda.flash_sdp_enabled()
-    yield
-    root.handlers[:], sys.path[:] = handlers, path
-    root.setLevel(level)
-    monai.utils.set_determinism(None)
-    torch.backends.cuda.enable_flash_sdp(flash)
 
 
 @pytest.fixture

@@ -9,18 +9,17 @@ import torch
 from PIL import Image
 from torch import nn
 
+from tests.common import tiny_towers
 from unimedi_components.data import bimcv, mimic_cxr
 from unimedi_components.data.datalist import SPLITS, write_json
 from unimedi_components.data.prepare import merge_datalists
-from unimedi_components.data.vocabulary import build_wordpiece
 from unimedi_components.errors import ConfigError, DataError
 from unimedi_components.evaluation import after_training, evaluate_datalist, features
 from unimedi_components.evaluation.evaluate import HEADLINE, evaluate, heldout_items, summary
 from unimedi_components.evaluation.features import extract_features, labels_of, load_truth, make_dataset
 from unimedi_components.evaluation.metrics import all_metrics
 from unimedi_components.evaluation.slices import is_focal, lesion_mask
-from unimedi_components.networks import ProjectionHead, ReportEncoder, UnifiedViT, UniMedI, load_tokenizer
-from unimedi_components.networks.pretrained import load_pretrained, make_card, student_state
+from unimedi_components.networks.pretrained import load_pretrained
 
 PATIENTS = 12
 SEED = 77
@@ -40,23 +39,7 @@ def checkpoint(tmp_path_factory, folder):
     """A network as a training run leaves it, with random weights."""
     models = tmp_path_factory.mktemp("models")
     reports = [item["report"] for item in mimic_cxr.DATASET.convert(folder / "mimic_cxr")["training"]]
-    tokenizer = load_tokenizer(build_wordpiece(reports, models / "vocabulary", vocab_size=300))
-    torch.manual_seed(0)
-    network = UniMedI(
-        UnifiedViT(img_size=32, vol_size=(16, 32, 32), patch_size_3d=(4, 16, 16), embed_dim=32, depth=2, num_heads=2),
-        ReportEncoder(config={"hidden_size": 32, "num_hidden_layers": 1, "vocab_size": len(tokenizer)}),
-        ProjectionHead(32, 32, 16),
-        ProjectionHead(32, 32, 16),
-        selector="student",
-        self_distillation=False,
-        num_slices=2,
-    )
-    preprocessing = {"xray": {"size": 32}, "ct": {"spatial_size": [16, 32, 32]}, "max_length": 64}
-    write_json(make_card(network, preprocessing, phantom_seed=5), models / "model.json")
-    torch.save(network.encoder.state_dict(), models / "model.pt")
-    torch.save(student_state(network), models / "unimedi.pt")
-    tokenizer.save_pretrained(models / "report_encoder")
-    return models / "model.pt"
+    return tiny_towers(models, reports, 2, {}, phantom_seed=5)
 
 
 @pytest.fixture(scope="module")

@@ -10,19 +10,17 @@ import pytest
 import torch
 from monai.bundle import ConfigParser
 
+from tests.common import tiny_towers
 from unimedi_components.data import load_datalist, pretraining_datalist, select
-from unimedi_components.data.datalist import write_json
 from unimedi_components.data.loading import MixedCollate
 from unimedi_components.data.phantom import write_phantom
 from unimedi_components.data.prepare import merge_datalists, prepare
 from unimedi_components.data.text import as_trained, clean_report
-from unimedi_components.data.vocabulary import build_wordpiece
 from unimedi_components.errors import DataError
 from unimedi_components.evaluation import evaluate_datalist
 from unimedi_components.evaluation.evaluate import heldout_items
 from unimedi_components.evaluation.features import make_dataset
-from unimedi_components.networks import ProjectionHead, ReportEncoder, UnifiedViT, UniMedI, load_tokenizer
-from unimedi_components.networks.pretrained import load_pretrained, make_card, student_state
+from unimedi_components.networks.pretrained import load_pretrained
 from unimedi_components.search import Embedder, ZeroShot, load_prompts
 from unimedi_components.search.report_table import read_reports
 
@@ -49,25 +47,9 @@ def training(tmp_path_factory, keep_punct):
         pretraining_datalist(root, kept, SEED, **{} if keep_punct is False else {"keep_punct": True}), root
     )
     models = tmp_path_factory.mktemp("models")
-    tokenizer = load_tokenizer(build_wordpiece([item["report"] for item in datalist["training"]], models / "v", 300))
-    torch.manual_seed(0)
-    network = UniMedI(
-        UnifiedViT(img_size=32, vol_size=(16, 32, 32), patch_size_3d=(4, 16, 16), embed_dim=32, depth=1, num_heads=2),
-        ReportEncoder(config={"hidden_size": 32, "num_hidden_layers": 1, "vocab_size": len(tokenizer)}),
-        ProjectionHead(32, 32, 16),
-        ProjectionHead(32, 32, 16),
-        selector="student",
-        self_distillation=False,
-        num_slices=2,
-    )
-    preprocessing = {"xray": {"size": 32}, "ct": {"spatial_size": [16, 32, 32]}, "max_length": 64}
-    if keep_punct is not None:
-        preprocessing["keep_punct"] = keep_punct
-    write_json(make_card(network, preprocessing), models / "model.json")
-    torch.save(network.encoder.state_dict(), models / "model.pt")
-    torch.save(student_state(network), models / "unimedi.pt")
-    tokenizer.save_pretrained(models / "report_encoder")
-    return datalist, root, load_pretrained(models / "model.pt")
+    reports = [item["report"] for item in datalist["training"]]
+    punct = {} if keep_punct is None else {"keep_punct": keep_punct}
+    return datalist, root, load_pretrained(tiny_towers(models, reports, 1, punct))
 
 
 @pytest.fixture

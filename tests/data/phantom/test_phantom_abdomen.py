@@ -8,7 +8,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from tests.common import read, truth_of
+from tests.common import phantom, read, truth_of
 from unimedi_components.data import amos as amos_converter
 from unimedi_components.data import bcv as bcv_converter
 from unimedi_components.data.phantom import amos, bcv
@@ -27,14 +27,8 @@ def seed_of(number: int) -> np.random.SeedSequence:
     return np.random.SeedSequence([11, number])
 
 
-@pytest.fixture(scope="module")
-def bcv_root(phantom_folder) -> Path:
-    return phantom_folder("bcv", PATIENTS, 3)
-
-
-@pytest.fixture(scope="module")
-def amos_root(phantom_folder) -> Path:
-    return phantom_folder("amos", PATIENTS, 3)
+bcv_root = phantom("bcv", PATIENTS, 3)
+amos_root = phantom("amos", PATIENTS, 3)
 
 
 @pytest.fixture(scope="module")

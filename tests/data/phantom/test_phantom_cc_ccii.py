@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.common import SPLITS, read, truth_of
+from tests.common import SPLITS, phantom, read, truth_of
 from unimedi_components.data.cc_ccii import CLASSES, DATASET
 from unimedi_components.data.phantom import make_ct, make_patient
 from unimedi_components.data.phantom.cc_ccii import CC_CCII, grey_levels
@@ -19,9 +19,7 @@ PATIENTS, SEED = 15, 4
 DISEASES = ("pneumonia", "covid", "normal")
 
 
-@pytest.fixture(scope="module")
-def root(phantom_folder) -> Path:
-    return phantom_folder("cc_ccii", PATIENTS, SEED)
+root = phantom("cc_ccii", PATIENTS, SEED)
 
 
 @pytest.fixture(scope="module")

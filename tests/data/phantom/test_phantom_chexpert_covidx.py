@@ -6,11 +6,10 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-import pytest
 from monai.transforms import Compose
 from PIL import Image
 
-from tests.common import SPLITS, items_of, rows, truth_of
+from tests.common import SPLITS, items_of, phantom, rows, truth_of
 from unimedi_components.data import chexpert, covidx
 from unimedi_components.data.phantom import FINDINGS
 from unimedi_components.data.phantom import chexpert as phantom_chexpert
@@ -21,14 +20,8 @@ PATIENTS = 64
 LOAD = Compose(xray_transforms(64))
 
 
-@pytest.fixture(scope="module")
-def chexpert_root(phantom_folder) -> Path:
-    return phantom_folder("chexpert", PATIENTS, 3)
-
-
-@pytest.fixture(scope="module")
-def covidx_root(phantom_folder) -> Path:
-    return phantom_folder("covidx", PATIENTS, 3)
+chexpert_root = phantom("chexpert", PATIENTS, 3)
+covidx_root = phantom("covidx", PATIENTS, 3)
 
 
 def check_images(root: Path, datalist: dict, truth: dict[str, dict]) -> None:

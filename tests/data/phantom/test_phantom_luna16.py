@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from monai.transforms import Compose
 
-from tests.common import SPLITS, items_of, rows, truth_of
+from tests.common import SPLITS, items_of, phantom, rows, truth_of
 from unimedi_components.data.cubes import LoadCubed, luna_cube_transforms
 from unimedi_components.data.dataset import PretrainDataset
 from unimedi_components.data.luna16 import DATASET
@@ -22,9 +22,7 @@ PATIENTS, SEED = 12, 6
 NATIVE = (72, 144, 144)
 
 
-@pytest.fixture(scope="module")
-def root(phantom_folder) -> Path:
-    return phantom_folder("luna16", PATIENTS, SEED)
+root = phantom("luna16", PATIENTS, SEED)
 
 
 @pytest.fixture(scope="module")

@@ -3,13 +3,12 @@
 
 import json
 import re
-from pathlib import Path
 
 import itk
 import numpy as np
 import pytest
 
-from tests.common import SPLITS, items_of, rows, truth_of
+from tests.common import SPLITS, items_of, phantom, rows, truth_of
 from unimedi_components.data.boxes import boxes_to_file
 from unimedi_components.data.films import film_transforms
 from unimedi_components.data.phantom import write_phantom
@@ -22,18 +21,16 @@ from unimedi_components.errors import DataError
 PATIENTS = 60
 
 
-@pytest.fixture(scope="module")
-def phantom(phantom_folder) -> Path:
-    return phantom_folder("rsna", PATIENTS, 4)
+root = phantom("rsna", PATIENTS, 4)
 
 
 @pytest.fixture(scope="module")
-def truth(phantom) -> dict:
-    return truth_of(phantom)
+def truth(root) -> dict:
+    return truth_of(root)
 
 
-def test_layout(phantom, truth):
-    labels, classes = rows(phantom / "stage_2_train_labels.csv"), rows(phantom / "stage_2_detailed_class_info.csv")
+def test_layout(root, truth):
+    labels, classes = rows(root / "stage_2_train_labels.csv"), rows(root / "stage_2_detailed_class_info.csv")
     assert list(labels[0]) == ["patientId", "x", "y", "width", "height", "Target"]
     assert list(classes[0]) == ["patientId", "class"]
     assert [row["patientId"] for row in classes] == [row["patientId"] for row in labels]
@@ -50,14 +47,14 @@ def test_layout(phantom, truth):
     assert [row["class"] == "Lung Opacity" for row in classes] == positive
     assert sum(study["label"] for study in truth.values()) == PATIENTS // 2
     assert {len(study["boxes"]) for study in truth.values()} == {0, 1, 2}
-    files = {path.stem for path in (phantom / "stage_2_train_images").iterdir()}
+    files = {path.stem for path in (root / "stage_2_train_images").iterdir()}
     assert files == set(truth)
 
 
-def test_films_and_tags(phantom, truth):
+def test_films_and_tags(root, truth):
     kinds = set()
     for name, study in truth.items():
-        path = str(phantom / study["image"])
+        path = str(root / study["image"])
         reader = itk.GDCMImageIO.New(FileName=path)
         image = itk.imread(path, imageio=reader)
         tags = dict(image)
@@ -73,8 +70,8 @@ def test_films_and_tags(phantom, truth):
 
 
 @pytest.mark.parametrize("task", ["classification", "segmentation", "detection"])
-def test_converter_gives_the_truth(phantom, truth, task):
-    datalist = DATASET.convert(phantom, task=task, check_images="full", strict=True, progress=False)
+def test_converter_gives_the_truth(root, truth, task):
+    datalist = DATASET.convert(root, task=task, check_images="full", strict=True, progress=False)
     assert datalist["meta"]["dropped"] == {}
     assert all(len(datalist[split]) >= PATIENTS // 10 for split in SPLITS)
     found = items_of(datalist)
@@ -85,15 +82,15 @@ def test_converter_gives_the_truth(phantom, truth, task):
         assert item.get("boxes", []) == study["boxes"]
 
 
-def test_transforms_give_the_truth(phantom, truth):
-    datalist = DATASET.convert(phantom, task="segmentation", progress=False)
+def test_transforms_give_the_truth(root, truth):
+    datalist = DATASET.convert(root, task="segmentation", progress=False)
     # the film's own size, and half of it
     whole, half = (
         {target: ByDimension(film_transforms(size, target=target)) for target in ("mask", "boxes")}
         for size in (SIDE, SIDE // 2)
     )
     for item in list(items_of(datalist).values())[::3]:
-        start = {**item, "image": str(phantom / item["image"])}
+        start = {**item, "image": str(root / item["image"])}
         mask = np.zeros((SIDE, SIDE), np.float32)
         for x0, y0, x1, y1 in truth[item["id"]]["boxes"]:
             mask[y0:y1, x0:x1] = 1
@@ -124,16 +121,16 @@ def test_look_alikes_come_alone_and_beside_opacities():
             assert other.name in ("cardiomegaly", "edema") or not same_place
 
 
-def test_a_set_of_the_earlier_version_is_refused(phantom, tmp_path):
+def test_a_set_of_the_earlier_version_is_refused(root, tmp_path):
     """Films of the first version had few look-alikes: they must not be taken for those of this one."""
-    truth = json.loads((phantom / "truth.json").read_text())
+    truth = json.loads((root / "truth.json").read_text())
     assert truth["version"] == 2
     (tmp_path / "truth.json").write_text(json.dumps({**truth, "version": 1}))
     with pytest.raises(DataError, match=r"already holds the phantom set .*'version': 1.*choose another folder"):
         write_phantom("rsna", tmp_path, PATIENTS, 4, workers=1, progress=False)
 
 
-def test_boxes_hold_the_opacities(phantom, truth):
+def test_boxes_hold_the_opacities(root, truth):
     """Films with and without the opacity differ inside the boxes; here: boxes are brighter than their mirror."""
     brighter = []
     for study in truth.values():
@@ -143,7 +140,7 @@ def test_boxes_hold_the_opacities(phantom, truth):
         for x0, y0, x1, y1 in study["boxes"]:
             assert 0 <= x0 < x1 <= SIDE and 0 <= y0 < y1 <= SIDE
         if len(study["boxes"]) == 1 and len(names) == 1:
-            film = XrayReader().get_data(str(phantom / study["image"]))[0]
+            film = XrayReader().get_data(str(root / study["image"]))[0]
             ((x0, y0, x1, y1),) = study["boxes"]
             brighter.append(film[y0:y1, x0:x1].mean() > film[y0:y1, SIDE - x1 : SIDE - x0].mean())
     assert len(brighter) >= 8 and np.mean(brighter) >= 0.75

@@ -3,14 +3,13 @@
 
 import gzip
 import json
-from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 from PIL import Image
 
-from tests.common import digests, read, rows, truth_of
+from tests.common import digests, phantom, read, rows, truth_of
 from unimedi_components.data.phantom import FINDINGS, LAYOUTS, write_phantom
 from unimedi_components.errors import DataError
 
@@ -18,14 +17,8 @@ PATIENTS = 12
 IMAGES = (".jpg", ".jpeg", ".png", ".dcm", ".raw", ".nii.gz")
 
 
-@pytest.fixture(scope="module")
-def mimic(phantom_folder) -> Path:
-    return phantom_folder("mimic_cxr", PATIENTS, 4)
-
-
-@pytest.fixture(scope="module")
-def bimcv(phantom_folder) -> Path:
-    return phantom_folder("bimcv", PATIENTS, 4)
+mimic = phantom("mimic_cxr", PATIENTS, 4)
+bimcv = phantom("bimcv", PATIENTS, 4)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
