@@ -26,17 +26,8 @@ logger = logging.getLogger(__name__)
 
 # the arguments of `monai.bundle run`, in its order, and of the workflow that it makes: not config keys
 _RUN_OPTIONS = (
-    "run_id",
-    "init_id",
-    "final_id",
-    "meta_file",
-    "config_file",
-    "logging_file",
-    "tracking",
-    "args_file",
-    "workflow_name",
-    "workflow_type",
-    "properties_path",
+    *("run_id", "init_id", "final_id", "meta_file", "config_file", "logging_file", "tracking", "args_file"),
+    *("workflow_name", "workflow_type", "properties_path"),
 )
 # what `--tracking mlflow` takes from the overrides (monai.bundle.scripts.run)
 _TRACKING_OPTIONS = ("output_dir", "tracking_uri", "experiment_name", "run_name", "save_execute_config")
