@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from monai.bundle import ConfigWorkflow
 
+from tests.common import REPOSITORY, run_bundle
 from unimedi_components import check_config, check_run
 from unimedi_components.bundle import RunCall, parse_run_call, user_fault
 from unimedi_components.errors import ConfigError
@@ -321,52 +322,48 @@ def test_check_run_ends_the_running_bundle_with_one_line(
     assert capsys.readouterr().err.splitlines()[-1] == "error: unknown override '--ghost': nothing defines it"
 
 
-BUNDLES = Path(__file__).parents[1] / "bundles"
-
-
-@pytest.mark.parametrize(
-    ("config", "key", "message"),
-    [
-        (None, "ghost", "unknown config key 'ghost' in the workflow: nothing uses it"),
-        (
-            None,
-            "max_epoch",
-            "unknown config key 'max_epoch' in the workflow: nothing uses it; did you mean 'max_epochs'?",
-        ),
-        (
-            None,
-            "train#sises",
-            "unknown config key 'train#sises' in the workflow: nothing uses it; did you mean 'train#sizes'?",
-        ),
-        (
-            None,
-            "optimizer#weight_decy",
-            "unknown argument 'weight_decy' of 'torch.optim.AdamW' at 'optimizer'; did you mean 'weight_decay'?",
-        ),
-        (
-            "chest_xray_segmentation",
-            "img_size",
-            "unknown config key 'img_size' in the workflow: nothing uses it; did you mean 'preprocessing#film#size'?",
-        ),
-        (
-            "pretrain",
-            "amp_dtype",
-            "unknown config key 'amp_dtype' in the workflow: nothing uses it; did you mean 'amp'?",
-        ),
-        (
-            "chest_xray_classification",
-            "probe_lr",
-            "unknown config key 'probe_lr' in the workflow: nothing uses it; did you mean 'recipe#probe#lr'?",
-        ),
-    ],
-)
-def test_a_workflow_made_in_python_is_checked(config: str | None, key: str, message: str, tmp_path: Path) -> None:
-    # an override that takes a reference's place, and a macro, leave keys that nothing but the file refers to
-    base = changed(extra=[1], train__copy="%extra", train__dataloader__batch_size="$len(@train#copy)")
-    file = BUNDLES / config / "configs" / "train.json" if config else write(tmp_path / "train.json", base)
-    made = {"config_file": str(file), "logging_file": False}
-    if not config:
-        ConfigWorkflow(**made, **{"train#dataset#data": [3], "optimizer#lr": 0.1, "device": "cpu"}).initialize()
+def fault(config: str, **overrides: Any) -> str | None:
+    """What is said when Python initialises a workflow."""
     with pytest.raises(RuntimeError) as caught:
-        ConfigWorkflow(**made, **{key: 7}).initialize()
-    assert user_fault(caught.value) == message
+        run_bundle(Path(config), "train", start=False, **overrides)
+    return user_fault(caught.value)
+
+
+UNKNOWN = {
+    "ghost": "unknown config key 'ghost' in the workflow: nothing uses it",
+    "max_epoch": "unknown config key 'max_epoch' in the workflow: nothing uses it; did you mean 'max_epochs'?",
+    "train#sises": "unknown config key 'train#sises' in the workflow: nothing uses it; did you mean 'train#sizes'?",
+    "optimizer#lrs": "unknown argument 'lrs' of 'torch.optim.AdamW' at 'optimizer'; did you mean 'lr'?",
+}
+
+
+def test_a_workflow_made_in_python_is_checked(tmp_path: Path) -> None:
+    config = changed(extra=[1], train__copy="%extra", train__dataloader__batch_size="$len(@train#copy)")
+    file = write(tmp_path / "train.json", config)
+    # an override that takes a reference's place, and a macro, leave keys that nothing but the file refers to
+    run_bundle(Path(file), "train", start=False, **{"train#dataset#data": [3], "optimizer#lr": 0.1, "device": "cpu"})
+    for key, message in UNKNOWN.items():
+        assert fault(file, **{key: 7}) == message
+
+
+MOVED = {
+    ("chest_xray_classification", "probe_lr"): "recipe#probe#lr",
+    ("chest_xray_classification", "batch_size"): "train#dataloader#batch_size",
+    ("chest_xray_classification", "img_size"): "preprocessing#xray#size",
+    ("chest_xray_segmentation", "augment_prob"): "train#augment#prob",
+    ("chest_xray_detection", "data_set"): "data#datalist#dataset",
+    ("abdomen_ct_segmentation", "lr"): "optimizer#lr",
+    ("abdomen_ct_segmentation", "steps_per_pass"): "train#repeated#steps",
+    ("pretrain", "strict"): "train#dataset#strict",
+    ("pretrain", "amp_dtype"): "amp",
+}
+
+
+@pytest.mark.parametrize(("bundle", "old"), MOVED)
+def test_names_of_earlier_configs_say_the_new_place(bundle: str, old: str) -> None:
+    config = REPOSITORY / "bundles" / bundle / "configs" / "train.json"
+    with pytest.raises(ConfigError) as error:
+        check_config(config, {old: 1})
+    hint = f"did you mean '{MOVED[bundle, old]}'?"
+    assert str(error.value) == f"unknown override '--{old}': nothing defines it; {hint}"
+    assert fault(str(config), **{old: 1}) == f"unknown config key '{old}' in the workflow: nothing uses it; {hint}"
