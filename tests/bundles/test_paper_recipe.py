@@ -20,7 +20,7 @@ from torch import nn
 
 from unimedi_components.config_check import check_config
 from unimedi_components.data import MixedBatchSampler
-from unimedi_components.engines import TeacherUpdate
+from unimedi_components.engines.handlers import TeacherUpdate
 
 BERT_CONFIG = {
     "model_type": "bert",

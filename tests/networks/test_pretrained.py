@@ -16,7 +16,7 @@ from transformers.models.bert.tokenization_bert import BertTokenizer
 
 from tests.common import randomised
 from unimedi_components.__main__ import main
-from unimedi_components.engines import TrainingCheckpoint
+from unimedi_components.engines.checkpoint import TrainingCheckpoint
 from unimedi_components.errors import CheckpointError
 from unimedi_components.networks import DINOHead, ProjectionHead, ReportEncoder, UnifiedViT, UniMedI
 from unimedi_components.networks.pretrained import (
