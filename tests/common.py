@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tests of several folders call; fixtures stand in the folders' conftest.py."""
+"""What tests of several folders call; fixtures stand in the folders' conftest.py.
+
+Programs of two ranks import it too, so that what takes long to import is imported where it is needed.
+"""
 
 from __future__ import annotations
 
@@ -16,17 +19,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
-import monai
 import numpy as np
 import pytest
 import torch
-from monai.bundle import ConfigWorkflow
 from torch import nn
-
-from unimedi_components.data.datalist import write_json
-from unimedi_components.data.vocabulary import build_wordpiece
-from unimedi_components.networks import ProjectionHead, ReportEncoder, UnifiedViT, UniMedI, load_tokenizer
-from unimedi_components.networks.pretrained import make_card, student_state
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -48,8 +44,10 @@ def rows(path: Path, delimiter: str = ",") -> list[dict[str, str]]:
         return list(csv.DictReader(file, delimiter=delimiter))
 
 
-def run_bundle(files: Path | list[Path], kind: str, start: bool = True, **overrides: Any) -> ConfigWorkflow:
+def run_bundle(files: Path | list[Path], kind: str, start: bool = True, **overrides: Any) -> Any:
     """A workflow over config files, initialised and, but for `start`, run to its end."""
+    from monai.bundle import ConfigWorkflow
+
     names = [str(file) for file in (files if isinstance(files, list) else [files])]
     made = ConfigWorkflow(names, workflow_type=kind, logging_file=False, **overrides)
     made.initialize()
@@ -62,6 +60,8 @@ def run_bundle(files: Path | list[Path], kind: str, start: bool = True, **overri
 @contextmanager
 def process_kept() -> Iterator[None]:
     """Puts back what a run changes for the whole process."""
+    import monai
+
     root, path, precision = logging.getLogger(), sys.path[:], torch.get_float32_matmul_precision()
     handlers, level, flash = root.handlers[:], root.level, torch.backends.cuda.flash_sdp_enabled()
     deterministic, benchmark = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
@@ -104,6 +104,11 @@ def items_of(datalist: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def tiny_towers(models: Path, reports: list[str], depth: int, preprocessing: dict[str, Any], **card: Any) -> Path:
     """Pre-training's files of a small network with random weights, and the path of its model.pt."""
+    from unimedi_components.data.datalist import write_json
+    from unimedi_components.data.vocabulary import build_wordpiece
+    from unimedi_components.networks import ProjectionHead, ReportEncoder, UnifiedViT, UniMedI, load_tokenizer
+    from unimedi_components.networks.pretrained import make_card, student_state
+
     tokenizer = load_tokenizer(build_wordpiece(reports, models / "vocabulary", vocab_size=300))
     torch.manual_seed(0)
     network = UniMedI(
