@@ -27,7 +27,7 @@ def write_dicom(path: Path, pixels: np.ndarray, photometric: str, tags: Mapping[
     """
     from pydicom import Dataset, dcmwrite
     from pydicom.dataset import FileMetaDataset
-    from pydicom.uid import ExplicitVRLittleEndian
+    from pydicom.uid import UID, ExplicitVRLittleEndian
 
     file, bits = Dataset(), 8 * pixels.dtype.itemsize
     # what real files hold against the standard, such as an age without its unit, is written too
@@ -44,5 +44,5 @@ def write_dicom(path: Path, pixels: np.ndarray, photometric: str, tags: Mapping[
         file.file_meta.FileMetaInformationGroupLength, file.file_meta.FileMetaInformationVersion = 0, b"\0\1"
         file.file_meta.MediaStorageSOPClassUID = file.SOPClassUID
         file.file_meta.MediaStorageSOPInstanceUID = file.SOPInstanceUID
-        file.file_meta.TransferSyntaxUID, file.file_meta.ImplementationClassUID = ExplicitVRLittleEndian, _WRITER
+        file.file_meta.TransferSyntaxUID, file.file_meta.ImplementationClassUID = ExplicitVRLittleEndian, UID(_WRITER)
         dcmwrite(path, file)
