@@ -27,13 +27,13 @@ _OPEN_FILES = 16384
 
 def serve(
     checkpoint: str,
-    index: str | None,
-    prompts: Sequence[str],
-    host: str,
-    port: int,
-    max_upload_mb: int,
-    device: str,
-    allow_remote: bool,
+    index: str | None = None,
+    prompts: Sequence[str] = ("chest_xray", "chest_ct"),
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    max_upload_mb: int = 512,
+    device: str = "auto",
+    allow_remote: bool = False,
 ) -> None:
     """Serve the page until Ctrl-C; the arguments are those of the command, with `prompts` as a list.
 
