@@ -14,7 +14,7 @@ import os
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -55,6 +55,17 @@ def run_bundle(files: Path | list[Path], kind: str, start: bool = True, **overri
         made.run()
         made.finalize()
     return made
+
+
+def fault_of(call: Callable[..., Any], *arguments: Any, **options: Any) -> str:
+    """What the user is told where a call fails: the fault behind MONAI's exception, one line."""
+    from unimedi_components.bundle import user_fault
+
+    with pytest.raises(Exception) as caught:
+        call(*arguments, **options)
+    message = user_fault(caught.value)
+    assert message is not None and "\n" not in message, caught.value
+    return message
 
 
 @contextmanager

@@ -22,7 +22,7 @@ import pytest
 from monai.bundle import ConfigWorkflow
 from PIL import Image
 
-from tests.common import run_bundle
+from tests.common import fault_of, run_bundle
 from unimedi_components import check_run
 from unimedi_components.__main__ import main
 from unimedi_components.bundle import user_fault
@@ -115,15 +115,6 @@ def train(root: Path, **overrides: Any) -> ConfigWorkflow:
     return run_bundle(CONFIG, "train", **{**TINY, **folders(root), **overrides})
 
 
-def fault(root: Path, **overrides: Any) -> str:
-    """What the user is told when training fails: the fault behind MONAI's exception, one line."""
-    with pytest.raises(Exception) as caught:
-        train(root, **overrides)
-    message = user_fault(caught.value)
-    assert message is not None and "\n" not in message
-    return message
-
-
 # ---- the data set's root and tables ----------------------------------------------------------------------------
 
 
@@ -143,11 +134,11 @@ def test_missing_root(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 def test_missing_root_of_a_training_run(own: Path) -> None:
     prepare(own)
     moved = own.parent / "moved"
-    assert fault(own, dataset_dir=str(moved)) == (
+    assert fault_of(train, own, dataset_dir=str(moved)) == (
         f"{moved}: no such folder. Give the folder that the images of {own.parent / 'list.json'} are relative to."
     )
     absent = own.parent / "absent.json"
-    assert fault(own, datalist=str(absent)).startswith(f"{absent}: no such datalist. Make it with 'python -m")
+    assert fault_of(train, own, datalist=str(absent)).startswith(f"{absent}: no such datalist. Make it with 'python -m")
 
 
 @pytest.mark.parametrize(
@@ -209,7 +200,7 @@ def test_files_damaged_after_prepare_are_skipped_counted_and_listed(
 def test_a_damaged_file_ends_a_strict_run(own: Path) -> None:
     path = own / prepare(own)["training"][-1]["image"]
     path.write_bytes(path.read_bytes()[:200])
-    message = fault(own, **{"train#dataset#strict": True})
+    message = fault_of(train, own, **{"train#dataset#strict": True})
     assert message.startswith(f"{path}: cannot be read (") and "Truncated File Read" in message
     assert message.endswith("repair or remove it, or set `strict` to false")
 
@@ -227,7 +218,7 @@ def test_zero_affine(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_zero_affine_at_training_time(own: Path) -> None:
     item = next(item for item in prepare(own)["training"] if item["dim"] == 3)
     ct(own / item["image"], np.random.default_rng(1), affine=np.zeros((4, 4)))
-    message = fault(own, **{"train#dataset#strict": True})
+    message = fault_of(train, own, **{"train#dataset#strict": True})
     assert (
         message.startswith(f"{own / item['image']}: cannot be read (")
         and "the affine is zero, so size and orientation are unknown" in message
@@ -280,7 +271,7 @@ def test_patient_in_two_splits_of_a_datalist(own: Path) -> None:
     path = own.parent / "list.json"
     path.write_text(json.dumps(datalist))
     patient = datalist["training"][0]["patient"]
-    assert fault(own) == (
+    assert fault_of(train, own) == (
         f"{path}: patient {patient!r} is in two splits, training and validation. "
         "Put all items of a patient into one split, or prepare the data again."
     )
@@ -306,7 +297,7 @@ def test_datalist_of_another_root(own: Path) -> None:
     prepare(own)
     other = own.parent / "other"
     other.mkdir()
-    assert fault(own, dataset_dir=str(other)) == (
+    assert fault_of(train, own, dataset_dir=str(other)) == (
         f"{own.parent / 'list.json'}: training image v00.nii is not below {other}. "
         f"Give the data set's root (prepared from {own})."
     )
@@ -318,7 +309,7 @@ def test_datalist_of_another_root(own: Path) -> None:
 @pytest.mark.usefixtures("in_process")
 def test_more_slices_than_slabs(own: Path) -> None:
     prepare(own)
-    assert fault(own, **{"network_def#num_slices": 99}) == (
+    assert fault_of(train, own, **{"network_def#num_slices": 99}) == (
         "cannot select k=99 slices: the volume has 4 slabs to choose from (4 slabs of 4 slices each); "
         "set num_slices (k) between 1 and 4 or use a smaller patch depth"
     )
@@ -327,11 +318,11 @@ def test_more_slices_than_slabs(own: Path) -> None:
 @pytest.mark.usefixtures("in_process")
 def test_an_image_size_that_the_patch_does_not_divide(own: Path) -> None:
     prepare(own)
-    assert fault(own, img_size=60) == (
+    assert fault_of(train, own, img_size=60) == (
         "an image of 60x60 cannot be cut into patches of 16x16: each side must be a multiple of it; "
         "resize or pad it (nearest: 64x64; config keys img_size and vol_size) or change patch_size"
     )
-    message = fault(own, vol_size=[30, 24, 24])
+    message = fault_of(train, own, vol_size=[30, 24, 24])
     assert "an image of 30x24x24 cannot be cut into patches of 4x12x12" in message and "nearest: 32x24x24" in message
 
 

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from monai.bundle import ConfigWorkflow
 
-from tests.common import REPOSITORY, run_bundle
+from tests.common import REPOSITORY, fault_of, run_bundle
 from unimedi_components import check_config, check_run
-from unimedi_components.bundle import RunCall, parse_run_call, user_fault
+from unimedi_components.bundle import RunCall, parse_run_call
 from unimedi_components.errors import ConfigError
 
 MONAI_MAIN = "/site-packages/monai/bundle/__main__.py"
@@ -322,13 +322,6 @@ def test_check_run_ends_the_running_bundle_with_one_line(
     assert capsys.readouterr().err.splitlines()[-1] == "error: unknown override '--ghost': nothing defines it"
 
 
-def fault(config: str, **overrides: Any) -> str | None:
-    """What is said when Python initialises a workflow."""
-    with pytest.raises(RuntimeError) as caught:
-        run_bundle(Path(config), "train", start=False, **overrides)
-    return user_fault(caught.value)
-
-
 UNKNOWN = {
     "ghost": "unknown config key 'ghost' in the workflow: nothing uses it",
     "max_epoch": "unknown config key 'max_epoch' in the workflow: nothing uses it; did you mean 'max_epochs'?",
@@ -343,7 +336,7 @@ def test_a_workflow_made_in_python_is_checked(tmp_path: Path) -> None:
     # an override that takes a reference's place, and a macro, leave keys that nothing but the file refers to
     run_bundle(Path(file), "train", start=False, **{"train#dataset#data": [3], "optimizer#lr": 0.1, "device": "cpu"})
     for key, message in UNKNOWN.items():
-        assert fault(file, **{key: 7}) == message
+        assert fault_of(run_bundle, Path(file), "train", start=False, **{key: 7}) == message
 
 
 MOVED = {
@@ -366,4 +359,5 @@ def test_names_of_earlier_configs_say_the_new_place(bundle: str, old: str) -> No
         check_config(config, {old: 1})
     hint = f"did you mean '{MOVED[bundle, old]}'?"
     assert str(error.value) == f"unknown override '--{old}': nothing defines it; {hint}"
-    assert fault(str(config), **{old: 1}) == f"unknown config key '{old}' in the workflow: nothing uses it; {hint}"
+    told = fault_of(run_bundle, config, "train", start=False, **{old: 1})
+    assert told == f"unknown config key '{old}' in the workflow: nothing uses it; {hint}"

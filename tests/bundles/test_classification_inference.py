@@ -20,8 +20,7 @@ from monai.bundle import ConfigWorkflow
 from monai.transforms import Compose
 from PIL import Image
 
-from tests.common import run_bundle, write_ct_slice, write_radiograph
-from unimedi_components.bundle import user_fault
+from tests.common import fault_of, run_bundle, write_ct_slice, write_radiograph
 from unimedi_components.data import task_transforms
 from unimedi_components.data.task_inputs import find_task_images
 from unimedi_components.errors import CheckpointError, DataError
@@ -217,31 +216,23 @@ def test_the_test_split_of_a_training_run(predict: Predict, tmp_path: Path) -> N
         find_task_images(None, data, 3, datalist=tmp_path / "data.json")
 
 
-def fault(call: Callable[[], Any]) -> str:
-    with pytest.raises(Exception) as info:
-        call()
-    message = user_fault(info.value)
-    assert message is not None, info.value
-    return message
-
-
 def test_nothing_to_read_is_one_clear_error(predict: Predict, tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
-    assert fault(lambda: predict(XRAY, str(empty))).startswith(f"{empty}: no image in it; name X-ray or CT files")
+    assert fault_of(lambda: predict(XRAY, str(empty))).startswith(f"{empty}: no image in it; name X-ray or CT files")
     missing = tmp_path / "missing"
     text = f"{missing}: no such folder of images; name files or folders with --inputs PATH"
-    assert fault(lambda: predict(CT, None, dataset_dir=str(missing))) == text
+    assert fault_of(lambda: predict(CT, None, dataset_dir=str(missing))) == text
     nib.save(nib.Nifti1Image(scan(), np.eye(4)), tmp_path / "v.nii.gz")
-    message = fault(lambda: predict(XRAY, str(tmp_path / "v.nii.gz")))
+    message = fault_of(lambda: predict(XRAY, str(tmp_path / "v.nii.gz")))
     assert message == f"{tmp_path / 'v.nii.gz'}: no X-ray, nor any of 1 images named; this bundle reads no other"
     (tmp_path / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n")
-    message = fault(lambda: predict(XRAY, str(tmp_path / "cut.png")))
+    message = fault_of(lambda: predict(XRAY, str(tmp_path / "cut.png")))
     assert message.startswith(f"none of 1 inputs could be read, first {tmp_path / 'cut.png'}: ")
     assert len(json.loads((tmp_path / "out" / "predictions.json").read_text())["skipped"]) == 1
-    message = fault(lambda: predict(XRAY, str(tmp_path / "cut.png"), strict=True))
+    message = fault_of(lambda: predict(XRAY, str(tmp_path / "cut.png"), strict=True))
     assert message.startswith(f"{tmp_path / 'cut.png'}: cannot be read (")
-    message = fault(lambda: predict(XRAY, str(tmp_path / "cut.png"), ckpt_dir=str(missing)))
+    message = fault_of(lambda: predict(XRAY, str(tmp_path / "cut.png"), ckpt_dir=str(missing)))
     assert message == f"{missing / 'model.pt'}: no such checkpoint; train the bundle first or give another path"
 
 
