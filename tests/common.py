@@ -113,31 +113,6 @@ def items_of(datalist: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {item["id"]: item for split in SPLITS for item in datalist[split]}
 
 
-def tiny_towers(models: Path, reports: list[str], depth: int, preprocessing: dict[str, Any], **card: Any) -> Path:
-    """Pre-training's files of a small network with random weights, and the path of its model.pt."""
-    from unimedi_components.data.datalist import write_json
-    from unimedi_components.data.vocabulary import build_wordpiece
-    from unimedi_components.networks import ProjectionHead, ReportEncoder, UnifiedViT, UniMedI, load_tokenizer
-    from unimedi_components.networks.pretrained import make_card, student_state
-
-    tokenizer = load_tokenizer(build_wordpiece(reports, models / "vocabulary", vocab_size=300))
-    torch.manual_seed(0)
-    network = UniMedI(
-        UnifiedViT(32, (16, 32, 32), patch_size_3d=(4, 16, 16), embed_dim=32, depth=depth, num_heads=2),
-        ReportEncoder(config={"hidden_size": 32, "num_hidden_layers": 1, "vocab_size": len(tokenizer)}),
-        *(ProjectionHead(32, 32, 16) for _ in range(2)),
-        selector="student",
-        self_distillation=False,
-        num_slices=2,
-    )
-    sizes = {"xray": {"size": 32}, "ct": {"spatial_size": [16, 32, 32]}, "max_length": 64}
-    write_json(make_card(network, {**sizes, **preprocessing}, **card), models / "model.json")
-    torch.save(network.encoder.state_dict(), models / "model.pt")
-    torch.save(student_state(network), models / "unimedi.pt")
-    tokenizer.save_pretrained(models / "report_encoder")
-    return models / "model.pt"
-
-
 def randomised(network: Network, spread: float = 0.1) -> Network:
     """The network with all of its parameters random, zero-initialised ones and norms too."""
     with torch.no_grad():
