@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib.machinery
 import importlib.util
+<<<<<<< HEAD
 import json
 import logging
 import os
@@ -20,14 +21,20 @@ import subprocess
 import sys
 import types
 from collections.abc import Callable, Iterator
+=======
+import sys
+import types
+>>>>>>> dupes
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import monai
 import pytest
+<<<<<<< HEAD
 import torch
 from starlette.testclient import TestClient
+=======
+>>>>>>> dupes
 
 import unimedi_components.bundle
 from unimedi_components.data import write_json
@@ -69,18 +76,6 @@ def monailabel() -> SimpleNamespace:
     return SimpleNamespace(
         BundleInferTask=BundleInferTask, BundleTrainTask=BundleTrainTask, Main=Main, app=app, settings=settings
     )
-
-
-@pytest.fixture
-def in_process() -> Iterator[None]:
-    """Puts back what a run within the test's own process changes."""
-    root, path = logging.getLogger(), sys.path[:]
-    handlers, level, flash = root.handlers[:], root.level, torch.backends.cuda.flash_sdp_enabled()
-    yield
-    root.handlers[:], sys.path[:] = handlers, path
-    root.setLevel(level)
-    monai.utils.set_determinism(None)
-    torch.backends.cuda.enable_flash_sdp(flash)
 
 
 @pytest.fixture

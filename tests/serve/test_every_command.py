@@ -13,12 +13,12 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
-from monai.bundle import ConfigWorkflow
 from starlette.testclient import TestClient
 
 from tests.bundles.test_abdomen_inference import make_bundle
+from tests.common import run_bundle
 from tests.images.kinds import KINDS, make_all
-from tests.test_bad_input import in_process, prepare, train
+from tests.test_bad_input import prepare, train
 from unimedi_components.__main__ import main
 from unimedi_components.data.table import collect
 from unimedi_components.data.volume_loading import LoadVolumed
@@ -26,8 +26,6 @@ from unimedi_components.images.find import find_images
 from unimedi_components.images.xray import read_xray
 from unimedi_components.retrieval import Embeddings
 from unimedi_components.serve import Analyser, Limits, create_app
-
-__all__ = ["in_process"]
 
 REPORT = "The heart is enlarged and the lungs are clear."
 XRAY, CT = "chest_xray_classification", "abdomen_ct_segmentation"
@@ -84,11 +82,7 @@ def verdicts(paths: dict[str, Path], checkpoint: Path, untrained_bundle: Any, tm
 
     def infer(bundle: Path, is_a: str) -> Verdicts:
         words = {"bundle_root": str(bundle), "output_dir": str(folder / is_a), "device": "cpu", "figures": False}
-        config = str(bundle / "configs" / "inference.json")
-        workflow = ConfigWorkflow(config, workflow_type="inference", logging_file=False, inputs=named, **words)
-        workflow.initialize()
-        workflow.run()
-        workflow.finalize()
+        run_bundle(bundle / "configs" / "inference.json", "inference", inputs=named, **words)
         content = json.loads((folder / is_a / "predictions.json").read_text())
         skipped = [(one["file"], one["reason"]) for one in content["skipped"]]
         return Verdicts().add([(row["source"], is_a) for row in content["predictions"]], skipped)
