@@ -115,7 +115,7 @@ def test_dicom_that_is_neither_xray_nor_one_series(tmp_path: Path, caplog: pytes
     text = caplog.text
     assert f"left out {slice_}: is one CT slice" in text
     assert f"left out {broken}: " in text
-    assert sorted(one.file for one in items.faults) == [str(broken), str(slice_)]
+    assert sorted(one.file for one in items.not_read) == [str(broken), str(slice_)]
 
 
 def test_the_test_split_of_a_pretraining_folder(tmp_path: Path) -> None:

@@ -97,9 +97,9 @@ class PretrainDataset(PersistentDataset):
         absolute = all(os.path.isabs(str(item.get("image", ""))) for item in data)
         if not absolute and not Path(root).is_dir():
             raise DataError(f"data set root {root} is not a folder; set `dataset_dir` to where the data set lies")
-        faults = data.faults if isinstance(data, ImageList) else []
-        if strict and faults:
-            raise DataError(f"{faults[0].file}: {faults[0].reason}; repair or remove it, or set `strict` to false")
+        not_read = data.not_read if isinstance(data, ImageList) else []
+        if strict and (fault := next((one for one in not_read if one.fault), None)):
+            raise DataError(f"{fault.file}: {fault.reason}; repair or remove it, or set `strict` to false")
         super().__init__(data=(), transform=transform, cache_dir=None if cache_dir is None else str(cache_dir))
         self.root, self.seed, self.strict = Path(root), seed, strict
         self.require_report, self.refill = require_report, True
@@ -111,7 +111,7 @@ class PretrainDataset(PersistentDataset):
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._run = uuid.uuid4().hex
         # what was named and is no image that can be read is listed with what turns out to be unreadable
-        self._skipped = {one.file: Skipped(one.file, one.file, one.reason) for one in faults}
+        self._skipped = {one.file: Skipped(one.file, one.file, one.reason) for one in not_read}
 
     def _store(self, dim: int, folder: Path) -> ImageStore:
         """Where images of a dimension are kept that these transforms make."""

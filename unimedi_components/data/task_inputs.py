@@ -12,13 +12,13 @@ from unimedi_components.command_options import path_names
 from unimedi_components.data.datalist import load_datalist, select
 from unimedi_components.data.slice_files import IMAGE_ENDINGS
 from unimedi_components.errors import DataError
-from unimedi_components.images.find import ImageList, find_images
+from unimedi_components.images.find import ImageList, LeftOut, find_images
 
 __all__ = ["find_task_images"]
 
 logger = logging.getLogger(__name__)
 
-_KIND = {2: "X-ray", 3: "CT volume"}
+_KIND, _OTHER = {2: "X-ray", 3: "CT volume"}, {2: "a CT volume", 3: "an X-ray"}
 
 
 def find_task_images(
@@ -29,7 +29,7 @@ def find_task_images(
     datalist: str | Path | None = None,
     assume_hu: bool = False,
 ) -> ImageList:
-    """Items for each image of one dimension; those of the other one are left out with a warning.
+    """Items for each image of one dimension; those of the other one are left out, with a warning.
 
     Args:
         inputs: a file, folder or pattern, or several, as `find_images` takes them. None takes the test split of
@@ -67,7 +67,8 @@ def find_task_images(
         raise DataError(
             f"{others[0]}: no {_KIND[dim]}, nor any of {len(found)} images named; this bundle reads no other"
         )
-    return ImageList(kept, left_out)
+    reason = f"is {_OTHER[dim]}, and this bundle reads {_KIND[dim]}s"
+    return ImageList(kept, [*left_out, *(LeftOut(other, reason, False) for other in others)])
 
 
 def _test_split(path: Path, base: Path, dim: int) -> ImageList:

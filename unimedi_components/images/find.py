@@ -84,15 +84,15 @@ class ImageList(list[dict[str, Any]]):
         self.left_out = list(left_out)
 
     @property
-    def faults(self) -> list[LeftOut]:
-        """What was meant as an image and is none; the files of one series that is refused together."""
-        groups: dict[tuple[str, str], list[LeftOut]] = {}
+    def not_read(self) -> list[LeftOut]:
+        """Images that are none of the items, the files of one series together; what is no image does not count."""
+        groups: dict[tuple[str, str, bool], list[LeftOut]] = {}
         for one in self.left_out:
-            if one.fault:
-                groups.setdefault((os.path.dirname(one.file), one.reason), []).append(one)
+            if one.fault or _is_image(one):
+                groups.setdefault((os.path.dirname(one.file), one.reason, one.fault), []).append(one)
         return [
-            members[0] if len(members) == 1 else LeftOut(folder, f"{reason} ({len(members)} files)", True)
-            for (folder, reason), members in groups.items()
+            members[0] if len(members) == 1 else LeftOut(folder, f"{reason} ({len(members)} files)", fault)
+            for (folder, reason, fault), members in groups.items()
         ]
 
 
@@ -121,16 +121,20 @@ def find_images(
     base = Path(root).expanduser().absolute()
     named = [str(inputs)] if isinstance(inputs, (str, Path)) else [str(name) for name in (inputs or ["."])]
     images, left_out = sort_files(expand(named, base), assume_hu)
-    for line in summarised(left_out):
-        logger.warning("left out %s", line)
-    for image in images:
-        for warning in image.warnings:
-            logger.warning("%s: %s", image.path, warning)
+    _log(images, left_out)
     if not images:
         first = next((one for one in left_out if one.fault), left_out[0] if left_out else None)
         why = f" ({first.file}: {first.reason})" if first else ""
         raise DataError(f"{', '.join(named)}: no image in it; name X-ray or CT files, or folders that hold them{why}")
     return ImageList(image_items(images, base, assume_hu), left_out)
+
+
+def _log(images: Sequence[Image], left_out: Sequence[LeftOut]) -> None:
+    for line in summarised(left_out):
+        logger.warning("left out %s", line)
+    for image in images:
+        for warning in image.warnings:
+            logger.warning("%s: %s", image.path, warning)
 
 
 def expand(names: Sequence[str], base: Path) -> list[Path]:
@@ -269,6 +273,7 @@ def image_at(path: Path, assume_hu: bool = False) -> Image:
         raise DataError(f"{path}: no such file. Correct the path or fetch the file")
     images, left_out = sort_files(expand([str(path)], path.parent), assume_hu)
     if len(images) == 1:
+        _log(images, left_out)
         return images[0]
     if len(images) > 1:
         found = "; ".join(image.stack.described if image.stack else image.path.name for image in images[:4])
@@ -284,7 +289,7 @@ def summarised(left_out: Sequence[LeftOut]) -> list[str]:
     lines: list[str] = []
     groups: dict[tuple[str, str], list[LeftOut]] = {}
     for one in left_out:
-        key = (os.path.dirname(one.file), one.reason) if one.fault or "holds" not in one.reason[:5] else ("", "")
+        key = (os.path.dirname(one.file), one.reason) if one.fault or _is_image(one) else ("", "")
         groups.setdefault(key, []).append(one)
     for (folder, reason), members in groups.items():
         if not reason:
@@ -294,6 +299,11 @@ def summarised(left_out: Sequence[LeftOut]) -> list[str]:
         else:
             lines.append(f"{folder}: {len(members)} files, such as {os.path.basename(members[0].file)}: {reason}")
     return lines
+
+
+def _is_image(one: LeftOut) -> bool:
+    # what content that is not read is said to do
+    return not one.reason.startswith("holds")
 
 
 def _unique_names(images: Sequence[Image], base: Path) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 from unimedi_components.errors import ConfigError, DataError
 from unimedi_components.images.dicom import DicomHeader, pixel_fault, read_header, starts_as_dicom
@@ -29,6 +29,8 @@ __all__ = [
 IMAGE_CHECKS = ("quick", "full", "exists", "none")
 #: Pillow's names of the pictures that are read.
 PICTURE_FORMATS = ("JPEG", "PNG", "BMP", "TIFF")
+# of 16 bits whose least is white, Pillow knows the other byte order alone
+TiffImagePlugin.OPEN_INFO.setdefault((TiffImagePlugin.MM, 0, (1,), 1, (16,), ()), ("I;16B", "I;16B"))
 #: PS3.3 C.7.3.1.1.1; secondary captures and files without a modality may be X-rays too.
 XRAYS = frozenset({"CR", "DX", "DR", "RG", "RF", "XA", "OT", "SC", ""})
 UNREADABLE, ONE_SLICE, NO_XRAY = "unreadable image", "one CT slice", "not an X-ray"

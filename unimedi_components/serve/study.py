@@ -10,6 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from unimedi_components.data.volume_loading import part_of
 from unimedi_components.errors import DataError
 from unimedi_components.images.dicom_series import Sorted, sort_headers
 from unimedi_components.images.headers import DicomHeader, read_header
@@ -42,6 +43,7 @@ class Study:
         dim: 2 for an X-ray, 3 for a volume.
         path: the file, or the folder of a DICOM series.
         warnings: what the user should know about it.
+        part: of a volume, see `part_of`.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Study:
     path: Path
     facts: dict[str, str]
     warnings: list[str] = field(default_factory=list)
+    part: str = ""
 
 
 def find_study(files: Sequence[Received], folder: Path, limits: Limits) -> Study:
@@ -129,14 +132,18 @@ def _one_study(contents: dict[Received, str], archive: str, folder: Path, limits
     path = prepare_volume(content, file, companions, folder, limits)
     kinds = {"metaimage": "MetaImage volume", "nrrd": "NRRD volume"}
     assert content in VOLUMES
-    return Study(shown, 3, path, {"File": kinds.get(content, "NIfTI volume")}, notes)
+    return Study(shown, 3, path, {"File": kinds.get(content, "NIfTI volume")}, notes, _part(limits))
+
+
+def _part(limits: Limits) -> str:
+    return part_of({"assume_hu": limits.assume_hu})
 
 
 def _dicom_study(files: Sequence[Received], archive: str, notes: Sequence[str], folder: Path, limits: Limits) -> Study:
     """The one X-ray or the one stack of CT slices among DICOM files, sorted as every command sorts them."""
     received = {file.path: file for file in files}
     headers = [_header(file) for file in files]
-    found = sort_headers(headers)
+    found = sort_headers(headers, limits.assume_hu)
     if not found.xrays and not found.stacks:
         path, reason, _ = found.left_out[0]
         refuse = unsupported if "modality" in reason and "pixels" not in reason else unusable
@@ -170,7 +177,8 @@ def _dicom_study(files: Sequence[Received], archive: str, notes: Sequence[str], 
     first = min((received[file] for file in stack.files), key=lambda file: list(received).index(file.path))
     shown = archive or (f"{first.name} and {len(stack.files) - 1} more" if several else first.name)
     path = series if several else series / "00000.dcm"
-    return Study(shown, 3, path, facts, [*warnings, *body_part_warning(stack.header), *stack.warnings])
+    warnings += [*body_part_warning(stack.header), *stack.warnings]
+    return Study(shown, 3, path, facts, warnings, _part(limits))
 
 
 def _header(file: Received) -> DicomHeader:
