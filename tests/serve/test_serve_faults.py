@@ -244,7 +244,7 @@ CASES: dict[str, tuple[Callable[[Any], Given], int, str]] = {
     "NaN": (
         lambda f: [f.nifti("scan.nii", np.full((24, 24, 24), np.nan, np.float32))],
         422,
-        "scan.nii: cannot be read (some voxels are NaN or infinite",
+        "scan.nii: some voxels are NaN or infinite. Convert it again from DICOM.",
     ),
     "huge header": (
         lambda f: [patched(f.nifti("scan.nii"), 40, struct.pack("<4h", 3, 30_000, 30_000, 30_000))],

@@ -204,7 +204,8 @@ class PretrainDataset(PersistentDataset):
             cause = cause.__cause__
         # the file is named beside the reason: once is enough
         text = str(cause).strip().removeprefix(f"{path}: ").replace(str(path), path.name).splitlines() or [""]
-        record = Skipped(item_id, str(path), f"{type(cause).__name__}: {text[0][:300]}")
+        kind = "" if isinstance(cause, DataError) else f"{type(cause).__name__}: "
+        record = Skipped(item_id, str(path), f"{kind}{text[0][:400]}")
         if self.strict:
             raise DataError(
                 f"{path}: cannot be read ({record.reason}); repair or remove it, or set `strict` to false"

@@ -314,7 +314,8 @@ def _unique_names(images: Sequence[Image], base: Path) -> list[str]:
     for image in images:
         path = image.path
         relative = path.relative_to(base) if path.is_relative_to(base) and path != base else Path(path.name)
-        stem = re.sub(r"[\\/:]", "_", "_".join(relative.parts))
+        # no letters that a file system forbids, nor bytes that are none
+        stem = re.sub(r"[\\/:\ud800-\udfff]", "_", "_".join(relative.parts))
         if not image.is_folder:
             ending = next((end for end in (*VOLUME_ENDINGS[::-1], path.suffix) if path.name.lower().endswith(end)), "")
             ending = ending if image.content != DICOM or not ending[1:].isdigit() else ""
