@@ -436,6 +436,15 @@ def nrrd(writer: Writer) -> Path:
 
 
 @kind("volume", truth=BODY)
+def nrrd_beside_its_voxels(writer: Writer) -> Path:
+    head, _, voxels = nrrd(writer).read_bytes().partition(b"\n\n")
+    (writer.folder / "scan.nrrd").unlink()
+    (writer.folder / "scan.raw").write_bytes(voxels)
+    (writer.folder / "scan.nhdr").write_bytes(head + b"\ndata file: ./scan.raw\n")
+    return writer.folder / "scan.nhdr"
+
+
+@kind("volume", truth=BODY)
 def legacy_converted_with_stacks_of_frames(writer: Writer) -> Path:
     def change(file: FileDataset) -> None:
         file.SOPClassUID = file.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.2.2"
@@ -573,7 +582,9 @@ def stored_values_in_nifti(writer: Writer) -> Path:
     return nifti(writer, "stored.nii.gz", (body() + 1024).astype(np.uint16))
 
 
-@kind("", "as grey levels or rescaled intensities do. Convert it again from DICOM without rescaling the intensities, or")
+@kind(
+    "", "as grey levels or rescaled intensities do. Convert it again from DICOM without rescaling the intensities, or"
+)
 def grey_levels_in_nifti(writer: Writer) -> Path:
     return nifti(writer, "grey.nii.gz", np.clip((body() + 1000) / 6, 0, 255).astype(np.uint8))
 
@@ -657,5 +668,5 @@ def make_all(folder: Path, names: Sequence[str] = ()) -> dict[str, Path]:
     """Write files of each kind to a folder of its own; the path to name, by kind."""
     paths = {}
     for number, name in enumerate(names or KINDS, start=1):
-        paths[name] = KINDS[name].make(Writer(folder / f"{number:02d}_{name}", root=f"1.2.826.0.1.9.{number}"))
+        paths[name] = KINDS[name].make(Writer(folder / f"{number:03d}_{name}", root=f"1.2.826.0.1.9.{number}"))
     return paths

@@ -128,7 +128,9 @@ def test_dicom_series(files: Any, upload: Any, embedder: Embedder, prompts: dict
     assert same(probabilities(answer), wanted)
     assert answer["warnings"] == [
         "Left out, no image: viewer.exe.",
-        "Left out, no image of the series: IM0000, IM0000.",
+        "Left out: IM0000: is a scout view (LOCALIZER), no slice of the series.",
+        "Left out: IM0000: is DICOM of modality RTSTRUCT (contours for radiotherapy). Give a chest X-ray (CR, DX) or a "
+        "CT.",
     ]
 
 

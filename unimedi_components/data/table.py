@@ -82,9 +82,7 @@ def _find_image(
     return fields, _volume_fault(image.path, limits, assume_hu, files)
 
 
-def _volume_fault(
-    path: Path, limits: CTLimits, assume_hu: bool, files: Sequence[Path] = ()
-) -> tuple[str, str] | None:
+def _volume_fault(path: Path, limits: CTLimits, assume_hu: bool, files: Sequence[Path] = ()) -> tuple[str, str] | None:
     fault = check_ct(path, limits, files=files, assume_hu=assume_hu)
     if fault is None:
         return None

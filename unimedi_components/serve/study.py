@@ -15,6 +15,7 @@ from unimedi_components.errors import DataError
 from unimedi_components.images.dicom_series import Sorted, sort_headers
 from unimedi_components.images.headers import DicomHeader, read_header
 from unimedi_components.images.identify import DICOM, PICTURES, VOLUMES, content_fault, family_of_name, identify
+from unimedi_components.images.itk_volumes import voxel_files
 from unimedi_components.images.xray import read_xray
 from unimedi_components.images.xray_checks import PICTURE_FORMATS, modality_words
 from unimedi_components.serve.faults import (
@@ -27,7 +28,7 @@ from unimedi_components.serve.faults import (
     unusable,
 )
 from unimedi_components.serve.uploads import Received, names_of, unpack
-from unimedi_components.serve.volumes import check_voxels, metaimage_voxels, prepare_volume
+from unimedi_components.serve.volumes import check_voxels, last_part, prepare_volume
 
 __all__ = ["Study", "find_study"]
 
@@ -99,11 +100,12 @@ def _renamed_zip(file: Received) -> Exception:
 
 
 def _one_study(contents: dict[Received, str], archive: str, folder: Path, limits: Limits) -> Study:
-    headers = [file for file, content in contents.items() if content == "metaimage"]
-    voxels = {metaimage_voxels(file) for file in headers if not not_read(file.name, "metaimage")}
+    headers = [file for file, content in contents.items() if content in ("metaimage", "nrrd")]
+    voxels = {last_part(name) for file in headers for name in voxel_files(file.path)}
     others, left_out = {}, []
     for file, content in contents.items():
-        if file.name in voxels:
+        # a header may name itself
+        if file.name in voxels and file not in headers:
             continue
         fault = not_read(file.name, content)
         if fault is None:
@@ -150,13 +152,11 @@ def _dicom_study(files: Sequence[Received], archive: str, notes: Sequence[str], 
         raise refuse(f"{received[path].name}: {reason}.")
     if len(found.xrays) + len(found.stacks) > 1:
         raise _several(found, received)
-    besides = [received[path] for path, _, fault in found.left_out if not fault]
-    warnings = [*notes, *([f"Left out, no image of the series: {names_of(besides)}."] if besides else [])]
-    faults: dict[str, list[Received]] = {}
-    for path, reason, fault in found.left_out:
-        if fault:
-            faults.setdefault(reason, []).append(received[path])
-    warnings += [f"Left out: {names_of(members)}: {reason}." for reason, members in faults.items()]
+    besides: dict[str, list[Received]] = {}
+    for path, reason, _ in found.left_out:
+        besides.setdefault(reason, []).append(received[path])
+    left_out = [f"Left out: {names_of(members)}: {reason}." for reason, members in besides.items()]
+    warnings = [*notes, *left_out]
     first = received[Path((found.xrays or [found.stacks[0].header])[0].path)]
     if found.xrays:
         facts, more = check_xray(found.xrays[0], first.name, limits)
