@@ -544,6 +544,11 @@ def acquisitions_by_number_alone(writer: Writer) -> Path:
     return ct(writer, start=100, places=[3.0 * z + 1.5 for z in range(24)])
 
 
+@kind("", "spacing 2x2.5x12 mm is outside 0.2 to 10 mm")
+def slices_too_far_apart(writer: Writer) -> Path:
+    return ct(writer, places=[12.0 * z for z in range(24)])
+
+
 @kind("", "frames without positions")
 def frames_without_positions(writer: Writer) -> Path:
     file = new_file(root=writer.root)

@@ -118,7 +118,8 @@ def _xray(image: Image, values: bool) -> dict[str, Any]:
     spacing = [round(step, 4) for step in header.pixel_spacing] if header and header.pixel_spacing else None
     if not values:
         size = [header.columns, header.rows] if header else None
-        return {"size": size, "spacing_mm": spacing, "orientation": None, "values": None, "notes": [], "warnings": []}
+        seen = {"size": size, "spacing_mm": spacing, "orientation": None, "values": None, "notes": []}
+        return {**seen, "warnings": list(image.warnings)}
     film, notes = read_xray(image.path)
     low, high = float(film.min()), float(film.max())
     return {
@@ -127,7 +128,7 @@ def _xray(image: Image, values: bool) -> dict[str, Any]:
         "orientation": None,
         "values": [round(low, 4), round(high, 4)],
         "notes": notes,
-        "warnings": [],
+        "warnings": list(image.warnings),
     }
 
 
@@ -147,7 +148,7 @@ def _volume(image: Image, values: bool, assume_hu: bool) -> dict[str, Any]:
         "orientation": "".join(map(str, nib.aff2axcodes(header.affine))),  # type: ignore[attr-defined]
         "values": span,
         "notes": [],
-        "warnings": list(header.warnings),
+        "warnings": list(image.warnings),
     }
 
 

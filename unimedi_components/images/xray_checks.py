@@ -19,6 +19,7 @@ __all__ = [
     "PICTURE_FORMATS",
     "XRAYS",
     "Fault",
+    "body_part_warnings",
     "colour_fault",
     "film_fault",
     "modality_words",
@@ -46,6 +47,7 @@ _OTHERS = {
     **{"ES": "endoscopy", "XC": "a photograph", "SM": "microscopy", "OP": "ophthalmology", "PX": "dental"},
     **{"IO": "dental"},
 }
+_TRUNK = ("CHEST", "THORAX", "LUNG", "TORAX", "ABDOMEN", "TRUNK", "BODY", "RIBS", "HEART")
 # A grey film that was saved as colour JPEG strays by a few levels; burnt-in coloured marks cover little of it.
 _COLOURED, _COLOURED_SHARE, _FEW = 32, 0.05, 1024
 
@@ -156,6 +158,14 @@ def film_fault(header: DicomHeader) -> Fault | None:
     if "one CT slice" in detail:
         return Fault(ONE_SLICE, detail)
     return Fault(UNREADABLE if pixel_fault(header) else NO_XRAY, detail)
+
+
+def body_part_warnings(header: DicomHeader) -> tuple[str, ...]:
+    """A warning where the header names another part of the body than the trunk."""
+    part = header.text("BodyPartExamined")
+    if not part or any(word in part.upper() for word in _TRUNK):
+        return ()
+    return (f"The DICOM header names the body part {part[:40]}; the network knows chests.",)
 
 
 def modality_words(modality: str) -> str:

@@ -17,7 +17,7 @@ from unimedi_components.images.headers import DicomHeader, read_header
 from unimedi_components.images.identify import DICOM, PICTURES, VOLUMES, content_fault, family_of_name, identify
 from unimedi_components.images.itk_volumes import voxel_files
 from unimedi_components.images.xray import read_xray
-from unimedi_components.images.xray_checks import PICTURE_FORMATS, modality_words
+from unimedi_components.images.xray_checks import PICTURE_FORMATS, body_part_warnings, modality_words
 from unimedi_components.serve.faults import (
     ACCEPTED,
     Limits,
@@ -32,7 +32,6 @@ from unimedi_components.serve.volumes import check_voxels, last_part, prepare_vo
 
 __all__ = ["Study", "find_study"]
 
-_CHEST = ("CHEST", "THORAX", "LUNG", "TORAX", "ABDOMEN", "TRUNK", "BODY", "RIBS", "HEART")
 _MIN_SIDE, _MAX_RATIO = 32, 5
 
 
@@ -177,7 +176,7 @@ def _dicom_study(files: Sequence[Received], archive: str, notes: Sequence[str], 
     first = min((received[file] for file in stack.files), key=lambda file: list(received).index(file.path))
     shown = archive or (f"{first.name} and {len(stack.files) - 1} more" if several else first.name)
     path = series if several else series / "00000.dcm"
-    warnings += [*body_part_warning(stack.header), *stack.warnings]
+    warnings += [*body_part_warnings(stack.header), *stack.warnings]
     return Study(shown, 3, path, facts, warnings, _part(limits))
 
 
@@ -270,12 +269,4 @@ def check_xray(header: DicomHeader, name: str, limits: Limits) -> tuple[dict[str
     except DataError as error:
         raise unusable(f"{name}: {str(error).removeprefix(f'{header.path}: ')}.") from error
     facts = {"File": f"DICOM, modality {modality_words(header.modality)}, {header.columns} × {header.rows} pixels"}
-    return facts, body_part_warning(header)
-
-
-def body_part_warning(header: DicomHeader) -> list[str]:
-    """A warning where the header names another part of the body than the chest."""
-    part = header.text("BodyPartExamined")
-    if not part or any(word in part.upper() for word in _CHEST):
-        return []
-    return [f"The DICOM header names the body part {part[:40]}; the network knows chests."]
+    return facts, list(body_part_warnings(header))
