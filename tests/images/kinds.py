@@ -229,7 +229,7 @@ def turned_jpeg(writer: Writer) -> Path:
 @kind("xray", truth=GREY)
 def a_name_that_is_no_text(writer: Writer) -> Path:
     path = film(writer)
-    return path.rename(os.fsdecode(os.fsencode(path.parent) + b"/M\xfcller 1.dcm"))
+    return path.rename(os.fsdecode(os.fsencode(path.parent) + b"/M\xfcller 1.dcm")).parent
 
 
 @kind("xray", truth=Truth(GREYS, near=3e-3))

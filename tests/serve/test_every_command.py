@@ -108,7 +108,9 @@ def answer(analyser: Analyser, paths: dict[str, Path]) -> Iterator[Callable[[str
         lone = path.is_file() and path.name != "DICOMDIR" and path.suffix not in (".mhd", ".nhdr")
         below = sorted((path if path.is_dir() else path.parent).rglob("*"))
         given = [path] if lone else [file for file in below if file.is_file()]
-        files = [("files", (file.name, io.BytesIO(file.read_bytes()))) for file in given]
+        # a browser sends names as UTF-8
+        names = [file.name.encode("utf-8", "replace").decode() for file in given]
+        files = [("files", (name, io.BytesIO(file.read_bytes()))) for name, file in zip(names, given, strict=True)]
         reply = client.post("/api/analyse", files=files)
         return reply.status_code, reply.json()
 
