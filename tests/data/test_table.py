@@ -23,7 +23,7 @@ REPORT = "No effusion is seen."
 
 def xray(path):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("L", (32, 24), 100).save(path)
+    Image.linear_gradient("L").resize((32, 24)).save(path)
     return path
 
 

@@ -228,9 +228,14 @@ def _by_folder(group: list[DicomSlice]) -> list[list[DicomSlice]]:
     return list(parts.values()) if apart and not is_even(along) else [group]
 
 
+def _scout_word(group: list[DicomSlice]) -> str:
+    described = group[0].header.text("SeriesDescription").upper()
+    return next((word for word in _SCOUTS if word in described), "")
+
+
 def _lies_across(group: list[DicomSlice], groups: list[list[DicomSlice]]) -> int:
     """How many slices of its study's largest stack a view or two lie across; 0 where they do not."""
-    if len(group) > _SCOUT_VIEWS:
+    if len(group) > _SCOUT_VIEWS or _scout_word(group):
         return 0
     header = group[0].header
     sizes = [
@@ -256,8 +261,7 @@ def _without_place(group: list[DicomSlice], nowhere: Iterable[DicomHeader]) -> i
 
 def _add_stacks(group: list[DicomSlice], result: Sorted, assume_hu: bool) -> None:
     """Sort one group's slices into stacks, or leave them out."""
-    described = group[0].header.text("SeriesDescription").upper()
-    scout = next((word for word in _SCOUTS if word in described), "")
+    scout = _scout_word(group)
     if len(group) == 1 or (scout and len(group) <= _SCOUT_VIEWS):
         result.leave(group, f"is a scout view ({scout})" if scout else ONE_SLICE, fault=not scout)
         return
