@@ -166,7 +166,7 @@ class UniMediImageProcessor(ImageProcessingMixin):
                 while cause.__cause__ is not None:
                     cause = cause.__cause__
                 if isinstance(cause, DataError):
-                    raise cause from error
+                    raise DataError(str(cause)) from error
                 reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
                 raise DataError(f"{path}: cannot be read ({reason}). Download or export it again") from error
             if not torch.isfinite(tensors[-1]).all():
