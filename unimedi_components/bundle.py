@@ -18,6 +18,7 @@ from fire.parser import DefaultParseValue
 
 from unimedi_components.command_options import loses_hash
 from unimedi_components.errors import CheckpointError, ConfigError, DataError
+from unimedi_components.files import show_any_name
 from unimedi_components.workflow import fit_workflow, folders_in_use, keep_log, log_fault, workflow_in_use
 
 __all__ = ["RunCall", "bundle_root", "check_run", "data_dir", "encoder_weights", "parse_run_call", "user_fault"]
@@ -227,6 +228,7 @@ def check_run(config_file: str | Sequence[str] | None = None, argv: Sequence[str
 
     explicit = config_file is not None or argv is not None
     if not explicit:
+        show_any_name()
         fit_workflow()
     if not explicit and Path(sys.argv[0]).parts[-3:] != _RUN_SCRIPT:
         workflow = workflow_in_use()

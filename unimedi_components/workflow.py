@@ -18,6 +18,7 @@ from types import FrameType
 from typing import Any
 
 from unimedi_components.errors import ConfigError
+from unimedi_components.files import ANY_NAME
 
 __all__ = ["fit_workflow", "folders_in_use", "keep_log", "log_fault", "only_a_network_is_wanted", "workflow_in_use"]
 
@@ -72,7 +73,7 @@ class _RunLog(logging.FileHandler):
     """`run.log` of a run, below the command line; made with the first record, so that a refused run leaves none."""
 
     def __init__(self, folder: str) -> None:
-        super().__init__(Path(folder, "run.log"), encoding="utf-8", delay=True)
+        super().__init__(Path(folder, "run.log"), encoding="utf-8", delay=True, errors=ANY_NAME)
         self.setFormatter(logging.Formatter("%(asctime)s - %(name)s - %(levelname)s - %(message)s"))
 
     def _open(self) -> TextIOWrapper:

@@ -82,7 +82,7 @@ def shapes(rows: int = 90, columns: int = 70) -> np.ndarray:
 def scan() -> np.ndarray:
     """Hounsfield units over (right-left, back-front, foot-head), with an odd number of slices."""
     x, y, z = np.mgrid[:40, :36, :31]
-    return (-1000 + 900 * np.exp(-((x - 12) ** 2 + (y - 22) ** 2 + (z - 20) ** 2) / 90) + 3 * z).astype(np.float32)
+    return (-1000 + 1100 * np.exp(-((x - 12) ** 2 + (y - 22) ** 2 + (z - 20) ** 2) / 90) + 3 * z).astype(np.float32)
 
 
 def write_series(folder: Path, volume: np.ndarray) -> None:
@@ -134,9 +134,9 @@ def test_xrays_of_every_kind(predict: Predict, bundles: Path, tmp_path: Path, ca
         with Image.open(tmp_path / "out" / f"{name}.png") as figure:
             assert figure.width == 1200
     content = json.loads((tmp_path / "out" / "predictions.json").read_text())
-    (skipped,) = content.pop("skipped")
-    assert skipped["file"] == str(tmp_path / "letter.dcm")
-    assert skipped["reason"].startswith("is named as DICOM but holds text")
+    skipped = {record["file"]: record["reason"] for record in content.pop("skipped")}
+    assert skipped.pop(str(own / "ct.nii.gz")) == "is a CT volume, and this bundle reads X-rays"
+    assert skipped.pop(str(tmp_path / "letter.dcm")).startswith("is named as DICOM but holds text") and not skipped
     del content["predictions"]
     assert content == {"task": "multilabel", "label_names": FINDINGS, "threshold": 0.5}
     table = pd.read_csv(tmp_path / "out" / "predictions.csv", keep_default_na=False)

@@ -10,9 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib.machinery
 import importlib.util
-<<<<<<< HEAD
 import json
-import logging
 import os
 import re
 import shlex
@@ -21,20 +19,13 @@ import subprocess
 import sys
 import types
 from collections.abc import Callable, Iterator
-=======
-import sys
-import types
->>>>>>> dupes
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-<<<<<<< HEAD
 import torch
 from starlette.testclient import TestClient
-=======
->>>>>>> dupes
 
 import unimedi_components.bundle
 from unimedi_components.data import write_json

@@ -51,7 +51,7 @@ class Verdicts:
 
 def kind_of(path: str | Path) -> str:
     """By the folder that `make_all` gives each kind."""
-    return next(part[3:] for part in Path(path).parts if part[3:] in KINDS)
+    return next(part[4:] for part in Path(path).parts if part[4:] in KINDS)
 
 
 @pytest.fixture(scope="module")
@@ -99,10 +99,12 @@ def answer(analyser: Analyser, paths: dict[str, Path]) -> Iterator[Callable[[str
 
     def post(name: str) -> tuple[int, dict[str, Any]]:
         path = paths[name]
-        lone = path.is_file() and path.name != "DICOMDIR" and path.suffix != ".mhd"
+        lone = path.is_file() and path.name != "DICOMDIR" and path.suffix not in (".mhd", ".nhdr")
         below = sorted((path if path.is_dir() else path.parent).rglob("*"))
         given = [path] if lone else [file for file in below if file.is_file()]
-        files = [("files", (file.name, io.BytesIO(file.read_bytes()))) for file in given]
+        # a browser sends names as UTF-8
+        names = [file.name.encode("utf-8", "replace").decode() for file in given]
+        files = [("files", (name, io.BytesIO(file.read_bytes()))) for name, file in zip(names, given, strict=True)]
         reply = client.post("/api/analyse", files=files)
         return reply.status_code, reply.json()
 
@@ -120,9 +122,7 @@ def test_what_is_read_is_read_by_all(name: str, verdicts: Any, answer: Any) -> N
     assert status == (200 if kind.count == 1 else 422), content
     if kind.count == 1:
         assert content["dim"] == (2 if kind.is_a == "xray" else 3)
-        assert (
-            not kind.words or kind.words.split(" (")[0] in " ".join(content["warnings"]) or "Left out" in str(content)
-        )
+        assert kind.words in " ".join(content["warnings"])
 
 
 @pytest.mark.parametrize("name", [name for name in READ if KINDS[name].truth])

@@ -37,7 +37,7 @@ class Embeddings:
         scores: Eq. 2's slab scores of volumes, (N, S); NaN where a row has none.
         selected: selected slices of the network's input, from inferior to superior, (N, k); -1 where a row has none.
         card: how the network was built and its input prepared.
-        skipped: {"id", "file", "reason"} of inputs that could not be read.
+        skipped: {"id", "file", "reason"} of images that were left out.
 
     Raises:
         DataError: rows and entries differ in number, or an entry lacks a field.
