@@ -163,6 +163,29 @@ def check(*config: str, **overrides: Any) -> None:
     print(f"ok: {len(merged)} keys in {', '.join(str(file) for file in config)}")
 
 
+def cache(*config: str, workers: int | None = None, clean: bool = False, **overrides: Any) -> None:
+    """Prepare a config's training and validation images ahead, in parallel; interrupted, it goes on where it was.
+
+    Phantoms and datalists that the config asks for are made first. Runs and their ranks then find every image ready.
+
+    Args:
+        config: the config file, and the files that overlay it in their order.
+        workers: processes; by default one per core.
+        clean: delete what other versions of the software left in the cache.
+        overrides: what `monai.bundle run` would be given, such as --cache_dir PATH.
+    """
+    from unimedi_components.cache import fill_cache, remove_older
+    from unimedi_components.config_check import check_config
+
+    if workers is not None:
+        whole_number("workers", workers, 0)
+    merged = check_config([str(file) for file in config], overrides)
+    root = Path(str(config[0])).resolve().parents[1]
+    folder = fill_cache({**merged, "bundle_root": overrides.get("bundle_root", str(root))}, workers)
+    if clean:
+        remove_older(folder)
+
+
 def plan(
     *config: str,
     gpu: str = "h100-80",
@@ -207,6 +230,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "report": report,
     "export": export,
     "check": check,
+    "cache": cache,
     "plan": plan,
 }
 # of these, no word is a Python list

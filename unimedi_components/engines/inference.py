@@ -46,7 +46,7 @@ def embed_batch(engine: Any, batchdata: Mapping[str, Any]) -> dict[str, Any]:
     if "image" not in batchdata:
         return {}
     image = batchdata["image"].to(engine.state.device)
-    with engine.mode(engine.network), torch.autocast(image.device.type, enabled=engine.amp):
+    with engine.mode(engine.network), torch.autocast(image.device.type, enabled=engine.amp, **engine.amp_kwargs):
         found = engine.inferer(image, engine.network.features)
     grid = engine.network.token_grid(image)
     output = {
