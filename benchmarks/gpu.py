@@ -151,7 +151,7 @@ def gpu(
         before = _record(results, part).get("seconds", 0) if part.epochs else 0
         record = {"command": shlex.join(["python", *part.words]), "code": code, "seconds": round(before + seconds, 1)}
         write_json({**record, "commit": commit()}, _place(results, part))
-        end = {0: "done", None: "stopped, to go on"}.get(code, f"failed ({code}), see {_log(results, part)}")
+        end = {0: "done", None: "stopped"}.get(code, f"failed ({code}), see {_log(results, part)}")
         print(f"{part.name}: {end} after {seconds:.0f} s", flush=True)
         _summarise(results, Path(work), chosen, device)
     records = {part.name: _record(results, part).get("code", "not run") for part in chosen}
@@ -191,7 +191,7 @@ def _run(part: Part, results: Path, soft: float, hard: float) -> tuple[int | Non
         hard: seconds after which any part is ended.
 
     Returns:
-        its exit code, None for a training that goes on later, and the seconds.
+        its exit code, None for what the call's end or a training's turn stopped, and the seconds.
     """
     log, begun = _log(results, part), time.monotonic()
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -223,7 +223,7 @@ def _run(part: Part, results: Path, soft: float, hard: float) -> tuple[int | Non
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     log.write_bytes(log.read_bytes()[-_LOG_BYTES:])
-    code = None if stopped and part.epochs else process.returncode
+    code = None if stopped and (part.epochs or hard < HARD_S) else process.returncode
     return code, time.monotonic() - begun
 
 
