@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import gc
 import mmap
+import multiprocessing
 import os
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -45,21 +48,35 @@ class MixedCollate:
         self.tokenizer: Any = str(tokenizer) if isinstance(tokenizer, os.PathLike) else tokenizer
         self.max_length = {2: max_length_2d, 3: max_length_3d}
         self.skip_empty = skip_empty
-        self._rows = np.zeros((0, 0), np.uint32)
+        self._rows: Any = np.zeros((0, 0), np.uint32)
+        self._shared: Tensor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_rows": self._rows[:0]}
+        return {**self.__dict__, "_rows": self._rows[:0] if self._shared is None else self._shared}
 
-    def remembering(self, count: int) -> MixedCollate:
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if isinstance(self._rows, Tensor):
+            self._rows = self._rows.numpy().view(np.uint32)
+
+    def remembering(self, count: int, forked: bool = True) -> MixedCollate:
         """A copy that tokenises the report of each of `count` items, told by their "index", once for all processes.
 
-        Their tokens lie in one array, which processes that are forked later share, instead of lists in each of them.
+        Their tokens lie in one array, which later processes share, instead of lists in each of them.
+
+        Args:
+            count: items.
+            forked: the processes are forked; else the array lies in `/dev/shm`, which containers often keep small.
         """
         collate = copy.copy(self)
         width = 2 + max(self.max_length.values())
         # a row: checksum of the report, number of tokens, tokens plus one; pages that nobody writes take no memory
-        collate._rows = np.frombuffer(mmap.mmap(-1, max(4, 4 * count * width)), np.uint32)[: count * width]
-        collate._rows.shape = count, width
+        if forked:
+            rows = np.frombuffer(mmap.mmap(-1, max(4, 4 * count * width)), np.uint32)[: count * width]
+            collate._rows = rows.reshape(count, width)
+        else:
+            collate._shared = torch.zeros((count, width), dtype=torch.int32).share_memory_()
+            collate._rows = collate._shared.numpy().view(np.uint32)
         return collate
 
     def __call__(self, items: Sequence[dict[str, Any] | Skipped]) -> dict[str, Any] | None:
@@ -151,7 +168,9 @@ class MixedDataLoader(DataLoader):
         kwargs.setdefault("pin_memory", torch.cuda.is_available())
         kwargs.setdefault("generator", torch.Generator().manual_seed(seed))
         if isinstance(collate_fn, MixedCollate):
-            collate_fn = collate_fn.remembering(len(dataset))
+            context: Any = kwargs.get("multiprocessing_context") or multiprocessing
+            method = context if isinstance(context, str) else context.get_start_method()
+            collate_fn = collate_fn.remembering(len(dataset), forked=not num_workers or method == "fork")
         super().__init__(dataset, num_workers, batch_sampler=batch_sampler, collate_fn=collate_fn, **kwargs)
 
     def set_epoch(self, epoch: int, skip: int = 0) -> None:
@@ -161,7 +180,20 @@ class MixedDataLoader(DataLoader):
             self.batch_sampler.set_epoch(epoch, skip)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]
-        return (batch for batch in super().__iter__() if batch is not None)
+        with _frozen() if self.num_workers and self._iterator is None else contextlib.nullcontext():
+            batches = super().__iter__()
+        return (batch for batch in batches if batch is not None)
+
+
+@contextlib.contextmanager
+def _frozen() -> Iterator[None]:
+    """Keep the garbage collectors of processes that are forked here off this one's objects, whose pages they copy."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def build_loader(
