@@ -191,11 +191,11 @@ def plan(
     gpu: str = "h100-80",
     gpus: int = 8,
     share: float = 0.4,
-    xrays: int = 300_000,
-    cts: int = 10_000,
+    xrays: int | None = None,
+    cts: int | None = None,
     **overrides: Any,
 ) -> None:
-    """Say what a pre-training run needs: parameters, FLOPs, memory, largest batch, hours, cache.
+    """Say what a training needs, of any bundle: parameters, FLOPs, memory, largest batch, hours, cache.
 
     Counted from the sizes in the config; no data or weights are read. A report encoder that is not at hand counts as a
     BERT-base.
@@ -205,8 +205,8 @@ def plan(
         gpu: the card, one of v100-32, a100-40, a100-80 and h100-80.
         gpus: number of cards, one rank each.
         share: of the card's peak that the run reaches; assumed, so measure it.
-        xrays: X-rays in the training split.
-        cts: volumes in the training split.
+        xrays: X-rays in the training split; by default 300,000 in pre-training, a task's number of phantoms or 10,000.
+        cts: volumes in the training split; by default 10,000, or a task's number of phantoms.
         overrides: what `monai.bundle run` would be given, such as --batch_2d 48 or --accumulation 4.
     """
     from unimedi_components.config_check import check_config

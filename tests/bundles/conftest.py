@@ -121,7 +121,7 @@ def command() -> Callable[..., subprocess.CompletedProcess[str]]:
             env=environment(),
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=600,
         )
 
     return run
