@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import re
 from pathlib import Path
 from typing import Any
@@ -136,12 +135,8 @@ def test_a_tasks_step_is_what_torch_counts_on_real_tensors(name: str) -> None:
     overlay, changes = TASKS[name]
     folder = CONFIGS.parents[1] / name / "configs"
     files = [folder / f"{part}.json" for part in ("train", overlay) if part]
-    step = TaskStep(check_config(files, changes))
-    network, images = copy.deepcopy(step.network.to("meta")).to_empty(device="cpu"), 5
-    for parameter in network.parameters():
-        torch.nn.init.normal_(parameter, std=0.02)
-    real = TaskStep(check_config(files, changes))
-    real.network, real.fake = network, contextlib.nullcontext()
+    step, real, images = TaskStep(check_config(files, changes)), TaskStep(check_config(files, changes)), 5
+    real.network, real.fake = real._network(), contextlib.nullcontext()
     for amp in (False, True):
         flops, kept, _ = real._counted(images, amp)
         cost = step.cost(images, amp)
