@@ -140,7 +140,7 @@ def test_a_tasks_step_is_what_torch_counts_on_real_tensors(name: str) -> None:
     for amp in (False, True):
         flops, kept, _ = real._counted(images, amp)
         cost = step.cost(images, amp)
-        halved = state_bytes(network, amp) - state_bytes(network, amp=False)
+        halved = state_bytes(real.network, amp) - state_bytes(real.network, amp=False)
         assert cost.flops == pytest.approx(flops, rel=0.01) and cost.flops > 1e6
         assert cost.activations == pytest.approx(kept - halved, rel=0.03)
 

@@ -143,7 +143,7 @@ def task_needs(config: dict[str, Any], gpus: int, xrays: int | None, cts: int | 
     images = (cts if step.volumes else xrays) or (phantoms if isinstance(phantoms, int) else 10_000)
     name = "volumes" if step.volumes else "X-rays"
     if "iterations" in parser:
-        steps, schedule = int(parser.get_parsed_content("iterations")), "iterations"
+        steps, schedule = int(parser.get_parsed_content("iterations")), "as `iterations` says"
     else:
         epochs, each = int(parser.get_parsed_content("epochs")), max(1, images // (batch * gpus))
         steps, schedule = epochs * each, f"{epochs} epochs of {each}"
