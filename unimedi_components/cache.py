@@ -14,8 +14,8 @@ from monai.bundle import ConfigParser
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from unimedi_components.data.store import older_entries
 from unimedi_components.errors import ConfigError, DataError
+from unimedi_components.loading.store import older_entries
 
 __all__ = ["fill_cache", "remove_older"]
 
