@@ -1,5 +1,6 @@
 # Every target works in a fresh clone. PYTHON chooses the interpreter that makes .venv, JOBS the test processes,
-# EXPERIMENT the size of the ablation, WEIGHTS the folder whose <bundle>/models are released, URL where they will be served.
+# EXPERIMENT the size of the ablation, WEIGHTS the folder whose <bundle>/models are released, URL where they will be served,
+# WHEELS a folder of wheels to install from without a network, GPU cuda or cpu, MINUTES the most that one call may take.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 SHELL := /bin/bash
@@ -8,6 +9,7 @@ PYTHON ?= $(shell python3.11 -c '' >/dev/null 2>&1 && echo python3.11 || echo py
 JOBS ?= 2
 EXPERIMENT ?= small
 WEIGHTS ?= bundles
+GPU ?= cuda
 VENV := .venv
 VENV_PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
@@ -17,7 +19,7 @@ ECOSYSTEM := .venv-ecosystem
 ECOSYSTEM_PYTHON := $(ECOSYSTEM)/bin/python
 ECOSYSTEM_STAMP := $(ECOSYSTEM)/.installed
 
-.PHONY: help venv pretrain table1 table2 table3 table4 table5 table6 table7 table8 table9 experiment publish demo bundles test test-ecosystem lint format clean
+.PHONY: help venv pretrain table1 table2 table3 table4 table5 table6 table7 table8 table9 experiment publish demo gpu bundles test test-ecosystem lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9 -]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9 -]+):.*## (.*)/  make \1\t\2/' | expand -t 18
@@ -29,7 +31,7 @@ $(STAMP): setup.cfg constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	  echo "error: constraints.txt needs Python 3.11 or newer; name one with 'make venv PYTHON=/path/to/python3.11'" >&2; exit 2; }
 	@$(VENV_PYTHON) -m pip --version >/dev/null 2>&1 || { rm -rf $(VENV) && $(PYTHON) -m venv $(VENV); }
-	$(VENV_PYTHON) -m pip install --constraint constraints.txt --editable '.[dev]'
+	$(VENV_PYTHON) -m pip install $(if $(WHEELS),--no-index --find-links '$(WHEELS)') --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
 pretrain: venv ## pre-train the embedded default of bundles/pretrain
@@ -59,6 +61,9 @@ $(DEMO)/%.done: | $(STAMP)
 	@mkdir -p $(DEMO) && touch $@
 
 $(TASKS:%=$(DEMO)/%.done) $(DEMO)/report_retrieval.done: | $(DEMO)/pretrain.done
+
+gpu: venv ## on a machine with a GPU: tests, benchmarks, a training, to results/gpu; call until it ends with 0 (WHEELS, MINUTES, GPU=cpu)
+	$(VENV_PYTHON) -m benchmarks.gpu --device $(GPU) $(if $(MINUTES),--minutes $(MINUTES))
 
 bundles: venv ## to dist/: the wheel, a zip of every bundle with its trained weights (WEIGHTS, URL), and SHA256SUMS
 	$(VENV_PYTHON) -m pip wheel --no-deps --wheel-dir dist .

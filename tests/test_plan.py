@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from unimedi_components.config_check import check_config
 from unimedi_components.losses import UniMediLoss
 from unimedi_components.networks import DINOHead, ProjectionHead, ReportEncoder, UnifiedViT, UniMedI, create_encoder
 from unimedi_components.plan import GIB, describe, network_of_config, state_bytes, step_cost
+from unimedi_components.plan_task import TaskStep, task_needs
 
 CONFIGS = Path(__file__).parents[1] / "bundles" / "pretrain" / "configs"
 TOKENS = 20
@@ -109,10 +111,10 @@ def test_the_paper_on_eight_cards() -> None:
     cost, fixed = step_cost(network, 12, 6, 112), state_bytes(network)
     text = describe(config, gpu="a100-40", gpus=8, share=0.5, xrays=96_000, cts=1000)
     hours = 50 * 1000 * cost.flops / (0.5 * 312e12) / 3600
-    assert f"hours          {hours:.1f}: 50 epochs of 1000 steps" in text
+    assert f"hours          {hours:.1f}: 50000 steps, 50 epochs of 1000 (96000 images), at " in text
     assert "at 50% of 312 TFLOP/s in half precision (assumed)" in text
     assert f"{(fixed + cost.activations + cost.passing) / GIB:.1f} of 40 GiB (a100-40): " in text
-    (found,) = re.findall(r"largest batch  (\d+) \+ (\d+) a rank", text)
+    (found,) = re.findall(r"largest batch  (\d+) X-rays \+ (\d+) CTs a rank", text)
     two_d, three_d = map(int, found)
     assert two_d == 2 * three_d
     used = [step_cost(network, 2 * n, n, 112) for n in (three_d, three_d + 1)]
@@ -120,13 +122,49 @@ def test_the_paper_on_eight_cards() -> None:
     assert within == [True, False]
 
 
+TASKS: dict[str, tuple[str, dict[str, Any]]] = {
+    "chest_ct_classification": ("fine_tune", {"vol_size": [8, 24, 24]}),
+    "chest_xray_segmentation": ("", {"preprocessing#film#size": 64, "freeze_encoder": False}),
+    "chest_xray_detection": ("", {"img_size": 64}),
+    "abdomen_ct_segmentation": ("", {"vol_size": [16, 24, 24]}),
+}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_tasks_step_is_what_torch_counts_on_real_tensors(name: str) -> None:
+    overlay, changes = TASKS[name]
+    folder = CONFIGS.parents[1] / name / "configs"
+    files = [folder / f"{part}.json" for part in ("train", overlay) if part]
+    step, real, images = TaskStep(check_config(files, changes)), TaskStep(check_config(files, changes)), 5
+    real.network, real.fake = real._network(), contextlib.nullcontext()
+    for amp in (False, True):
+        flops, kept, _ = real._counted(images, amp)
+        cost = step.cost(images, amp)
+        halved = state_bytes(real.network, amp) - state_bytes(real.network, amp=False)
+        assert cost.flops == pytest.approx(flops, rel=0.01) and cost.flops > 1e6
+        assert cost.activations == pytest.approx(kept - halved, rel=0.03)
+
+
+def test_a_frozen_classifier_makes_features_once() -> None:
+    folder = CONFIGS.parents[1] / "chest_xray_classification" / "configs"
+    config = check_config([folder / "train.json"])
+    encoder = create_encoder(size="tiny")
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        encoder(torch.zeros(1, 1, 64, 64))
+    needs = task_needs(config, 1, 7000, None)
+    assert needs.once == pytest.approx(7000 * counter.get_total_flops(), rel=0.01)
+    text = describe(config, gpu="v100-32", gpus=1, xrays=7000)
+    assert "48 X-rays on each of 1 ranks" in text and "50 epochs of 145" in text and "of 7000 X-rays" in text
+    assert f"features are made once, {needs.once / 1e12:.1f} TFLOP" in text
+
+
 def test_what_cannot_be_planned_is_said(capsys: pytest.CaptureFixture[str]) -> None:
-    train, task = str(CONFIGS / "train.json"), str(CONFIGS.parents[1] / "chest_xray_detection" / "configs/train.json")
+    train, inference = str(CONFIGS / "train.json"), str(CONFIGS / "inference.json")
     for words, message in (
         ([train, "--gpu", "v100"], "--gpu 'v100' is unknown; use one of v100-32, a100-40, a100-80, h100-80"),
         ([train, "--share", "2"], "--share must be in (0, 1], got 2"),
         ([train, "--gpus", "0"], "--gpus must be a whole number of at least 1, got 0"),
-        ([task], "plan reads the configs of pre-training, and this network has no report_encoder"),
+        ([inference], "plan reads the configs of pre-training and of the tasks' trainings: train.json, overlays"),
     ):
         with pytest.raises(SystemExit, match="2"):
             main(["plan", *words])

@@ -167,9 +167,11 @@ def test_a_step_waits_for_nothing(name: str) -> None:
     assert [x for x in names if x != "copy_"] == ["_local_scalar_dense"] * looks and len(names) <= 1.2 * looks
 
 
-@pytest.mark.parametrize(("dtype", "least"), [(torch.float16, 0.98), (torch.bfloat16, 0.95)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", [name for name in CASES if name not in ("detection", "pretraining_in_parts")])
-def test_half_precision_keeps_the_gradients(name: str, dtype: torch.dtype, least: float) -> None:
+def test_half_precision_keeps_the_gradients(name: str, dtype: torch.dtype) -> None:
+    # bfloat16 has 8 bits: they add up in UNETR's chains of narrow convolutions, each with its norm
+    least = 0.97 if (name, dtype) == ("ct_segmentation", torch.bfloat16) else 0.98
     gradients = []
     for enabled in (False, True):
         torch.manual_seed(0)
@@ -188,6 +190,7 @@ def test_half_precision_keeps_the_gradients(name: str, dtype: torch.dtype, least
     assert whole >= (least + 1) / 2
     largest = max(x.norm() for x in full.values())
     # what a norm behind it cancels, such as a bias, has a gradient of rounding alone
-    kept = [key for key, x in full.items() if x.norm() > 2e-3 * largest]
-    cosines = {key: float(torch.cosine_similarity(full[key], half[key], dim=0)) for key in kept}
-    assert min(cosines.values()) >= least, cosines
+    for share, bar in ((1e-2, least), (2e-3, 0.98 if dtype == torch.float16 else 0.95)):
+        kept = [key for key, x in full.items() if x.norm() > share * largest]
+        cosines = {key: float(torch.cosine_similarity(full[key], half[key], dim=0)) for key in kept}
+        assert min(cosines.values()) >= bar, cosines

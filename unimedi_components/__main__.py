@@ -164,16 +164,39 @@ def check(*config: str, **overrides: Any) -> None:
     print(f"ok: {len(merged)} keys in {', '.join(str(file) for file in config)}")
 
 
+def cache(*config: str, workers: int | None = None, clean: bool = False, **overrides: Any) -> None:
+    """Prepare a config's training and validation images ahead, in parallel; interrupted, it goes on where it was.
+
+    Phantoms and datalists that the config asks for are made first. Runs and their ranks then find every image ready.
+
+    Args:
+        config: the config file, and the files that overlay it in their order.
+        workers: processes; by default one per core.
+        clean: delete what other versions of the software left in the cache.
+        overrides: what `monai.bundle run` would be given, such as --cache_dir PATH.
+    """
+    from unimedi_components.cache import fill_cache, remove_older
+    from unimedi_components.config_check import check_config
+
+    if workers is not None:
+        whole_number("workers", workers, 0)
+    merged = check_config([str(file) for file in config], overrides)
+    root = Path(str(config[0])).resolve().parents[1]
+    folder = fill_cache({**merged, "bundle_root": overrides.get("bundle_root", str(root))}, workers)
+    if clean:
+        remove_older(folder)
+
+
 def plan(
     *config: str,
     gpu: str = "h100-80",
     gpus: int = 8,
     share: float = 0.4,
-    xrays: int = 300_000,
-    cts: int = 10_000,
+    xrays: int | None = None,
+    cts: int | None = None,
     **overrides: Any,
 ) -> None:
-    """Say what a pre-training run needs: parameters, FLOPs, memory, largest batch, hours, cache.
+    """Say what a training needs, of any bundle: parameters, FLOPs, memory, largest batch, hours, cache.
 
     Counted from the sizes in the config; no data or weights are read. A report encoder that is not at hand counts as a
     BERT-base.
@@ -183,8 +206,8 @@ def plan(
         gpu: the card, one of v100-32, a100-40, a100-80 and h100-80.
         gpus: number of cards, one rank each.
         share: of the card's peak that the run reaches; assumed, so measure it.
-        xrays: X-rays in the training split.
-        cts: volumes in the training split.
+        xrays: X-rays in the training split; by default 300,000 in pre-training, a task's number of phantoms or 10,000.
+        cts: volumes in the training split; by default 10,000, or a task's number of phantoms.
         overrides: what `monai.bundle run` would be given, such as --batch_2d 48 or --accumulation 4.
     """
     from unimedi_components.config_check import check_config
@@ -208,6 +231,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "report": report,
     "export": export,
     "check": check,
+    "cache": cache,
     "plan": plan,
 }
 # of these, no word is a Python list

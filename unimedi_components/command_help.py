@@ -28,6 +28,7 @@ EXAMPLES = {
     "report": "report bundles/pretrain results/experiment/small --out page",
     "export": "export bundles/pretrain/models/model.pt encoder",
     "check": "check bundles/pretrain/configs/train.json my.yaml --epochs 2",
+    "cache": "cache bundles/pretrain/configs/train.json --workers 16",
     "plan": "plan bundles/pretrain/configs/train.json --size vit_b16 --gpu a100-40",
 }
 

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a pre-training run needs before it runs: parameters, FLOPs, memory, hours, from the sizes in its config.
+"""What a training needs before it runs: parameters, FLOPs, memory, hours, from the sizes in its config.
 
-The model is counted, not measured: matrix products (a multiply-add is two FLOPs), and the tensors that autograd keeps.
-Rows are patch tokens that the self-distillation compares.
+Pre-training is counted by hand: matrix products (a multiply-add is two FLOPs), and the tensors that autograd keeps.
+Rows are patch tokens that the self-distillation compares. Of a task, torch counts a step, see `plan_task`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,7 @@ from unimedi_components.errors import ConfigError
 from unimedi_components.networks import DINOHead, ProjectionHead, ReportEncoder, UnifiedViT, UniMedI, encoder_sizes
 from unimedi_components.selection import Grid, kept_counts
 
-__all__ = ["GPUS", "StepCost", "describe", "network_of_config", "state_bytes", "step_cost"]
+__all__ = ["GPUS", "Needs", "StepCost", "describe", "network_of_config", "state_bytes", "step_cost"]
 
 #: Name -> memory in GiB, and peak of dense matrix products in TFLOP/s, half precision and float32 (data sheets, SXM).
 GPUS = {
@@ -191,7 +192,7 @@ def _matrices(module: nn.Module) -> list[tuple[int, int]]:
     return [(layer.out_features, layer.in_features) for layer in module.modules() if isinstance(layer, nn.Linear)]
 
 
-def state_bytes(network: UniMedI, amp: bool = True) -> float:
+def state_bytes(network: nn.Module, amp: bool = True) -> float:
     """Bytes that are there in every step: weights, gradients, AdamW's two moments, and autocast's halved weights."""
     sizes = [(p.numel(), p.requires_grad) for p in network.parameters()]
     total, trained = sum(size for size, _ in sizes), sum(size for size, grad in sizes if grad)
@@ -246,8 +247,41 @@ def _report_config(text: dict[str, Any]) -> dict[str, Any]:
     return {**{name: value for name, value in text.items() if name != "name_or_path"}, "config": config}
 
 
+@dataclass(frozen=True)
+class Needs:
+    """A run, as `describe` prints it.
+
+    Args:
+        network: whose parameters are counted.
+        amp: mixed precision.
+        cost: of a step of one rank with so many times the smallest batch.
+        times: the config's own batch.
+        shown: a batch in words.
+        steps: of the whole run.
+        schedule: what these are, in words.
+        once: FLOPs before the first step, of all ranks together.
+        cache: bytes, and of what.
+    """
+
+    network: nn.Module
+    amp: bool
+    cost: Callable[[int], StepCost]
+    times: int
+    shown: Callable[[int], str]
+    steps: int
+    schedule: str
+    cache: tuple[float, str]
+    once: float = 0.0
+
+
 def describe(
-    config: dict[str, Any], *, gpu: str, gpus: int = 8, share: float = 0.4, xrays: int = 300_000, cts: int = 10_000
+    config: dict[str, Any],
+    *,
+    gpu: str,
+    gpus: int = 8,
+    share: float = 0.4,
+    xrays: int | None = None,
+    cts: int | None = None,
 ) -> str:
     """The lines that the command `plan` prints; arguments as there.
 
@@ -255,51 +289,85 @@ def describe(
         config: merged, as `check_config` returns it.
 
     Raises:
-        ConfigError: an unknown GPU, a number out of its range, or no pre-training config.
+        ConfigError: an unknown GPU, a number out of its range, or no config of a training.
     """
     if gpu not in GPUS:
         raise ConfigError(f"--gpu {gpu!r} is unknown; use one of {', '.join(GPUS)}")
     for name, value in (("gpus", gpus), ("xrays", xrays), ("cts", cts)):
-        whole_number(name, value, 1)
+        if value is not None:
+            whole_number(name, value, 1)
     if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
         raise ConfigError(f"--share must be in (0, 1], got {share!r}")
+    if "report_encoder" in config.get("network_def", {}):
+        needs = _pretraining_needs(config, gpus, xrays or 300_000, cts or 10_000)
+    else:
+        from unimedi_components.plan_task import task_needs
+
+        needs = task_needs(config, gpus, xrays, cts)
+    memory, *peaks = GPUS[gpu]
+    peak = peaks[0] if needs.amp else peaks[1]
+    fixed, step = state_bytes(needs.network, needs.amp), needs.cost(needs.times)
+    used = (fixed + step.activations + step.passing) / GIB
+
+    def fits(times: int) -> bool:
+        larger = needs.cost(times)
+        return fixed + larger.activations + larger.passing <= _USABLE * memory * GIB
+
+    largest = _largest(fits)
+    hours = (needs.steps * step.flops + needs.once / gpus) / (peak * 1e12 * share) / 3600
+    count = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in needs.network.named_children()}
+    trained = sum(p.numel() for p in needs.network.parameters() if p.requires_grad) / 1e6
+    kind = "half precision" if needs.amp else "float32"
+    room = "--network_def#accumulation and " if isinstance(needs.network, UniMedI) else ""
+    once = f"; features are made once, {needs.once / 1e12:.1f} TFLOP" if needs.once else ""
+    lines = {
+        "parameters": f"{trained:.1f} M trained; " + ", ".join(f"{n} {m:.1f} M" for n, m in count.items()),
+        "a step": f"{needs.shown(needs.times)} on each of {gpus} ranks: {step.flops / 1e12:.2f} TFLOP each{once}",
+        "memory a rank": f"{used:.1f} of {memory} GiB ({gpu}): {fixed / GIB:.1f} of weights, gradients, AdamW, "
+        f"{step.activations / GIB:.1f} of activations, {step.passing / GIB:.1f} in passing",
+        "largest batch": f"{needs.shown(largest) if largest else 'none fits'} a rank, in {_USABLE:.0%} of the memory; "
+        f"{room}--network_def#encoder#grad_checkpointing True make{'' if room else 's'} room",
+        "hours": f"{hours:.1f}: {needs.steps} steps, {needs.schedule}, at {share:.0%} of {peak} TFLOP/s "
+        f"in {kind} (assumed), without waiting for data or other ranks",
+        "cache": f"{needs.cache[0] / GIB:.0f} GiB of {needs.cache[1]}",
+    }
+    return "\n".join(f"{name:<15}{text}" for name, text in lines.items())
+
+
+def _largest(fits: Callable[[int], bool]) -> int:
+    """The largest number that fits, 0 if none does."""
+    high = 1
+    while fits(high):
+        high *= 2
+    low = high // 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def _pretraining_needs(config: dict[str, Any], gpus: int, xrays: int, cts: int) -> Needs:
     network = network_of_config(config)
     at = {name: _plain(config, f"@{id_}") for name, id_ in _IDS.items()}
     batches, amp = (at["batch_2d"], at["batch_3d"]), at["amp"] is not False
     rounds = 0 if at["loss"].get("targets") == "center" else at["loss"].get("sinkhorn_rounds", 3)
-    memory, *peaks = GPUS[gpu]
-    peak = peaks[0] if amp else peaks[1]
+    times = math.gcd(*batches)
+    unit = [batch // times for batch in batches]
 
-    def cost(batch_2d: int, batch_3d: int) -> StepCost:
-        return step_cost(network, batch_2d, batch_3d, at["text_tokens"], rounds=rounds, amp=amp)
+    def cost(times: int) -> StepCost:
+        two_d, three_d = (times * part for part in unit)
+        return step_cost(network, two_d, three_d, at["text_tokens"], rounds=rounds, amp=amp)
 
-    fixed, step = state_bytes(network, amp), cost(*batches)
-    used = (fixed + step.activations + step.passing) / GIB
-    unit = [batch // math.gcd(*batches) for batch in batches]
-    times = 0
-    while True:
-        larger = cost(*((times + 1) * part for part in unit))
-        if fixed + larger.activations + larger.passing > _USABLE * memory * GIB:
-            break
-        times += 1
     images, batch = (xrays, batches[0]) if batches[0] else (cts, batches[1])
     epochs, steps = at["epochs"], max(1, images // (batch * gpus))
-    hours = epochs * steps * step.flops / (peak * 1e12 * share) / 3600
     side, volume = round(at["xray"]["size"] * 256 / 224), math.prod(at["ct"]["spatial_size"])
-    cache = (xrays * side**2 + cts * volume) / GIB  # a byte a value
-    count = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in network.named_children()}
-    trained = sum(p.numel() for p in network.parameters() if p.requires_grad) / 1e6
-    kind = "half precision" if amp else "float32"
-    largest = f"{times * unit[0]} + {times * unit[1]}" if times else "none fits"
-    lines = {
-        "parameters": f"{trained:.1f} M trained; " + ", ".join(f"{n} {m:.1f} M" for n, m in count.items()),
-        "a step": f"{batches[0]} X-rays + {batches[1]} CTs on each of {gpus} ranks: {step.flops / 1e12:.2f} TFLOP each",
-        "memory a rank": f"{used:.1f} of {memory} GiB ({gpu}): {fixed / GIB:.1f} of weights, gradients, AdamW, "
-        f"{step.activations / GIB:.1f} of activations, {step.passing / GIB:.1f} in passing",
-        "largest batch": f"{largest} a rank, in {_USABLE:.0%} of the memory; --network_def#accumulation and "
-        "--network_def#encoder#grad_checkpointing True make room",
-        "hours": f"{hours:.1f}: {epochs} epochs of {steps} steps ({images} images), at {share:.0%} of {peak} TFLOP/s "
-        f"in {kind} (assumed), without waiting for data or other ranks",
-        "cache": f"{cache:.0f} GiB of {xrays} X-rays and {cts} CTs",
-    }
-    return "\n".join(f"{name:<15}{text}" for name, text in lines.items())
+    return Needs(
+        network=network,
+        amp=amp,
+        cost=cost,
+        times=times,
+        shown=lambda times: f"{times * unit[0]} X-rays + {times * unit[1]} CTs",
+        steps=epochs * steps,
+        schedule=f"{epochs} epochs of {steps} ({images} images)",
+        cache=(float(xrays * side**2 + cts * volume), f"{xrays} X-rays and {cts} CTs"),  # a byte a value
+    )

@@ -120,7 +120,7 @@ def command() -> Callable[..., subprocess.CompletedProcess[str]]:
             env=environment(),
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=600,
         )
 
     return run
@@ -128,14 +128,22 @@ def command() -> Callable[..., subprocess.CompletedProcess[str]]:
 
 @pytest.fixture(scope="session")
 def started() -> Callable[..., subprocess.Popen[str]]:
-    """Start `python -m monai.bundle run` with its output in a file, to be killed."""
+    """Start `python -m monai.bundle run` (or another launcher) with its output in a file, to be killed."""
 
-    def start(config_file: Any, overrides: Mapping[str, Any], cwd: Path, log: Path) -> Any:
+    def start(
+        config_file: Any, overrides: Mapping[str, Any], cwd: Path, log: Path, launcher: tuple[str, ...] = ()
+    ) -> Any:
         with open(log, "w") as stream:
-            program = [sys.executable, "-u", *words(config_file, overrides)]
+            program = [sys.executable, "-u", *launcher, *words(config_file, overrides)]
             return subprocess.Popen(program, cwd=cwd, env=environment(), stdout=stream, stderr=subprocess.STDOUT)
 
     return start
+
+
+@pytest.fixture(scope="session")
+def bundle_words() -> Callable[[Any, Mapping[str, Any]], list[str]]:
+    """The command line of `monai.bundle run` after the interpreter, from config files and overrides."""
+    return words
 
 
 @pytest.fixture(scope="session")

@@ -74,7 +74,7 @@ def check_command(words: list[str]) -> bool:
     elif module in ("benchmarks.tables", "benchmarks.segmentation", "benchmarks.release"):
         bind(getattr(import_module(module), module.rpartition(".")[2].removesuffix("s")), rest)
     else:
-        assert module in ("venv", "pip", "pytest", "benchmarks.published", "tests.rehearsal"), module
+        assert module in ("venv", "pip", "pytest", "benchmarks.published", "benchmarks.gpu", "tests.rehearsal"), module
     return True
 
 

@@ -24,6 +24,7 @@ TWO_SETS = {
         ("luna16", "luna16_candidates"),
     ],
     "chest_xray_classification": [("chexpert", "covidx"), ("chexpert", "rsna"), ("covidx", "rsna")],
+    "pretrain": [("mimic_cxr_bimcv", "phantom_224")],
     "report_retrieval": [("chexpert", "mimic_cxr_bimcv")],
 }
 
@@ -47,7 +48,7 @@ def files(bundle: str, *names: str) -> list[Path]:
 
 def test_all_bundles_are_looked_at() -> None:
     assert len(bases()) == 7 and len(PAIRS) >= 40
-    assert sum(map(len, TWO_SETS.values())) == 8
+    assert sum(map(len, TWO_SETS.values())) == 9
 
 
 @pytest.mark.parametrize(("bundle", "base", "one", "two"), PAIRS)

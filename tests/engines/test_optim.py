@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from unimedi_components.engines import amp_dtype, build_optimizer, warmup_cosine
+from unimedi_components.engines import amp_dtype, build_optimizer, use_amp, warmup_cosine
 from unimedi_components.engines.optim import scaled_lr
 from unimedi_components.errors import ConfigError
 from unimedi_components.loading import MixedBatchSampler
@@ -106,6 +106,15 @@ def test_part_of_an_epoch_of_warm_up_and_none() -> None:
 def test_warm_up_must_end() -> None:
     with pytest.raises(ValueError, match=r"warmup_epochs 2 leaves nothing of 2 epochs; lower it or train longer"):
         rates(1, steps_per_epoch=3, epochs=2, warmup_epochs=2)
+
+
+def test_mixed_precision_is_for_a_gpu(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    values = ("auto", True, "bfloat16", False)
+    assert [use_amp(amp, "cuda:0") for amp in values] == [True, True, True, False]
+    assert [use_amp(amp, torch.device("cpu")) for amp in values * 2] == [False] * 8
+    said = [f"amp {amp}: mixed precision needs a GPU; on cpu all is computed in float32" for amp in values[1:3]]
+    assert [record.message for record in caplog.records] == said
 
 
 def test_the_type_of_mixed_precision(monkeypatch: pytest.MonkeyPatch) -> None:

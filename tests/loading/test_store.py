@@ -155,10 +155,12 @@ def test_tokens_are_made_once_for_all_processes(tmp_path):
     collate = MixedCollate(build_wordpiece(reports * 3, tmp_path, 100), max_length_2d=12, max_length_3d=6)
     wanted = collate(items)
     remembering = collate.remembering(3)
-    child = multiprocessing.get_context("fork").Process(target=remembering, args=(items,))
-    child.start()
-    child.join()
-    assert child.exitcode == 0 and remembering._rows[:, 1].tolist() == [5, 6, 12]
+    spawned = collate.remembering(3, forked=False)
+    for kind, shared in (("fork", remembering), ("spawn", spawned)):
+        child = multiprocessing.get_context(kind).Process(target=shared, args=(items,))
+        child.start()
+        child.join()
+        assert child.exitcode == 0 and shared._rows[:, 1].tolist() == [5, 6, 12]
     calls = []
 
     class Counting:

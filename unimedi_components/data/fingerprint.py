@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["describe", "fingerprint"]
+__all__ = ["VERSION", "describe", "fingerprint"]
 
-# raise it when a transform of this package changes what it computes from the same parameters
-_VERSION = 2
+#: Raise it when a transform of this package changes what it computes from the same parameters.
+VERSION = 2
 
 
 def fingerprint(transforms: Sequence[Callable]) -> str:
@@ -29,7 +29,7 @@ def fingerprint(transforms: Sequence[Callable]) -> str:
 
     Take it from transforms that have not run yet: some of MONAI's keep traces of their last input.
     """
-    parts = [_VERSION, monai.__version__, describe(transforms)]
+    parts = [VERSION, monai.__version__, describe(transforms)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections.abc import Mapping
@@ -42,9 +43,16 @@ _HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def use_amp(amp: bool | str, device: torch.device | str) -> bool:
-    """Whether a config's `amp` asks for mixed precision here: "auto" does on a GPU, the name of a type always."""
+    """Whether a config's `amp` gives mixed precision here: on a GPU, where alone MONAI's engines cast, unless False."""
     on_gpu = torch.cuda.is_available() and str(device) != "cpu"
-    return on_gpu if amp == "auto" else bool(amp)
+    if amp and amp != "auto" and not on_gpu:
+        _say_float32(str(amp), str(device))
+    return on_gpu and bool(amp)
+
+
+@functools.cache
+def _say_float32(amp: str, device: str) -> None:
+    logger.warning("amp %s: mixed precision needs a GPU; on %s all is computed in float32", amp, device)
 
 
 def amp_dtype(amp: bool | str | torch.dtype = "auto") -> torch.dtype:

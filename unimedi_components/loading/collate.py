@@ -69,23 +69,37 @@ class MixedCollate:
         self.tokenizer: Any = str(tokenizer) if isinstance(tokenizer, os.PathLike) else tokenizer
         self.max_length = {2: max_length_2d, 3: max_length_3d}
         self.skip_empty = False
-        self._rows = np.zeros((0, 0), np.uint32)
+        self._rows: Any = np.zeros((0, 0), np.uint32)
+        self._shared: Tensor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_rows": self._rows[:0]}
+        return {**self.__dict__, "_rows": self._rows[:0] if self._shared is None else self._shared}
 
-    def remembering(self, count: int, skip_empty: bool = False) -> MixedCollate:
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if isinstance(self._rows, Tensor):
+            self._rows = self._rows.numpy().view(np.uint32)
+
+    def remembering(self, count: int, skip_empty: bool = False, forked: bool = True) -> MixedCollate:
         """A copy that tokenises the report of each of `count` items, told by their "index", once for all processes.
 
-        Their tokens lie in one array, which processes that are forked later share, instead of lists in each of them.
-        With `skip_empty` it gives None where no item could be read, instead of raising.
+        Their tokens lie in one array, which later processes share, instead of lists in each of them.
+
+        Args:
+            count: items.
+            skip_empty: give None where no item could be read, instead of raising.
+            forked: the processes are forked; else the array lies in `/dev/shm`, which containers often keep small.
         """
         collate = copy.copy(self)
         collate.skip_empty = skip_empty
         width = 2 + max(self.max_length.values())
         # a row: checksum of the report, number of tokens, tokens plus one; pages that nobody writes take no memory
-        collate._rows = np.frombuffer(mmap.mmap(-1, max(4, 4 * count * width)), np.uint32)[: count * width]
-        collate._rows.shape = count, width
+        if forked:
+            rows = np.frombuffer(mmap.mmap(-1, max(4, 4 * count * width)), np.uint32)[: count * width]
+            collate._rows = rows.reshape(count, width)
+        else:
+            collate._shared = torch.zeros((count, width), dtype=torch.int32).share_memory_()
+            collate._rows = collate._shared.numpy().view(np.uint32)
         return collate
 
     def __call__(self, items: Sequence[dict[str, Any] | Skipped]) -> dict[str, Any] | None:

@@ -34,7 +34,7 @@ from unimedi_components.errors import ConfigError, DataError
 from unimedi_components.images.find import ImageList
 from unimedi_components.images.xray import LoadXrayd
 from unimedi_components.loading.collate import collate
-from unimedi_components.loading.store import FORMAT, ImageStore, ItemList, pack, unpack
+from unimedi_components.loading.store import ImageStore, ItemList, older_entries, pack, store_folder, unpack
 from unimedi_components.loading.targets import KEPT, Skipped, complete
 
 __all__ = ["ImageDataset"]
@@ -137,8 +137,7 @@ class ImageDataset(PersistentDataset):
 
     def _store(self, dim: int, folder: Path) -> ImageStore:
         """Where images of a dimension are kept that these transforms make."""
-        made_by = json.dumps([FORMAT, dim, self.transform.fingerprints[dim], self.kept])
-        return ImageStore(folder / f"{dim}d-{hashlib.sha256(made_by.encode()).hexdigest()[:16]}")
+        return ImageStore(store_folder(folder, dim, [self.transform.fingerprints[dim], self.kept]))
 
     def set_data(self, data: Sequence[Mapping[str, Any]]) -> None:
         """Replace the items. The cache stays: its keys tell which images are still valid."""
@@ -312,19 +311,25 @@ def _meta(wanted: bool) -> Iterator[None]:
 
 @lru_cache
 def _name_older_images(cache_dir: Path) -> None:
-    if next(cache_dir.glob("*.pt"), None) is not None:
-        logger.warning("cached images *.pt in %s are of an earlier version and not read; remove them", cache_dir)
+    if older := older_entries(cache_dir):
+        text = (
+            "%s: %s is of another version and not read; `python -m unimedi_components cache CONFIG --clean` removes it"
+        )
+        logger.warning(
+            text, cache_dir, older[0].name if len(older) == 1 else f"{older[0].name} and {len(older) - 1} more"
+        )
 
 
 def _key(source: Mapping[str, Any]) -> bytes:
-    """16 bytes of what decides on tensors beside the transforms: what a source names, size and time of its files."""
+    """What decides on tensors beside the transforms: 8 bytes of what a source names, 8 of its files' sizes, times."""
     place = {name: value for name, value in source.items() if name not in ("id", "dim")}
     place["image"] = os.path.abspath(source["image"])
     places = {name: [place[name]] for name in _FILE_FIELDS if name in place}
     # of an image that is some files of a folder, the others do not matter
     places |= {"image": source["files"]} if "files" in source else {}
     stamps = [_stamp(Path(file)) for named in places.values() for file in named]
-    return hashlib.sha256(json.dumps([place, stamps]).encode()).digest()[:16]
+    halves = (hashlib.sha256(json.dumps(half).encode()).digest()[:8] for half in (place, [place, stamps]))
+    return b"".join(halves)
 
 
 def _plain(value: Any, float_only: bool) -> Tensor:

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -80,7 +83,10 @@ class ImageLoader(DataLoader):
         kwargs.setdefault("pin_memory", torch.cuda.is_available())
         kwargs.setdefault("generator", torch.Generator().manual_seed(seed))
         if isinstance(collate_fn, MixedCollate):
-            collate_fn = collate_fn.remembering(len(dataset), skip_empty=isinstance(batches, list))
+            context: Any = kwargs.get("multiprocessing_context") or multiprocessing
+            method = context if isinstance(context, str) else context.get_start_method()
+            forked = not num_workers or method == "fork"
+            collate_fn = collate_fn.remembering(len(dataset), skip_empty=isinstance(batches, list), forked=forked)
         collate_fn = collate_fn or dataset.collate
         super().__init__(dataset, num_workers, batch_sampler=batches, collate_fn=collate_fn, **kwargs)
 
@@ -91,4 +97,17 @@ class ImageLoader(DataLoader):
             self.batch_sampler.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]
-        return (batch for batch in super().__iter__() if batch is not None)
+        with _frozen() if self.num_workers and self._iterator is None else contextlib.nullcontext():
+            batches = super().__iter__()
+        return (batch for batch in batches if batch is not None)
+
+
+@contextlib.contextmanager
+def _frozen() -> Iterator[None]:
+    """Keep the garbage collectors of processes that are forked here off this one's objects, whose pages they copy."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()

@@ -8,6 +8,7 @@ record of 32 bytes to `<name>.index`: no locks, and what was half written when a
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import mmap
@@ -21,16 +22,20 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, overload
 
+import monai
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["FORMAT", "ImageStore", "ItemList", "pack", "unpack"]
+from unimedi_components.data.fingerprint import VERSION
+
+__all__ = ["ImageStore", "ItemList", "older_entries", "pack", "store_folder", "unpack"]
 
 logger = logging.getLogger(__name__)
 
-# raise it when shards are laid out in another way
-FORMAT = 1
+# raise it when shards or keys are laid out in another way
+_FORMAT = 2
+_VERSIONS = f"{_FORMAT}.{VERSION}-{monai.__version__}"
 _RECORD = np.dtype([("key", "<u8"), ("more", "<u8"), ("offset", "<u8"), ("size", "<u4"), ("crc", "<u4")])
 _ROW = np.dtype([*_RECORD.descr, ("shard", "<i4"), ("sound", "?")])
 _SHARD_BYTES = 2**30
@@ -38,6 +43,18 @@ _SHARD_BYTES = 2**30
 _LOOK_SHARE = 0.02
 # grey levels of 8 bits, -1 to 1
 _HALF_LEVELS = 127.5
+
+
+def store_folder(cache_dir: Path, dim: int, made_by: Any) -> Path:
+    """Where images of a dimension lie that were made as `made_by` says; the name begins with the versions at work."""
+    digest = hashlib.sha256(json.dumps([dim, made_by]).encode()).hexdigest()
+    return cache_dir / f"{dim}d-{_VERSIONS}-{digest[:16]}"
+
+
+def older_entries(cache_dir: Path) -> list[Path]:
+    """What other versions of this package or of MONAI left in a cache, and this one does not read."""
+    names = (*cache_dir.glob("[23]d-*"), *cache_dir.glob("*.pt"))
+    return sorted(path for path in names if not path.name[3:].startswith(f"{_VERSIONS}-"))
 
 
 def pack(tensors: Mapping[str, Tensor], greys: Sequence[str] = ("image",)) -> bytes:
@@ -83,6 +100,8 @@ def _header(text: bytes) -> list[tuple[str, str, str, list[int], int, int]]:
 class ImageStore:
     """Packed images by a key of 16 bytes, shared by all processes that open the same folder.
 
+    The first half of a key says which image it is, the second one of what state of its files.
+
     Args:
         folder: made at the first image that is added.
     """
@@ -99,7 +118,7 @@ class ImageStore:
         # what this process added since it last looked
         self._added: dict[tuple[int, int], bytes] = {}
         self._writer: tuple[int, int, int] | None = None
-        self._looked, self._pause, self._full = -np.inf, 0.0, False
+        self._looked, self._pause, self._full, self._outdated = -np.inf, 0.0, False, False
 
     def __getstate__(self) -> dict[str, Any]:
         return {"folder": self.folder}
@@ -124,6 +143,9 @@ class ImageStore:
                 return unpack(view)
         if len(rows):
             logger.warning("a cached image in %s is damaged and is made again", self._name(rows[-1]["shard"]))
+        elif len(self._of(pair[0])) and not self._outdated:
+            self._outdated = True
+            logger.warning("%s: files have changed since their images were cached; these are made again", self.folder)
         return None
 
     def put(self, key: bytes, block: bytes) -> None:
@@ -171,11 +193,14 @@ class ImageStore:
 
     def _find(self, pair: tuple[int, int]) -> np.ndarray:
         """Rows of a key, mostly one; a view, so that what is noted in them stays."""
-        start = stop = int(np.searchsorted(self._keys, np.uint64(pair[0])))
-        while stop < len(self._keys) and self._keys[stop] == pair[0]:
-            stop += 1
-        rows = self._rows[start:stop]
+        rows = self._of(pair[0])
         return rows if (rows["more"] == pair[1]).all() else rows[rows["more"] == pair[1]]
+
+    def _of(self, half: int) -> np.ndarray:
+        start = stop = int(np.searchsorted(self._keys, np.uint64(half)))
+        while stop < len(self._keys) and self._keys[stop] == half:
+            stop += 1
+        return self._rows[start:stop]
 
     def _name(self, shard: int) -> Path:
         return self.folder / f"{list(self._read)[shard]}.shard"

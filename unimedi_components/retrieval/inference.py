@@ -55,7 +55,7 @@ def embed_batch(engine: Any, batchdata: Mapping[str, Any]) -> dict[str, Any]:
         (B, slabs, rows, columns), and for volumes "scores" (B, slabs) and "selected" (B, k).
     """
     image = batchdata["image"].to(engine.state.device)
-    with engine.mode(engine.network), torch.autocast(image.device.type, enabled=engine.amp):
+    with engine.mode(engine.network), torch.autocast(image.device.type, enabled=engine.amp, **engine.amp_kwargs):
         found = engine.inferer(image, engine.network.encode)
     grid = engine.network.token_grid(image)
     output = {
