@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """UNETR over the unified encoder beside MONAI's UNETR: Dice per minute of training on the same abdominal phantoms.
 
-Run from the repository's root: `python -m benchmarks.segmentation --json results/segmentation.json`. Both networks get
+Run from the repository's root: `python -m benchmarks.peer_dice --json results/peer_dice.json`. Both networks get
 the same volumes, order of cases, augmentation, loss, kind of optimizer, learning rate and wall-clock time of training;
 time spent on measuring does not count. The peer's patches are 16 x 16 x 16, which MONAI's UNETR prescribes, with the
 same width, heads and channels; its depth must be twelve blocks, which MONAI prescribes too. The bars hold if the
@@ -33,7 +33,7 @@ CONFIG = "bundles/abdomen_ct_segmentation/configs/train.json"
 THIRDS = 3
 
 
-def segmentation(
+def peer_dice(
     json: str | None = None,
     minutes: float = 4.0,
     phantoms: int = 45,
@@ -178,4 +178,4 @@ def _bars(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    fire.Fire(segmentation, serialize=lambda _: None)
+    fire.Fire(peer_dice, serialize=lambda _: None)
