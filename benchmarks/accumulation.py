@@ -63,7 +63,9 @@ def accumulation(
         }
         for name in runs
     ]
-    bars = {f"{name}: gradients": measure.at_most(differences[name], MAX_DIFFERENCE) for name in runs if name != "whole"}
+    bars = {
+        f"{name}: gradients": measure.at_most(differences[name], MAX_DIFFERENCE) for name in runs if name != "whole"
+    }
     bars |= {
         "4 parts: memory beside the gradients": measure.at_most(
             rows[-1]["bytes_over_whole_without_gradients"], MAX_MEMORY

@@ -81,7 +81,10 @@ def attention(device: str = "cpu", out: str | None = None, quick: bool = False, 
                 if kind == "forward":
                     runs[name] = (module, measure.forward(encode, x, dtype=dtype))
                 else:
-                    runs[name] = (module, measure.step(module, lambda encode=encode: encode(x)[0].square().mean(), dtype))
+                    runs[name] = (
+                        module,
+                        measure.step(module, lambda encode=encode: encode(x)[0].square().mean(), dtype),
+                    )
             sizes = measure.peaks(runs, place)
             times = measure.by_turns({name: run for name, (_, run) in runs.items()}, place, 1 if quick else rounds)
             about = {"pass": kind, "dtype": str(dtype).removeprefix("torch.")}

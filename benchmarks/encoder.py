@@ -82,7 +82,10 @@ def _measure(
         sizes = measure.peaks(runs, place)
         times = measure.by_turns({name: run for name, (_, run) in runs.items()}, place, rounds)
         for name in networks:
-            over = {"time_over_ours": measure.ratio(times, name, "ours"), "bytes_over_ours": sizes[name] / sizes["ours"]}
+            over = {
+                "time_over_ours": measure.ratio(times, name, "ours"),
+                "bytes_over_ours": sizes[name] / sizes["ours"],
+            }
             found.append({"pass": kind, "name": name, "seconds": times[name], "bytes": sizes[name], **over})
     return found
 

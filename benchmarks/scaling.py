@@ -143,7 +143,9 @@ def _workers(quick: bool) -> list[dict[str, Any]]:
             for _ in loader:
                 pass
             seconds = time.perf_counter() - begun
-            rows.append({"kind": "workers", "name": str(workers), "wall_seconds": seconds, "per_second": count / seconds})
+            rows.append(
+                {"kind": "workers", "name": str(workers), "wall_seconds": seconds, "per_second": count / seconds}
+            )
     return rows
 
 

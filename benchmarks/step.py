@@ -79,7 +79,10 @@ def step(
         runs: dict[str, Any] = {}
         flops = {}
         if port:
-            runs["literal port"] = (networks["port"], _run(networks["port"], LiteralStep(networks["port"]), batch, dtype))
+            runs["literal port"] = (
+                networks["port"],
+                _run(networks["port"], LiteralStep(networks["port"]), batch, dtype),
+            )
         for variant, (kind, options) in _VARIANTS.items():
             if kind != "recipe" and not port:
                 continue
@@ -101,7 +104,9 @@ def step(
                 _difference(runs["literal port"], runs["fused attention, chunked loss"]), MAX_DIFFERENCE
             )
         sizes = measure.peaks(runs, place)
-        times = measure.by_turns({**{n: run for n, (_, run) in runs.items()}, "product": product}, place, 1 if quick else rounds)
+        times = measure.by_turns(
+            {**{n: run for n, (_, run) in runs.items()}, "product": product}, place, 1 if quick else rounds
+        )
         first = "literal port" if port else "recipe"
         for variant in runs:
             row = {"dtype": name, "name": variant, "kind": _VARIANTS.get(variant, ("port", {}))[0]}
