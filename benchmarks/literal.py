@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The paper's step to the letter, as a reference for `benchmarks.step`: everything explicit, on the network's own weights.
+"""The paper's step to the letter, the reference of `benchmarks.step`: all explicit, on the network's own weights.
 
 Attention matrices are formed and kept, and Eq. 1 is read from them. The student runs twice, on the whole image for L_vl
 (section 3.3) and masked for the distillation (3.4), where masked tokens are replaced. DINO's loss is taken of all

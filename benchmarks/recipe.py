@@ -86,7 +86,7 @@ def gradients(module: torch.nn.Module) -> dict[str, Tensor]:
 
 
 def gradient_difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """Largest difference of two sets of gradients over the largest gradient; infinite if one has more than the other."""
+    """Largest difference of two sets of gradients over the largest gradient; infinite if names differ."""
     if found.keys() != expected.keys():
         return float("inf")
     size = max(float(tensor.abs().max()) for tensor in expected.values())

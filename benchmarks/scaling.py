@@ -125,8 +125,9 @@ def _workers(quick: bool) -> list[dict[str, Any]]:
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch) / "phantom"
-        listed = data.load_datalist(data.pretraining_datalist(root, {"mimic_cxr": 6}), root)
+        listed = data.load_datalist(data.pretraining_datalist(root, {"mimic_cxr": 6, "bimcv": 1}), root)
         items = [item for part in ("training", "validation", "test") for item in listed[part]]
+        items = [item for item in items if item["dim"] == 2]
         chain = data.ByDimension(data.xray_transforms(32 if quick else 224), data.ct_transforms())
         dataset = data.PretrainDataset(items, chain, root, Path(scratch) / "cache")
         for index in range(len(items)):
@@ -135,7 +136,7 @@ def _workers(quick: bool) -> list[dict[str, Any]]:
         for workers in (0, 1) if quick else (0, 1, 2, 4):
             indices = [index % len(items) for index in range(count)]
             loader: Any = torch.utils.data.DataLoader(
-                dataset, 16, sampler=indices, num_workers=workers, collate_fn=len, persistent_workers=workers > 0
+                dataset, 16, sampler=indices, num_workers=workers, collate_fn=_stack, persistent_workers=workers > 0
             )
             for _ in loader:  # workers start, and look at the files
                 pass
@@ -149,12 +150,18 @@ def _workers(quick: bool) -> list[dict[str, Any]]:
     return rows
 
 
+def _stack(samples: list[dict[str, Any]]) -> Tensor:
+    return torch.stack([sample["image"] for sample in samples])
+
+
 def _ranks(rounds: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """CPU time of a step on one and on two ranks, each with a share of the same kind, and their gradients."""
     with tempfile.TemporaryDirectory() as scratch:
+        # a fork needs no imports, but autograd's threads for a GPU do not survive it
+        method = "spawn" if torch.cuda.is_initialized() else "fork"
         for ranks in (1, 2):
             arguments = (ranks, rounds, scratch)
-            torch.multiprocessing.spawn(_rank, arguments, nprocs=ranks)
+            torch.multiprocessing.start_processes(_rank, arguments, nprocs=ranks, start_method=method)
         one, *two = (torch.load(f"{scratch}/{name}.pt") for name in ("1-0", "2-0", "2-1"))
     rows = [{"kind": "ranks", "name": name, "seconds": found["seconds"]} for name, found in (("1", one), ("2", two[0]))]
     whole = _rank_gradients(2)

@@ -23,7 +23,7 @@ from unimedi_components.losses import UniMediLoss
 MAX_IMPORT, MAX_COMMAND, MAX_FIRST = 1.25, 0.25, 5.0
 IMPORTS = {
     "torch, monai, transformers": "import torch, monai.bundle, monai.engines, monai.handlers, transformers.models.bert",
-    "what a training imports": "import unimedi_components.engines, unimedi_components.networks, unimedi_components.losses",
+    "what a training imports": "from unimedi_components import engines, losses, networks",
     "python -m unimedi_components --help": None,
 }
 

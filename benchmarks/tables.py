@@ -25,8 +25,8 @@ import fire
 import monai
 from monai.bundle import ConfigParser, ConfigWorkflow
 
-from benchmarks.pixels import pixel_probe
 from benchmarks.peer_dice import peer_dice
+from benchmarks.pixels import pixel_probe
 from unimedi_components.data.datalist import write_json
 from unimedi_components.provenance import provenance
 
