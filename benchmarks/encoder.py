@@ -36,7 +36,7 @@ def encoder(device: str = "cpu", out: str | None = None, quick: bool = False, ro
     place = measure.set_up(device)
     size = {"embed_dim": 48, "depth": 2, "num_heads": 3} if quick else {"embed_dim": 768, "depth": 12, "num_heads": 12}
     side, volume = (32, (4, 32, 32)) if quick else (224, (32, 128, 128))
-    images, volumes = (64, 16) if place.type == "cuda" else (2, 1)
+    images, volumes = (64, 4) if place.type == "cuda" else (2, 1)
     rows: list[dict[str, Any]] = []
     bars: dict[str, Any] = {}
     inputs = [("2D", torch.randn(images, 1, side, side), 4)]

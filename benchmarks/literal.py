@@ -77,7 +77,9 @@ class LiteralStep(nn.Module):
             with torch.no_grad():
                 cls, patches, matrices = _encode(net.teacher, inputs)
             teacher.append((cls, patches))
-            student.append(_encode(net.encoder, inputs, self._mask(inputs, matrices))[:2])
+            mask = self._mask(inputs, matrices)
+            del matrices
+            student.append(_encode(net.encoder, inputs, mask)[:2])
             seen.append(_encode(net.encoder, inputs)[0])
             weights.append(torch.full(patches.shape[:2], 1 / patches.shape[1], device=cls.device).flatten())
         modality = torch.cat([torch.full((len(rows),), i, device=rows.device) for i, rows in enumerate(seen)])
