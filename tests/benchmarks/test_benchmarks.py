@@ -20,9 +20,9 @@ CPU = torch.device("cpu")
 EXACT = {
     "attention": ("v against", 1),
     "encoder": ("", 0),
-    "patch_loss": ("gradients", 1),
+    "patch_loss": (": gradients", 1),
     "step": ("gradients of equal work", 1),
-    "accumulation": ("gradients", 2),
+    "accumulation": (": gradients", 2),
     "segmentation": ("", 0),
     "scaling": ("gradients", 0),
     "startup": ("", 0),
