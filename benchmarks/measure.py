@@ -79,11 +79,13 @@ def by_turns(runs: Mapping[str, Run], device: torch.device, rounds: int, least: 
     """Seconds of each run in each round.
 
     Args:
-        runs: by name, in the order of their turns; they have run before.
+        runs: by name, in the order of their turns; `peaks` has run them before.
         device: whose clock counts.
         rounds: turns of each run.
-        least: seconds of a turn; shorter runs are repeated in it, by what they take in a round that does not count.
+        least: seconds of a turn; shorter runs are repeated in it, by what they take in a round that does not count. A
+            single round is for trying, and repeats nothing.
     """
+    least = least if rounds > 1 else 0.0
     first = {name: _seconds(run, device, 1) for name, run in runs.items()}
     if min(first.values()) >= least:
         counts, times = dict.fromkeys(runs, 1), {name: [seconds] for name, seconds in first.items()}

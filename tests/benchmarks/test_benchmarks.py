@@ -89,6 +89,9 @@ def test_turns_alternate_and_ratios_are_of_one_round() -> None:
     times = measure.by_turns(runs, CPU, rounds=3, least=0.0)
     assert "".join(calls) == "ababab" and [len(seconds) for seconds in times.values()] == [3, 3]
     calls.clear()
+    measure.by_turns(runs, CPU, rounds=1, least=60.0)
+    assert "".join(calls) == "ab"
+    calls.clear()
     measure.by_turns(runs, CPU, rounds=2, least=60.0)  # too short: once to see, then 50 at a time
     assert "".join(calls) == "ab" + 2 * (50 * "a" + 50 * "b")
     found = measure.ratio({"a": [2.0, 9.0, 5.0], "b": [1.0, 3.0, 5.0]}, "a", "b")
