@@ -121,15 +121,17 @@ def _step(size: str, place: torch.device, dtype: torch.dtype, images: int, volum
 def _workers(quick: bool) -> list[dict[str, Any]]:
     """Images a second that a loader hands out of its cache, by the number of its workers."""
     from unimedi_components import data
+    from unimedi_components.data.datalist import load_datalist
+    from unimedi_components.loading import ImageDataset
 
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch) / "phantom"
-        listed = data.load_datalist(data.pretraining_datalist(root, {"mimic_cxr": 6, "bimcv": 1}), root)
+        listed = load_datalist(data.pretraining_datalist(root, {"mimic_cxr": 6, "bimcv": 1}), root)
         items = [item for part in ("training", "validation", "test") for item in listed[part]]
         items = [item for item in items if item["dim"] == 2]
         chain = data.ByDimension(data.xray_transforms(32 if quick else 224), data.ct_transforms())
-        dataset = data.PretrainDataset(items, chain, root, Path(scratch) / "cache")
+        dataset = ImageDataset(items, chain, root, "report", cache_dir=Path(scratch) / "cache")
         for index in range(len(items)):
             dataset[index]
         count = 20 if quick else 5000

@@ -32,6 +32,7 @@ _SUBPACKAGES = (
     "engines",
     "errors",
     "evaluation",
+    "loading",
     "losses",
     "metrics",
     "networks",

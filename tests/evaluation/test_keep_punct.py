@@ -12,7 +12,6 @@ from monai.bundle import ConfigParser
 
 from unimedi_components.data import load_datalist, pretraining_datalist, select
 from unimedi_components.data.datalist import write_json
-from unimedi_components.data.loading import MixedCollate
 from unimedi_components.data.phantom import write_phantom
 from unimedi_components.data.prepare import merge_datalists, prepare
 from unimedi_components.data.text import as_trained, clean_report
@@ -21,6 +20,7 @@ from unimedi_components.errors import DataError
 from unimedi_components.evaluation import evaluate_datalist
 from unimedi_components.evaluation.evaluate import heldout_items
 from unimedi_components.evaluation.features import make_dataset
+from unimedi_components.loading import MixedCollate
 from unimedi_components.networks import ProjectionHead, ReportEncoder, UnifiedViT, UniMedI, load_tokenizer
 from unimedi_components.networks.pretrained import load_pretrained, make_card, student_state
 from unimedi_components.search import Embedder, ZeroShot, load_prompts

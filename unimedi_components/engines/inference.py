@@ -36,15 +36,12 @@ def embed_batch(engine: Any, batchdata: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         engine: MONAI's `SupervisedEvaluator`; its inferer is given the network's `features`.
-        batchdata: a batch of `data.image_loader`.
+        batchdata: a batch of `ImageLoader`.
 
     Returns:
         "image", "pred" (B, E) of unit norm, "cls" (B, D), "attention" on the token grid (B, rows, columns) or
-        (B, slabs, rows, columns), and for volumes "scores" (B, slabs) and "selected" (B, k). Empty where nothing of
-        the batch could be read.
+        (B, slabs, rows, columns), and for volumes "scores" (B, slabs) and "selected" (B, k).
     """
-    if "image" not in batchdata:
-        return {}
     image = batchdata["image"].to(engine.state.device)
     with engine.mode(engine.network), torch.autocast(image.device.type, enabled=engine.amp):
         found = engine.inferer(image, engine.network.features)
@@ -140,7 +137,7 @@ def finish_embedding(dataset: Any, output_dir: str | Path) -> None:
     """Write `summary.json`, the inputs and those that could not be read, and say how many there were.
 
     Args:
-        dataset: the `PretrainDataset` that was gone through.
+        dataset: the `ImageDataset` that was gone through.
         output_dir: folder of the embeddings.
 
     Raises:

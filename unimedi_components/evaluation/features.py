@@ -17,14 +17,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from unimedi_components.data.dataset import PretrainDataset
-from unimedi_components.data.loading import eval_loader
 from unimedi_components.data.phantom.paired import PAIRED
 from unimedi_components.data.text import as_trained
 from unimedi_components.data.transforms import input_transforms
 from unimedi_components.distributed import gather_objects, is_distributed, rank, wait_for_ranks, world_size
 from unimedi_components.errors import DataError
 from unimedi_components.images.find import ImageList
+from unimedi_components.loading import ImageDataset, ImageLoader, MixedCollate
 from unimedi_components.networks.output import ImageFeatures
 from unimedi_components.networks.pretrained import Pretrained
 
@@ -119,7 +118,7 @@ def make_dataset(
     root: str | Path,
     cache_dir: str | Path | None = None,
     strict: bool = False,
-) -> PretrainDataset:
+) -> ImageDataset:
     """The items as the network was trained to see them, by its card, reports as well, without random transforms.
 
     Args:
@@ -130,7 +129,7 @@ def make_dataset(
     texts = [as_trained(item.get("report") or "", pretrained.keep_punct) for item in items]
     read = ({**item, "report": text} if text else item for item, text in zip(items, texts, strict=True))
     known = ImageList(read, getattr(items, "left_out", ()))
-    return PretrainDataset(known, transform, root, cache_dir, strict=strict, require_report=False)
+    return ImageDataset(known, transform, root, cache_dir=cache_dir, strict=strict)
 
 
 def extract_features(
@@ -160,7 +159,8 @@ def extract_features(
         return {}
     dataset = make_dataset(pretrained, items, root, cache_dir)
     length = pretrained.card["preprocessing"].get("max_length", 112)
-    loader = eval_loader(dataset, pretrained.tokenizer, batch_2d, batch_3d, length, length, num_workers=num_workers)
+    collate = MixedCollate(pretrained.tokenizer, length, length)
+    loader = ImageLoader(dataset, (batch_2d, batch_3d), collate_fn=collate, num_workers=num_workers)
     by_id = {item["id"]: item for item in items}
     rows: dict[int, list[dict[str, Any]]] = {}
     with tqdm(total=len(items), desc="embedding", unit="study", disable=not progress) as bar:

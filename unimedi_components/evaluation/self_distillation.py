@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unimedi_components.data.loading import eval_loader
 from unimedi_components.engines.checkpoint import LAST
 from unimedi_components.engines.target_information import COLLAPSED
 from unimedi_components.errors import CheckpointError
 from unimedi_components.evaluation.features import make_dataset
+from unimedi_components.loading import ImageLoader
 from unimedi_components.losses.pretrain import UniMediLoss
 from unimedi_components.metrics.information import TargetInformation
 from unimedi_components.networks.heads import DINOHead
@@ -94,8 +94,8 @@ def _images(
     pretrained: Pretrained, items: Sequence[dict[str, Any]], root: str | Path, **options: Any
 ) -> Iterator[Tensor]:
     device = next(pretrained.network.parameters()).device
-    for batch in eval_loader(make_dataset(pretrained, items, root, **options), pretrained.tokenizer):
-        yield (batch["image2d"] if "image2d" in batch else batch["image3d"]).to(device)
+    for batch in ImageLoader(make_dataset(pretrained, items, root, **options), (32, 16), allow_empty=True):
+        yield batch["image"].to(device)
 
 
 def self_distillation_metrics(

@@ -15,11 +15,12 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from unimedi_components.data.datalist import SPLITS, load_datalist, select
-from unimedi_components.data.inputs import find_images, image_loader
+from unimedi_components.data.inputs import find_images
 from unimedi_components.data.text import as_trained
 from unimedi_components.errors import DataError
 from unimedi_components.evaluation.features import check_punct, make_dataset
 from unimedi_components.images.find import ImageList
+from unimedi_components.loading import ImageLoader
 from unimedi_components.networks.pretrained import Pretrained, load_pretrained
 from unimedi_components.search.embeddings import Embeddings, entry_of
 
@@ -119,8 +120,8 @@ class Embedder:
         dataset = make_dataset(self.pretrained, known, root, strict=strict)
         rows: list[dict[str, Any]] = []
         with tqdm(total=len(known), desc="embedding", unit="image", disable=not progress) as bar:
-            for batch in image_loader(dataset, batch_2d, batch_3d, num_workers):
-                rows += self._rows(batch) if "image" in batch else []
+            for batch in ImageLoader(dataset, (batch_2d, batch_3d), num_workers=num_workers):
+                rows += self._rows(batch)
                 bar.update(len(batch["id"]))
         skipped = [record._asdict() for record in dataset.skipped]
         if not rows:

@@ -14,13 +14,11 @@ import torch
 from monai.transforms import Transform
 from PIL import Image
 
-from unimedi_components.data.dataset import PretrainDataset, Skipped
 from unimedi_components.data.fingerprint import describe, fingerprint
-from unimedi_components.data.loading import MixedCollate, build_loader, eval_loader
-from unimedi_components.data.sampler import MixedBatchSampler
 from unimedi_components.data.transforms import ByDimension, ct_transforms, xray_transforms
 from unimedi_components.data.vocabulary import build_wordpiece
 from unimedi_components.errors import ConfigError, DataError
+from unimedi_components.loading import ImageDataset, ImageLoader, MixedBatchSampler, MixedCollate, Skipped
 
 N2, N3 = 10, 5
 
@@ -46,6 +44,15 @@ def transforms(size: int = 16, crop: bool = True, depth: int = 4) -> ByDimension
     return ByDimension(xray_transforms(size, random_crop=crop), ct_transforms((depth, 8, 8)))
 
 
+def images(items: list, transform: ByDimension, root: Path, cache: Path | None = None, **options) -> ImageDataset:
+    return ImageDataset(items, transform, root, "report", cache_dir=cache, **options)
+
+
+def training_loader(dataset: ImageDataset, vocabulary: str, *sizes: int, workers: int = 0, **options) -> ImageLoader:
+    sampler = MixedBatchSampler(dataset.dims, *sizes, **options)
+    return ImageLoader(dataset, batch_sampler=sampler, collate_fn=MixedCollate(vocabulary), num_workers=workers)
+
+
 def records(cache: Path) -> int:
     """Images in a cache."""
     return sum(path.stat().st_size // 32 for path in cache.glob("*d-*/*.index"))
@@ -60,8 +67,8 @@ def equal(a: dict, b: dict) -> bool:
 # ---- sampler
 
 
-def epoch_of(sampler: MixedBatchSampler, epoch: int = 0, skip: int = 0) -> list[list[int]]:
-    sampler.set_epoch(epoch, skip)
+def epoch_of(sampler: MixedBatchSampler, epoch: int = 0) -> list[list[int]]:
+    sampler.set_epoch(epoch)
     return list(sampler)
 
 
@@ -77,7 +84,6 @@ def test_sampler_counts_and_passes():
     assert set(seen_3d[:7]) == set(range(50, 57)) and len(set(seen_3d[7:])) == 5
     assert epoch_of(sampler) == batches and epoch_of(sampler, 1) != batches
     assert epoch_of(MixedBatchSampler(dims, 12, 3, seed=1)) != batches
-    assert epoch_of(sampler, 0, skip=2) == batches[2:]
 
 
 def test_sampler_no_item_twice_in_a_batch_and_each_pass_whole():
@@ -137,8 +143,8 @@ def test_same_batches_for_any_workers_and_after_a_restart(study, tmp_path):
     root, items, vocabulary = study
     epochs = {}
     for workers in (0, 2):
-        dataset = PretrainDataset(items, transforms(), root, tmp_path / f"cache{workers}", seed=4)
-        loader = build_loader(dataset, vocabulary, 4, 2, seed=4, num_workers=workers)
+        dataset = images(items, transforms(), root, tmp_path / f"cache{workers}", seed=4)
+        loader = training_loader(dataset, vocabulary, 4, 2, seed=4, workers=workers)
         state = torch.get_rng_state()
         for epoch in (0, 1):
             loader.set_epoch(epoch)
@@ -149,21 +155,20 @@ def test_same_batches_for_any_workers_and_after_a_restart(study, tmp_path):
         assert all(map(equal, epochs[0, epoch], epochs[2, epoch]))
     assert not equal(epochs[0, 0][0], epochs[0, 1][0])
 
-    restarted = PretrainDataset(items, transforms(), root, tmp_path / "cache0", seed=4)
-    loader = build_loader(restarted, vocabulary, 4, 2, seed=4)
-    loader.set_epoch(1, skip=1)
-    rest = list(loader)
-    assert len(rest) == 1 and equal(rest[0], epochs[0, 1][1])
+    restarted = images(items, transforms(), root, tmp_path / "cache0", seed=4)
+    loader = training_loader(restarted, vocabulary, 4, 2, seed=4)
+    loader.set_epoch(1)
+    assert all(map(equal, loader, epochs[0, 1]))
 
 
 def test_crops_depend_on_epoch_and_index_alone(study, tmp_path):
     root, items, _ = study
-    dataset = PretrainDataset(items, transforms(12), root, tmp_path, seed=0)
+    dataset = images(items, transforms(12), root, tmp_path, seed=0)
     first = [dataset[i]["image"] for i in range(N2)]
     assert all(torch.equal(dataset[i]["image"], first[i]) for i in reversed(range(N2)))
     dataset.set_epoch(1)
     assert any(not torch.equal(dataset[i]["image"], first[i]) for i in range(N2))
-    uncached = PretrainDataset(items, transforms(12), root, seed=0)
+    uncached = images(items, transforms(12), root, seed=0)
     # half a grey level of 8 bits
     assert 0 < max(float((uncached[i]["image"] - first[i]).abs().max()) for i in range(N2)) <= 1 / 255 + 1e-6
 
@@ -180,7 +185,7 @@ def test_parts_of_one_file_are_images_of_their_own(tmp_path):
     parts = [{"slices": [1, 2]}, {"slices": [3, 4]}, {"center": [2, 2, 1]}, {}]
     items = [{"id": str(i), "patient": "p", "image": "v.raw", "dim": 3, **part} for i, part in enumerate(parts)]
     for _ in range(2):
-        dataset = PretrainDataset(items, ByDimension((), [Fill()]), tmp_path, tmp_path / "cache", require_report=False)
+        dataset = ImageDataset(items, ByDimension((), [Fill()]), tmp_path, cache_dir=tmp_path / "cache")
         for _ in range(2):
             assert [float(dataset[i]["image"].mean()) for i in range(4)] == [3, 7, 5, 9]
     assert records(tmp_path / "cache") == 4
@@ -194,7 +199,7 @@ def test_cache_follows_parameters_and_files(study, tmp_path):
     data, cache = items[:1], tmp_path / "cache"
 
     def get(transform: ByDimension) -> torch.Tensor:
-        return PretrainDataset(data, transform, tmp_path / "root", cache)[0]["image"]
+        return images(data, transform, tmp_path / "root", cache)[0]["image"]
 
     before = get(transforms(16, crop=False))
     used = transforms(16, crop=False)
@@ -215,7 +220,7 @@ def test_damaged_cache_is_made_again(study, tmp_path, caplog):
         cache = tmp_path / str(len(list(tmp_path.iterdir())))
         for said in (0, 1, 0):
             caplog.clear()
-            dataset = PretrainDataset(items[:1], transforms(crop=False), root, cache)
+            dataset = images(items[:1], transforms(crop=False), root, cache)
             found = dataset[0]["image"]
             whole = found if whole is None else whole
             assert torch.equal(found, whole) and dataset.skipped == [] and caplog.text.count("is damaged") == said
@@ -227,7 +232,7 @@ def test_damaged_cache_is_made_again(study, tmp_path, caplog):
 def test_an_older_cache_is_named_and_not_read(study, tmp_path, caplog):
     root, items, _ = study
     (tmp_path / f"{0:064x}.pt").write_bytes(b"an image of an earlier version")
-    assert PretrainDataset(items[:1], transforms(), root, tmp_path)[0]["image"].shape == (1, 16, 16)
+    assert images(items[:1], transforms(), root, tmp_path)[0]["image"].shape == (1, 16, 16)
     assert caplog.text.count("are of an earlier version and not read; remove them") == 1
 
 
@@ -270,8 +275,8 @@ def broken(study, tmp_path):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_unreadable_items_are_skipped_and_listed(broken, tmp_path, workers):
     root, items, vocabulary = broken
-    dataset = PretrainDataset(items, transforms(), root, tmp_path / "cache")
-    loader = build_loader(dataset, vocabulary, 5, 5, shuffle=False, num_workers=workers)
+    dataset = images(items, transforms(), root, tmp_path / "cache")
+    loader = training_loader(dataset, vocabulary, 5, 5, shuffle=False, workers=workers)
     batches = list(loader)
     assert [batch["id"] for batch in batches] == [
         ["x0", "x1", "x2", "x4", "c0", "c1", "c3", "c4"],
@@ -284,20 +289,20 @@ def test_unreadable_items_are_skipped_and_listed(broken, tmp_path, workers):
     listed = [json.loads(line) for line in (tmp_path / "cache" / "skipped.jsonl").read_text().splitlines()]
     assert {record["id"] for record in listed} == {"c2", "x3", "x7"}
     (tmp_path / "cache" / "skipped.jsonl").open("a").write('{"id": "half')
-    again = PretrainDataset(items, transforms(), root, tmp_path / "cache")
+    again = images(items, transforms(), root, tmp_path / "cache")
     assert again.skipped == [] and isinstance(again[3], Skipped) and len(again.skipped) == 1
 
 
 def test_strict_names_the_file(broken, tmp_path):
     root, items, _ = broken
-    dataset = PretrainDataset(items, transforms(), root, tmp_path / "cache", strict=True)
+    dataset = images(items, transforms(), root, tmp_path / "cache", strict=True)
     with pytest.raises(DataError, match=r"x3\.jpg: cannot be read \(OSError: .*truncated.*set `strict` to false"):
         dataset[3]
 
 
 def test_a_dimension_without_readable_item_gets_a_stand_in(broken):
     root, items, vocabulary = broken
-    dataset = PretrainDataset(items, transforms(), root)
+    dataset = images(items, transforms(), root)
     fetched = dataset.__getitems__([0, 1, 12])
     batch = MixedCollate(vocabulary)(fetched)
     assert batch["id"] == ["x0", "x1", "c3"] and batch["image3d"].shape == (1, 1, 4, 8, 8)
@@ -312,8 +317,8 @@ def test_a_dimension_without_readable_item_gets_a_stand_in(broken):
 
 def test_eval_loader_gives_each_readable_item_once(broken):
     root, items, vocabulary = broken
-    dataset = PretrainDataset(items, transforms(crop=False), root)
-    batches = list(eval_loader(dataset, vocabulary, batch_2d=4, batch_3d=1))
+    dataset = images(items, transforms(crop=False), root)
+    batches = list(ImageLoader(dataset, (4, 1), collate_fn=MixedCollate(vocabulary)))
     assert [batch["id"] for batch in batches] == [
         ["x0", "x1", "x2"],
         ["x4", "x5", "x6"],
@@ -326,14 +331,14 @@ def test_eval_loader_gives_each_readable_item_once(broken):
 def test_missing_root_and_bad_items(study, tmp_path):
     root, items, _ = study
     with pytest.raises(DataError, match="nowhere is not a folder; set `dataset_dir`"):
-        PretrainDataset(items, transforms(), tmp_path / "nowhere")
+        images(items, transforms(), tmp_path / "nowhere")
     with pytest.raises(DataError, match=r"item 1 \('x1'\) of the datalist lacks report"):
-        PretrainDataset([items[0], {**items[1], "report": ""}], transforms(), root)
-    PretrainDataset([{**items[1], "report": ""}], transforms(), root, require_report=False)
+        images([items[0], {**items[1], "report": ""}], transforms(), root)
+    ImageDataset([{**items[1], "report": ""}], transforms(), root)
     with pytest.raises(DataError, match='has "dim" 4'):
-        PretrainDataset([{**items[1], "dim": 4}], transforms(), root)
+        images([{**items[1], "dim": 4}], transforms(), root)
     with pytest.raises(DataError, match="no items to draw batches from"):
-        build_loader(PretrainDataset([], transforms(), root), "unused")
+        training_loader(images([], transforms(), root), "unused")
 
 
 # ---- collate
@@ -343,7 +348,7 @@ def test_collate_orders_pads_and_truncates(study):
     root, items, vocabulary = study
     # data sets that are trained on together have labels of their own
     items = [{**item, "label": [1] * (i + 1)} for i, item in enumerate(items)]
-    dataset = PretrainDataset(items, transforms(), root)
+    dataset = images(items, transforms(), root)
     collate = pickle.loads(pickle.dumps(MixedCollate(Path(vocabulary), max_length_2d=9, max_length_3d=20)))
     batch = collate([dataset[12], dataset[0], dataset[9], dataset[10]])
     assert batch["id"] == ["x0", "x9", "c2", "c0"] and batch["dim"] == [2, 2, 3, 3]
@@ -357,4 +362,4 @@ def test_collate_orders_pads_and_truncates(study):
     assert (ids[0, 5:] == 0).all() and ids[1, 8] == 3
     only = collate([dataset[0]])
     assert "image3d" not in only and only["input_ids"].shape == (1, 5)
-    assert equal(collate([dataset[0], Skipped("x", "f", "r"), None]), only)
+    assert equal(collate([dataset[0], Skipped("x", "f", "r")]), only)

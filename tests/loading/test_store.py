@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from unimedi_components.data.loading import MixedCollate
-from unimedi_components.data.store import ImageStore, ItemList, pack, unpack
 from unimedi_components.data.vocabulary import build_wordpiece
+from unimedi_components.loading import MixedCollate
+from unimedi_components.loading.store import ImageStore, ItemList, pack, unpack
 
 IMAGE = torch.linspace(-1, 1, 3001).reshape(1, 1, 3001)
 
@@ -82,7 +82,7 @@ def test_processes_fill_one_store_at_once(tmp_path):
 
 def test_a_killed_process_leaves_only_whole_images(tmp_path):
     lines = (
-        "from tests.data.test_store import *",
+        "from tests.loading.test_store import *",
         "store = ImageStore(sys.argv[1])",
         "big = pack({'image': torch.rand(1, 16, 256, 256)})",
         "for number in range(10**6): store.put(key(number), big); number == 3 and print('begun', flush=True)",

@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A datalist as images with reports: cached on disk, repeatable, and tolerant of unreadable files."""
+"""A datalist as images with their targets: cached on disk, repeatable, and tolerant of unreadable files."""
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import json
 import logging
 import os
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,13 +28,16 @@ from monai.transforms import (
 )
 from torch import Tensor
 
-from unimedi_components.data.store import FORMAT, ImageStore, ItemList, pack, unpack
+from unimedi_components.data.roi_boxes import boxes_of_rois
 from unimedi_components.data.transforms import ByDimension
-from unimedi_components.errors import DataError
+from unimedi_components.errors import ConfigError, DataError
 from unimedi_components.images.find import ImageList
 from unimedi_components.images.xray import LoadXrayd
+from unimedi_components.loading.collate import collate
+from unimedi_components.loading.store import FORMAT, ImageStore, ItemList, pack, unpack
+from unimedi_components.loading.targets import KEPT, Skipped, complete
 
-__all__ = ["PretrainDataset", "Skipped"]
+__all__ = ["ImageDataset"]
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +46,8 @@ _MAX_REFILL = 8
 _SKIPPED_FILE = "skipped.jsonl"
 # fields of an item that say what its file is to be taken for: the slices of a folder, the centre of a cube, units
 _PART_FIELDS = ("slices", "center", "assume_hu", "check_hu")
+# what a transform says of an image's values, which goes with it where nothing is cached
+_NOTES = ("film_values",)
 # fields that name a file, whose size and time decide whether what is kept of it is still valid
 _FILE_FIELDS = ("image", "mask")
 
@@ -49,16 +55,8 @@ _FILE_FIELDS = ("image", "mask")
 _BLIND = {LoadXrayd, Resized, SpatialPadd, ScaleIntensityRanged, CenterSpatialCropd, DeleteItemsd, EnsureTyped}
 
 
-class Skipped(NamedTuple):
-    """An item that could not be read: its id, its file and why."""
-
-    id: str
-    file: str
-    reason: str
-
-
-class PretrainDataset(PersistentDataset):
-    """Items of a datalist as images with reports; deterministic transforms run once and are kept on disk.
+class ImageDataset(PersistentDataset):
+    """Items of a datalist as images with a target; deterministic transforms run once and are kept on disk.
 
     Random transforms are seeded by (`seed`, epoch, index): neither the number of workers nor what was drawn
     before matters. Cached images are keyed by the file's path, size and time and by the parameters of the
@@ -67,33 +65,53 @@ class PretrainDataset(PersistentDataset):
     made. Any number of workers, ranks and runs fill and read one cache at a time, see `store.ImageStore`.
 
     Args:
-        data: items {"id", "image": path relative to `root`, "dim": 2 or 3, "report"}; "slices" and "center", which
-            say which part of the file is meant, reach the transforms too.
-        transform: chains that turn a file name under "image" into a (1, ...) float image.
+        data: items {"id", "image": path relative to `root`, "dim": 2 or 3} with their target; "slices" and "center",
+            which say which part of the file is meant, reach the transforms too. With `dim`, what MONAI Label's items
+            lack is filled in.
+        transform: chains that turn a file name under "image" into a (1, ...) float image, and with it the target; or
+            one list of transforms, of dimension `dim`.
         root: folder of the data set.
+        target: what every item must have. "report", its text. "label", one that `task` and `label_names` allow; also
+            the name of a class, or a JSON file, absolute or below `root`, that holds one, alone or under "label".
+            "mask", a file, also as a path under "label"; an X-ray's may be painted from its boxes. "boxes" in pixels
+            of the file, or under "box" as centre and size in the film's world, as MONAI Label has them. None asks for
+            images alone.
+        dim: 2 or 3, of all items.
+        label_names: classes (binary, multiclass) or findings (multilabel).
+        task: "binary", "multilabel" or "multiclass"; decides what a label may be.
         cache_dir: folder for cached images, made when missing; None computes each image every time, unrounded.
         seed: of the random transforms.
         strict: an unreadable file ends the run; otherwise it is left out of its batch, counted and listed.
-        require_report: items without report text are an error (pre-training) or get an empty text.
+        keep_meta: give MetaTensors, with which predictions go back to the file's geometry; nothing is cached then.
 
     Raises:
-        DataError: `root` is missing and an image's path is relative to it, or an item lacks a field.
+        ConfigError: an unknown target.
+        DataError: `root` is missing and an image's path is relative to it, or an item lacks a field or its target.
     """
 
     transform: ByDimension
-    # what a prepared item holds, and what is kept on disk of it
-    kept: tuple[str, ...] = ("image",)
 
     def __init__(
         self,
-        data: Sequence[dict[str, Any]],
-        transform: ByDimension,
+        data: Sequence[Mapping[str, Any]],
+        transform: ByDimension | Sequence[Callable[..., Any]],
         root: str | os.PathLike[str],
+        target: str | None = None,
+        *,
+        dim: int | None = None,
+        label_names: Sequence[str] = (),
+        task: str = "",
         cache_dir: str | os.PathLike[str] | None = None,
         seed: int = 0,
         strict: bool = False,
-        require_report: bool = True,
+        keep_meta: bool = False,
     ) -> None:
+        if target not in KEPT:
+            raise ConfigError(f"target {target!r} is unknown; use {', '.join(filter(None, KEPT))}, or None")
+        if dim is None and (target not in (None, "report") or not isinstance(transform, ByDimension)):
+            raise ConfigError(f"give dim, 2 or 3, with the target {target!r} and with one list of transforms")
+        if not isinstance(transform, ByDimension):
+            transform = ByDimension(*((transform, ()) if dim == 2 else ((), transform)))
         absolute = all(os.path.isabs(str(item.get("image", ""))) for item in data)
         if not absolute and not Path(root).is_dir():
             raise DataError(f"data set root {root} is not a folder; set `dataset_dir` to where the data set lies")
@@ -101,8 +119,12 @@ class PretrainDataset(PersistentDataset):
         if strict and faults:
             raise DataError(f"{faults[0].file}: {faults[0].reason}; repair or remove it, or set `strict` to false")
         super().__init__(data=(), transform=transform, cache_dir=None if cache_dir is None else str(cache_dir))
-        self.root, self.seed, self.strict = Path(root), seed, strict
-        self.require_report, self.refill = require_report, True
+        self.root, self.seed, self.strict, self.keep_meta = Path(root), seed, strict, keep_meta
+        self.target, self.label_names, self.task, self.refill = target, list(label_names), task, True
+        # what a prepared item holds, and what is kept on disk of it
+        self.kept = KEPT[target]
+        if dim is not None:
+            data = complete(data, target, dim, self.root, self.label_names, task)
         self.set_data(data)
         self._stores = {} if self.cache_dir is None else {dim: self._store(dim, self.cache_dir) for dim in (2, 3)}
         if self.cache_dir is not None:
@@ -118,13 +140,23 @@ class PretrainDataset(PersistentDataset):
         made_by = json.dumps([FORMAT, dim, self.transform.fingerprints[dim], self.kept])
         return ImageStore(folder / f"{dim}d-{hashlib.sha256(made_by.encode()).hexdigest()[:16]}")
 
-    def set_data(self, data: Sequence[dict[str, Any]]) -> None:
+    def set_data(self, data: Sequence[Mapping[str, Any]]) -> None:
         """Replace the items. The cache stays: its keys tell which images are still valid."""
-        _check_items(data, self.require_report)
+        _check_items(data, self.target)
         self.data = ItemList(data)
         self._dims = np.array([item["dim"] for item in data], np.uint8)
         # what an item is kept under, once its files were looked at; zeros before
         self._keys = np.zeros((len(data), 16), np.uint8)
+
+    def without_stand_ins(self) -> ImageDataset:
+        """The same items, none of which stands in for an unreadable one."""
+        dataset = copy.copy(self)
+        dataset.refill = False
+        return dataset
+
+    def collate(self, items: Sequence[dict[str, Any] | Skipped]) -> dict[str, Any] | None:
+        """Items to a batch, see `collate.collate`."""
+        return collate(items, self.target)
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose random transforms the next items get; workers follow at once."""
@@ -154,7 +186,7 @@ class PretrainDataset(PersistentDataset):
         """Fetch a batch.
 
         Where no item of a dimension can be read, the next readable one of that dimension stands in, so that a
-        training step never lacks a dimension; `refill = False` (evaluation) turns this off.
+        training step never lacks a dimension; not so in evaluation, see `without_stand_ins`.
         """
         items = [self._transform(index) for index in indices]
         fetched = list(zip(indices, items, strict=True))
@@ -181,22 +213,33 @@ class PretrainDataset(PersistentDataset):
             key = [self.seed, int(self._epoch), index]
             self.transform.seed_random(item["dim"], int(np.random.SeedSequence(key).generate_state(1)[0]))
             with _meta(any(isinstance(value, MetaTensor) for value in prepared.values())):
-                tensors = self._tensors(self.transform.random(prepared | {"dim": item["dim"]}))
+                made = self._kept(self.transform.random(prepared | {"dim": item["dim"]}))
         except MemoryError:
             raise
         except Exception as error:
             return self._skip(item["id"], self.root / item["image"], error)
-        return {**item, "report": item.get("report") or "", "index": index, **tensors}
+        return {**item, "index": index, **made}
 
     def _source(self, item: Mapping[str, Any]) -> dict[str, Any]:
         """What the transforms are given of an item: "id", "dim", and what says where and which the image is."""
         part = {field: item[field] for field in _PART_FIELDS if field in item}
         if item.get("files"):
             part["files"] = [str(self.root / file) for file in item["files"]]
-        return {"id": item["id"], "dim": item["dim"], "image": str(self.root / item["image"]), **part}
+        source = {"id": item["id"], "dim": item["dim"], "image": str(self.root / item["image"]), **part}
+        if self.target == "mask" and item.get("mask") is not None:
+            source["mask"] = str(self.root / item["mask"])
+        elif self.target in ("mask", "boxes") and item.get("boxes") is not None:
+            source["boxes"] = item["boxes"]
+        elif self.target == "boxes":
+            source["boxes"] = boxes_of_rois(source["image"], item["box"])
+        return source
 
-    def _tensors(self, prepared: Mapping[str, Any]) -> dict[str, Tensor]:
-        return {name: _plain(prepared[name], float_only=name == "image") for name in self.kept}
+    def _kept(self, prepared: Mapping[str, Any]) -> dict[str, Any]:
+        """The tensors of an item that its batch needs, and what was done to a film's values."""
+        notes = {name: prepared[name] for name in _NOTES if name in prepared}
+        if self.keep_meta:
+            return notes | {name: prepared[name] for name in self.kept}
+        return notes | {name: _plain(prepared[name], float_only=name == "image") for name in self.kept}
 
     def _skip(self, item_id: str, path: Path, error: BaseException) -> Skipped:
         cause = error
@@ -220,7 +263,7 @@ class PretrainDataset(PersistentDataset):
     def _prepared(self, item: Mapping[str, Any], index: int) -> dict[str, Any]:
         """The tensors of an item before random transforms, from the cache where there is one."""
         dim = item["dim"]
-        if dim not in self._stores:
+        if dim not in self._stores or self.keep_meta:
             return self._compute(self._source(item))
         source = None
         if not self._keys[index].any():
@@ -228,24 +271,26 @@ class PretrainDataset(PersistentDataset):
             self._keys[index] = np.frombuffer(_key(source), np.uint8)
         key = self._keys[index].tobytes()
         if (found := self._stores[dim].get(key)) is None:
-            block = pack(self._compute(source or self._source(item)))
+            made = self._compute(source or self._source(item))
+            block = pack({name: made[name] for name in self.kept})
             self._stores[dim].put(key, block)
             # rounded as it will be when it is read
             found = unpack(block)
         return found
 
-    def _compute(self, item: dict[str, Any]) -> dict[str, Tensor]:
+    def _compute(self, item: dict[str, Any]) -> dict[str, Any]:
         steps = self.transform.cached_transforms(item["dim"])
-        with _meta(not all(type(step) in _BLIND for step in steps)):
-            found = self._tensors(self._pre_transform(item))
+        with _meta(self.keep_meta or not all(type(step) in _BLIND for step in steps)):
+            prepared = dict(self._pre_transform(item))
+            found = prepared if self.keep_meta else self._kept(prepared)
         # one pass, in which a NaN comes through
-        if not torch.isfinite(torch.stack(found["image"].aminmax())).all():
+        if not torch.isfinite(torch.stack(found["image"].as_subclass(Tensor).aminmax())).all():
             raise DataError(f"{item['image']}: holds values that are not finite numbers")
         return found
 
 
-def _check_items(data: Sequence[Mapping[str, Any]], require_report: bool) -> None:
-    needed = ("id", "image", "dim", "report") if require_report else ("id", "image", "dim")
+def _check_items(data: Sequence[Mapping[str, Any]], target: str | None) -> None:
+    needed = ("id", "image", "dim", "report") if target == "report" else ("id", "image", "dim")
     for i, item in enumerate(data):
         missing = [field for field in needed if not item.get(field)]
         if missing or item["dim"] not in (2, 3):

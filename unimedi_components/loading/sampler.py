@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
@@ -89,7 +88,7 @@ class MixedBatchSampler(Sampler[list[int]]):
         if not 0 <= self.rank < self.num_replicas:
             raise ConfigError(f"rank {self.rank} is not one of {self.num_replicas} replicas")
         self.seed, self.shuffle, self.drop_last, self.mode = seed, shuffle, drop_last, mode
-        self.epoch, self.skip = 0, 0
+        self.epoch = 0
         self.indices = {dim: np.flatnonzero(np.asarray(dims) == dim) for dim in (2, 3)}
         self.sizes: dict[int, int] = {}
         for dim, batch in ((2, batch_2d), (3, batch_3d)):
@@ -115,9 +114,9 @@ class MixedBatchSampler(Sampler[list[int]]):
         rest = (n % batch) // self.num_replicas
         return n // batch + (0 if self.drop_last or rest == 0 else 1)
 
-    def set_epoch(self, epoch: int, skip: int = 0) -> None:
-        """Choose the epoch that the next iteration draws, and how many of its first batches to leave out."""
-        self.epoch, self.skip = epoch, skip
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next iteration draws."""
+        self.epoch = epoch
 
     def __len__(self) -> int:
         """Batches of a whole epoch, equal on all replicas."""
@@ -125,12 +124,10 @@ class MixedBatchSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         drawn = {dim: self._draw(dim, self.epoch) for dim in self.sizes}
-        batches: Iterator[list[int]]
         if self.mode == "alternate":
-            batches = (drawn[dim][step] for step in range(self.steps) for dim in drawn)
+            yield from (drawn[dim][step] for step in range(self.steps) for dim in drawn)
         else:
-            batches = ([i for dim in drawn for i in drawn[dim][step]] for step in range(self.steps))
-        yield from itertools.islice(batches, self.skip, None)
+            yield from ([i for dim in drawn for i in drawn[dim][step]] for step in range(self.steps))
 
     def _draw(self, dim: int, epoch: int) -> list[list[int]]:
         """This replica's part of every step."""

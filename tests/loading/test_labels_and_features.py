@@ -10,10 +10,9 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
-from unimedi_components.data import sampler, xray_transforms
-from unimedi_components.data.dataset import Skipped
-from unimedi_components.data.labelled import FeatureDataset, LabelledDataset, collate_labelled, labelled_loader
+from unimedi_components.data import xray_transforms
 from unimedi_components.errors import DataError
+from unimedi_components.loading import FeatureDataset, ImageDataset, ImageLoader, Skipped, sampler
 from unimedi_components.networks import UnifiedViT
 from unimedi_components.networks.classifier import ImageClassifier
 
@@ -44,7 +43,8 @@ def items_of(count=COUNT):
 
 def dataset_of(root, items=None, task="multiclass", names=NAMES, transform=None, **options):
     chain = xray_transforms(16) if transform is None else transform
-    return LabelledDataset(items_of() if items is None else items, chain, root, names, task, 2, **options)
+    known = {"label_names": names, "task": task, "dim": 2, "target": "label"}
+    return ImageDataset(items_of() if items is None else items, chain, root, **{**known, **options})
 
 
 class CountingClassifier(ImageClassifier):
@@ -83,7 +83,6 @@ def test_labels_that_each_task_knows(root):
         ("multiclass", True),
         ("multiclass", 1.0),
         ("multiclass", "covid"),
-        ("multiclass", None),
         ("multiclass", [0, 1, 0]),
         ("multilabel", 1),
         ("multilabel", [0, 1]),
@@ -119,10 +118,10 @@ def test_labels_in_json_files(root, tmp_path):
 
 def test_an_item_without_a_label(root):
     items = [{"image": "0.png"}]
-    with pytest.raises(DataError, match="item '0' has no label; prepare the data with labels"):
+    with pytest.raises(DataError, match="item '0' has no label; prepare the data for this task"):
         dataset_of(root, items)
-    dataset = dataset_of(root, items, require_label=False)
-    batch = collate_labelled([dataset[0]])
+    dataset = dataset_of(root, items, target=None)
+    batch = dataset.collate([dataset[0]])
     assert "label" not in batch
     assert batch["image"].shape == (1, 1, 16, 16)
 
@@ -153,20 +152,20 @@ def test_an_item_without_an_image_is_named(root):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_evaluation_yields_every_readable_item_once_and_in_order(root, workers, tmp_path):
     dataset = dataset_of(root, cache_dir=tmp_path)
-    batches = list(labelled_loader(dataset, 3, num_workers=workers))
+    batches = list(ImageLoader(dataset, 3, num_workers=workers))
     assert [batch["id"] for batch in batches] == [["x0", "x1", "x2"], ["x3", "x5"], ["x6"]]
     assert [batch["label"].tolist() for batch in batches] == [[0, 1, 2], [0, 2], [0]]
     assert [batch["patient"] for batch in batches] == [["p0", "p1", "p2"], ["p3", "p0"], ["p1"]]
     assert batches[0]["label"].dtype == torch.int64
     assert [record.id for record in dataset.skipped] == ["x4"]
-    assert collate_labelled([Skipped("a", "b", "c")]) is None
+    assert dataset.collate([Skipped("a", "b", "c")]) is None
 
 
 def test_a_batch_of_unreadable_images_is_left_out(root):
     items = [items_of()[BROKEN], *items_of(2)]
-    assert [batch["id"] for batch in labelled_loader(dataset_of(root, items), 1)] == [["x0"], ["x1"]]
+    assert [batch["id"] for batch in ImageLoader(dataset_of(root, items), 1)] == [["x0"], ["x1"]]
     # in training the next readable image stands in, so that every step has a batch
-    loader = labelled_loader(dataset_of(root, items), 1, shuffle=True)
+    loader = ImageLoader(dataset_of(root, items), 1, shuffle=True)
     assert len(list(loader)) == len(loader) == 3
 
 
@@ -174,7 +173,7 @@ def test_the_order_is_a_function_of_seed_and_epoch(root):
     items = [item for item in items_of() if item["id"] != f"x{BROKEN}"]
 
     def order(seed, epoch, **options):
-        loader = labelled_loader(dataset_of(root, items), 4, shuffle=True, seed=seed, **options)
+        loader = ImageLoader(dataset_of(root, items), 4, shuffle=True, seed=seed, **options)
         torch.rand(5)
         loader.set_epoch(epoch)
         return [batch["id"] for batch in loader]
@@ -195,18 +194,18 @@ def test_ranks_share_what_is_not_shuffled(root, monkeypatch):
     seen = []
     for rank in (0, 1):
         monkeypatch.setattr(sampler, "current_rank", lambda rank=rank: rank)
-        seen.append([batch["id"] for batch in labelled_loader(dataset_of(root, items), 2, share=True)])
-        assert sum(map(len, labelled_loader(dataset_of(root, items), 2).batch_sampler)) == len(items)
+        seen.append([batch["id"] for batch in ImageLoader(dataset_of(root, items), 2, share=True)])
+        assert sum(map(len, ImageLoader(dataset_of(root, items), 2).batch_sampler)) == len(items)
     assert seen == [[["x0", "x2"], ["x5"]], [["x1", "x3"], ["x6"]]]
     with pytest.raises(DataError, match="1 items cannot be shared by 2 ranks"):
-        labelled_loader(dataset_of(root, items[:1]), 2, share=True)
+        ImageLoader(dataset_of(root, items[:1]), 2, share=True)
 
 
 def test_features_equal_direct_encoding_and_are_computed_once(root):
     network = network_of().train()
     dataset = FeatureDataset(dataset_of(root), network, "cpu", batch_size=2)
     assert network.seen == 0
-    loader = labelled_loader(dataset, 4, shuffle=True, num_workers=2)
+    loader = ImageLoader(dataset, 4, shuffle=True, num_workers=2)
     assert loader.num_workers == 0
     for epoch in range(2):
         loader.set_epoch(epoch)
@@ -229,7 +228,7 @@ def test_features_equal_direct_encoding_and_are_computed_once(root):
 def test_features_can_be_switched_off(root):
     network = network_of()
     dataset = FeatureDataset(dataset_of(root), network, "cpu", enabled=False)
-    loader = labelled_loader(dataset, 4)
+    loader = ImageLoader(dataset, 4)
     assert [tuple(batch["image"].shape) for batch in loader] == [(4, 1, 16, 16), (2, 1, 16, 16)]
     assert len(dataset) == COUNT
     assert network.seen == 0
@@ -250,9 +249,9 @@ def test_an_empty_split_is_named(root):
     for enabled in (False, True):
         empty = FeatureDataset(dataset_of(root, []), network_of(), "cpu", enabled=enabled)
         with pytest.raises(DataError, match="no images to evaluate: the split is empty"):
-            labelled_loader(empty, 2)
+            ImageLoader(empty, 2)
         with pytest.raises(DataError, match="no items to draw batches from"):
-            labelled_loader(empty, 2, shuffle=True)
+            ImageLoader(empty, 2, shuffle=True)
 
 
 def test_strict_names_the_unreadable_file(root):
@@ -264,7 +263,7 @@ def share_of(root):
     network = network_of()
     dataset = FeatureDataset(dataset_of(root), network, "cpu", batch_size=2, share=True)
     rows = {item["id"]: item["image"] for item in dataset.data}
-    batches = [batch["id"] for batch in labelled_loader(dataset, 2, shuffle=True)]
+    batches = [batch["id"] for batch in ImageLoader(dataset, 2, shuffle=True)]
     alone = FeatureDataset(dataset_of(root, items_of(1)), network, "cpu", share=True)
     return {"rows": rows, "batches": batches, "alone": alone.data[0]["image"], "seen": network.seen}
 

@@ -11,12 +11,15 @@ from monai.data import MetaTensor
 from monai.transforms import RandFlipd
 from PIL import Image
 
-from unimedi_components.data import film_transforms, labelled_loader, segmentation_transforms
-from unimedi_components.data.dataset import Skipped
-from unimedi_components.data.dense import DenseDataset, collate_dense
+from unimedi_components.data import film_transforms, segmentation_transforms
 from unimedi_components.errors import ConfigError, DataError
+from unimedi_components.loading import ImageDataset, ImageLoader, Skipped
 
 SIDE = 16
+
+
+def dataset_of(items, chain, root, target="mask", dim=2, **options):
+    return ImageDataset(items, chain, root, target, dim=dim, **options)
 
 
 @pytest.fixture
@@ -44,8 +47,8 @@ def test_masks_painted_from_boxes_in_batches(films, tmp_path):
     root, items = films
     chain = film_transforms(SIDE, target="mask")
     for cache_dir in (None, tmp_path / "cache", tmp_path / "cache"):
-        dataset = DenseDataset(items, chain, root, cache_dir=cache_dir)
-        batches = list(labelled_loader(dataset, 2))
+        dataset = dataset_of(items, chain, root, cache_dir=cache_dir)
+        batches = list(ImageLoader(dataset, 2))
         assert [batch["id"] for batch in batches] == [["x0", "x1"], ["x2"], ["x4"]]
         found = torch.cat([batch["label"] for batch in batches])
         assert torch.equal(found, torch.stack([mask_of(items[i]) for i in (0, 1, 2, 4)]))
@@ -61,7 +64,7 @@ def test_cache_follows_boxes_and_mask_files(films, tmp_path):
     chain, cache = film_transforms(SIDE, target="mask"), tmp_path / "cache"
 
     def mask(item):
-        return DenseDataset([item], chain, root, cache_dir=cache)[0]["mask"]
+        return dataset_of([item], chain, root, cache_dir=cache)[0]["mask"]
 
     assert torch.equal(mask(items[0]), mask_of(items[0]))
     other = {**items[0], "boxes": [[0, 0, 3, 3]]}
@@ -76,7 +79,7 @@ def test_cache_follows_boxes_and_mask_files(films, tmp_path):
 def test_random_transforms_move_image_and_mask_alike(films, tmp_path):
     root, items = films
     chain = [*film_transforms(SIDE, target="mask"), RandFlipd(["image", "mask"], prob=0.5, spatial_axis=1)]
-    dataset = DenseDataset(items, chain, root, cache_dir=tmp_path / "cache")
+    dataset = dataset_of(items, chain, root, cache_dir=tmp_path / "cache")
     flipped = []
     for epoch in range(12):
         dataset.set_epoch(epoch)
@@ -91,8 +94,8 @@ def test_random_transforms_move_image_and_mask_alike(films, tmp_path):
 def test_boxes_of_all_lengths(films):
     root, items = films
     items = [items[0], {**items[1], "boxes": []}, {**items[2], "boxes": [[0, 0, 4, 4], [8, 8, 16, 12]]}]
-    dataset = DenseDataset(items, film_transforms(2 * SIDE, target="boxes"), root, "boxes")
-    (batch,) = labelled_loader(dataset, 3)
+    dataset = dataset_of(items, film_transforms(2 * SIDE, target="boxes"), root, "boxes")
+    (batch,) = ImageLoader(dataset, 3)
     assert [boxes.tolist() for boxes in batch["boxes"]] == [
         [[0, 4, 12, 16]],
         [],
@@ -111,28 +114,28 @@ def test_volumes_keep_small_label_maps_and_meta_on_demand(tmp_path):
     items = [{"image": str(tmp_path / "a.nii.gz"), "label": str(tmp_path / "m.nii.gz")}]
     # this affine is LPS+: (x, y, z) of the file to S, P, L is a reversal of the axes alone
     expected = torch.from_numpy(organs.transpose(2, 1, 0).copy())[None]
-    plain = DenseDataset(items, segmentation_transforms(), ".", dim=3, cache_dir=tmp_path / "cache")[0]
+    plain = dataset_of(items, segmentation_transforms(), ".", dim=3, cache_dir=tmp_path / "cache")[0]
     assert plain["mask"].dtype == torch.uint8 and torch.equal(plain["mask"], expected)
     assert not isinstance(plain["image"], MetaTensor)
-    dataset = DenseDataset(items, segmentation_transforms(), ".", dim=3, keep_meta=True)
-    (batch,) = labelled_loader(dataset, 1)
+    dataset = dataset_of(items, segmentation_transforms(), ".", dim=3, keep_meta=True)
+    (batch,) = ImageLoader(dataset, 1)
     assert isinstance(batch["label"], MetaTensor) and torch.equal(batch["label"][0].as_tensor(), expected)
     assert batch["image"].meta["filename_or_obj"] == [str(tmp_path / "a.nii.gz")]
-    image_only = DenseDataset(items, segmentation_transforms(label_map=False), ".", None, dim=3)
-    assert set(collate_dense([image_only[0]])) == {"image", "id", "patient"}
+    image_only = dataset_of(items, segmentation_transforms(label_map=False), ".", None, dim=3)
+    assert set(image_only.collate([image_only[0]])) == {"image", "id", "patient", "dim"}
 
 
 def test_faults(films):
     root, items = films
     chain = film_transforms(SIDE, target="mask")
     with pytest.raises(DataError, match="item 'x0' has no mask; prepare the data"):
-        DenseDataset([{key: value for key, value in items[0].items() if key != "boxes"}], chain, root)
+        dataset_of([{key: value for key, value in items[0].items() if key != "boxes"}], chain, root)
     with pytest.raises(DataError, match="item 'x0' has no boxes"):
-        DenseDataset([{**items[0], "boxes": None}], chain, root, "boxes")
+        dataset_of([{**items[0], "boxes": None}], chain, root, "boxes")
     with pytest.raises(DataError, match="item 'x0' has no mask"):
-        DenseDataset([{**items[0], "dim": 3}], chain, root, "mask", dim=3)
+        dataset_of([{**items[0], "dim": 3}], chain, root, "mask", dim=3)
     with pytest.raises(ConfigError, match="target 'box' is unknown"):
-        DenseDataset(items, chain, root, "box")
-    assert collate_dense([Skipped("a", "f", "r")]) is None
-    without = DenseDataset([{"image": str(root / "0.png")}], film_transforms(SIDE), ".", None, require_target=False)
-    assert set(collate_dense([without[0]])) == {"image", "id", "patient"}
+        dataset_of(items, chain, root, "box")
+    assert dataset_of([], chain, root).collate([Skipped("a", "f", "r")]) is None
+    without = dataset_of([{"image": str(root / "0.png")}], film_transforms(SIDE), ".", None)
+    assert set(without.collate([without[0]])) == {"image", "id", "patient", "dim"}
