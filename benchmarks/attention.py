@@ -66,7 +66,7 @@ def attention(device: str = "cpu", out: str | None = None, quick: bool = False, 
         **{"plain": (blocks, fused(False)), "v": (blocks, fused(True))},
         **{"explicit": (blocks, explicit), "monai save_attn": (monai, saved)},
     }
-    with torch.no_grad():
+    with torch.no_grad(), measure.full_precision():
         v, v_true = fused(True)(x)[1], explicit(x)[1]
     bars = {
         "v against the explicit softmax, relative": measure.at_most(

@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ __all__ = [
     "at_most",
     "by_turns",
     "forward",
+    "full_precision",
     "peak",
     "peaks",
     "ratio",
@@ -47,6 +49,17 @@ def set_up(device: str, matmul_precision: str = "medium") -> torch.device:
     torch.set_float32_matmul_precision(matmul_precision)
     torch.set_num_threads(1)
     return torch.device(device)
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Float32 products without TF32 or bfloat16, for comparing values."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def forward(module: Callable[..., Any], *inputs: Tensor, dtype: torch.dtype = torch.float32, **options: Any) -> Run:

@@ -4,8 +4,8 @@
 Run from the repository's root: `python -m benchmarks.scaling --out results/scaling.json`. A step of the encoder over
 more and more tokens, and of UniMedI with more slices and larger batches, each with the share of the matrix rate that
 its counted FLOPs reach; the bars are that no size falls behind the best of its kind. Workers hand out cached phantoms,
-by the wall clock. Ranks train a small network over gloo on CPUs, whatever `--device` says: CPU time of a rank's step
-over that of a run without others, with the same images each, and the averaged gradients against the whole batch's.
+by the wall clock. Ranks train the smaller network over gloo on CPUs, whatever `--device` says: CPU time of a rank's
+step over that of a run without others, with the same images each, and averaged gradients against the whole batch's.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def scaling(
     if "workers" in chosen:
         rows += _workers(quick)
     if "ranks" in chosen:
-        found, bar = _ranks(1 if quick else rounds)
+        found, bar = _ranks("quick" if quick else "vit_s16", rounds)
         rows, bars = rows + found, {**bars, **bar}
     return measure.report("scaling", place, out, rows, bars, quick, size=size, dtype=str(dtype).removeprefix("torch."))
 
@@ -156,17 +156,17 @@ def _stack(samples: list[dict[str, Any]]) -> Tensor:
     return torch.stack([sample["image"] for sample in samples])
 
 
-def _ranks(rounds: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def _ranks(size: str, rounds: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """CPU time of a step on one and on two ranks, each with a share of the same kind, and their gradients."""
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, measure.full_precision():
         # a fork needs no imports, but autograd's threads for a GPU do not survive it
         method = "spawn" if torch.cuda.is_initialized() else "fork"
         for ranks in (1, 2):
-            arguments = (ranks, rounds, scratch)
+            arguments = (ranks, size, rounds, scratch)
             torch.multiprocessing.start_processes(_rank, arguments, nprocs=ranks, start_method=method)
+        whole = _joint_gradients(size, 2)
         one, *two = (torch.load(f"{scratch}/{name}.pt") for name in ("1-0", "2-0", "2-1"))
     rows = [{"kind": "ranks", "name": name, "seconds": found["seconds"]} for name, found in (("1", one), ("2", two[0]))]
-    whole = _rank_gradients(2)
     difference = recipe.gradient_difference(two[0]["gradients"], whole)
     over = [max(a, b) / c for a, b, c in zip(*(part["seconds"] for part in (*two, one)), strict=True)]
     return rows, {
@@ -175,11 +175,11 @@ def _ranks(rounds: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     }
 
 
-def _rank(rank: int, ranks: int, rounds: int, folder: str) -> None:
-    torch.set_num_threads(1)
+def _rank(rank: int, ranks: int, size: str, rounds: int, folder: str) -> None:
+    measure.set_up("cpu", "highest")
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     dist.init_process_group("gloo", f"file://{folder}/store-{ranks}", rank=rank, world_size=ranks)
-    network, loss, batch = _rank_parts(2, rank)
+    network, loss, batch = _rank_parts(size, rank)
     parallel = DistributedDataParallel(network)
     first: dict[str, Tensor] = {}
     seconds = []
@@ -194,16 +194,16 @@ def _rank(rank: int, ranks: int, rounds: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def _rank_parts(each: int, rank: int) -> tuple[Any, Any, dict[str, Tensor]]:
-    network = recipe.network("quick")
+def _rank_parts(size: str, rank: int) -> tuple[Any, Any, dict[str, Tensor]]:
+    network = recipe.network(size)
     head: Any = network.dino_head
-    return network, UniMediLoss(out_dim=head.hparams["out_dim"]), recipe.batch("quick", each, each, seed=rank)
+    return network, UniMediLoss(out_dim=head.hparams["out_dim"]), recipe.batch(size, 2, 2, seed=rank)
 
 
-def _rank_gradients(ranks: int) -> dict[str, Tensor]:
+def _joint_gradients(size: str, ranks: int) -> dict[str, Tensor]:
     """Of the ranks' batches joined, X-rays before volumes."""
-    network, loss, _ = _rank_parts(2, 0)
-    parts = [_rank_parts(2, rank)[2] for rank in range(ranks)]
+    network, loss, _ = _rank_parts(size, 0)
+    parts = [recipe.batch(size, 2, 2, seed=rank) for rank in range(ranks)]
     batch = {name: torch.cat([part[name] for part in parts]) for name in ("image2d", "image3d")}
     for name in ("input_ids", "attention_mask"):
         batch[name] = torch.cat([part[name][side] for side in (slice(0, 2), slice(2, 4)) for part in parts])

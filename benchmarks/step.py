@@ -153,7 +153,8 @@ def _difference(*pair: tuple[torch.nn.Module, measure.Run]) -> float:
     """Of the gradients that two runs leave in one network."""
     found = []
     for network, run in pair:
-        run()
+        with measure.full_precision():
+            run()
         found.append(recipe.gradients(network))
     expected, same = found
     return recipe.gradient_difference(same, expected)
