@@ -11,10 +11,10 @@ import torch
 from monai.bundle import ConfigParser
 
 from unimedi_components.data.chains import task_transforms
-from unimedi_components.evaluation.features import pool
-from unimedi_components.evaluation.probe import LogisticProbe
 from unimedi_components.loading import ImageDataset, ImageLoader
 from unimedi_components.metrics.classification import classification_metrics
+from unimedi_components.retrieval.features import pool
+from unimedi_components.retrieval.probe import LogisticProbe
 from unimedi_components.tasks.evaluate import split_items
 
 __all__ = ["pixel_probabilities", "pixel_probe"]

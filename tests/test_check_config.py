@@ -229,6 +229,10 @@ def test_overlay_may_add_what_it_refers_to() -> None:
             "unimedi_components.loading.rank_share",
         ),
         (
+            {"network_def___target_": "unimedi_components.search.Embedder"},
+            "'unimedi_components.search.Embedder' at 'network_def' is now unimedi_components.retrieval.Embedder",
+        ),
+        (
             {
                 "optimizer__lr": "@lerning_rate",
                 "run": ["$@train#trainer, @learning_rate, @note, @dataset_dir"],

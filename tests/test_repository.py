@@ -194,6 +194,10 @@ ARROWS = {
     "networks": {"errors", "networks", "selection", "distributed"},
     "losses": {"errors", "losses", "networks", "distributed"},
     "metrics": {"distributed", "errors", "losses", "metrics"},
+    "retrieval": {
+        *("data", "distributed", "engines", "errors", "figures", "files", "images", "loading", "losses", "metrics"),
+        *("networks", "provenance", "retrieval", "tasks"),
+    },
     "selection": set(),
     "distributed": {"errors"},
 }

@@ -71,6 +71,12 @@ _RENAMED = {
     "data.task_inputs.find_task_images": "data.find_images",
     "engines.fine_tune.fine_tuning_optimizer": "engines.build_optimizer",
     "engines.fine_tune.warmup_poly": "engines.warmup_poly",
+    "networks.EmbeddingNetwork": "retrieval.Embedder",
+    **{f"engines.{name}": f"retrieval.{name}" for name in ("SaveEmbeddings", "embed_batch", "finish_embedding")},
+    **{f"evaluation.{name}": f"retrieval.{name}" for name in ("after_training", "evaluate_datalist")},
+    **{f"evaluation.{name}": f"retrieval.{name}" for name in ("ContrastiveLossMetric", "RetrievalRecall")},
+    **{f"search.{name}": f"retrieval.{name}" for name in ("Embedder", "SaveNeighbours", "draw_examples")},
+    **{f"search.{name}": f"retrieval.{name}" for name in ("evaluate_search", "headline")},
 }
 _OLD_NAME = re.compile(rf"\bunimedi_components\.({'|'.join(map(re.escape, _RENAMED))})\b")
 _MISSING = object()

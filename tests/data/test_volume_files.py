@@ -13,12 +13,12 @@ import torch
 
 from unimedi_components.data import ByDimension, ct_transforms, find_images
 from unimedi_components.data.segmentation import segmentation_transforms
-from unimedi_components.engines.inference import attention_in_file_geometry
 from unimedi_components.errors import DataError
 from unimedi_components.images.checks import CTLimits, check_ct, check_metaimage
 from unimedi_components.images.itk_volumes import read_geometry, voxels_elsewhere
 from unimedi_components.images.volume import read_volume_header
 from unimedi_components.loading import ImageDataset
+from unimedi_components.retrieval.inference import attention_in_file_geometry
 
 AFFINE = np.diag([2.0, 2.0, 3.0, 1.0])
 LIMITS = CTLimits(min_slices=2, min_megabytes=0.0)

@@ -17,7 +17,6 @@ from unimedi_components.engines.handlers import (
     losses,
     prepare_mixed_batch,
 )
-from unimedi_components.engines.inference import SaveEmbeddings, embed_batch, finish_embedding
 from unimedi_components.engines.optim import (
     amp_dtype,
     build_optimizer,
@@ -40,7 +39,6 @@ __all__ = [
     "GradientCare",
     "History",
     "PretrainingRun",
-    "SaveEmbeddings",
     "SkippedStudies",
     "TaskCheckpoint",
     "TaskRun",
@@ -55,8 +53,6 @@ __all__ = [
     "build_optimizer",
     "choose_recipe",
     "defined_handler",
-    "embed_batch",
-    "finish_embedding",
     "losses",
     "prepare_mixed_batch",
     "scaled_lr",
