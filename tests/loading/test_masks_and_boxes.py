@@ -138,4 +138,4 @@ def test_faults(films):
         dataset_of(items, chain, root, "box")
     assert dataset_of([], chain, root).collate([Skipped("a", "f", "r")]) is None
     without = dataset_of([{"image": str(root / "0.png")}], film_transforms(SIDE), ".", None)
-    assert set(without.collate([without[0]])) == {"image", "id", "patient", "dim"}
+    assert set(without.collate([without[0]])) == {"image", "id", "patient", "dim", "film_values"}
