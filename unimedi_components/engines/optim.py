@@ -19,6 +19,7 @@ __all__ = ["amp_dtype", "build_optimizer", "scaled_lr", "use_amp", "warmup_cosin
 NO_DECAY = (
     "cls_token",
     "mask_token",
+    "reg_token",
     "pos_embed",
     "pos_embed_3d",
     "segment_embed",
