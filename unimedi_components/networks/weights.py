@@ -240,7 +240,7 @@ def _from_timm(name: str) -> dict[str, Tensor]:
         import timm
     except (ImportError, RuntimeError) as error:
         raise CheckpointError(
-            f"timm:{name}: timm cannot be imported ({error}); install the extra: pip install '.[timm]'"
+            f"timm:{name}: timm cannot be imported ({error}); install the extra: pip install 'unimedi-components[timm]'"
         ) from error
     try:
         return timm.create_model(name, pretrained=True).state_dict()

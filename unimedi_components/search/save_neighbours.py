@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from unimedi_components.errors import ConfigError
+from unimedi_components.errors import ConfigError, DataError
 from unimedi_components.figures.panels import draw_prediction
 from unimedi_components.search.embedder import Embedder
 from unimedi_components.search.embeddings import KINDS
@@ -59,6 +59,11 @@ class SaveNeighbours(PredictionWriter):
     ) -> None:
         super().__init__(output_dir, figures)
         self.embedder, self.count = embedder, neighbours
+        if index is not None and not Path(index).is_file():
+            raise DataError(
+                f"{index}: no such file; evaluate.json makes it, 'python -m unimedi_components index FILE PATH...' one of "
+                "your own, and --index '$None' classifies without one"
+            )
         self.index = None if index is None else EmbeddingIndex.load(index)
         if self.index is not None:
             self.index.check_model(embedder.model)
