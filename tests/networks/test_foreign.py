@@ -339,12 +339,16 @@ def test_features_are_those_of_clip(act: str, tmp_path: Path, caplog: pytest.Log
             torch.testing.assert_close(network(image).cls, pooled, atol=1e-5, rtol=0)
 
 
+OPTIMIZER = {"state": {7: {"exp_avg": torch.ones(1)}}, "param_groups": []}
+
+
 @pytest.mark.parametrize(
-    "wrap", [{"state_dict_ema": 0}, {"model": {"state_dict": 0}}, {"backbone": 0, "optimizer": {"lr": 1}}]
+    "wrap",
+    [{"state_dict_ema": None}, {"model": {"state_dict": None}}, {"backbone": None, "optimizer_state": OPTIMIZER}],
 )
 def test_weights_are_found_below_whatever_they_are_called(wrap: dict[str, Any], tmp_path: Path) -> None:
     def filled(part: dict[str, Any]) -> dict[str, Any]:
-        return {k: timm_state() if v == 0 else filled(v) if isinstance(v, dict) else v for k, v in part.items()}
+        return {k: timm_state() if v is None else filled(v) if isinstance(v, dict) else v for k, v in part.items()}
 
     torch.save({**filled(wrap), "epoch": 1}, tmp_path / "weights.pth")
     image = torch.randn(2, 3, SIDE, SIDE)
@@ -532,6 +536,12 @@ def test_files_of_code_are_refused_with_the_remedy(tmp_path: Path) -> None:
     place = {"__name__": "remedy"}
     exec(command.replace("'weights.pt'", repr(str(tmp_path / "clean.pt"))), place)
     create_encoder(tmp_path / "clean.pt", **SIZES)
+
+    (tmp_path / "page.pth").write_text("<html>404 not found</html>")
+    with pytest.raises(
+        CheckpointError, match=r"read as weights \(neither torch.save nor safetensors wrote it\); download"
+    ):
+        create_encoder(tmp_path / "page.pth", **SIZES)
 
     torch.jit.script(nn.Linear(2, 2)).save(str(tmp_path / "program.pt"))
     with pytest.raises(CheckpointError, match=r"a TorchScript program, which is not run\); if you trust it") as caught:

@@ -179,7 +179,7 @@ def _only_vit(state: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tenso
             )
         if chosen == teachers != prefixes:
             logger.warning("%s: holds a student and its teacher; the teacher's weights are taken", source)
-        if _OPENAI <= {name.rpartition(".")[2] for name in state}:
+        if {name.rpartition(".")[2] for name in state} >= _OPENAI:
             family = replace(family, act_layer="quick_gelu")
         return {n.removeprefix(chosen[0]): v for n, v in state.items() if n.startswith(chosen[0])}, family
     raise CheckpointError(

@@ -37,7 +37,7 @@ CODE = (
     (
         r"GLOBAL (?:__main__ )?(\S+)",
         "pickled code",
-        "c = torch.load(FILE, 'cpu', weights_only=False); "
+        "c = torch.load(FILE, 'cpu', weights_only=False); c = c if isinstance(c, dict) else c.state_dict(); "
         "torch.save(next((c[k] for k in ('state_dict', 'model', 'teacher') if k in c), c), 'weights.pt')",
     ),
 )
@@ -191,8 +191,14 @@ def _wrapper(content: Mapping[str, Any]) -> str | None:
     named = [key for key in NESTED if key in inner]
     if named or any(isinstance(value, Tensor) for value in content.values()):
         return next(iter(named), None)
-    held = [key for key in inner if any(isinstance(value, (Tensor, Mapping)) for value in content[key].values())]
+    held = [key for key in inner if _holds_weights(content[key])]
     return held[0] if len(held) == 1 else None
+
+
+def _holds_weights(part: Any) -> bool:
+    """Tensors under names, at any depth; an optimizer's lie under numbers."""
+    names = part.items() if isinstance(part, Mapping) else ()
+    return any(isinstance(value, Tensor) or _holds_weights(value) for name, value in names if isinstance(name, str))
 
 
 def _unreadable(path: Path, message: str, error: Exception) -> str:
@@ -202,6 +208,8 @@ def _unreadable(path: Path, message: str, error: Exception) -> str:
             named = f"{what}, {match[1]}" if match.lastindex else what
             run = f'python -c "import torch; {command.replace("FILE", repr(str(path)))}"'
             return f"{named}, which is not run); if you trust it, save its weights alone: {run}"
+    if "weights_only" in message:  # torch's advice would run what is in the file
+        return "neither torch.save nor safetensors wrote it); download or train it again"
     return f"{(message.splitlines() or [type(error).__name__])[0]}); download or train it again"
 
 
