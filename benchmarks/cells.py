@@ -25,14 +25,15 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 
 from unimedi_components.data.datalist import write_json
 from unimedi_components.data.phantom import LAYOUTS
+from unimedi_components.data.phantom.truth import labels_of, load_truth
 from unimedi_components.data.splits import nested_fraction
-from unimedi_components.evaluation.evaluate import evaluate, heldout_items
-from unimedi_components.evaluation.features import Features, extract_features, labels_of, load_truth
-from unimedi_components.evaluation.probe import linear_probe, transfer_scores
 from unimedi_components.metrics.bootstrap import patient_intervals
 from unimedi_components.networks.pretrained import Pretrained, load_pretrained
 from unimedi_components.provenance import commit, provenance
 from unimedi_components.report.failures import write_failures
+from unimedi_components.retrieval.evaluate import evaluate, heldout_items
+from unimedi_components.retrieval.features import Features, extract_features
+from unimedi_components.retrieval.probe import linear_probe, transfer_scores
 
 CONFIGS = Path("bundles/pretrain/configs")
 FRACTIONS = {"1pct": 0.01, "10pct": 0.1, "100pct": 1.0}

@@ -32,9 +32,10 @@ from monai.transforms import (
     ScaleIntensityRanged,
 )
 
-from unimedi_components.data import ByDimension, PretrainDataset, ct_transforms, pretraining_datalist, xray_transforms
+from unimedi_components.data import ByDimension, ct_transforms, pretraining_datalist, xray_transforms
 from unimedi_components.data.datalist import load_datalist
 from unimedi_components.data.transforms import RAS_LABELS
+from unimedi_components.loading import ImageDataset
 
 NAMES = {2: "X-rays", 3: "CT volumes"}
 MIN_LATER = {2: 1500, 3: 2000}
@@ -92,10 +93,10 @@ def _measure(
 ) -> dict[str, Any]:
     xray, ct = xray_transforms(img_size, random_crop=True), ct_transforms()
     plain = _plain_chain(xray if dim == 2 else ct, dim)
-    exact = PretrainDataset(items, ByDimension(xray, ct), root)
+    exact = ImageDataset(items, ByDimension(xray, ct), root, "report")
 
-    def dataset(number: int) -> PretrainDataset:
-        return PretrainDataset(items, ByDimension(xray, ct), root, scratch / f"{dim}d-{number}")
+    def dataset(number: int) -> ImageDataset:
+        return ImageDataset(items, ByDimension(xray, ct), root, "report", cache_dir=scratch / f"{dim}d-{number}")
 
     # imports and first pages are nobody's time
     for index in range(min(_TURN, len(items))):

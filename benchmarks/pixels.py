@@ -11,10 +11,10 @@ import torch
 from monai.bundle import ConfigParser
 
 from unimedi_components.data.chains import task_transforms
-from unimedi_components.data.labelled import LabelledDataset, labelled_loader
-from unimedi_components.evaluation.features import pool
-from unimedi_components.evaluation.probe import LogisticProbe
+from unimedi_components.loading import ImageDataset, ImageLoader
 from unimedi_components.metrics.classification import classification_metrics
+from unimedi_components.retrieval.features import pool
+from unimedi_components.retrieval.probe import LogisticProbe
 from unimedi_components.tasks.evaluate import split_items
 
 __all__ = ["pixel_probabilities", "pixel_probe"]
@@ -32,22 +32,23 @@ def pixel_probe(config: ConfigParser, seed: int = 0) -> dict[str, Any]:
     Returns:
         the values of `classification_metrics`.
     """
-    training: LabelledDataset = config.get_parsed_content("train#dataset")
+    training: ImageDataset = config.get_parsed_content("train#dataset")
     task, names, dim = training.task, training.label_names, training.data[0]["dim"]
     _, test = split_items(config.get_parsed_content("data#items"), "test", dim, str(training.root))
     chain = task_transforms(config.get_parsed_content("preprocessing"))
+    known: dict[str, Any] = {"label_names": names, "task": task, "dim": dim}
     (x, y, groups), (x_test, y_test, patients) = (
-        _inputs(LabelledDataset(items, chain, training.root, names, task, dim, cache_dir=training.cache_dir))
+        _inputs(ImageDataset(items, chain, training.root, "label", cache_dir=training.cache_dir, **known))
         for items in (training.data, test)
     )
     probabilities = pixel_probabilities(x, y, groups, x_test, task, len(names), seed)
     return classification_metrics(probabilities, y_test, task, names, patients)
 
 
-def _inputs(dataset: LabelledDataset) -> tuple[Array, Array, list[str]]:
+def _inputs(dataset: ImageDataset) -> tuple[Array, Array, list[str]]:
     """Averaged images (N, D), labels and patients of what can be read."""
     rows, labels, patients = [], [], []
-    for batch in labelled_loader(dataset, 32):
+    for batch in ImageLoader(dataset, 32):
         rows.append(pool(batch["image"]))
         labels.append(batch["label"])
         patients += batch["patient"]

@@ -29,8 +29,8 @@ from monai.bundle import ckpt_export
 
 from unimedi_components.data.catalogue import DATASETS
 from unimedi_components.errors import CheckpointError, ConfigError
-from unimedi_components.networks.embedding import load_trained
 from unimedi_components.networks.weights import read_state_dict
+from unimedi_components.retrieval.embedder import load_trained
 
 BUNDLES = Path(__file__).resolve().parents[1] / "bundles"
 # what may lie beside a zip, the first one first

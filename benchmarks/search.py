@@ -22,7 +22,7 @@ import torch
 from sklearn.neighbors import NearestNeighbors
 from threadpoolctl import threadpool_limits
 
-from unimedi_components.search import EmbeddingIndex, Embeddings
+from unimedi_components.retrieval import EmbeddingIndex, Embeddings
 
 K = 10
 MAX_BUILD_SECONDS, MAX_QUERY_MS = 60.0, 50.0

@@ -22,10 +22,8 @@ from monai.bundle import ConfigParser
 from monai.networks.nets import UNETR
 from torch import nn
 
-from unimedi_components.data import labelled_loader
-from unimedi_components.data.dense import DenseDataset
-from unimedi_components.data.repeated import RepeatedDataset
-from unimedi_components.engines.fine_tune import fine_tuning_optimizer
+from unimedi_components.engines import build_optimizer
+from unimedi_components.loading import ImageDataset, ImageLoader, RepeatedDataset
 from unimedi_components.metrics.organs import OrganDice
 from unimedi_components.networks import encoder_sizes
 
@@ -86,13 +84,13 @@ def _train(name: str, minutes: float, phantoms: int, seed: int) -> list[dict[str
     network.to(device)
     dataset: Any = parser.get_parsed_content("train#dataset")
     held_out = _held_out(parser)
-    loader = labelled_loader(RepeatedDataset(dataset, steps=50), 1, shuffle=True, seed=seed)
+    loader = ImageLoader(RepeatedDataset(dataset, steps=50), 1, shuffle=True, seed=seed)
     loss: Any = parser.get_parsed_content("loss")
     rates = {key: parser[f"optimizer#{key}"] for key in ("lr", "weight_decay", "encoder_lr")}
     if name == "monai":
         optimizer = torch.optim.AdamW(network.parameters(), lr=rates["lr"], weight_decay=rates["weight_decay"])
     else:
-        optimizer = fine_tuning_optimizer(network, **rates)
+        optimizer = build_optimizer(network, **rates)
     peaks = [group["lr"] for group in optimizer.param_groups]
     rows: list[dict[str, Any]] = []
     steps, trained, epoch = 0, 0.0, 0
@@ -144,19 +142,19 @@ def _network(name: str, parser: ConfigParser) -> nn.Module:
     )
 
 
-def _held_out(parser: ConfigParser) -> DenseDataset:
+def _held_out(parser: ConfigParser) -> ImageDataset:
     items: Any = parser.get_parsed_content("data#items")
     chain: Any = parser.get_parsed_content("validate#preprocessing")
     folders = {key: parser.get_parsed_content(key) for key in ("dataset_dir", "cache_dir")}
-    return DenseDataset(items["test"], chain, folders["dataset_dir"], dim=3, cache_dir=folders["cache_dir"])
+    return ImageDataset(items["test"], chain, folders["dataset_dir"], "mask", dim=3, cache_dir=folders["cache_dir"])
 
 
 @torch.no_grad()
-def _dice(network: nn.Module, dataset: DenseDataset, classes: int, device: torch.device) -> float:
+def _dice(network: nn.Module, dataset: ImageDataset, classes: int, device: torch.device) -> float:
     """Mean Dice on the network's grid."""
     network.eval()
     metric = OrganDice(classes)
-    for batch in labelled_loader(dataset, 1):
+    for batch in ImageLoader(dataset, 1):
         metric.update((network(batch["image"].to(device)), batch["label"].to(device)))
     network.train()
     return metric.compute()

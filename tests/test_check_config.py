@@ -219,6 +219,20 @@ def test_overlay_may_add_what_it_refers_to() -> None:
             "cannot find '_target_' 'torch.nn.Linaer' at 'network_def'; did you mean 'Linear'?",
         ),
         (
+            {"network_def___target_": "unimedi_components.data.LabelledDataset"},
+            "'unimedi_components.data.LabelledDataset' at 'network_def' is now "
+            'unimedi_components.loading.ImageDataset, with "target": "label"',
+        ),
+        (
+            {"train__dataloader__batch_size": "$unimedi_components.data.rank_share([4])"},
+            "'unimedi_components.data.rank_share' at 'train#dataloader#batch_size' is now "
+            "unimedi_components.loading.rank_share",
+        ),
+        (
+            {"network_def___target_": "unimedi_components.search.Embedder"},
+            "'unimedi_components.search.Embedder' at 'network_def' is now unimedi_components.retrieval.Embedder",
+        ),
+        (
             {
                 "optimizer__lr": "@lerning_rate",
                 "run": ["$@train#trainer, @learning_rate, @note, @dataset_dir"],

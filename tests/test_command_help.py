@@ -10,7 +10,7 @@ import pytest
 
 from unimedi_components.__main__ import _COMMANDS, main
 from unimedi_components.data.catalogue import DATASETS
-from unimedi_components.search import Embedder
+from unimedi_components.retrieval import Embedder
 
 
 def said(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:

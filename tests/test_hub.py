@@ -27,7 +27,7 @@ from unimedi_components.errors import CheckpointError, DataError
 from unimedi_components.images.greys import FILM_VALUES
 from unimedi_components.networks import ProjectionHead, ReportEncoder, UniMedI
 from unimedi_components.networks.pretrained import Pretrained
-from unimedi_components.search import Embedder
+from unimedi_components.retrieval import Embedder
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 PREPROCESSING = {"xray": {"size": 16}, "ct": {"spatial_size": [8, 16, 16], "window": [-1000, 400]}}

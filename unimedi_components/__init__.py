@@ -31,11 +31,11 @@ _SUBPACKAGES = (
     "distributed",
     "engines",
     "errors",
-    "evaluation",
+    "loading",
     "losses",
     "metrics",
     "networks",
-    "search",
+    "retrieval",
     "selection",
     "tasks",
 )

@@ -95,7 +95,7 @@ def evaluate(checkpoint: str, patients: int = 200, seed: int = 1000, json: str |
         json: the file that the measures are written to; without it they are only printed.
         options: further options of the measurement.
     """
-    from unimedi_components.evaluation.evaluate import evaluate as evaluate_checkpoint
+    from unimedi_components.retrieval.evaluate import evaluate as evaluate_checkpoint
 
     whole_number("patients", patients, 1)
     whole_number("seed", seed, 0)
@@ -216,11 +216,11 @@ _EXACT = ("inspect", "embed", "index", "search", "zero_shot", "export")
 def _taker(command: str) -> Callable[..., Any] | None:
     """The function that takes what a command's further options hold; imported when its help is asked for."""
     if command == "evaluate":
-        from unimedi_components.evaluation.evaluate import evaluate as evaluate_checkpoint
+        from unimedi_components.retrieval.evaluate import evaluate as evaluate_checkpoint
 
         return evaluate_checkpoint
     if command in ("embed", "index", "zero_shot"):
-        from unimedi_components.search import Embedder
+        from unimedi_components.retrieval.embedder import Embedder
 
         return Embedder.images
     return None

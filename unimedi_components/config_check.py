@@ -54,6 +54,31 @@ _MOVED = {
     "steps_per_pass": ("train#repeated#steps",),
     "sw_overlap": ("evaluation#overlap",),
 }
+# what is found elsewhere now, by its name below `unimedi_components`
+_RENAMED = {
+    "data.PretrainDataset": 'loading.ImageDataset, with "target": "report"',
+    "data.LabelledDataset": 'loading.ImageDataset, with "target": "label"',
+    "data.DenseDataset": 'loading.ImageDataset, with "target": "mask" or "boxes"',
+    "data.FeatureDataset": "loading.FeatureDataset",
+    "data.MixedBatchSampler": "loading.MixedBatchSampler",
+    "data.MixedCollate": "loading.MixedCollate",
+    "data.rank_share": "loading.rank_share",
+    "data.repeated.RepeatedDataset": "loading.RepeatedDataset",
+    "data.MixedDataLoader": "loading.ImageLoader",
+    "data.labelled_loader": "loading.ImageLoader",
+    "data.eval_loader": "loading.ImageLoader, with the training's collate_fn",
+    "data.image_loader": 'loading.ImageLoader, with "batch_size": [2D, 3D]',
+    "data.task_inputs.find_task_images": "data.find_images",
+    "engines.fine_tune.fine_tuning_optimizer": "engines.build_optimizer",
+    "engines.fine_tune.warmup_poly": "engines.warmup_poly",
+    "networks.EmbeddingNetwork": "retrieval.Embedder",
+    **{f"engines.{name}": f"retrieval.{name}" for name in ("SaveEmbeddings", "embed_batch", "finish_embedding")},
+    **{f"evaluation.{name}": f"retrieval.{name}" for name in ("after_training", "evaluate_datalist")},
+    **{f"evaluation.{name}": f"retrieval.{name}" for name in ("ContrastiveLossMetric", "RetrievalRecall")},
+    **{f"search.{name}": f"retrieval.{name}" for name in ("Embedder", "SaveNeighbours", "draw_examples")},
+    **{f"search.{name}": f"retrieval.{name}" for name in ("evaluate_search", "headline")},
+}
+_OLD_NAME = re.compile(rf"\bunimedi_components\.({'|'.join(map(re.escape, _RENAMED))})\b")
 _MISSING = object()
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 # ids whose value is a file or folder; `inputs` too, which takes a number as it is
@@ -295,8 +320,16 @@ def _yaml_number(text: str) -> str:
     return f"{mantissa}{'' if '.' in mantissa else '.0'}e{exponent}" if e else number
 
 
+def _check_name(text: str, id_: str) -> None:
+    """Raise if a target or an expression names what has another name now."""
+    if old := _OLD_NAME.search(text):
+        raise ConfigError(f"'{old[0]}' at '{_shown(id_)}' is now unimedi_components.{_RENAMED[old[1]]}")
+
+
 def _check_components(id_: str, config: Any) -> None:
     """Raise if a component below ``id_`` has an argument that its target does not take."""
+    if isinstance(config, str):
+        _check_name(config, id_)
     if isinstance(config, dict) and "_target_" in config and config.get("_disabled_") is not True:
         parameters = _parameters(config["_target_"], id_)
         known = [*_COMPONENT_KEYS, *(parameters or ())]
@@ -321,6 +354,7 @@ def _parameters(target: Any, id_: str) -> Mapping[str, inspect.Parameter] | None
     """The arguments of a ``_target_`` by name; None if it takes any, or cannot tell."""
     if not isinstance(target, str) or target[:1] in ("$", "@", "%"):
         return None
+    _check_name(target, id_)
     component = _locate(target)
     if component is None:
         scope, _, last = target.rpartition(".")

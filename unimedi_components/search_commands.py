@@ -15,7 +15,8 @@ from unimedi_components.command_options import CHECKPOINT, check_options, whole_
 from unimedi_components.errors import ConfigError
 
 if TYPE_CHECKING:
-    from unimedi_components.search import Embeddings, Hit
+    from unimedi_components.retrieval.embeddings import Embeddings
+    from unimedi_components.retrieval.index import Hit
 
 __all__ = ["embed", "index", "print_skipped", "search"]
 
@@ -40,7 +41,7 @@ def embed(
         options: --batch_2d, --batch_3d, --num_workers, --strict (an unreadable file is an error), --assume_hu (take
             CT values for Hounsfield units that do not say how they are rescaled).
     """
-    from unimedi_components.search import Embedder
+    from unimedi_components.retrieval.embedder import Embedder
 
     if not paths:
         raise ConfigError("embed: name at least one file or folder")
@@ -76,8 +77,9 @@ def index(
         options: --batch_2d, --batch_3d, --num_workers, --strict (an unreadable file is an error), --assume_hu (take
             CT values for Hounsfield units that do not say how they are rescaled).
     """
-    from unimedi_components.search import Embedder, Embeddings
-    from unimedi_components.search.report_table import read_reports
+    from unimedi_components.retrieval.embedder import Embedder
+    from unimedi_components.retrieval.embeddings import Embeddings
+    from unimedi_components.retrieval.report_table import read_reports
 
     if not paths and datalist is None and reports is None:
         raise ConfigError("index: name images, or give --datalist or --reports")
@@ -126,7 +128,8 @@ def search(
         json: file to write the neighbours to.
     """
     from unimedi_components.data.datalist import write_json
-    from unimedi_components.search import Embedder, EmbeddingIndex
+    from unimedi_components.retrieval.embedder import Embedder
+    from unimedi_components.retrieval.index import EmbeddingIndex
 
     if not queries:
         raise ConfigError("search: give at least one sentence or image")

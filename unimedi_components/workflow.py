@@ -131,7 +131,8 @@ def _fit_tracking(workflow: Any) -> None:
 
 
 def _fit_load(workflow: Any, call: Mapping[str, Any]) -> None:
-    from unimedi_components.networks import EmbeddingNetwork, load_strict, load_trained
+    from unimedi_components.networks import load_strict
+    from unimedi_components.retrieval.embedder import Embedder, load_trained
 
     checkpoint, override = call["full_path"], call["net_override"]
     if workflow.workflow_type == "train":
@@ -139,7 +140,7 @@ def _fit_load(workflow: Any, call: Mapping[str, Any]) -> None:
         if not override:
             # train.json builds the network before training, of sizes that the run may have changed
             workflow.parser.ref_resolver.resolved_content["network_def"] = trained
-        elif isinstance(trained, EmbeddingNetwork):
+        elif isinstance(trained, Embedder):
             raise ConfigError(
                 f"net_override {override}: {checkpoint} is the encoder of the network that train.json builds; leave "
                 'net_override out, or load with workflow_type="inference"'

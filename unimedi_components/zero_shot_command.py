@@ -13,7 +13,7 @@ from unimedi_components.search_commands import print_skipped
 
 if TYPE_CHECKING:
     from unimedi_components.images.find import ImageList
-    from unimedi_components.search import PromptSet
+    from unimedi_components.retrieval.prompts import PromptSet
 
 __all__ = ["zero_shot"]
 
@@ -51,7 +51,8 @@ def zero_shot(
     import pandas as pd
 
     from unimedi_components.data.inputs import find_images
-    from unimedi_components.search import Embedder, ZeroShot
+    from unimedi_components.retrieval.embedder import Embedder
+    from unimedi_components.retrieval.zero_shot import ZeroShot
     from unimedi_components.tasks.writer import write_csv
 
     if not paths:
@@ -92,7 +93,7 @@ def _prompt_sets(
     prompts: str | None, finding: str | None, positive: str | None, negative: str | None
 ) -> Mapping[int, PromptSet]:
     """Prompt sets by dimension."""
-    from unimedi_components.search import PromptSet, load_prompts
+    from unimedi_components.retrieval.prompts import PromptSet, load_prompts
 
     if positive is not None or negative is not None:
         if prompts is not None or not (finding and positive and negative):

@@ -22,8 +22,7 @@ from monai.transforms import Compose
 from PIL import Image
 
 from unimedi_components.bundle import user_fault
-from unimedi_components.data import task_transforms
-from unimedi_components.data.task_inputs import find_task_images
+from unimedi_components.data import find_images, task_transforms
 from unimedi_components.errors import CheckpointError, DataError
 from unimedi_components.networks import load_classifier
 from unimedi_components.tasks.classification import SavePredictions
@@ -242,7 +241,7 @@ def test_the_test_split_of_a_training_run(predict: Predict, tmp_path: Path) -> N
     (only,) = predict(XRAY, None, **folders).values()
     assert (only["id"], only["source"]) == ("sc", str(data / "c.png"))
     with pytest.raises(DataError, match=r"data\.json: no 3D image in its test split; name files or folders"):
-        find_task_images(None, data, 3, datalist=tmp_path / "data.json")
+        find_images(None, data, dim=3, datalist=tmp_path / "data.json")
 
 
 def fault(call: Callable[[], Any]) -> str:
@@ -277,12 +276,12 @@ def test_two_pictures_beside_a_volume_are_no_slices(tmp_path: Path) -> None:
     nib.save(nib.Nifti1Image(scan(), np.eye(4)), tmp_path / "v.nii.gz")
     for name in "ab":
         Image.fromarray(shapes()).save(tmp_path / f"{name}.png")
-    assert [item["id"] for item in find_task_images(None, tmp_path, 3, slice_folders=True)] == ["v"]
+    assert [item["id"] for item in find_images(None, tmp_path, dim=3, slice_folders=True)] == ["v"]
     (tmp_path / "p" / "s").mkdir(parents=True)
     for name in "ab":
         Image.fromarray(shapes()).save(tmp_path / "p" / "s" / f"{name}.png")
-    assert [item["id"] for item in find_task_images(None, tmp_path, 3, slice_folders=True)] == ["p_s", "v"]
-    assert [item["id"] for item in find_task_images(None, tmp_path, 3)] == ["v"]
+    assert [item["id"] for item in find_images(None, tmp_path, dim=3, slice_folders=True)] == ["p_s", "v"]
+    assert [item["id"] for item in find_images(None, tmp_path, dim=3)] == ["v"]
 
 
 @pytest.mark.parametrize(("given", "predicted"), [(0.5, "ill"), (0.499, "healthy")])

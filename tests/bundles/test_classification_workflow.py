@@ -12,7 +12,7 @@ import torch
 from monai.bundle import ConfigWorkflow
 
 from unimedi_components.data.chains import task_transforms
-from unimedi_components.data.labelled import LabelledDataset, labelled_loader
+from unimedi_components.loading import ImageDataset, ImageLoader
 from unimedi_components.losses import ClassificationLoss
 from unimedi_components.networks import UnifiedViT
 from unimedi_components.networks.classifier import load_classifier
@@ -65,8 +65,9 @@ def test_the_best_epoch_is_the_one_of_the_lowest_validation_loss(probe: Any, xra
     network = load_classifier(folder / "models" / "model.pt")
     chain = task_transforms(network.card["preprocessing"])
     items = read(folder / "data.json")["validation"]
-    dataset = LabelledDataset(items, chain, xray.data / "chexpert", network.card["label_names"], "multilabel", 2)
-    (batch,) = labelled_loader(dataset, 100)
+    known = {"label_names": network.card["label_names"], "task": "multilabel", "dim": 2}
+    dataset = ImageDataset(items, chain, xray.data / "chexpert", "label", **known)
+    (batch,) = ImageLoader(dataset, 100)
     with torch.no_grad():
         found = ClassificationLoss("multilabel")(network(batch["image"]), batch["label"])
     assert float(found) == pytest.approx(min(losses), rel=1e-4)

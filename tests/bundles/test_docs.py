@@ -27,7 +27,7 @@ from unimedi_components.config_check import check_config
 from unimedi_components.data.catalogue import find_dataset
 from unimedi_components.errors import ConfigError
 from unimedi_components.networks import UnifiedViT, create_encoder
-from unimedi_components.search import EmbeddingIndex, Embeddings
+from unimedi_components.retrieval import EmbeddingIndex, Embeddings
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (REPOSITORY / "docs").glob("*.md"))]

@@ -17,7 +17,7 @@ from torch.nn import functional
 from unimedi_components.__main__ import main
 from unimedi_components.data import ct_transforms, xray_transforms
 from unimedi_components.data.transforms import ByDimension
-from unimedi_components.search import Embedder, EmbeddingIndex, Embeddings
+from unimedi_components.retrieval import Embedder, EmbeddingIndex, Embeddings
 
 
 @pytest.fixture

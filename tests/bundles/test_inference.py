@@ -17,9 +17,9 @@ from PIL import Image
 from torch.nn import functional as F
 
 from unimedi_components.data import ByDimension, ct_transforms, xray_transforms
-from unimedi_components.engines.inference import attention_in_file_geometry
 from unimedi_components.errors import DataError
 from unimedi_components.networks import load_pretrained
+from unimedi_components.retrieval.inference import attention_in_file_geometry
 
 pytestmark = pytest.mark.usefixtures("in_process")
 Embed = Callable[..., dict[str, dict[str, Any]]]

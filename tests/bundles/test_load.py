@@ -18,7 +18,7 @@ from torch import nn
 
 from unimedi_components.bundle import user_fault
 from unimedi_components.data import write_json
-from unimedi_components.networks import EmbeddingNetwork
+from unimedi_components.retrieval import Embedder
 
 BUNDLES = Path(__file__).resolve().parents[2] / "bundles"
 NAMES = sorted(path.name for path in BUNDLES.iterdir() if (path / "configs").is_dir())
@@ -82,11 +82,11 @@ def test_load_without_a_folder_or_a_workflow(zoo: Path, monkeypatch: pytest.Monk
     (zoo.parent / "hub").mkdir()
     zoo.rename(zoo.parent / "hub" / "bundle")
     network: Any = monai.bundle.load("pretrain", device="cpu")
-    assert isinstance(network, EmbeddingNetwork)
+    assert isinstance(network, Embedder)
     assert_is(network, weights(zoo.parent / "hub" / "bundle" / "pretrain"))
     image = torch.rand(1, 1, 8, 24, 24)
     with torch.no_grad():
-        assert torch.equal(network(image), EmbeddingNetwork(zoo.parent / "hub/bundle/pretrain/models/model.pt")(image))
+        assert torch.equal(network(image), Embedder(zoo.parent / "hub/bundle/pretrain/models/model.pt", "cpu")(image))
 
 
 @pytest.mark.parametrize("workflow", ["train", "inference"])
@@ -137,7 +137,7 @@ def test_retrieval_takes_the_weights_that_it_carries(zoo: Path) -> None:
     carried: Any = monai.bundle.load("report_retrieval", **options)
     image = torch.rand(1, 1, 32, 32)
     with torch.no_grad():
-        assert torch.equal(carried(image), EmbeddingNetwork(zoo / "report_retrieval/models/model.pt")(image))
+        assert torch.equal(carried(image), Embedder(zoo / "report_retrieval/models/model.pt", "cpu")(image))
     shutil.rmtree(zoo / "report_retrieval" / "models")
     workflow = monai.bundle.ConfigWorkflow(
         str(zoo / "report_retrieval/configs/inference.json"), workflow_type="inference", logging_file=False
@@ -151,7 +151,7 @@ def test_export_of_the_embedding_network(name: str, zoo: Path, monkeypatch: pyte
     monkeypatch.chdir(zoo / name)
     monai.bundle.ckpt_export(config_file="configs/inference.json")
     exported, metadata, _ = load_net_with_metadata("models/model.ts")
-    network = EmbeddingNetwork("models/model.pt")
+    network = Embedder("models/model.pt", "cpu")
     for count in (1, 3):
         for size in ((32, 32), (8, 24, 24)):
             image = torch.rand(count, 1, *size) * 2 - 1
@@ -172,7 +172,7 @@ def test_export_from_the_command_line(zoo: Path) -> None:
     image = torch.rand(2, 1, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(
-            exported(image), EmbeddingNetwork(zoo / "pretrain/models/model.pt")(image), atol=1e-5, rtol=0
+            exported(image), Embedder(zoo / "pretrain/models/model.pt", "cpu")(image), atol=1e-5, rtol=0
         )
 
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from unimedi_components import distributed, load_encoder
-from unimedi_components.data import rank_share, sampler
 from unimedi_components.errors import ConfigError, DataError
+from unimedi_components.loading import rank_share, sampler
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")

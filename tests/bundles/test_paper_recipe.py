@@ -19,8 +19,8 @@ from monai.bundle import ConfigParser
 from torch import nn
 
 from unimedi_components.config_check import check_config
-from unimedi_components.data import MixedBatchSampler
 from unimedi_components.engines import TeacherUpdate
+from unimedi_components.loading import MixedBatchSampler
 
 BERT_CONFIG = {
     "model_type": "bert",

@@ -12,7 +12,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from unimedi_components.search import Hit, load_prompts
+from unimedi_components.retrieval import Hit, load_prompts
 
 README = Path(__file__).resolve().parents[2] / "README.md"
 

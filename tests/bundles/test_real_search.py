@@ -17,7 +17,7 @@ import pytest
 
 from unimedi_components.__main__ import main
 from unimedi_components.data.datalist import SPLITS, write_json
-from unimedi_components.search import Embeddings, load_prompts
+from unimedi_components.retrieval import Embeddings, load_prompts
 
 XRAYS, VOLUMES = 12, 5
 

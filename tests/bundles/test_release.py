@@ -28,7 +28,7 @@ from benchmarks.release import data_licence, move_large, release, sha256, stage
 from unimedi_components.data.catalogue import DATASETS
 from unimedi_components.errors import CheckpointError, ConfigError
 from unimedi_components.networks import load_pretrained
-from unimedi_components.search import model_hash
+from unimedi_components.retrieval import model_hash
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCHEMA = Path(__file__).with_name("meta_schema_20240725.json")

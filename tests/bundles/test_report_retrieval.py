@@ -18,8 +18,8 @@ from unimedi_components.config_check import check_config
 from unimedi_components.data import pretraining_datalist
 from unimedi_components.data.phantom import write_phantom
 from unimedi_components.errors import ConfigError, DataError
-from unimedi_components.evaluation.protocols import PROTOCOLS
-from unimedi_components.search import Embedder, EmbeddingIndex, ZeroShot, load_prompts
+from unimedi_components.retrieval import Embedder, EmbeddingIndex, ZeroShot, load_prompts
+from unimedi_components.retrieval.protocols import PROTOCOLS
 
 pytestmark = pytest.mark.usefixtures("in_process")
 CONFIGS = Path(__file__).resolve().parents[2] / "bundles" / "report_retrieval" / "configs"

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from unimedi_components.__main__ import main
-from unimedi_components.search import Embedder, EmbeddingIndex, Embeddings, PromptSet, ZeroShot, load_prompts
+from unimedi_components.retrieval import Embedder, EmbeddingIndex, Embeddings, PromptSet, ZeroShot, load_prompts
 
 REPORTS = {
     "a": (2, "large left pleural effusion."),

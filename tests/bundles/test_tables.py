@@ -15,7 +15,7 @@ from benchmarks import tables
 from benchmarks.pixels import pixel_probabilities
 from unimedi_components import bundle
 from unimedi_components.errors import ConfigError
-from unimedi_components.evaluation.probe import LogisticProbe
+from unimedi_components.retrieval.probe import LogisticProbe
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

@@ -17,8 +17,9 @@ import torch
 from monai.bundle import ConfigParser, ConfigWorkflow
 from PIL import Image
 
-from unimedi_components.data import DenseDataset, labelled_loader, task_transforms
+from unimedi_components.data import task_transforms
 from unimedi_components.errors import DataError
+from unimedi_components.loading import ImageDataset, ImageLoader
 from unimedi_components.metrics import Detections, detection_metrics
 from unimedi_components.networks import load_network
 from unimedi_components.tasks import evaluate_task
@@ -75,10 +76,10 @@ def test_the_best_epoch_is_the_one_of_the_highest_map(run: Any, bundle: Any) -> 
     network = load_network(folder / "models" / "model.pt")
     chain = task_transforms(network.card["preprocessing"], target="boxes")
     cache = bundle.data / f"{bundle.name}-cache"  # whose 256 grey levels the epochs saw
-    dataset = DenseDataset(
-        read(folder / "data.json")["validation"], chain, bundle.data / "rsna", target="boxes", cache_dir=cache
+    dataset = ImageDataset(
+        read(folder / "data.json")["validation"], chain, bundle.data / "rsna", "boxes", dim=2, cache_dir=cache
     )
-    (batch,) = labelled_loader(dataset, 100)
+    (batch,) = ImageLoader(dataset, 100)
     with torch.no_grad():
         network.select_boxes(0.02, 0.5)
         found = network(batch["image"])

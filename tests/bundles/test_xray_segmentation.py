@@ -14,7 +14,8 @@ import torch
 from monai.bundle import ConfigWorkflow
 from torch.nn import functional as F
 
-from unimedi_components.data import DenseDataset, labelled_loader, task_transforms
+from unimedi_components.data import task_transforms
+from unimedi_components.loading import ImageDataset, ImageLoader
 from unimedi_components.losses import FocalDiceLoss
 from unimedi_components.networks import load_network
 
@@ -53,8 +54,8 @@ def test_the_card_says_how_to_build_the_network(finished: Any) -> None:
 def batch_of(folder: Path, bundle: Any, split: str) -> tuple[Any, dict[str, Any]]:
     network = load_network(folder / "models" / "model.pt", kind="setr_pup")
     chain = task_transforms(network.card["preprocessing"], target="mask")
-    dataset = DenseDataset(read(folder / "data.json")[split], chain, bundle.data / "rsna")
-    (batch,) = labelled_loader(dataset, 1000)
+    dataset = ImageDataset(read(folder / "data.json")[split], chain, bundle.data / "rsna", "mask", dim=2)
+    (batch,) = ImageLoader(dataset, 1000)
     return network, batch
 
 

@@ -13,15 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unimedi_components.data import (
-    ByDimension,
-    PretrainDataset,
-    ct_transforms,
-    find_images,
-    image_loader,
-    xray_transforms,
-)
+from unimedi_components.data import ByDimension, ct_transforms, find_images, xray_transforms
 from unimedi_components.errors import DataError
+from unimedi_components.loading import ImageDataset, ImageLoader
 
 UID = "1.2.826.0.1.3680043.2.1125.1"
 
@@ -136,9 +130,10 @@ def test_loader_keeps_dimensions_apart_and_unreadable_files_out(tmp_path: Path) 
     (tmp_path / "b.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     (tmp_path / "c.png").write_bytes(b"")
     transform = ByDimension(xray_transforms(16), ct_transforms((8, 16, 16)))
-    dataset = PretrainDataset(find_images(None, tmp_path), transform, tmp_path, require_report=False)
-    batches = list(image_loader(dataset, batch_2d=2, batch_3d=2))
+    dataset = ImageDataset(find_images(None, tmp_path), transform, tmp_path)
+    batches = list(ImageLoader(dataset, (2, 2)))
     assert [batch["id"] for batch in batches] == [["a"], ["ct", "v"]]
+    assert batches[0]["film_values"] == ["value / 255"] and "film_values" not in batches[1]
     assert [batch["image"].shape for batch in batches] == [(1, 1, 16, 16), (2, 1, 8, 16, 16)]
     # The DICOM series came in as one volume, its slices in the order of their positions: they grow brighter upwards.
     means = batches[1]["image"][0, 0].mean((1, 2))

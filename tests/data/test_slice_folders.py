@@ -8,11 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from unimedi_components.data.dataset import PretrainDataset
 from unimedi_components.data.slice_files import evenly_spread, in_slice_order, slice_files
 from unimedi_components.data.slices import ChooseSlicesd, SliceFolderReader, slice_volume_transforms
 from unimedi_components.data.transforms import ByDimension
 from unimedi_components.errors import DataError
+from unimedi_components.loading import ImageDataset
 
 
 def save(path, pixels, **options):
@@ -114,9 +114,7 @@ def test_items_of_one_folder_with_other_slices_do_not_share_a_cache(tmp_path):
     items = [{**item, "id": "all"}, {**item, "id": "some", "slices": ["2.png", "0.png", "2.png"]}]
     transform = ByDimension((), slice_volume_transforms((3, 2, 2)))
     for _ in range(2):
-        data = PretrainDataset(
-            items, transform, tmp_path / "data", tmp_path / "cache", require_report=False, strict=True
-        )
+        data = ImageDataset(items, transform, tmp_path / "data", cache_dir=tmp_path / "cache", strict=True)
         for _ in range(2):
             levels = [
                 ((sample["image"][0, :, 0, 0] + 1) * 127.5).round().tolist() for sample in data.__getitems__([0, 1])

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from unimedi_components.data import ByDimension, PretrainDataset, ct_transforms, find_images
+from unimedi_components.data import ByDimension, ct_transforms, find_images
 from unimedi_components.data.segmentation import segmentation_transforms
-from unimedi_components.engines.inference import attention_in_file_geometry
 from unimedi_components.errors import DataError
 from unimedi_components.images.checks import CTLimits, check_ct, check_metaimage
 from unimedi_components.images.itk_volumes import read_geometry, voxels_elsewhere
 from unimedi_components.images.volume import read_volume_header
+from unimedi_components.loading import ImageDataset
+from unimedi_components.retrieval.inference import attention_in_file_geometry
 
 AFFINE = np.diag([2.0, 2.0, 3.0, 1.0])
 LIMITS = CTLimits(min_slices=2, min_megabytes=0.0)
@@ -62,8 +63,7 @@ def refusal(path: Path, tmp_path: Path) -> str:
     said = set()
     for chain in (ct_transforms((4, 8, 8)), segmentation_transforms(label_map=False)):
         item = [{"id": "a", "image": str(path), "dim": 3, "report": "x"}]
-        dataset = PretrainDataset(item, ByDimension((), chain), root=tmp_path)
-        dataset.refill = False
+        dataset = ImageDataset(item, chain, tmp_path, dim=3).without_stand_ins()
         assert dataset.__getitems__([0])[0] == dataset.skipped[0]
         said.add(dataset.skipped[0].reason.removeprefix("DataError: "))
     assert len(said) == 1, said

@@ -15,7 +15,8 @@ import torch
 from monai.transforms import Compose
 from PIL import Image
 
-from unimedi_components.data import LabelledDataset, labelled_loader, task_transforms
+from unimedi_components.data import task_transforms
+from unimedi_components.loading import ImageDataset, ImageLoader
 from unimedi_components.losses import ClassificationLoss
 from unimedi_components.networks import load_classifier
 
@@ -162,9 +163,9 @@ def test_head_is_trained_on_the_features_of_the_loaded_encoder(
     network = load_classifier(bundle / "models" / "model.pt")
     chain, names = task_transforms(network.card["preprocessing"]), network.card["label_names"]
     held_out = items.datalist()[6:]
-    settings = (names, network.card["task"], network.spatial_dims)
-    dataset = LabelledDataset(held_out, chain, tmp_path, *settings, cache_dir=tmp_path / "cache")
-    (batch,) = labelled_loader(dataset, 9)
+    settings = {"label_names": names, "task": network.card["task"], "dim": network.spatial_dims}
+    dataset = ImageDataset(held_out, chain, tmp_path, "label", cache_dir=tmp_path / "cache", **settings)
+    (batch,) = ImageLoader(dataset, 9)
     with torch.no_grad():
         loss = ClassificationLoss(network.card["task"])(network(batch["image"]), batch["label"])
     (state,) = (path for path in (bundle / "models").iterdir() if path.stem == "last")

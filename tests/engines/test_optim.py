@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from unimedi_components.data import MixedBatchSampler
 from unimedi_components.engines import amp_dtype, build_optimizer, scaled_lr, warmup_cosine
 from unimedi_components.errors import ConfigError
+from unimedi_components.loading import MixedBatchSampler
 from unimedi_components.networks import DINOHead, ProjectionHead, ReportEncoder, UnifiedViT, UniMedI
 
 TEXT = {"hidden_size": 16, "num_hidden_layers": 1, "vocab_size": 30, "num_attention_heads": 2}

@@ -14,8 +14,9 @@ import pytest
 from PIL import Image
 
 from unimedi_components.__main__ import main
-from unimedi_components.data import ByDimension, PretrainDataset, ct_transforms, find_images, xray_transforms
+from unimedi_components.data import ByDimension, ct_transforms, find_images, xray_transforms
 from unimedi_components.data.table import collect
+from unimedi_components.loading import ImageDataset
 
 REPORT = "The heart is enlarged and the lungs are clear."
 
@@ -103,7 +104,7 @@ def test_prepare_and_loading_agree_with_it(mixed: Path, truth: Any) -> None:
         "not Hounsfield units": ["stored"],
     }
     transform = ByDimension(xray_transforms(16), ct_transforms((24, 18, 20)))
-    dataset = PretrainDataset(list(kept.values()), transform, mixed, require_report=False, strict=True)
+    dataset = ImageDataset(list(kept.values()), transform, mixed, strict=True)
     volume = next(item for item in dataset if item["id"] == "a")["image"][0].numpy()
     assert np.allclose(volume * 1000, truth[0].transpose(2, 1, 0), atol=1e-3)
 
@@ -111,7 +112,7 @@ def test_prepare_and_loading_agree_with_it(mixed: Path, truth: Any) -> None:
 def test_what_find_leaves_out_is_listed_by_the_data_set(mixed: Path) -> None:
     items = find_images(str(mixed), mixed)
     transform = ByDimension(xray_transforms(16), ct_transforms((8, 16, 16)))
-    dataset = PretrainDataset(items, transform, mixed, require_report=False)
+    dataset = ImageDataset(items, transform, mixed)
     assert {item["id"] for item in items} == {"ct", "ct-2", "enhanced", "lat", "pa", "stored", "x", "cut"}
     for number in range(len(dataset)):
         dataset[number]
@@ -119,4 +120,4 @@ def test_what_find_leaves_out_is_listed_by_the_data_set(mixed: Path) -> None:
     assert set(found) == {"0900.dcm", "cut.png", "stored.nii.gz"}
     assert "one CT slice" in found["0900.dcm"] and "not Hounsfield units" in found["stored.nii.gz"]
     told = find_images(str(mixed / "stored.nii.gz"), mixed, assume_hu=True)
-    assert not isinstance(PretrainDataset(told, transform, mixed, require_report=False)[0], tuple)
+    assert not isinstance(ImageDataset(told, transform, mixed)[0], tuple)

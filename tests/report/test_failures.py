@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import torch
 
-from unimedi_components.evaluation.features import Features
-from unimedi_components.report.failures import _kept, lowest_retrievals, missed_studies
+from unimedi_components.report.failures import lowest_retrievals, missed_studies
+from unimedi_components.retrieval.features import Features
 
 REPORTS = ["effusion", "nodule", "edema", "normal"]
 
@@ -43,7 +43,7 @@ def test_missed_studies() -> None:
 
 
 def test_the_rows_that_are_drawn() -> None:
-    found = _kept(features(), [2, 0])
+    found = features().take([2, 0])
     assert [item["id"] for item in found.items] == ["study2", "study0"]
     assert found.selected is not None
     assert found.selected.tolist() == [[0, 2], [1, 3]]

@@ -27,7 +27,7 @@ from unimedi_components.data.phantom.dicom import Tag, write_dicom
 from unimedi_components.data.vocabulary import build_wordpiece
 from unimedi_components.networks import ProjectionHead, ReportEncoder, UnifiedViT, UniMedI
 from unimedi_components.networks.pretrained import make_card, student_state
-from unimedi_components.search import Embedder, EmbeddingIndex, Embeddings, PromptSet, load_prompts
+from unimedi_components.retrieval import Embedder, EmbeddingIndex, Embeddings, PromptSet, load_prompts
 from unimedi_components.serve import Analyser, Limits, create_app
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -24,7 +24,7 @@ from unimedi_components.data.table import collect
 from unimedi_components.data.volume_loading import LoadVolumed
 from unimedi_components.images.find import find_images
 from unimedi_components.images.xray import read_xray
-from unimedi_components.search import Embeddings
+from unimedi_components.retrieval import Embeddings
 from unimedi_components.serve import Analyser, Limits, create_app
 
 __all__ = ["in_process"]

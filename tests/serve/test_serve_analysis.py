@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from unimedi_components.data.transforms import ByDimension, ct_transforms, xray_transforms
 from unimedi_components.errors import ConfigError
-from unimedi_components.search import Embedder, EmbeddingIndex, Embeddings, PromptSet
+from unimedi_components.retrieval import Embedder, EmbeddingIndex, Embeddings, PromptSet
 from unimedi_components.serve import Analyser, create_app
 from unimedi_components.serve.views import overlay_png, volume_view, xray_view
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from unimedi_components.search import Embedder, EmbeddingIndex, Embeddings
+from unimedi_components.retrieval import Embedder, EmbeddingIndex, Embeddings
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -155,7 +155,7 @@ def check_ct(page: Page, prompts: int, slices: int, slabs: int, neighbour: str |
 
 
 def prompt_counts() -> tuple[int, int]:
-    from unimedi_components.search import load_prompts
+    from unimedi_components.retrieval import load_prompts
 
     return len(load_prompts("chest_xray").findings), len(load_prompts("chest_ct").findings)
 

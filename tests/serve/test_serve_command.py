@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from unimedi_components.__main__ import main
-from unimedi_components.search import Embeddings
+from unimedi_components.retrieval import Embeddings
 
 
 def fault(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:

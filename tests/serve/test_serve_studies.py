@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from unimedi_components.search import Embedder, PromptSet, ZeroShot
+from unimedi_components.retrieval import Embedder, PromptSet, ZeroShot
 
 
 def expected(embedder: Embedder, prompts: dict[int, PromptSet], path: Path, dim: int) -> dict[str, float]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data sets to batches: converters, datalists, transforms, mixed loading, phantoms.
+"""Data sets to images: converters, datalists, transforms, phantoms.
 
 Names are loaded when first used: the phantom writers' processes need neither torch nor MONAI.
 """
@@ -11,28 +11,16 @@ from typing import Any
 
 _EXPORTS = {
     "ByDimension": "transforms",
-    "DenseDataset": "dense",
-    "FeatureDataset": "labelled",
-    "LabelledDataset": "labelled",
-    "MixedBatchSampler": "sampler",
-    "MixedCollate": "loading",
-    "MixedDataLoader": "loading",
-    "PretrainDataset": "dataset",
     "RandSimilarityd": "similarity",
     "Restored": "restore",
     "RowsFirstBoxesd": "box_augment",
     "ToInputBoxesd": "box_augment",
-    "build_loader": "loading",
     "ct_transforms": "transforms",
-    "eval_loader": "loading",
     "film_transforms": "films",
     "find_images": "inputs",
-    "image_loader": "inputs",
-    "labelled_loader": "labelled",
     "load_datalist": "datalist",
     "load_task": "tasks",
     "pretraining_datalist": "pretraining",
-    "rank_share": "sampler",
     "report_tokenizer": "pretraining",
     "segmentation_transforms": "segmentation",
     "select": "datalist",

@@ -3,36 +3,43 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from monai.data import DataLoader
-
 from unimedi_components.command_options import path_names
-from unimedi_components.data.datalist import load_datalist
-from unimedi_components.data.dataset import PretrainDataset, Skipped
-from unimedi_components.data.volume_loading import part_of
+from unimedi_components.data.datalist import load_datalist, select
+from unimedi_components.data.slice_files import IMAGE_ENDINGS
 from unimedi_components.errors import DataError
 from unimedi_components.images import find
-from unimedi_components.images.xray import film_notes
 
-__all__ = ["find_images", "image_loader"]
+__all__ = ["find_images"]
+
+logger = logging.getLogger(__name__)
 
 _DATALIST = "pretrain.json"
+_KIND = {2: "X-ray", 3: "CT volume"}
 
 
 def find_images(
-    inputs: str | Sequence[str] | None = None, root: str | Path = ".", assume_hu: bool = False
+    inputs: str | Sequence[str] | None = None,
+    root: str | Path = ".",
+    assume_hu: bool = False,
+    dim: int | None = None,
+    slice_folders: bool = False,
+    datalist: str | Path | None = None,
 ) -> find.ImageList:
     """Items for each X-ray and CT volume that the inputs name, as `images.find.find_images` takes them.
 
     Args:
-        inputs: a file, folder, DICOMDIR or pattern, or several. None takes the test split of `root`/pretrain.json if
-            that is there, as in a folder that pre-training has read, and all below `root` otherwise.
-        root: folder of relative inputs.
+        inputs: a file, folder, DICOMDIR or pattern, or several. None takes the test split of `datalist` if that is
+            there, as after training, and all below `root` otherwise.
+        root: folder of relative inputs and of the datalist's images.
         assume_hu: take CT values for Hounsfield units that do not say how they are rescaled.
+        dim: 2 or 3; images of the other dimension are left out with a warning. None takes both.
+        slice_folders: two or more PNG, JPG, BMP or TIFF files in one folder are the slices of one volume; volumes only.
+        datalist: file; None for `root`/pretrain.json, which pre-training leaves.
 
     Returns:
         items of absolute paths, and under `left_out` the files that are none.
@@ -41,12 +48,29 @@ def find_images(
         DataError: an input names nothing, or nothing was found.
     """
     base = Path(root).expanduser().absolute()
-    if inputs is None and (base / _DATALIST).is_file():
-        items = load_datalist(base / _DATALIST, base)["test"]
+    path = base / _DATALIST if datalist is None else Path(datalist)
+    if inputs is None and path.is_file():
+        items = select(load_datalist(path, base), "test", dim)
+        if not items:
+            kind = f"{dim}D image" if dim else "image"
+            raise DataError(f"{path}: no {kind} in its test split; name files or folders with --inputs PATH")
         return find.ImageList(_absolute(item, base) for item in items)
     if inputs is None and not base.is_dir():
         raise DataError(f"{base}: no such folder of images; name files or folders with --inputs PATH")
-    return find.find_images(path_names(inputs) if inputs else None, base, assume_hu)
+    found = find.find_images(path_names(inputs) if inputs else None, base, assume_hu)
+    if dim is None:
+        return found
+    items = _gather_slices(found, base) if dim == 3 and slice_folders else found
+    kept = [item for item in items if item["dim"] == dim]
+    others = [item["source"] for item in items if item["dim"] != dim]
+    if others:
+        text = "%d of %d images left out, this bundle reads %ss: first %s"
+        logger.warning(text, len(others), len(items), _KIND[dim], others[0])
+    if not kept:
+        raise DataError(
+            f"{others[0]}: no {_KIND[dim]}, nor any of {len(items)} images named; this bundle reads no other"
+        )
+    return find.ImageList(kept, found.left_out)
 
 
 def _absolute(item: dict[str, Any], base: Path) -> dict[str, Any]:
@@ -55,36 +79,17 @@ def _absolute(item: dict[str, Any], base: Path) -> dict[str, Any]:
     return {**item, "image": place, "source": place, **files}
 
 
-def image_loader(
-    dataset: PretrainDataset, batch_2d: int = 16, batch_3d: int = 4, num_workers: int = 0, **kwargs: Any
-) -> DataLoader:
-    """Batches of X-rays, then of volumes, without reports.
-
-    Args:
-        dataset: items of `find_images`; unreadable ones are left out and stay listed in `dataset.skipped`.
-        batch_2d: X-rays per batch.
-        batch_3d: volumes per batch.
-        num_workers: loading processes.
-        kwargs: of `torch.utils.data.DataLoader`.
-
-    Returns:
-        A loader of {"image": (B, 1, ...) float, and lists of B: "id", "dim", "source", "report", and "part",
-        see `part_of`}; a batch of which
-        nothing could be read has empty lists and no image.
-    """
-    dataset.refill = False
-    batches = []
-    for dim, size in ((2, batch_2d), (3, batch_3d)):
-        indices = [index for index, item_dim in enumerate(dataset.dims) if item_dim == dim]
-        batches += [indices[start : start + size] for start in range(0, len(indices), size)]
-    return DataLoader(dataset, num_workers, batch_sampler=batches, collate_fn=_collate_images, **kwargs)
-
-
-def _collate_images(items: Sequence[dict[str, Any] | Skipped]) -> dict[str, Any]:
-    good = [item for item in items if not isinstance(item, Skipped)]
-    batch: dict[str, Any] = {name: [item[name] for item in good] for name in ("id", "dim", "source", "report")}
-    batch["part"] = [part_of(item) for item in good]
-    batch |= film_notes(good)
-    if good:
-        batch["image"] = torch.stack([item["image"] for item in good])
-    return batch
+def _gather_slices(found: Sequence[dict[str, Any]], base: Path) -> list[dict[str, Any]]:
+    """Folders of pictures in place of the pictures, unless something else in the folder is a volume already."""
+    pictures: dict[Path, list[dict[str, Any]]] = {}
+    for item in found:
+        if item["source"].lower().endswith(IMAGE_ENDINGS):
+            pictures.setdefault(Path(item["source"]).parent, []).append(item)
+    volumes = {Path(item["source"]).parent for item in found if item["dim"] == 3}
+    folders = {folder for folder, items in pictures.items() if len(items) > 1 and folder not in volumes}
+    rest = [item for item in found if Path(item["source"]).parent not in folders]
+    for folder in sorted(folders):
+        inside = folder.is_relative_to(base) and folder != base
+        name = "_".join(folder.relative_to(base).parts) if inside else folder.name
+        rest.append({"id": name, "image": str(folder), "source": str(folder), "dim": 3})
+    return sorted(rest, key=lambda item: item["source"])

@@ -46,7 +46,7 @@ class Restored(Transform):
         if not isinstance(image, MetaTensor) or not image.applied_operations:
             raise DataError(
                 f"{data.get('id', self.orig_keys)}: the image does not say how it was prepared, so that its labels "
-                "cannot be brought back to its file; use a DenseDataset with keep_meta=True"
+                "cannot be brought back to its file; use an ImageDataset with keep_meta=True"
             )
         scores = scores.as_tensor() if isinstance(scores, MetaTensor) else scores
         operations = [_smooth(operation, image.ndim - 1) for operation in image.applied_operations]

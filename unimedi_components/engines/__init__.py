@@ -4,7 +4,6 @@
 from unimedi_components.engines.calibration import CalibrateProjection
 from unimedi_components.engines.checkpoint import TaskCheckpoint, TrainingCheckpoint
 from unimedi_components.engines.early_stop import EarlyStop
-from unimedi_components.engines.fine_tune import choose_recipe
 from unimedi_components.engines.handlers import (
     EndWithLoader,
     EpochSeed,
@@ -18,8 +17,15 @@ from unimedi_components.engines.handlers import (
     losses,
     prepare_mixed_batch,
 )
-from unimedi_components.engines.inference import SaveEmbeddings, embed_batch, finish_embedding
-from unimedi_components.engines.optim import amp_dtype, build_optimizer, scaled_lr, use_amp, warmup_cosine
+from unimedi_components.engines.optim import (
+    amp_dtype,
+    build_optimizer,
+    choose_recipe,
+    scaled_lr,
+    use_amp,
+    warmup_cosine,
+    warmup_poly,
+)
 from unimedi_components.engines.progress import TrainingProgress
 from unimedi_components.engines.run import PretrainingRun, TaskRun, set_up
 from unimedi_components.engines.target_information import WatchTargets
@@ -33,7 +39,6 @@ __all__ = [
     "GradientCare",
     "History",
     "PretrainingRun",
-    "SaveEmbeddings",
     "SkippedStudies",
     "TaskCheckpoint",
     "TaskRun",
@@ -48,12 +53,11 @@ __all__ = [
     "build_optimizer",
     "choose_recipe",
     "defined_handler",
-    "embed_batch",
-    "finish_embedding",
     "losses",
     "prepare_mixed_batch",
     "scaled_lr",
     "set_up",
     "use_amp",
     "warmup_cosine",
+    "warmup_poly",
 ]

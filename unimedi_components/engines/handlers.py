@@ -266,7 +266,7 @@ class SkippedStudies:
     """At the end of a run, count the studies that could not be read and list them in `skipped.json`; rank 0's alone.
 
     Args:
-        datasets: of type `PretrainDataset`.
+        datasets: of type `ImageDataset`.
         output_dir: folder to write to; a list that an earlier run left there is removed.
     """
 

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parameter groups of the optimizer, the learning-rate schedule, and the type of mixed precision."""
+"""Parameter groups of the optimizer, schedules of the learning rate, and the type of mixed precision."""
 
 from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,7 +15,15 @@ from torch import nn
 from unimedi_components.distributed import rank, unwrap
 from unimedi_components.errors import ConfigError
 
-__all__ = ["amp_dtype", "build_optimizer", "scaled_lr", "use_amp", "warmup_cosine"]
+__all__ = [
+    "amp_dtype",
+    "build_optimizer",
+    "choose_recipe",
+    "scaled_lr",
+    "use_amp",
+    "warmup_cosine",
+    "warmup_poly",
+]
 
 NO_DECAY = (
     "cls_token",
@@ -89,6 +98,7 @@ def build_optimizer(
     sampler: Any = None,
     lr_batch: int | None = None,
     lr_rule: str = "none",
+    encoder_lr: float | None = None,
     **kwargs: Any,
 ) -> torch.optim.AdamW:
     """AdamW with weight decay on matrices alone: not on biases, norms, tokens, position tables and temperature.
@@ -100,6 +110,8 @@ def build_optimizer(
         lr: peak learning rate.
         weight_decay: of the decayed group.
         sampler, lr_batch, lr_rule: see `scaled_lr`; without `lr_batch` the learning rate stays as it is.
+        encoder_lr: of a task's `encoder`, which pre-training has taught and which learns more slowly than its new
+            decoder; None takes `lr`.
         kwargs: further arguments of `torch.optim.AdamW`, such as `betas` or `fused`.
     """
     lr = lr if lr_batch is None else scaled_lr(lr, sampler, lr_batch, lr_rule)
@@ -109,7 +121,18 @@ def build_optimizer(
         if parameter.requires_grad:
             flat = parameter.ndim < 2 or name.rsplit(".", 1)[-1] in NO_DECAY
             (rest if flat else decay).append(parameter)
-    groups = [{"params": decay, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [
+        {"params": decay, "weight_decay": weight_decay},
+        {"params": rest, "weight_decay": 0.0},
+    ]
+    slow = set() if encoder_lr is None else {*map(id, unwrap(network).encoder.parameters())}
+    if any(id(parameter) in slow for parameter in (*decay, *rest)):
+        split = [
+            {**group, "params": [p for p in group["params"] if (id(p) in slow) == inside], "lr": rate}
+            for group in groups
+            for inside, rate in ((False, lr), (True, encoder_lr))
+        ]
+        groups = [group for group in split if group["params"]]
     optimizer = torch.optim.AdamW(groups, lr=lr, **kwargs)
     clamp = getattr(unwrap(network), "clamp_temperature", None)
     if clamp is not None:
@@ -148,3 +171,28 @@ def warmup_cosine(
         end_lr=end_lr,
         warmup_multiplier=start_lr / peak,
     )
+
+
+def warmup_poly(
+    optimizer: torch.optim.Optimizer, total_iters: int, power: float = 0.9, warmup_iters: int = 0
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """Linear warm-up, then polynomial decay to zero (nnU-Net's and UniMiSS's schedule), per optimizer step.
+
+    Args:
+        optimizer: its learning rates are the peaks.
+        total_iters: steps of the whole run.
+        power: of the decay; 0 keeps the peak.
+        warmup_iters: steps of the warm-up; at most half of the run.
+    """
+    warmup = min(warmup_iters, total_iters // 2)
+
+    def factor(step: int) -> float:
+        rise = (step + 1) / (warmup + 1) if step < warmup else 1.0
+        return rise * max(0.0, 1 - step / max(1, total_iters)) ** power
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def choose_recipe(freeze_encoder: bool, probe: Mapping[str, Any], fine_tune: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The schedule of a probe where the encoder is frozen, else that of fine-tuning."""
+    return probe if freeze_encoder else fine_tune

@@ -15,7 +15,7 @@ def spread_images(dataset: Any, dim: int, count: int) -> Iterator[Tensor]:
     """Images of one dimension, evenly spaced over a data set; unreadable ones of the sample are left out.
 
     Args:
-        dataset: `PretrainDataset`, or anything with its `dims` and items.
+        dataset: `ImageDataset`, or anything with its `dims` and items.
         dim: 2 or 3.
         count: images wanted; all where there are fewer.
 

@@ -3,7 +3,6 @@
 
 from unimedi_components.networks.cards import load_network, network_card
 from unimedi_components.networks.classifier import ImageClassifier, load_classifier, task_encoder
-from unimedi_components.networks.embedding import EmbeddingNetwork, load_trained
 from unimedi_components.networks.heads import DINOHead, ProjectionHead
 from unimedi_components.networks.output import EncoderOutput, ImageFeatures, UniMediOutput
 from unimedi_components.networks.pretrained import Pretrained, load_encoder, load_pretrained, untrained
@@ -19,7 +18,6 @@ __all__ = [
     "SETRPUP",
     "SIZES",
     "DINOHead",
-    "EmbeddingNetwork",
     "EncoderOutput",
     "ImageClassifier",
     "ImageFeatures",
@@ -38,7 +36,6 @@ __all__ = [
     "load_pretrained",
     "load_strict",
     "load_tokenizer",
-    "load_trained",
     "load_weights",
     "network_card",
     "task_encoder",

@@ -5,20 +5,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.nn import functional as F
 
 from unimedi_components.data.datalist import write_json
-from unimedi_components.evaluation.features import Features
-from unimedi_components.evaluation.retrieval import first_correct_rank
-from unimedi_components.evaluation.slices import is_focal, lesion_mask
-from unimedi_components.evaluation.summary import ct_views
 from unimedi_components.figures.attention import draw_selection
 from unimedi_components.networks.pretrained import Pretrained
+from unimedi_components.retrieval.features import Features
+from unimedi_components.retrieval.pretraining import ct_views
+from unimedi_components.retrieval.recall import first_correct_rank
+from unimedi_components.retrieval.slices import is_focal, lesion_mask
 
 __all__ = ["FAILURES", "MISSED", "lowest_retrievals", "missed_studies", "write_failures"]
 
@@ -91,12 +89,6 @@ def write_failures(
         names = Counter(name for study in found for name in {finding["name"] for finding in study})
         content["selection"] = {"missed": len(rows), "focal": focal, "findings": dict(names.most_common())}
         if rows:
-            views = ct_views(pretrained, _kept(part, rows[:count]), root, studies, count)
+            views = ct_views(pretrained, part.take(rows[:count]), root, studies, count)
             draw_selection(views, path, "Studies whose lesions the selection missed")
     write_json(content, Path(folder) / FAILURES)
-
-
-def _kept(features: Features, rows: list[int]) -> Features:
-    values = vars(features)
-    chosen: dict[str, Any] = {name: value[rows] for name, value in values.items() if isinstance(value, torch.Tensor)}
-    return replace(features, items=[features.items[row] for row in rows], **chosen)

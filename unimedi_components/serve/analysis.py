@@ -15,7 +15,10 @@ import torch
 from torch.nn import functional as F
 
 from unimedi_components.errors import DataError
-from unimedi_components.search import Embedder, EmbeddingIndex, Hit, PromptSet, ZeroShot
+from unimedi_components.retrieval.embedder import Embedder
+from unimedi_components.retrieval.index import EmbeddingIndex, Hit
+from unimedi_components.retrieval.prompts import PromptSet
+from unimedi_components.retrieval.zero_shot import ZeroShot
 from unimedi_components.serve.faults import bad_request
 from unimedi_components.serve.results import Analysis, Finding, Neighbour, Neighbours, Picture, Slab
 from unimedi_components.serve.study import Study
@@ -71,12 +74,11 @@ class Analyser:
         start = time.perf_counter()
         view = view_of(study, self.embedder.card["preprocessing"])
         image = view.image[None].to(self.embedder.device)
-        network = self.embedder.network
         with torch.no_grad():
-            found = network.encode_image(image, self.embedder.use_slices)
+            found = self.embedder.encode(image)
         embed = F.normalize(found.embed.float(), dim=-1).cpu().numpy()
         assert found.attention is not None
-        grid = network.encoder.token_grids(image)[0]
+        grid = self.embedder.token_grid(image)
         attention = found.attention[0].float().cpu().numpy().reshape(grid)
         selected, scores = found.selected, found.scores
         slabs: list[Slab] = []
@@ -85,13 +87,13 @@ class Analyser:
             slabs = _slabs(scores[0].float().cpu().numpy(), chosen, len(view.shown))
             pictures = _slices(view, attention, chosen, slabs)
         else:
-            pictures = [_xray(view, attention[0])]
+            pictures = [_xray(view, attention)]
         prompts, zero_shot = self.prompts.get(study.dim), self.zero_shot.get(study.dim)
         findings = []
         if zero_shot is not None:
             pairs = zip(zero_shot.names, zero_shot.probabilities(embed)[0], strict=True)
             findings = [Finding(name, float(value)) for name, value in pairs]
-        tokens = f"{' × '.join(map(str, grid if study.dim == 3 else grid[1:]))} tokens"
+        tokens = f"{' × '.join(map(str, grid))} tokens"
         return Analysis(
             name=study.name,
             kind="X-ray" if study.dim == 2 else "CT",

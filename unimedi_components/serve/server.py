@@ -13,7 +13,9 @@ from collections.abc import Sequence
 import uvicorn
 
 from unimedi_components.errors import ConfigError
-from unimedi_components.search import Embedder, EmbeddingIndex, load_prompt_sets
+from unimedi_components.retrieval.embedder import Embedder
+from unimedi_components.retrieval.index import EmbeddingIndex
+from unimedi_components.retrieval.prompts import load_prompt_sets
 from unimedi_components.serve.analysis import Analyser
 from unimedi_components.serve.app import create_app
 from unimedi_components.serve.faults import Limits

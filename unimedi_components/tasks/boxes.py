@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from unimedi_components.data.boxes import boxes_to_file, boxes_to_image
 from unimedi_components.data.chains import task_transforms
-from unimedi_components.data.dense import DenseDataset
 from unimedi_components.data.roi_boxes import boxes_of_rois, rois_of_boxes
 from unimedi_components.data.transforms import XrayReader
 from unimedi_components.figures.charts import draw_precision_recall
 from unimedi_components.figures.panels import BoxImage, draw_boxes
+from unimedi_components.loading import ImageDataset
 from unimedi_components.metrics.boxes import (
     SHOWN,
     Detections,
@@ -63,9 +63,9 @@ class BoxEvaluation(TaskEvaluation):
         network.select_boxes(min(self.lowest_score, self.threshold), options["nms_threshold"], options["max_boxes"])
         self.items: dict[str, Row] = {}
 
-    def dataset(self, items: Sequence[Row], root: Path, **options: Any) -> DenseDataset:
+    def dataset(self, items: Sequence[Row], root: Path, **options: Any) -> ImageDataset:
         chain = task_transforms(self.network.card["preprocessing"], target="boxes")
-        dataset = DenseDataset(items, chain, root, target="boxes", dim=2, **options)
+        dataset = ImageDataset(items, chain, root, target="boxes", dim=2, **options)
         self.items = {item["id"]: item for item in dataset.data}
         return dataset
 

@@ -14,9 +14,9 @@ from sklearn.metrics import roc_curve
 from torch import Tensor
 
 from unimedi_components.data.chains import task_transforms
-from unimedi_components.data.labelled import LabelledDataset
 from unimedi_components.figures.charts import RocCurve, draw_confusion, draw_roc
 from unimedi_components.figures.panels import draw_prediction
+from unimedi_components.loading import ImageDataset
 from unimedi_components.losses.classification import UNCERTAIN, probabilities
 from unimedi_components.metrics.classification import classification_metrics, predicted_labels
 from unimedi_components.networks.classifier import ImageClassifier
@@ -53,8 +53,9 @@ class ClassifierEvaluation(TaskEvaluation):
     def dim(self) -> int:
         return self.network.spatial_dims
 
-    def dataset(self, items: Sequence[Row], root: Path, **options: Any) -> LabelledDataset:
-        return LabelledDataset(items, self.transform, root, self.label_names, self.task, self.dim, **options)
+    def dataset(self, items: Sequence[Row], root: Path, **options: Any) -> ImageDataset:
+        known: dict[str, Any] = {"label_names": self.label_names, "task": self.task, "dim": self.dim}
+        return ImageDataset(items, self.transform, root, "label", **known, **options)
 
     def predict(self, batch: Mapping[str, Any]) -> list[Row]:
         logits = self.finite(self.network(batch["image"].to(self.device)).double().cpu())

@@ -16,11 +16,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from unimedi_components.data.datalist import load_datalist, select, write_json
-from unimedi_components.data.dataset import PretrainDataset, Skipped
-from unimedi_components.data.labelled import labelled_loader
 from unimedi_components.distributed import rank
 from unimedi_components.errors import CheckpointError, ConfigError, DataError
 from unimedi_components.figures.curves import draw_loss_curves
+from unimedi_components.loading import ImageDataset, ImageLoader, Skipped
 from unimedi_components.networks.cards import load_network
 from unimedi_components.provenance import provenance
 from unimedi_components.tasks.writer import write_csv
@@ -61,8 +60,8 @@ class TaskEvaluation(ABC):
         return 2
 
     @abstractmethod
-    def dataset(self, items: Sequence[Row], root: Path, **options: Any) -> PretrainDataset:
-        """The items with their truth; `options` are those of `PretrainDataset`. The frame keeps it as `data`."""
+    def dataset(self, items: Sequence[Row], root: Path, **options: Any) -> ImageDataset:
+        """The items with their truth; `options` are those of `ImageDataset`. The frame keeps it as `data`."""
 
     @abstractmethod
     def predict(self, batch: Mapping[str, Any]) -> list[Row]:
@@ -153,7 +152,7 @@ def evaluate_task(
     task.data = task.dataset(items, Path(dataset_dir), cache_dir=cache_dir)
     rows: list[Row] = []
     with tqdm(total=len(items), desc=f"{split} {task.unit}s", unit=task.unit) as bar, torch.no_grad():
-        for batch in labelled_loader(task.data, batch_size, num_workers=num_workers):
+        for batch in ImageLoader(task.data, batch_size, num_workers=num_workers):
             try:
                 rows += task.predict(batch)
             except CheckpointError as error:

@@ -18,7 +18,6 @@ from monai.transforms import Compose, Orientation
 from torch import Tensor
 
 from unimedi_components.data.chains import task_transforms
-from unimedi_components.data.dense import DenseDataset
 from unimedi_components.data.restore import Restored
 from unimedi_components.data.segmentation import segmentation_transforms
 from unimedi_components.data.transforms import RAS_LABELS
@@ -27,6 +26,7 @@ from unimedi_components.errors import ConfigError
 from unimedi_components.figures.panels import draw_organs
 from unimedi_components.files import replacing
 from unimedi_components.images.volume import find_stack
+from unimedi_components.loading import ImageDataset
 from unimedi_components.metrics.organs import METRICS, organ_metrics, organ_scores
 from unimedi_components.tasks.dicom_outputs import write_label_map
 from unimedi_components.tasks.evaluate import Row, TaskEvaluation
@@ -119,8 +119,8 @@ class OrganEvaluation(TaskEvaluation):
     def dim(self) -> int:
         return 3
 
-    def dataset(self, items: Sequence[Row], root: Path, **options: Any) -> DenseDataset:
-        return DenseDataset(items, self.chain.transforms, root, target="mask", dim=3, keep_meta=True, **options)
+    def dataset(self, items: Sequence[Row], root: Path, **options: Any) -> ImageDataset:
+        return ImageDataset(items, self.chain.transforms, root, target="mask", dim=3, keep_meta=True, **options)
 
     def predict(self, batch: Mapping[str, Any]) -> list[Row]:
         (image,), (mask,) = decollate_batch(batch["image"]), decollate_batch(batch["label"])

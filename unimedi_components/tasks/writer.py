@@ -14,9 +14,9 @@ import torch
 from monai.transforms import Transform
 
 from unimedi_components.data.datalist import write_json
-from unimedi_components.data.dataset import PretrainDataset
 from unimedi_components.errors import CheckpointError, DataError
 from unimedi_components.files import replacing
+from unimedi_components.loading import ImageDataset
 from unimedi_components.tasks.dicom_outputs import check_dicom_outputs
 
 __all__ = ["PredictionWriter", "check_finite", "check_probability", "write_csv"]
@@ -72,7 +72,7 @@ class PredictionWriter(Transform):
         """Tables to write, by file name, from rows that also have "id" and "source"."""
         return {}
 
-    def finish(self, dataset: PretrainDataset) -> None:
+    def finish(self, dataset: ImageDataset) -> None:
         """Write `predictions.json` and the tables, and say how many inputs could not be read.
 
         Args:

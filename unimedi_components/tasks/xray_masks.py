@@ -15,10 +15,10 @@ from PIL import Image
 from torch import Tensor
 
 from unimedi_components.data.chains import task_transforms
-from unimedi_components.data.dense import DenseDataset
 from unimedi_components.data.transforms import XrayReader
 from unimedi_components.figures.panels import MaskView, draw_masks
 from unimedi_components.files import replacing
+from unimedi_components.loading import ImageDataset
 from unimedi_components.metrics.masks import mask_counts, mask_metrics, mask_scores
 from unimedi_components.tasks.dicom_outputs import write_mask
 from unimedi_components.tasks.evaluate import Row, TaskEvaluation
@@ -47,9 +47,9 @@ class MaskEvaluation(TaskEvaluation):
         self.threshold = threshold
         self.grid: list[int] = []
 
-    def dataset(self, items: Sequence[Row], root: Path, **options: Any) -> DenseDataset:
+    def dataset(self, items: Sequence[Row], root: Path, **options: Any) -> ImageDataset:
         chain = task_transforms(self.network.card["preprocessing"], target="mask")
-        return DenseDataset(items, chain, root, target="mask", dim=2, **options)
+        return ImageDataset(items, chain, root, target="mask", dim=2, **options)
 
     def _probability(self, image: Tensor) -> Tensor:
         return self.finite(self.network(image.to(self.device)).float().sigmoid().cpu())

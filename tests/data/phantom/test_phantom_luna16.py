@@ -13,13 +13,13 @@ import pytest
 from monai.transforms import Compose
 
 from unimedi_components.data.cubes import LoadCubed, luna_cube_transforms
-from unimedi_components.data.dataset import PretrainDataset
 from unimedi_components.data.luna16 import DATASET
 from unimedi_components.data.phantom import luna16, write_phantom
 from unimedi_components.data.phantom.nodules import PADDING_HU, make_nodule_ct
 from unimedi_components.data.phantom.studies import make_patient
 from unimedi_components.data.transforms import ByDimension, ct_transforms
 from unimedi_components.images.itk_volumes import read_block, read_geometry, world_to_voxel
+from unimedi_components.loading import ImageDataset
 
 PATIENTS, SEED = 12, 6
 SPLITS = ("training", "validation", "test")
@@ -196,7 +196,7 @@ def test_data_set_delivers_one_cube_per_candidate(root, tmp_path):
     items = DATASET.convert(root, mode="candidates", progress=False)["training"][:3]
     assert len({item["image"] for item in items}) == 1
     transform = ByDimension(three_d=luna_cube_transforms((8, 16, 16)))
-    data = PretrainDataset(items, transform, root, tmp_path / "cache", require_report=False)
+    data = ImageDataset(items, transform, root, cache_dir=tmp_path / "cache")
     first, again = ([data[index]["image"] for index in range(3)] for _ in range(2))
     for index, item in enumerate(items):
         expected = Compose(luna_cube_transforms((8, 16, 16)))({**item, "image": str(root / item["image"])})["image"]

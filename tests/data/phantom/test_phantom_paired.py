@@ -10,7 +10,7 @@ from PIL import Image
 from unimedi_components.data.phantom import make_xray, write_phantom
 from unimedi_components.data.phantom.paired import write_paired_xray
 from unimedi_components.data.phantom.studies import labels_of, make_patient
-from unimedi_components.evaluation.features import load_truth
+from unimedi_components.data.phantom.truth import load_truth
 
 SEED = 5
 

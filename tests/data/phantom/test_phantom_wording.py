@@ -11,7 +11,7 @@ from unimedi_components.data.phantom import mimic_cxr, write_phantom
 from unimedi_components.data.phantom.findings import Finding
 from unimedi_components.data.phantom.reports import Report, write_report
 from unimedi_components.data.phantom.studies import make_patient
-from unimedi_components.search.prompts import SIDES, load_prompts, shipped_prompts
+from unimedi_components.retrieval.prompts import SIDES, load_prompts, shipped_prompts
 
 COUNT = 2000
 # No lung has these: the left one has no middle lobe, no lobe is called mid or basal, and only one has a lingula.

@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Evaluation on a datalist: metrics of its held-out split, and the figures that a run leaves behind."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+
+from unimedi_components.data.datalist import load_datalist, select, write_json
+from unimedi_components.data.phantom.truth import load_truth
+from unimedi_components.distributed import rank, wait_for_ranks
+from unimedi_components.figures.attention import CTView, XrayView, draw_selection, draw_xrays
+from unimedi_components.figures.curves import draw_loss_curves
+from unimedi_components.networks.pretrained import Pretrained, load_pretrained
+from unimedi_components.provenance import provenance
+from unimedi_components.retrieval.embedder import check_punct, make_dataset
+from unimedi_components.retrieval.features import Features, extract_features, features_of_all_ranks
+from unimedi_components.retrieval.measuring import all_metrics
+from unimedi_components.retrieval.slices import is_focal, lesion_mask
+
+__all__ = ["after_training", "ct_views", "evaluate_datalist", "xray_views"]
+
+Array = npt.NDArray[Any]
+Datalist = dict[str, Any]
+Studies = Mapping[str, Mapping[str, Any]]
+
+_CT_STUDIES = 3
+_XRAYS = 4
+
+
+def evaluate_datalist(
+    pretrained: Pretrained,
+    datalist: str | Path | Datalist,
+    root: str | Path,
+    truth: str | Path | None = None,
+    split: str = "test",
+    **options: Any,
+) -> dict[str, Any]:
+    """Measure a network on one split: retrieval, collapse, and where the truth is known all else.
+
+    Args:
+        datalist: file or parsed.
+        root: folder that its image paths are relative to.
+        truth: folder with the phantoms' truth, `root` by default; real data have none.
+        split: "test", "validation" or "training".
+        options: of `extract_features`.
+
+    Returns:
+        the values of `measuring.all_metrics`, with "split"; a split without items gives its name and counts of
+        0.
+
+    Raises:
+        DataError: the datalist or the truth is unreadable, or the split unknown.
+    """
+    lists = _parsed(datalist)
+    check_punct(pretrained, lists)
+    features = extract_features(pretrained, select(lists, split), root, **options)
+    return {"split": split, **all_metrics(pretrained, features, load_truth(truth or root), **options)}
+
+
+def after_training(
+    checkpoint: str | Path,
+    datalist: str | Path | Datalist,
+    root: str | Path,
+    output_dir: str | Path,
+    history: Sequence[Mapping[str, float]] = (),
+    device: str = "cpu",
+    **options: Any,
+) -> dict[str, Any]:
+    """Write what a finished training run has to show; on rank 0, with features to which every rank adds its share.
+
+    `metrics.json` holds the values of the test split, or of the validation split if there is no test item, `run.json`
+    the command, commit and machine.
+    The figures show items of the first split that has any, in that order and training last; their titles say
+    which: `loss_curves.png`, `slice_selection.png` (the paper's Fig. 5) and `xray_attention.png`.
+
+    Args:
+        checkpoint: `models/model.pt` of the run.
+        datalist: file or parsed.
+        root: folder that its image paths are relative to.
+        history: one dict per iteration, see `draw_loss_curves`.
+        options: of `extract_features`.
+
+    Returns:
+        the content of `metrics.json`; empty on other ranks.
+
+    Raises:
+        CheckpointError: the checkpoint does not load.
+        DataError: the datalist is unreadable.
+    """
+    wait_for_ranks()  # for the first one's checkpoint
+    pretrained, lists = load_pretrained(checkpoint, device), _parsed(datalist)
+    out, truth = Path(output_dir), load_truth(root)
+    studies = None if truth is None else truth["studies"]
+    split = "test" if select(lists, "test") else "validation"
+    with tempfile.TemporaryDirectory(prefix="unimedi-measured-") as scratch:
+        # images are read once for all measures
+        read = {"cache_dir": scratch, **options}
+        features = features_of_all_ranks(pretrained, select(lists, split), root, **read)
+        if rank() != 0:
+            return {}
+        values = {"split": split, **all_metrics(pretrained, features, truth, **read)}
+    if history:
+        values["training"] = {"iterations": history[-1]["iteration"], "loss": history[-1]["loss"]}
+        draw_loss_curves(history, out / "loss_curves.png")
+    write_json(provenance(), out / "run.json")
+    write_json(values, out / "metrics.json")
+    if shown := _shown(pretrained, lists, root, 3, split, features, studies, options):
+        views = ct_views(pretrained, shown[1], root, studies)
+        draw_selection(views, out / "slice_selection.png", f"Slices selected by CLS attention ({shown[0]} split)")
+    if shown := _shown(pretrained, lists, root, 2, split, features, studies, options):
+        draw_xrays(
+            xray_views(pretrained, shown[1], root),
+            out / "xray_attention.png",
+            f"CLS attention ({shown[0]} split)",
+        )
+    return values
+
+
+def _shown(
+    pretrained: Pretrained,
+    lists: Datalist,
+    root: str | Path,
+    dim: int,
+    split: str,
+    features: Mapping[int, Features],
+    studies: Studies | None,
+    options: Mapping[str, Any],
+) -> tuple[str, Features] | None:
+    """Features to draw and their split: another one if the evaluated one lacks this dimension."""
+    if dim in features:
+        return split, features[dim]
+    for other in ("test", "validation", "training"):
+        items = select(lists, other, dim)
+        if items and (found := extract_features(pretrained, items[: 4 * _XRAYS], root, **options)):
+            return other, found[dim]
+    return None
+
+
+def ct_views(
+    pretrained: Pretrained,
+    features: Features,
+    root: str | Path,
+    studies: Studies | None = None,
+    count: int = _CT_STUDIES,
+) -> list[CTView]:
+    """The first studies to draw; where lesions are known, the first focal ones.
+
+    Args:
+        studies: truth by item id, or None.
+    """
+    truths = [(studies or {}).get(item["id"], {}) for item in features.items]
+    rows = range(len(truths))
+    focal = [i for i in rows if is_focal(truths[i].get("lesion_slices", ()), truths[i].get("n_slices", 0))]
+    chosen = (focal or list(rows))[:count]
+    assert features.selected is not None and features.scores is not None
+    views = []
+    for i, volume, attention in _images(pretrained, features, chosen, root):
+        known = "n_slices" in truths[i]
+        views.append(
+            CTView(
+                name=features.items[i]["id"],
+                volume=volume,
+                selected=features.selected[i].tolist(),
+                scores=features.scores[i].numpy(),
+                attention=attention,
+                report=features.reports[i],
+                lesions=lesion_mask(truths[i]["lesion_slices"], truths[i]["n_slices"], len(volume)) if known else None,
+            )
+        )
+    return views
+
+
+def xray_views(pretrained: Pretrained, features: Features, root: str | Path, count: int = _XRAYS) -> list[XrayView]:
+    """The first X-rays to draw, one of a patient; arguments as for `ct_views`."""
+    firsts = {item["patient"]: i for i, item in reversed(list(enumerate(features.items)))}
+    shown = _images(pretrained, features, sorted(firsts.values())[:count], root)
+    return [
+        XrayView(features.items[i]["id"][-24:], image, attention[0], features.reports[i])
+        for i, image, attention in shown
+    ]
+
+
+def _images(
+    pretrained: Pretrained, features: Features, rows: Sequence[int], root: str | Path
+) -> Iterator[tuple[int, Array, Array]]:
+    """Row, image and attention on its token grid (slabs, rows, columns) of some of the features' items."""
+    dataset = make_dataset(pretrained, [features.items[i] for i in rows], root)
+    for place, i in enumerate(rows):
+        image = dataset[place]["image"]
+        grid = pretrained.network.encoder.token_grids(image[None])[0]
+        yield i, image[0].numpy(), features.attention[i].view(grid).numpy()
+
+
+def _parsed(datalist: str | Path | Datalist) -> Datalist:
+    return datalist if isinstance(datalist, dict) else load_datalist(datalist)
