@@ -100,7 +100,9 @@ class Embeddings:
                 texts = {name: json.loads(str(content[name])) for name in ("entries", "card", "skipped", "model")}
                 arrays = {name: content[name] for name in ("embed", "cls", "scores", "selected") if name in content}
         except FileNotFoundError:
-            raise DataError(f"{path}: no such file; make it with 'python -m unimedi_components embed'") from None
+            raise DataError(
+                f"{path}: no such file; make it with 'python -m unimedi_components embed' or 'index'"
+            ) from None
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             reason = str(error).splitlines()[0]
             raise DataError(f"{path}: holds no embeddings ({reason}); make them again with 'embed'") from error
