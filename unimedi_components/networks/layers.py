@@ -58,7 +58,7 @@ class Attention(nn.Module):
         qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, dim // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, N, C)
         out = F.scaled_dot_product_attention(q, k, v)
-        options = {"include_cls_key": include_cls_key, "first": first}
+        options: dict[str, Any] = {"include_cls_key": include_cls_key, "first": first}
         attention = cls_attention(q[:, :, 0], k, **options) if return_attention else None
         return self.proj(out.transpose(1, 2).reshape(batch, tokens, dim)), attention
 

@@ -217,7 +217,11 @@ class UnifiedViT(HubEncoder):
         def without_registers(x: Tensor) -> Tensor:
             return x if first == 1 else torch.cat([x[:, :1], x[:, first:]], 1)
 
-        options = {"return_attention": return_attention, "include_cls_key": self.include_cls_key, "first": first}
+        options: dict[str, Any] = {
+            "return_attention": return_attention,
+            "include_cls_key": self.include_cls_key,
+            "first": first,
+        }
         if self.norm_pre is not None:
             x = self.norm_pre(x)
         attention: Tensor | None = None
