@@ -80,7 +80,7 @@ $(ECOSYSTEM_STAMP): $(STAMP) tests/ecosystem/requirements.txt
 	$(ECOSYSTEM_PYTHON) -m pip install --no-deps --requirement tests/ecosystem/requirements.txt
 	@touch $@
 
-test-ecosystem: $(ECOSYSTEM_STAMP) ## MONAI Label's real tasks and real pre-trained towers, in .venv-ecosystem
+test-ecosystem: $(ECOSYSTEM_STAMP) ## MONAI Label's server and tasks (and Orthanc, if there), real pre-trained towers
 	OMP_NUM_THREADS=1 $(ECOSYSTEM_PYTHON) -m pytest -rs tests/ecosystem
 
 lint: venv ## ruff and mypy

@@ -71,8 +71,9 @@ def parts(device: str, out: Path, work: Path) -> list[Part]:
     toy = device == "cpu"
     on_device = {"UNIMEDI_TEST_DEVICE": device}
     pytest = ("-m", "pytest", "-q", "-p", "no:cacheprovider")
-    on_card = "tests/bundles/test_on_a_gpu.py"
-    networks = ("tests/test_waits.py", "-k", "counter") if toy else ("tests/test_waits.py", on_card)
+    networks = (
+        ("tests/test_waits.py", "-k", "counter") if toy else ("tests/test_waits.py", "tests/bundles/test_on_a_gpu.py")
+    )
     found = [Part("tests_networks", (*pytest, *networks), 3, environment=on_device)]
     if not toy:
         contract = ("tests/bundles/test_task_contract.py", "-k", CONTRACT)

@@ -1,178 +1,101 @@
 # SPDX-License-Identifier: Apache-2.0
-"""UNETR over the unified encoder beside MONAI's UNETR: Dice per minute of training on the same abdominal phantoms.
+"""Training steps of the segmentation networks beside MONAI's UNETR of the same sizes.
 
-Run from the repository's root: `python -m benchmarks.segmentation --json results/segmentation.json`. Both networks get
-the same volumes, order of cases, augmentation, loss, kind of optimizer, learning rate and wall-clock time of training;
-time spent on measuring does not count. The peer's patches are 16 x 16 x 16, which MONAI's UNETR prescribes, with the
-same width, heads and channels; its depth must be twelve blocks, which MONAI prescribes too. The bars hold if the
-pre-trained network is at least the peer's equal in mean Dice at each third of the time.
+Run from the repository's root: `python -m benchmarks.segmentation --out results/segmentation.json`. Of volumes: UNETR
+over the unified encoder and MONAI's, both with 16 x 16 x 16 patches, twelve blocks of a ViT-B and the same decoder, on
+96 x 96 x 96 voxels of 14 classes: equal work, with bars. Beside them the bundle's own, with 4 x 16 x 16 patches. Of
+films: SETR-PUP over the frozen encoder and the same trained as a whole, beside MONAI's UNETR in 2D, which is another
+decoder and has no bar. How fast they learn is what `benchmarks.peer_dice` measures.
 """
 
 from __future__ import annotations
 
-import json as json_module
-import platform
-import time
-from pathlib import Path
 from typing import Any
 
 import fire
 import torch
-from monai.bundle import ConfigParser
+from monai.losses import DiceCELoss
 from monai.networks.nets import UNETR
-from torch import nn
+from torch import Tensor, nn
 
-from unimedi_components.engines import build_optimizer
-from unimedi_components.loading import ImageDataset, ImageLoader, RepeatedDataset
-from unimedi_components.metrics.organs import OrganDice
-from unimedi_components.networks import encoder_sizes
+from benchmarks import measure
+from unimedi_components.networks import SETRPUP, UnifiedViT
+from unimedi_components.networks.unetr import UnifiedUNETR
 
-CONFIG = "bundles/abdomen_ct_segmentation/configs/train.json"
-THIRDS = 3
+MAX_TIME, MAX_MEMORY = 1.05, 1.05
+CLASSES = 14
 
 
-def segmentation(
-    json: str | None = None,
-    minutes: float = 4.0,
-    phantoms: int = 45,
-    seed: int = 0,
-    networks: str = "unimedi,random,monai",
-    threads: int | None = None,
-) -> dict[str, Any]:
-    """Train each network for the same time and measure mean Dice on the held-out phantoms.
+def segmentation(device: str = "cpu", out: str | None = None, quick: bool = False, rounds: int = 3) -> dict[str, Any]:
+    """Measure steps.
 
     Args:
-        json: file for the result.
-        minutes: wall-clock time of training for each network.
-        phantoms: patients in BCV's layout, written below `data/` unless they are there.
-        seed: of new weights, the order of cases and the augmentation.
-        networks: of "unimedi" (pre-trained encoder), "random" (the same without) and "monai".
-        threads: of torch; None leaves its own.
+        device: "cpu" or "cuda".
+        out: file for the result.
+        quick: small sizes and a single round.
+        rounds: turns of each.
     """
-    if threads:
-        torch.set_num_threads(threads)
-    chosen = networks.split(",") if isinstance(networks, str) else list(networks)
-    rows = [row for name in chosen for row in _train(name, minutes, phantoms, seed)]
-    result = {
-        "machine": {
-            "cpu": platform.processor() or platform.machine(),
-            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-        },
-        "minutes": minutes,
-        "rows": rows,
-        "bars": _bars(rows),
+    place = measure.set_up(device)
+    width, heads, cube, side, features = (48, 3, 32, 64, 4) if quick else (768, 12, 96, 224, 16)
+    volumes, films = (4, 32) if place.type == "cuda" and not quick else (1, 2)
+    volume, classes = (cube,) * 3, CLASSES
+    sizes = {"embed_dim": width, "depth": 12, "num_heads": heads}
+    peer = {"feature_size": features, "hidden_size": width, "mlp_dim": 4 * width, "num_heads": heads}
+
+    def encoder(depth: int) -> UnifiedViT:
+        return UnifiedViT(side, volume, patch_size_3d=(depth, 16, 16), **sizes)
+
+    inputs: dict[str, tuple[Tensor, Tensor, dict[str, nn.Module]]] = {
+        "volumes": (
+            torch.randn(volumes, 1, *volume),
+            torch.randint(classes, (volumes, 1, *volume)),
+            {
+                "monai": UNETR(1, classes, volume, **peer),
+                "ours, equal work": UnifiedUNETR(encoder(16), classes, feature_size=features),
+                "ours, patches of 4": UnifiedUNETR(encoder(4), classes, feature_size=features),
+            },
+        ),
+        "films": (
+            torch.randn(films, 1, side, side),
+            torch.randint(2, (films, 1, side, side)),
+            {
+                "monai": UNETR(1, 1, (side, side), spatial_dims=2, **peer),
+                "SETR-PUP, frozen encoder": SETRPUP(encoder(4), freeze_encoder=True),
+                "SETR-PUP": SETRPUP(encoder(4), freeze_encoder=False),
+            },
+        ),
     }
-    if json is not None:
-        Path(json).parent.mkdir(parents=True, exist_ok=True)
-        Path(json).write_text(json_module.dumps(result, indent=1), encoding="utf-8")
-    print(json_module.dumps(result, indent=1))
-    return result
-
-
-def _train(name: str, minutes: float, phantoms: int, seed: int) -> list[dict[str, Any]]:
-    parser = ConfigParser(json_module.loads(Path(CONFIG).read_text(encoding="utf-8")))
-    # only what is asked for is built: the network for the peer never is
-    changes: dict[str, Any] = {"data#datalist#phantoms": phantoms, "seed": seed}
-    if name == "random":
-        changes["encoder_weights"] = "none"
-    parser.update(changes)
-    torch.manual_seed(seed)
-    network = _network(name, parser)
-    device = torch.device(parser.get_parsed_content("device"))
-    network.to(device)
-    dataset: Any = parser.get_parsed_content("train#dataset")
-    held_out = _held_out(parser)
-    loader = ImageLoader(RepeatedDataset(dataset, steps=50), 1, shuffle=True, seed=seed)
-    loss: Any = parser.get_parsed_content("loss")
-    rates = {key: parser[f"optimizer#{key}"] for key in ("lr", "weight_decay", "encoder_lr")}
-    if name == "monai":
-        optimizer = torch.optim.AdamW(network.parameters(), lr=rates["lr"], weight_decay=rates["weight_decay"])
-    else:
-        optimizer = build_optimizer(network, **rates)
-    peaks = [group["lr"] for group in optimizer.param_groups]
     rows: list[dict[str, Any]] = []
-    steps, trained, epoch = 0, 0.0, 0
-    network.train()
-    while len(rows) < THIRDS:
-        loader.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
-        dataset.set_epoch(epoch)
-        epoch += 1
-        batches = iter(loader)
-        while len(rows) < THIRDS:
-            started = time.perf_counter()
-            batch = next(batches, None)
-            if batch is None:
-                break
-            share = trained / (60 * minutes)
-            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                rise = min(1.0, (steps + 1) / (parser["lr_scheduler#warmup_iters"] + 1))
-                group["lr"] = peak * rise * max(0.0, 1 - share) ** parser["lr_scheduler#power"]
-            value = loss(network(batch["image"].to(device)), batch["label"].to(device))
-            optimizer.zero_grad()
-            value.backward()
-            nn.utils.clip_grad_norm_(network.parameters(), parser["train#run#max_grad_norm"])
-            optimizer.step()
-            steps += 1
-            trained += time.perf_counter() - started
-            if trained >= 60 * minutes * (len(rows) + 1) / THIRDS:
-                dice = _dice(network, held_out, len(parser["label_names"]), device)
-                rows.append({"network": name, "seconds": trained, "steps": steps, "mean_dice": dice})
-                print(f"{name}: {trained:.0f} s, {steps} steps, mean Dice {dice:.3f}", flush=True)
-    return rows
+    bars: dict[str, Any] = {}
+    for kind, (image, target, networks) in inputs.items():
+        image, target = image.to(place), target.to(place)
+        several = kind == "volumes"
+        loss = DiceCELoss(softmax=several, to_onehot_y=several, sigmoid=not several)
+        for dtype in (torch.float32, torch.bfloat16):
+            runs: dict[str, Any] = {}
+            for name, network in networks.items():
+                network.train().to(place)
+                runs[name] = (network, measure.step(network, _loss(network, image, target, loss), dtype))
+            found = measure.peaks(runs, place)
+            times = measure.by_turns({name: run for name, (_, run) in runs.items()}, place, 1 if quick else rounds)
+            named = f"{kind}, {str(dtype).removeprefix('torch.')}"
+            for name in runs:
+                over = {"time_over_monai": measure.ratio(times, name, "monai")}
+                over["bytes_over_monai"] = found[name] / found["monai"]  # type: ignore[assignment]
+                rows.append({"input": named, "name": name, "seconds": times[name], "bytes": found[name], **over})
+            ours = "ours, equal work"
+            if ours in runs:
+                bars[f"{named}: time over monai's"] = measure.at_most(measure.ratio(times, ours, "monai"), MAX_TIME)
+                bars[f"{named}: memory over monai's"] = measure.at_most(found[ours] / found["monai"], MAX_MEMORY)
+    return measure.report("segmentation", place, out, rows, bars, quick, volume=volume, image=side, **sizes)
 
 
-def _network(name: str, parser: ConfigParser) -> nn.Module:
-    if name in ("unimedi", "random"):
-        network: Any = parser.get_parsed_content("network_def")
-        return network
-    if name != "monai":
-        raise SystemExit(f"unknown network {name!r}; choose from: unimedi, random, monai")
-    encoder = encoder_sizes(parser["size"])
-    width = encoder["embed_dim"]
-    return UNETR(
-        1,
-        len(parser["label_names"]),
-        parser["vol_size"],
-        feature_size=parser["network_def#feature_size"],
-        hidden_size=width,
-        mlp_dim=4 * width,
-        num_heads=encoder["num_heads"],
-    )
+def _loss(network: nn.Module, image: Tensor, target: Tensor, loss: nn.Module) -> Any:
+    def run() -> Tensor:
+        scores = network(image)
+        return loss((scores[0] if isinstance(scores, (list, tuple)) else scores).float(), target)
 
-
-def _held_out(parser: ConfigParser) -> ImageDataset:
-    items: Any = parser.get_parsed_content("data#items")
-    chain: Any = parser.get_parsed_content("validate#preprocessing")
-    folders = {key: parser.get_parsed_content(key) for key in ("dataset_dir", "cache_dir")}
-    return ImageDataset(items["test"], chain, folders["dataset_dir"], "mask", dim=3, cache_dir=folders["cache_dir"])
-
-
-@torch.no_grad()
-def _dice(network: nn.Module, dataset: ImageDataset, classes: int, device: torch.device) -> float:
-    """Mean Dice on the network's grid."""
-    network.eval()
-    metric = OrganDice(classes)
-    for batch in ImageLoader(dataset, 1):
-        metric.update((network(batch["image"].to(device)), batch["label"].to(device)))
-    network.train()
-    return metric.compute()
-
-
-def _bars(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Whether ours reaches the peer's Dice after each third of the time, and the random encoder's after all."""
-    by = {name: [row["mean_dice"] for row in rows if row["network"] == name] for name in ("unimedi", "random", "monai")}
-    bars = []
-    if by["unimedi"] and by["monai"]:
-        for third, (ours, peer) in enumerate(zip(by["unimedi"], by["monai"], strict=True), start=1):
-            title = f"mean Dice after {third}/{THIRDS} of the time, at least MONAI's UNETR"
-            bars.append({"name": title, "value": ours, "limit": peer, "holds": ours >= peer})
-    if by["unimedi"] and by["random"]:
-        ours, peer = by["unimedi"][-1], by["random"][-1]
-        title = "mean Dice of the pre-trained encoder, above the random one"
-        bars.append({"name": title, "value": ours, "limit": peer, "holds": ours > peer})
-    return bars
+    return run
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ per run, `OUT.md`, the mean and standard deviation over seeds, and `OUT.json`, t
 read from `$UNIMEDI_DATA/<name>` with the paper's protocol where that folder is there, and made as phantoms for the
 small default otherwise. Where images are classified, a logistic regression on their pixels stands beside the encoders,
 see `benchmarks.pixels`. Table 6 ends with MONAI's UNETR as a peer of the same training time on phantoms, see
-`benchmarks.segmentation`.
+`benchmarks.peer_dice`.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ import fire
 import monai
 from monai.bundle import ConfigParser, ConfigWorkflow
 
+from benchmarks.peer_dice import peer_dice
 from benchmarks.pixels import pixel_probe
-from benchmarks.segmentation import segmentation
 from unimedi_components.data.datalist import write_json
 from unimedi_components.provenance import provenance
 
@@ -47,7 +47,7 @@ class Cell:
         training: what is trained, for the table.
         overlays: config files of the bundle between its default and the data set's.
         fractions: of the labels.
-        peer_minutes: of training for each network of `benchmarks.segmentation` at the table's end; 0 leaves it out.
+        peer_minutes: of training for each network of `benchmarks.peer_dice` at the table's end; 0 leaves it out.
     """
 
     bundle: str
@@ -152,7 +152,7 @@ def table(
 def _peers(minutes: float, seed: int) -> list[Row]:
     """Mean Dice on the networks' own grid after the same time of training, all labels, phantoms."""
     names = {"random": "random", "unimedi": "UniMedI", "monai": "MONAI UNETR"}
-    measured = segmentation(minutes=minutes, seed=seed, networks=",".join(names))["rows"]
+    measured = peer_dice(minutes=minutes, seed=seed, networks=",".join(names))["rows"]
     last = {row["network"]: row["mean_dice"] for row in measured}
     common = {
         "data": "phantom",

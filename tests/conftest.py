@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import nn
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+from tests.common import REPOSITORY, process_kept
+
 REAL_TABLES = ("xray_text/xray_text.csv", "ct3d/ct3d.csv")
 
 
@@ -25,6 +26,13 @@ def real_root() -> Path:
     if not root or not all((Path(root) / table).is_file() for table in REAL_TABLES):
         pytest.skip(f"UNIMEDI_REAL_DATA does not name a folder with {' and '.join(REAL_TABLES)}")
     return Path(root)
+
+
+@pytest.fixture
+def in_process() -> Iterator[None]:
+    """For runs within the test's own process."""
+    with process_kept():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -12,19 +12,17 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import monai
 import nibabel as nib
 import numpy as np
 import pytest
-import torch
 from monai.bundle import ConfigWorkflow
 from PIL import Image
 
+from tests.common import fault_of, run_bundle
 from unimedi_components import check_run
 from unimedi_components.__main__ import main
 from unimedi_components.bundle import user_fault
@@ -83,20 +81,6 @@ def own(tmp_path: Path) -> Path:
     return root
 
 
-@pytest.fixture
-def in_process() -> Iterator[None]:
-    """Put back what a run changes for the whole process."""
-    precision, path = torch.get_float32_matmul_precision(), sys.path[:]
-    flash, cudnn = torch.backends.cuda.flash_sdp_enabled(), torch.backends.cudnn
-    flags = cudnn.deterministic, cudnn.benchmark
-    yield
-    sys.path[:] = path
-    monai.utils.set_determinism(None)
-    cudnn.deterministic, cudnn.benchmark = flags
-    torch.set_float32_matmul_precision(precision)
-    torch.backends.cuda.enable_flash_sdp(flash)
-
-
 def prepare(root: Path, dataset: str = "table", table: str = "own.csv", **options: Any) -> dict[str, Any]:
     """Run `prepare` on the command line and return the datalist."""
     source = str(root / table) if dataset == "table" else str(root)
@@ -128,20 +112,7 @@ def folders(root: Path) -> dict[str, str]:
 
 def train(root: Path, **overrides: Any) -> ConfigWorkflow:
     """Train for an epoch on the prepared data, as `monai.bundle run` does."""
-    words = {**TINY, **folders(root), **overrides}
-    workflow = ConfigWorkflow(str(CONFIG), workflow_type="train", logging_file=False, **words)
-    workflow.initialize()
-    workflow.run()
-    return workflow
-
-
-def fault(root: Path, **overrides: Any) -> str:
-    """What the user is told when training fails: the fault behind MONAI's exception, one line."""
-    with pytest.raises(Exception) as caught:
-        train(root, **overrides)
-    message = user_fault(caught.value)
-    assert message is not None and "\n" not in message
-    return message
+    return run_bundle(CONFIG, "train", **{**TINY, **folders(root), **overrides})
 
 
 # ---- the data set's root and tables ----------------------------------------------------------------------------
@@ -163,11 +134,11 @@ def test_missing_root(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 def test_missing_root_of_a_training_run(own: Path) -> None:
     prepare(own)
     moved = own.parent / "moved"
-    assert fault(own, dataset_dir=str(moved)) == (
+    assert fault_of(train, own, dataset_dir=str(moved)) == (
         f"{moved}: no such folder. Give the folder that the images of {own.parent / 'list.json'} are relative to."
     )
     absent = own.parent / "absent.json"
-    assert fault(own, datalist=str(absent)).startswith(f"{absent}: no such datalist. Make it with 'python -m")
+    assert fault_of(train, own, datalist=str(absent)).startswith(f"{absent}: no such datalist. Make it with 'python -m")
 
 
 @pytest.mark.parametrize(
@@ -229,7 +200,7 @@ def test_files_damaged_after_prepare_are_skipped_counted_and_listed(
 def test_a_damaged_file_ends_a_strict_run(own: Path) -> None:
     path = own / prepare(own)["training"][-1]["image"]
     path.write_bytes(path.read_bytes()[:200])
-    message = fault(own, **{"train#dataset#strict": True})
+    message = fault_of(train, own, **{"train#dataset#strict": True})
     assert message.startswith(f"{path}: cannot be read (") and "Truncated File Read" in message
     assert message.endswith("repair or remove it, or set `strict` to false")
 
@@ -247,7 +218,7 @@ def test_zero_affine(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_zero_affine_at_training_time(own: Path) -> None:
     item = next(item for item in prepare(own)["training"] if item["dim"] == 3)
     ct(own / item["image"], np.random.default_rng(1), affine=np.zeros((4, 4)))
-    message = fault(own, **{"train#dataset#strict": True})
+    message = fault_of(train, own, **{"train#dataset#strict": True})
     assert (
         message.startswith(f"{own / item['image']}: cannot be read (")
         and "the affine is zero, so size and orientation are unknown" in message
@@ -300,7 +271,7 @@ def test_patient_in_two_splits_of_a_datalist(own: Path) -> None:
     path = own.parent / "list.json"
     path.write_text(json.dumps(datalist))
     patient = datalist["training"][0]["patient"]
-    assert fault(own) == (
+    assert fault_of(train, own) == (
         f"{path}: patient {patient!r} is in two splits, training and validation. "
         "Put all items of a patient into one split, or prepare the data again."
     )
@@ -326,7 +297,7 @@ def test_datalist_of_another_root(own: Path) -> None:
     prepare(own)
     other = own.parent / "other"
     other.mkdir()
-    assert fault(own, dataset_dir=str(other)) == (
+    assert fault_of(train, own, dataset_dir=str(other)) == (
         f"{own.parent / 'list.json'}: training image v00.nii is not below {other}. "
         f"Give the data set's root (prepared from {own})."
     )
@@ -338,7 +309,7 @@ def test_datalist_of_another_root(own: Path) -> None:
 @pytest.mark.usefixtures("in_process")
 def test_more_slices_than_slabs(own: Path) -> None:
     prepare(own)
-    assert fault(own, **{"network_def#num_slices": 99}) == (
+    assert fault_of(train, own, **{"network_def#num_slices": 99}) == (
         "cannot select k=99 slices: the volume has 4 slabs to choose from (4 slabs of 4 slices each); "
         "set num_slices (k) between 1 and 4 or use a smaller patch depth"
     )
@@ -347,11 +318,11 @@ def test_more_slices_than_slabs(own: Path) -> None:
 @pytest.mark.usefixtures("in_process")
 def test_an_image_size_that_the_patch_does_not_divide(own: Path) -> None:
     prepare(own)
-    assert fault(own, img_size=60) == (
+    assert fault_of(train, own, img_size=60) == (
         "an image of 60x60 cannot be cut into patches of 16x16: each side must be a multiple of it; "
         "resize or pad it (nearest: 64x64; config keys img_size and vol_size) or change patch_size"
     )
-    message = fault(own, vol_size=[30, 24, 24])
+    message = fault_of(train, own, vol_size=[30, 24, 24])
     assert "an image of 30x24x24 cannot be cut into patches of 4x12x12" in message and "nearest: 32x24x24" in message
 
 

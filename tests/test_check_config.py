@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from monai.bundle import ConfigWorkflow
 
+from tests.common import REPOSITORY, fault_of, run_bundle
 from unimedi_components import check_config, check_run
 from unimedi_components.bundle import RunCall, parse_run_call
 from unimedi_components.errors import ConfigError
@@ -325,11 +326,52 @@ def test_check_run_ends_the_running_bundle_with_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base = write(tmp_path / "train.json", BASE)
-    workflow = ConfigWorkflow(config_file=base, logging_file=False, ghost=7)
+    workflow = ConfigWorkflow(config_file=base, logging_file=False)
     monkeypatch.setattr(sys, "argv", ["pytest", "--ghost", "7"])
-    workflow.initialize()  # not a command line of MONAI: nothing to check
+    workflow.initialize()  # not a command line of MONAI
     monkeypatch.setattr(sys, "argv", [MONAI_MAIN, "run", "--config_file", base, "--ghost", "7"])
     with pytest.raises(SystemExit) as stop:
         workflow.initialize()
     assert stop.value.code == 2
     assert capsys.readouterr().err.splitlines()[-1] == "error: unknown override '--ghost': nothing defines it"
+
+
+UNKNOWN = {
+    "ghost": "unknown config key 'ghost' in the workflow: nothing uses it",
+    "max_epoch": "unknown config key 'max_epoch' in the workflow: nothing uses it; did you mean 'max_epochs'?",
+    "train#sises": "unknown config key 'train#sises' in the workflow: nothing uses it; did you mean 'train#sizes'?",
+    "optimizer#lrs": "unknown argument 'lrs' of 'torch.optim.AdamW' at 'optimizer'; did you mean 'lr'?",
+}
+
+
+def test_a_workflow_made_in_python_is_checked(tmp_path: Path) -> None:
+    config = changed(extra=[1], train__copy="%extra", train__dataloader__batch_size="$len(@train#copy)")
+    file = write(tmp_path / "train.json", config)
+    # an override that takes a reference's place, and a macro, leave keys that nothing but the file refers to
+    run_bundle(Path(file), "train", start=False, **{"train#dataset#data": [3], "optimizer#lr": 0.1, "device": "cpu"})
+    for key, message in UNKNOWN.items():
+        assert fault_of(run_bundle, Path(file), "train", start=False, **{key: 7}) == message
+
+
+MOVED = {
+    ("chest_xray_classification", "probe_lr"): "recipe#probe#lr",
+    ("chest_xray_classification", "batch_size"): "train#dataloader#batch_size",
+    ("chest_xray_classification", "img_size"): "preprocessing#xray#size",
+    ("chest_xray_segmentation", "augment_prob"): "train#augment#prob",
+    ("chest_xray_detection", "data_set"): "data#datalist#dataset",
+    ("abdomen_ct_segmentation", "lr"): "optimizer#lr",
+    ("abdomen_ct_segmentation", "steps_per_pass"): "train#repeated#steps",
+    ("pretrain", "strict"): "train#dataset#strict",
+    ("pretrain", "amp_dtype"): "amp",
+}
+
+
+@pytest.mark.parametrize(("bundle", "old"), MOVED)
+def test_names_of_earlier_configs_say_the_new_place(bundle: str, old: str) -> None:
+    config = REPOSITORY / "bundles" / bundle / "configs" / "train.json"
+    with pytest.raises(ConfigError) as error:
+        check_config(config, {old: 1})
+    hint = f"did you mean '{MOVED[bundle, old]}'?"
+    assert str(error.value) == f"unknown override '--{old}': nothing defines it; {hint}"
+    told = fault_of(run_bundle, config, "train", start=False, **{old: 1})
+    assert told == f"unknown config key '{old}' in the workflow: nothing uses it; {hint}"

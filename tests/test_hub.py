@@ -128,14 +128,14 @@ def test_features_of_files_are_those_of_embed(checkpoint: Path, exported: Path, 
 
 
 def test_the_window_and_the_axes_come_from_the_folder(exported: Path, tmp_path: Path) -> None:
-    # air below, bone above the middle: -1000 HU becomes -1, the upper end of the window 1
+    # air below, bone above the middle: -1000 HU becomes -1, the upper end of the window 1; tissue at one corner
     voxels = np.full((16, 16, 8), -1000.0, np.float32)
-    voxels[..., 4:], voxels[0, 0, 0] = 400, 3000
+    voxels[..., 4:], voxels[0, 0, 0], voxels[8:, 12:, 0] = 400, 3000, 0
     # the file's third axis runs down
     nib.save(nib.Nifti1Image(voxels, np.diag([2.0, 2, -5, 1])), tmp_path / "down.nii.gz")
     volume = UniMediImageProcessor.from_pretrained(exported)(tmp_path / "down.nii.gz")["image"][0, 0]
     assert volume.shape == (8, 16, 16)
-    assert (volume[:4] == 1).all() and (volume[4:] == -1).sum() == 4 * 256 - 1
+    assert (volume[:4] == 1).all() and (volume[4:] == -1).sum() == 4 * 256 - 33
 
 
 def test_what_the_folder_holds(exported: Path) -> None:

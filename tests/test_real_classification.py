@@ -6,19 +6,16 @@ Set UNIMEDI_REAL_DATA to a folder with `xray_nih/nih.csv`, columns image, labels
 
 from __future__ import annotations
 
-import csv
-import json
 import os
 from pathlib import Path
+from typing import Any
 
-import monai
 import pytest
-import torch
-from monai.bundle import ConfigWorkflow
 
+from tests.common import REPOSITORY, SPLITS, read, rows, run_bundle
 from unimedi_components.__main__ import main
 
-CONFIG = Path(__file__).resolve().parents[1] / "bundles" / "chest_xray_classification" / "configs" / "train.json"
+CONFIG = REPOSITORY / "bundles" / "chest_xray_classification" / "configs" / "train.json"
 REAL = os.environ.get("UNIMEDI_REAL_DATA", "")
 TABLE = Path(REAL, "xray_nih", "nih.csv")
 FINDINGS = ["Atelectasis", "Cardiomegaly", "Consolidation", "Effusion", "Nodule"]
@@ -29,40 +26,23 @@ pytestmark = [
 ]
 
 
+@pytest.mark.usefixtures("in_process")
 def test_probe_on_real_xrays(tmp_path: Path) -> None:
     options = ["--label_column", "labels", "--task", "multilabel", "--label_names", ",".join(FINDINGS)]
     main(["prepare", "table", str(TABLE), str(tmp_path / "nih.json"), *options, "--test_fraction", "0.3"])
-    datalist = json.loads((tmp_path / "nih.json").read_text())
-    with open(TABLE, newline="", encoding="utf-8") as stream:
-        rows = {row["image"]: row["labels"].split("|") for row in csv.DictReader(stream)}
-    items = [item for split in ("training", "validation", "test") for item in datalist[split]]
+    datalist = read(tmp_path / "nih.json")
+    labelled = {row["image"]: row["labels"].split("|") for row in rows(TABLE)}
+    items = [item for split in SPLITS for item in datalist[split]]
     assert {item["image"]: item["label"] for item in items} == {
-        image: [int(name in labels) for name in FINDINGS] for image, labels in rows.items()
+        image: [int(name in labels) for name in FINDINGS] for image, labels in labelled.items()
     }
-    flash = torch.backends.cuda.flash_sdp_enabled()
-    run = ConfigWorkflow(
-        str(CONFIG),
-        workflow_type="train",
-        logging_file=False,
-        datalist_file=str(tmp_path / "nih.json"),
-        dataset_dir=str(TABLE.parent),
-        label_names=FINDINGS,
-        encoder_weights="none",
-        cache_dir=str(tmp_path / "cache"),
-        ckpt_dir=str(tmp_path / "models"),
-        output_dir=str(tmp_path / "eval"),
-        epochs=3,
-        device="cpu",
-        **{"evaluation#bootstrap": 200},
-    )
-    run.initialize()
-    run.run()
-    run.finalize()
-    monai.utils.set_determinism(None)
-    torch.backends.cuda.enable_flash_sdp(flash)
-    metrics = json.loads((tmp_path / "eval" / "metrics.json").read_text())
+    folders = {"cache_dir": "cache", "ckpt_dir": "models", "output_dir": "eval", "datalist_file": "nih.json"}
+    changes: dict[str, Any] = {key: str(tmp_path / name) for key, name in folders.items()}
+    changes |= {"dataset_dir": str(TABLE.parent), "label_names": FINDINGS, "encoder_weights": "none", "epochs": 3}
+    run_bundle(CONFIG, "train", device="cpu", **changes, **{"evaluation#bootstrap": 200})
+    metrics = read(tmp_path / "eval" / "metrics.json")
     assert metrics["split"] == "test" and metrics["skipped_files"] == 0
-    assert metrics["cases"] == len(datalist["test"]) == round(0.3 * len(rows))
+    assert metrics["cases"] == len(datalist["test"]) == round(0.3 * len(labelled))
     positives = {name: sum(item["label"][i] for item in datalist["test"]) for i, name in enumerate(FINDINGS)}
     assert metrics["positives"] == positives
     low, high = metrics["intervals"]["macro_auroc"]

@@ -9,46 +9,35 @@ from __future__ import annotations
 
 import csv
 import json
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import monai
 import numpy as np
 import pytest
 import torch
 from monai.bundle import ConfigWorkflow
 from PIL import Image
 
+from tests.common import REPOSITORY, SPLITS, process_kept, run_bundle
 from unimedi_components.networks.pretrained import load_pretrained
 
-CONFIG = Path(__file__).resolve().parents[1] / "bundles" / "pretrain" / "configs" / "train.json"
+CONFIG = REPOSITORY / "bundles" / "pretrain" / "configs" / "train.json"
 EPOCHS = 2
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def run(real_root: Path, real_datalist: Path) -> Iterator[Any]:
-    """Two epochs with the README's overrides, and what a run changes for the whole process put back."""
-    precision, path = torch.get_float32_matmul_precision(), sys.path[:]
-    flash, cudnn = torch.backends.cuda.flash_sdp_enabled(), torch.backends.cudnn
-    flags = cudnn.deterministic, cudnn.benchmark
+def run(real_root: Path, real_datalist: Path) -> Iterator[ConfigWorkflow]:
+    """Two epochs with the README's overrides."""
     folder = real_datalist.parent / "run"
     folders = {"cache_dir": folder / "cache", "ckpt_dir": folder / "models", "output_dir": folder / "eval"}
     overrides = {"datalist": real_datalist, "dataset_dir": real_root, **folders}
     words = {**{name: str(place) for name, place in overrides.items()}, "epochs": EPOCHS, "device": "cpu"}
-    workflow = ConfigWorkflow(str(CONFIG), workflow_type="train", logging_file=False, **words)
-    workflow.initialize()
-    workflow.run()
-    yield workflow
-    sys.path[:] = path
-    monai.utils.set_determinism(None)
-    cudnn.deterministic, cudnn.benchmark = flags
-    torch.set_float32_matmul_precision(precision)
-    torch.backends.cuda.enable_flash_sdp(flash)
+    with process_kept():
+        yield run_bundle(CONFIG, "train", **words)
 
 
 def rows(table: Path) -> list[dict[str, str]]:
@@ -58,7 +47,7 @@ def rows(table: Path) -> list[dict[str, str]]:
 
 def test_every_row_is_kept_and_no_patient_crosses_splits(real_root: Path, real_datalist: Path) -> None:
     content = json.loads(real_datalist.read_text())
-    items = [(split, item) for split in ("training", "validation", "test") for item in content[split]]
+    items = [(split, item) for split in SPLITS for item in content[split]]
     dropped = sum(content["meta"]["dropped"].values())
     xrays, volumes = (rows(real_root / folder / f"{folder}.csv") for folder in ("xray_text", "ct3d"))
     assert len(items) + dropped == len(xrays) + len(volumes) == 184

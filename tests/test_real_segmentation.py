@@ -10,35 +10,24 @@ import json
 import os
 from pathlib import Path
 
-import monai
 import nibabel as nib
 import numpy as np
 import pytest
-import torch
-from monai.bundle import ConfigWorkflow
 
-CONFIGS = Path(__file__).resolve().parents[1] / "bundles" / "abdomen_ct_segmentation" / "configs"
+from tests.common import REPOSITORY, run_bundle
+
+CONFIGS = REPOSITORY / "bundles" / "abdomen_ct_segmentation" / "configs"
 REAL = Path(os.environ.get("UNIMEDI_REAL_DATA", ""), "ct3d")
 ORGANS = ["spleen", "kidney_right", "kidney_left", "liver"]
 MARGIN = 4
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.usefixtures("in_process"),
     pytest.mark.skipif(
         not (REAL / "totalseg_trunk" / "label.nii.gz").is_file(), reason="UNIMEDI_REAL_DATA does not name ct3d"
     ),
 ]
-
-
-def run(kind: str, *files: str, **overrides: object) -> None:
-    flash = torch.backends.cuda.flash_sdp_enabled()
-    config = [str(CONFIGS / file) for file in files]
-    made = ConfigWorkflow(config, workflow_type=kind, logging_file=False, device="cpu", **overrides)
-    made.initialize()
-    made.run()
-    made.finalize()
-    monai.utils.set_determinism(None)
-    torch.backends.cuda.enable_flash_sdp(flash)
 
 
 def test_one_volume_by_heart_and_another_segmented(tmp_path: Path) -> None:
@@ -59,9 +48,10 @@ def test_one_volume_by_heart_and_another_segmented(tmp_path: Path) -> None:
     folders |= {"cache_dir": str(tmp_path / "cache"), "ckpt_dir": str(tmp_path / "models")}
     sizes = {"vol_size": [24, 48, 48], "encoder_weights": "none", "train#repeated#steps": 110, "epochs": 1}
     # the evaluation of a run wants a test split: the volume itself is measured below
-    run(
+    run_bundle(
+        CONFIGS / "train.json",
         "train",
-        "train.json",
+        device="cpu",
         **folders,
         **sizes,
         label_names=meta["label_names"],
@@ -69,15 +59,17 @@ def test_one_volume_by_heart_and_another_segmented(tmp_path: Path) -> None:
         **{"train#random_transforms": [], "run": ["$@train#trainer.run()"]},
     )
     measured = {"evaluation#split": "training", "output_dir": str(tmp_path / "eval"), "evaluation#figures": 1}
-    run("train", "train.json", "evaluate.json", **folders, **sizes, label_names=meta["label_names"], **measured)
+    measured |= {"label_names": meta["label_names"], "device": "cpu"}
+    run_bundle([CONFIGS / "train.json", CONFIGS / "evaluate.json"], "train", **folders, **sizes, **measured)
     metrics = json.loads((tmp_path / "eval" / "metrics.json").read_text())
     assert metrics["cases"] == 1
     assert metrics["mean_dice"] > 0.90, metrics["dice"]
     assert all(count == 1 for count in metrics["cases_with"].values())
     other = REAL / "totalseg_dicom_slab" / "ct.nii.gz"
-    run(
+    run_bundle(
+        CONFIGS / "inference.json",
         "inference",
-        "inference.json",
+        device="cpu",
         inputs=str(other),
         checkpoint=str(tmp_path / "models" / "model.pt"),
         output_dir=str(tmp_path / "out"),

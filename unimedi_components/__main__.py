@@ -15,6 +15,7 @@ from unimedi_components import __version__
 from unimedi_components.command_help import command_help, overview, prepare_help
 from unimedi_components.command_options import check_options, exact_words, whole_number
 from unimedi_components.errors import CheckpointError, ConfigError, DataError
+from unimedi_components.files import show_any_name
 from unimedi_components.inspect_command import inspect
 from unimedi_components.search_commands import embed, index, search
 from unimedi_components.serve_command import serve
@@ -296,6 +297,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
+    show_any_name()
     try:
         _run(words)
     except (CheckpointError, ConfigError, DataError, OSError) as error:

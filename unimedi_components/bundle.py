@@ -18,7 +18,8 @@ from fire.parser import DefaultParseValue
 
 from unimedi_components.command_options import loses_hash
 from unimedi_components.errors import CheckpointError, ConfigError, DataError
-from unimedi_components.workflow import fit_workflow, folders_in_use, keep_log, log_fault
+from unimedi_components.files import show_any_name
+from unimedi_components.workflow import fit_workflow, folders_in_use, keep_log, log_fault, workflow_in_use
 
 __all__ = ["RunCall", "bundle_root", "check_run", "data_dir", "encoder_weights", "parse_run_call", "user_fault"]
 
@@ -26,17 +27,8 @@ logger = logging.getLogger(__name__)
 
 # the arguments of `monai.bundle run`, in its order, and of the workflow that it makes: not config keys
 _RUN_OPTIONS = (
-    "run_id",
-    "init_id",
-    "final_id",
-    "meta_file",
-    "config_file",
-    "logging_file",
-    "tracking",
-    "args_file",
-    "workflow_name",
-    "workflow_type",
-    "properties_path",
+    *("run_id", "init_id", "final_id", "meta_file", "config_file", "logging_file", "tracking", "args_file"),
+    *("workflow_name", "workflow_type", "properties_path"),
 )
 # what `--tracking mlflow` takes from the overrides (monai.bundle.scripts.run)
 _TRACKING_OPTIONS = ("output_dir", "tracking_uri", "experiment_name", "run_name", "save_execute_config")
@@ -221,24 +213,27 @@ def check_run(config_file: str | Sequence[str] | None = None, argv: Sequence[str
     the one line ``error: ...`` and exit code 2, since MONAI would bury an exception under its own. From then
     on, a fault of the user's data, weights or settings (``user_fault``) ends the program in the same way; the
     traceback is shown with ``UNIMEDI_DEBUG=1`` in the environment. What the run logs is added to ``run.log`` in its
-    ``output_dir``, see ``keep_log``. In any other program, such as MONAI
-    Label's server, there is no such command line and nothing is checked; call ``check_config`` there. In all of them
-    the workflow is fitted to the call that made it, see ``fit_workflow``.
+    ``output_dir``, see ``keep_log``. In any other program, such as MONAI Label's server, the workflow that Python made
+    is checked, see ``check_workflow``. In all of them it is fitted to the call that made it, see ``fit_workflow``.
 
     Args:
         config_file: the config file or files, instead of the command line's.
         argv: a command line, instead of ``sys.argv``.
 
     Raises:
-        ConfigError: if something is wrong and ``config_file`` or ``argv`` was given.
+        ConfigError: if something is wrong and ``config_file`` or ``argv`` was given, or Python made the workflow.
         SystemExit: if something is wrong with the command line of the running program.
     """
-    from unimedi_components.config_check import check_config
+    from unimedi_components.config_check import check_config, check_workflow
 
     explicit = config_file is not None or argv is not None
     if not explicit:
+        show_any_name()
         fit_workflow()
     if not explicit and Path(sys.argv[0]).parts[-3:] != _RUN_SCRIPT:
+        workflow = workflow_in_use()
+        if workflow is not None:
+            check_workflow(workflow)
         return
     try:
         call = parse_run_call(argv if argv is not None else ([] if explicit else sys.argv))

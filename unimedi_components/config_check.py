@@ -8,6 +8,7 @@ import inspect
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from functools import cache
 from itertools import combinations
@@ -16,7 +17,7 @@ from pydoc import ErrorDuringImport, locate
 from typing import Any
 
 import yaml
-from monai.bundle import ConfigParser
+from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.bundle.config_item import ComponentLocator, ConfigComponent
 from monai.bundle.properties import InferProperties, TrainProperties
 from monai.bundle.reference_resolver import ReferenceResolver
@@ -25,7 +26,7 @@ from monai.utils import BundlePropertyConfig
 
 from unimedi_components.errors import ConfigError
 
-__all__ = ["check_config"]
+__all__ = ["check_config", "check_workflow"]
 
 _SEP = ReferenceResolver.sep
 _COMPONENT_KEYS = frozenset(ConfigComponent.non_arg_keys)
@@ -34,7 +35,14 @@ _PROPERTY_IDS = frozenset(str(p[BundlePropertyConfig.ID]) for p in (TrainPropert
 _READ_BY_MONAI = frozenset(
     (
         *("imports", "initialize", "run", "finalize", "_meta_", "output_dir", "network"),
-        *("displayable_configs", "detector", "detector_ops", "pre_transforms", "post_transforms"),
+        *(
+            "displayable_configs",
+            "detector",
+            "detector_ops",
+            "pre_transforms",
+            "post_transforms",
+            "save_execute_config",
+        ),
     )
 )
 # what two overlays of a bundle set differently if they are of two data sets
@@ -154,6 +162,30 @@ def check_config(
     return merged
 
 
+def check_workflow(workflow: ConfigWorkflow) -> None:
+    """Check the config of a workflow made in Python, where MONAI has merged files and overrides already.
+
+    A key of the merged config is in use if the config refers to it, or one of the files beside it that fit into the
+    config did so before an override took the reference's place, or MONAI that of a macro.
+
+    Raises:
+        ConfigError: as `check_config`.
+    """
+    parser = workflow.parser
+    used: set[str] = {workflow.init_id, workflow.run_id, workflow.final_id}
+    for path in sorted(workflow.config_root_path.glob("*.*")):
+        with suppress(ConfigError):
+            content = _load(path)[1] if path.suffix in (".json", ".yaml", ".yml") else {}
+            if all(key.removeprefix("+") in parser for key in content):
+                used |= {target for _, _, target in _references(content)}
+    config = parser.get()
+    used |= {target for _, _, target in _references(config)} | _PROPERTY_IDS | _READ_BY_MONAI
+    for key, value in config.items():
+        _check_used(key, value, used, "the workflow", config)
+    _check_components("", config)
+    _check_references(parser, "@")
+
+
 def _load(source: Config) -> tuple[str, dict[str, Any]]:
     if isinstance(source, Mapping):
         return "the config", dict(source)
@@ -225,8 +257,8 @@ def _check_used(id_: str, value: Any, used: set[str], name: str, content: Mappin
     if parts[0] == "_meta_" or any(_SEP.join(parts[:n]) in used for n in range(1, len(parts) + 1)):
         return
     if not _is_used(id_, used):
-        hint = _hint(id_, [known for known in [*_ids(content), *sorted(used)] if known != id_])
-        raise ConfigError(f"unknown config key '{_shown(id_)}' in {name}: nothing uses it{hint}")
+        place = _place(id_, ConfigParser(dict(content)))
+        raise ConfigError(f"unknown config key '{_shown(id_)}' in {name}: nothing uses it{place}")
     if isinstance(value, dict) and "_target_" not in value:
         for key, part in value.items():
             _check_used(f"{id_}{_SEP}{key}", part, used, name, content)
@@ -256,7 +288,7 @@ def _check_defined(id_: str, parser: ConfigParser, used: set[str], what: str) ->
 
 def _place(id_: str, parser: ConfigParser) -> str:
     """Hint at where a key of the top stands now, its own value before a reference to it; at the nearest name else."""
-    names = _ids(parser.get())
+    names = [name for name in _ids(parser.get()) if name != id_]
     moved = [name for name in map(ReferenceResolver.normalize_id, _MOVED.get(id_, ())) if name in names]
     same = [name for name in names if _SEP not in id_ and name.split(_SEP)[-1] == id_]
     same = [name for name in same if not str(parser[name]).startswith(("@", "%"))] or same
@@ -265,7 +297,7 @@ def _place(id_: str, parser: ConfigParser) -> str:
     for found in (moved, same, near, joined):
         if found:
             return f"; did you mean '{_shown(min(found, key=len))}'?"
-    return _hint(id_, _ids(parser.get(), signatures=True))
+    return _hint(id_, [name for name in _ids(parser.get(), signatures=True) if name != id_])
 
 
 def _check_override(key: str, value: Any, parser: ConfigParser, referenced: set[str]) -> None:

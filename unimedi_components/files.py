@@ -1,14 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and names of them that any stream can show."""
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["replacing"]
+__all__ = ["ANY_NAME", "replacing", "show_any_name"]
+
+#: How text with names of files is encoded: bytes of a name that are no UTF-8 as an escape, which JSON reads back.
+ANY_NAME = "backslashreplace"
 
 
 @contextmanager
@@ -25,3 +29,10 @@ def replacing(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def show_any_name() -> None:
+    """Let standard output show a name that its encoding has no letters for, as standard error does."""
+    # a program that captures output may have put something else there
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors=ANY_NAME)

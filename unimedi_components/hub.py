@@ -161,7 +161,13 @@ class UniMediImageProcessor(ImageProcessingMixin):
             except (DataError, MemoryError):
                 raise
             except Exception as error:  # readers raise many kinds for a damaged file
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                # MONAI wraps what a reader says
+                cause: BaseException = error
+                while cause.__cause__ is not None:
+                    cause = cause.__cause__
+                if isinstance(cause, DataError):
+                    raise DataError(str(cause)) from error
+                reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
                 raise DataError(f"{path}: cannot be read ({reason}). Download or export it again") from error
             if not torch.isfinite(tensors[-1]).all():
                 raise DataError(f"{path}: holds values that are not finite numbers. Export it again")

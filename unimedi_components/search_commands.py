@@ -182,7 +182,7 @@ def _npz(out: str) -> str:
 
 
 def print_skipped(found: Embeddings) -> None:
-    """List the files that could not be read."""
+    """List what was left out, and why."""
     for record in found.skipped:
         print(f"skipped {record['file']}: {record['reason']}")
 
@@ -195,7 +195,7 @@ def _print_written(path: Path, found: Embeddings) -> None:
     texts = counts["report", 2] + counts["report", 3]
     print(
         f"{path}: {counts['image', 2]} X-rays and {counts['image', 3]} volumes{f', {texts} reports' if texts else ''}, "
-        f"{len(found.skipped)} files could not be read"
+        f"{len(found.skipped)} left out"
     )
 
 

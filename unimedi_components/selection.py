@@ -27,7 +27,7 @@ __all__ = [
 Grid = tuple[int, int, int]
 
 
-def cls_attention(q_cls: Tensor, k: Tensor, *, include_cls_key: bool = False) -> Tensor:
+def cls_attention(q_cls: Tensor, k: Tensor, *, include_cls_key: bool = False, first: int = 1) -> Tensor:
     """Attention from the CLS query to the patch keys of one layer, averaged over heads (a term of Eq. 1).
 
     Eq. 1 takes the softmax over the patch keys alone. A-CLIP, whose code the paper builds on, takes it over all keys
@@ -35,17 +35,18 @@ def cls_attention(q_cls: Tensor, k: Tensor, *, include_cls_key: bool = False) ->
 
     Args:
         q_cls: CLS queries **q**_lh([CLS]), (B, H, C).
-        k: keys of all tokens with CLS first, **K**_lh, (B, H, 1 + P, C).
+        k: keys of all tokens with CLS first, **K**_lh, (B, H, first + P, C).
         include_cls_key: let the CLS key take its share of the softmax.
+        first: where the patches begin: after the CLS token, and after registers where there are any.
 
     Returns:
         (B, P) in float32; rows sum to 1 unless `include_cls_key`.
     """
-    keys = k if include_cls_key else k[:, :, 1:]
+    keys = k if include_cls_key else k[:, :, first:]
     # Multiply-and-reduce reads the strided keys once; a matrix product would copy them first.
     logits = (keys * q_cls.unsqueeze(2)).sum(-1, dtype=torch.promote_types(k.dtype, torch.float32))
     attention = (logits * q_cls.shape[-1] ** -0.5).softmax(-1).mean(1)
-    return attention[:, 1:] if include_cls_key else attention
+    return attention[:, first:] if include_cls_key else attention
 
 
 def slice_scores(attention: Tensor, grid: Grid) -> Tensor:

@@ -23,6 +23,7 @@ def serve(
     max_upload_mb: int = 512,
     device: str = "auto",
     allow_remote: bool = False,
+    assume_hu: bool = False,
 ) -> None:
     """Open a page in your browser on this machine: drop an X-ray or a CT, see what the network makes of it.
 
@@ -38,6 +39,7 @@ def serve(
         max_upload_mb: largest upload in megabytes, all its files together.
         device: cpu, cuda, or auto for a GPU where there is one.
         allow_remote: needed for an address that other machines reach; there is no login.
+        assume_hu: take CT values for Hounsfield units that do not say how they are rescaled, or do not look like it.
     """
     for name, value, least in (("port", port, 0), ("max_upload_mb", max_upload_mb, 1)):
         whole_number(name, value, least)
@@ -58,4 +60,5 @@ def serve(
         max_upload_mb=max_upload_mb,
         device=str(device),
         allow_remote=bool(allow_remote),
+        assume_hu=bool(assume_hu),
     )

@@ -18,8 +18,9 @@ from types import FrameType
 from typing import Any
 
 from unimedi_components.errors import ConfigError
+from unimedi_components.files import ANY_NAME
 
-__all__ = ["fit_workflow", "folders_in_use", "keep_log", "log_fault", "only_a_network_is_wanted"]
+__all__ = ["fit_workflow", "folders_in_use", "keep_log", "log_fault", "only_a_network_is_wanted", "workflow_in_use"]
 
 _SCRIPTS = "monai.bundle.scripts"
 _NETWORK_CALLS = ("load", "verify_net_in_out", "ckpt_export", "onnx_export", "trt_export")
@@ -43,6 +44,11 @@ def only_a_network_is_wanted() -> bool:
     return any(_scripts_call(frame) in _NETWORK_CALLS for frame in _callers())
 
 
+def workflow_in_use() -> Any:
+    """MONAI's ConfigWorkflow that is being initialised or run in the calls that lead here, or None."""
+    return next((found for found in map(_workflow_of, _callers()) if found is not None), None)
+
+
 def fit_workflow() -> None:
     """Fit the workflow that is being initialised to the call that made it; does nothing outside one.
 
@@ -54,12 +60,11 @@ def fit_workflow() -> None:
         CheckpointError: the weights do not fit the network, or files beside them are missing.
         ConfigError: `net_override` of a network that the weights do not hold.
     """
-    frames = list(_callers())
-    workflow = next((found for found in map(_workflow_of, frames) if found is not None), None)
+    workflow = workflow_in_use()
     if workflow is None:
         return
     _fit_tracking(workflow)
-    call = next((frame.f_locals for frame in frames if _scripts_call(frame) == "load"), None)
+    call = next((frame.f_locals for frame in _callers() if _scripts_call(frame) == "load"), None)
     if call is not None:
         _fit_load(workflow, call)
 
@@ -68,7 +73,7 @@ class _RunLog(logging.FileHandler):
     """`run.log` of a run, below the command line; made with the first record, so that a refused run leaves none."""
 
     def __init__(self, folder: str) -> None:
-        super().__init__(Path(folder, "run.log"), encoding="utf-8", delay=True)
+        super().__init__(Path(folder, "run.log"), encoding="utf-8", delay=True, errors=ANY_NAME)
         self.setFormatter(logging.Formatter("%(asctime)s - %(name)s - %(levelname)s - %(message)s"))
 
     def _open(self) -> TextIOWrapper:
@@ -83,7 +88,7 @@ def keep_log() -> None:
 
     A bundle's `logging.conf` cannot: MONAI takes literals alone in it, and the folder is known when the config is read.
     """
-    workflow = next((found for found in map(_workflow_of, _callers()) if found is not None), None)
+    workflow = workflow_in_use()
     if workflow is not None and "output_dir" in workflow.parser and os.environ.get("RANK", "0") == "0":
         folder = workflow.parser.get_parsed_content("output_dir")
         logging.getLogger().addHandler(_RunLog(os.fspath(folder)))

@@ -77,16 +77,16 @@ def zero_shot(
 
 
 def _fitting(items: ImageList, sets: Mapping[int, PromptSet]) -> ImageList:
-    """The images that there are prompts for; says how many others there are."""
-    from unimedi_components.images.find import ImageList
+    """The images that there are prompts for; the others are left out."""
+    from unimedi_components.images.find import ImageList, LeftOut
 
     what = {2: "X-rays", 3: "volumes"}
-    kept = ImageList((item for item in items if item["dim"] in sets), items.left_out)
+    kept = [item for item in items if item["dim"] in sets]
     if not kept:
         raise ConfigError(f"the prompts are for {what[min(sets)]}, and none was named; choose other prompts")
-    if len(kept) < len(items):
-        print(f"left out {len(items) - len(kept)} {what[5 - min(sets)]}: the prompts are for {what[min(sets)]}")
-    return kept
+    reason = f"is one of the {what[5 - min(sets)]}, and the prompts are for {what[min(sets)]}"
+    others = [LeftOut(item["source"], reason, False) for item in items if item["dim"] not in sets]
+    return ImageList(kept, [*items.left_out, *others])
 
 
 def _prompt_sets(

@@ -7,12 +7,11 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import monai
 import pytest
 import torch
 from filelock import FileLock
@@ -20,6 +19,7 @@ from ignite.engine import Events
 from monai.bundle import ConfigWorkflow
 from torch import nn
 
+from tests.common import REPOSITORY
 from unimedi_components.data.datalist import write_json
 from unimedi_components.data.phantom import write_phantom
 from unimedi_components.data.vocabulary import build_wordpiece
@@ -37,7 +37,6 @@ from unimedi_components.networks import (
 from unimedi_components.networks.pretrained import make_card, student_state
 from unimedi_components.networks.unetr import UnifiedUNETR
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGS = REPOSITORY / "bundles" / "pretrain" / "configs"
 #: "cuda" or, with `pytest -p tests.rehearsal`, "rehearsal" runs these tests on a GPU or a rehearsed one.
 DEVICE = os.environ.get("UNIMEDI_TEST_DEVICE", "cpu")
@@ -173,20 +172,6 @@ def new_run(trained: Run, tmp_path: Path) -> Run:
 def empty_run(tmp_path: Path) -> Run:
     """Folders of a run over phantoms of its own."""
     return Run(tmp_path / "run", tmp_path / "data")
-
-
-@pytest.fixture
-def in_process() -> Iterator[None]:
-    """For runs within the test's own process: puts back what a run changes for the whole process."""
-    precision, flash = torch.get_float32_matmul_precision(), torch.backends.cuda.flash_sdp_enabled()
-    deterministic, benchmark = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
-    path = sys.path[:]
-    yield
-    sys.path[:] = path
-    monai.utils.set_determinism(None)
-    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = deterministic, benchmark
-    torch.set_float32_matmul_precision(precision)
-    torch.backends.cuda.enable_flash_sdp(flash)
 
 
 @pytest.fixture(scope="session")
@@ -326,6 +311,18 @@ def task_bundle(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tas
         return made[name]
 
     return get
+
+
+@pytest.fixture(scope="module")
+def bundle(request: pytest.FixtureRequest, task_bundle: Any) -> TaskBundle:
+    """The task bundle that the test module names in BUNDLE."""
+    return task_bundle(request.module.BUNDLE)
+
+
+@pytest.fixture(scope="module")
+def finished(bundle: TaskBundle) -> tuple[Path, ConfigWorkflow]:
+    """Folder and workflow of its default run."""
+    return bundle.finished()
 
 
 def untrained_task(name: str, sizes: dict[str, Any], outputs: int) -> tuple[nn.Module, list[str], dict[str, Any]]:

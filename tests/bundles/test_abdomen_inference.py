@@ -15,10 +15,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from monai.bundle import ConfigWorkflow
 from monai.data import MetaTensor, load_net_with_metadata
 from monai.transforms import Compose
 
+from tests.common import run_bundle, write_ct_slice
 from unimedi_components.bundle import user_fault
 from unimedi_components.data import Restored, segmentation_transforms, task_transforms, write_json
 from unimedi_components.errors import ConfigError, DataError
@@ -65,13 +65,9 @@ def predict(bundle: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
 
     def run(inputs: Any, **overrides: Any) -> dict[str, Any]:
         folders = {"bundle_root": str(bundle), "output_dir": str(tmp_path / "out"), "device": "cpu", "figures": False}
-        config = str(bundle / "configs" / "inference.json")
         changes = {**folders, "inputs": inputs, **overrides}
-        made = ConfigWorkflow(config, workflow_type="inference", logging_file=False, **changes)
-        made.initialize()
+        made = run_bundle(bundle / "configs" / "inference.json", "inference", **changes)
         assert made.check_properties() == []
-        made.run()
-        made.finalize()
         return json.loads((tmp_path / "out" / "predictions.json").read_text())
 
     return run
@@ -184,14 +180,7 @@ def dicom_series(folder: Path, count: int) -> np.ndarray:
         image.SetDirection(itk.matrix_from_array(direction))
         place = origin + direction @ np.array([0, 0, spacing[2] * index])
         image.SetOrigin(place.tolist())
-        tags = image.GetMetaDataDictionary()
-        tags["0008|0060"], tags["0008|0018"] = "CT", f"1.2.3.{index + 1}"
-        tags["0020|000d"], tags["0020|000e"], tags["0020|0013"] = "1.2.4", "1.2.5", str(index + 1)
-        writer = itk.ImageFileWriter[type(image)].New(Input=image, FileName=str(folder / f"{index:03d}.dcm"))
-        image_io = itk.GDCMImageIO.New()
-        image_io.KeepOriginalUIDOn()
-        writer.SetImageIO(image_io)
-        writer.Update()
+        write_ct_slice(folder / f"{index:03d}.dcm", image, index + 1)
     affine = np.eye(4)
     affine[:3, :3], affine[:3, 3] = direction @ np.diag(spacing), origin
     return np.diag([-1, -1, 1, 1]) @ affine

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,38 +10,20 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from monai.bundle import ConfigParser, ConfigWorkflow
+from monai.bundle import ConfigParser
 
+from tests.common import REPOSITORY, last, read
 from unimedi_components.data import amos, bcv
 from unimedi_components.networks import load_network
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-CONFIGS = REPOSITORY / "bundles" / "abdomen_ct_segmentation" / "configs"
+BUNDLE = "abdomen_ct_segmentation"
+CONFIGS = REPOSITORY / "bundles" / BUNDLE / "configs"
 
 pytestmark = pytest.mark.usefixtures("in_process")
 
 
-@pytest.fixture(scope="module")
-def bundle(task_bundle: Any) -> Any:
-    return task_bundle("abdomen_ct_segmentation")
-
-
-@pytest.fixture(scope="module")
-def trained(bundle: Any) -> tuple[Path, ConfigWorkflow]:
-    """A finished run."""
-    return bundle.finished()
-
-
-def read(path: Path) -> Any:
-    return json.loads(path.read_text())
-
-
-def last(folder: Path) -> dict[str, Any]:
-    return torch.load(folder / "models" / "last.ckpt", weights_only=True)
-
-
-def test_a_run_leaves_its_files(trained: Any, bundle: Any) -> None:
-    folder, made = trained
+def test_a_run_leaves_its_files(finished: Any, bundle: Any) -> None:
+    folder, made = finished
     assert made.check_properties() == []
     assert {path.name for path in (folder / "models").iterdir()} == {"model.pt", "model.json", "last.ckpt"}
     datalist = read(folder / "data.json")
@@ -63,8 +44,8 @@ def test_a_run_leaves_its_files(trained: Any, bundle: Any) -> None:
     assert [int(line.split(",")[6]) for line in lines[1:]] == [int((truth == i + 1).sum()) for i in range(13)]
 
 
-def test_training_moves_all_that_the_task_reads(trained: Any, bundle: Any) -> None:
-    folder, _ = trained
+def test_training_moves_all_that_the_task_reads(finished: Any, bundle: Any) -> None:
+    folder, _ = finished
     before = torch.load(bundle.encoder, weights_only=True)
     after = load_network(folder / "models" / "model.pt", kind="unetr").encoder.state_dict()
     still = {name for name, value in before.items() if torch.equal(value, after[name])}
@@ -78,8 +59,8 @@ def test_training_moves_all_that_the_task_reads(trained: Any, bundle: Any) -> No
     assert halves[1] < halves[0]
 
 
-def test_without_validation_the_newest_epoch_counts(trained: Any, checkpoint_differences: Any) -> None:
-    folder, _ = trained
+def test_without_validation_the_newest_epoch_counts(finished: Any, checkpoint_differences: Any) -> None:
+    folder, _ = finished
     state = last(folder)
     assert state["best"] is None
     assert checkpoint_differences(state["network"], torch.load(folder / "models" / "model.pt", weights_only=True)) == []

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import logging
-import struct
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +20,7 @@ from monai.bundle import ConfigWorkflow
 from monai.transforms import Compose
 from PIL import Image
 
-from unimedi_components.bundle import user_fault
+from tests.common import fault_of, run_bundle, write_ct_slice, write_radiograph
 from unimedi_components.data import find_images, task_transforms
 from unimedi_components.errors import CheckpointError, DataError
 from unimedi_components.networks import load_classifier
@@ -45,8 +44,8 @@ def bundles(tmp_path_factory: pytest.TempPathFactory, untrained_bundle: Any) -> 
 def workflow(bundles: Path, tmp_path: Path) -> Callable[..., ConfigWorkflow]:
     def make(name: str, **overrides: Any) -> ConfigWorkflow:
         folders = {"bundle_root": str(bundles / name), "output_dir": str(tmp_path / "out"), "device": "cpu"}
-        config = str(bundles / name / "configs" / "inference.json")
-        return ConfigWorkflow(config, workflow_type="inference", logging_file=False, **{**folders, **overrides})
+        config = bundles / name / "configs" / "inference.json"
+        return run_bundle(config, "inference", start=False, **{**folders, **overrides})
 
     return make
 
@@ -57,7 +56,6 @@ def predict(workflow: Any, tmp_path: Path) -> Predict:
 
     def run(name: str, inputs: Any, figures: bool = False, **overrides: Any) -> dict[str, dict[str, Any]]:
         flow = workflow(name, inputs=inputs, figures=figures, **overrides)
-        flow.initialize()
         flow.run()
         flow.finalize()
         content = json.loads((tmp_path / "out" / "predictions.json").read_text())
@@ -84,26 +82,7 @@ def shapes(rows: int = 90, columns: int = 70) -> np.ndarray:
 def scan() -> np.ndarray:
     """Hounsfield units over (right-left, back-front, foot-head), with an odd number of slices."""
     x, y, z = np.mgrid[:40, :36, :31]
-    return (-1000 + 900 * np.exp(-((x - 12) ** 2 + (y - 22) ** 2 + (z - 20) ** 2) / 90) + 3 * z).astype(np.float32)
-
-
-def write_film(path: Path, pixels: np.ndarray, photometric: bytes, bits: int = 16) -> None:
-    """A digital radiograph, explicit little-endian."""
-
-    def element(group: int, number: int, vr: bytes, value: bytes) -> bytes:
-        value += b" " * (len(value) % 2)
-        size = struct.pack("<HI", 0, len(value)) if vr == b"OW" else struct.pack("<H", len(value))
-        return struct.pack("<HH", group, number) + vr + size + value
-
-    us = struct.Struct("<H").pack
-    meta = element(2, 0x10, b"UI", b"1.2.840.10008.1.2.1\0")
-    body = element(8, 0x16, b"UI", b"1.2.840.10008.5.1.4.1.1.1.1") + element(8, 0x18, b"UI", path.stem.encode())
-    body += element(8, 0x60, b"CS", b"DX") + element(0x20, 0xE, b"UI", path.stem.encode())
-    body += element(0x28, 2, b"US", us(1)) + element(0x28, 4, b"CS", photometric)
-    numbers = {0x10: pixels.shape[0], 0x11: pixels.shape[1], 0x100: 16, 0x101: bits, 0x102: bits - 1, 0x103: 0}
-    body += b"".join(element(0x28, number, b"US", us(value)) for number, value in numbers.items())
-    body += element(0x7FE0, 0x10, b"OW", pixels.astype("<u2").tobytes())
-    path.write_bytes(bytes(128) + b"DICM" + element(2, 0, b"UL", struct.pack("<I", len(meta))) + meta + body)
+    return (-1000 + 1100 * np.exp(-((x - 12) ** 2 + (y - 22) ** 2 + (z - 20) ** 2) / 90) + 3 * z).astype(np.float32)
 
 
 def write_series(folder: Path, volume: np.ndarray) -> None:
@@ -113,14 +92,7 @@ def write_series(folder: Path, volume: np.ndarray) -> None:
     for number, plane in enumerate(stack):
         image = itk.image_from_array(plane[None].copy())
         image.SetOrigin([0.0, 0.0, 2.0 * number])
-        tags = image.GetMetaDataDictionary()
-        tags["0008|0060"], tags["0008|0018"] = "CT", f"1.2.3.{number + 1}"
-        tags["0020|000d"], tags["0020|000e"], tags["0020|0013"] = "1.2.4", "1.2.5", str(number + 1)
-        writer = itk.ImageFileWriter[type(image)].New(Input=image, FileName=str(folder / f"{number}.dcm"))
-        image_io = itk.GDCMImageIO.New()
-        image_io.KeepOriginalUIDOn()
-        writer.SetImageIO(image_io)
-        writer.Update()
+        write_ct_slice(folder / f"{number}.dcm", image, number + 1)
 
 
 def values(entry: dict[str, Any]) -> list[float]:
@@ -132,7 +104,6 @@ def test_properties(name: str, workflow: Any, tmp_path: Path) -> None:
     Image.fromarray(shapes()).save(tmp_path / "a.png")
     nib.save(nib.Nifti1Image(scan(), np.eye(4)), tmp_path / "v.nii.gz")
     flow = workflow(name, inputs=str(tmp_path))
-    flow.initialize()
     assert flow.check_properties() == []
     (image,) = (item["image"] for item in flow.parser.get_parsed_content("dataset"))
     assert tuple(image.shape) == ((1, 64, 64) if name == XRAY else (1, 32, 48, 48))
@@ -146,8 +117,8 @@ def test_xrays_of_every_kind(predict: Predict, bundles: Path, tmp_path: Path, ca
     Image.fromarray(np.stack([pixels] * 3, -1)).save(own / "colour.png")
     Image.fromarray(pixels).save(own / "photo.jpg", quality=95)
     deep = pixels.astype(np.uint16) * 257
-    write_film(own / "1.2.dcm", deep, b"MONOCHROME2")
-    write_film(own / "1.3.dcm", 65535 - deep, b"MONOCHROME1")
+    write_radiograph(own / "1.2.dcm", deep, b"MONOCHROME2")
+    write_radiograph(own / "1.3.dcm", 65535 - deep, b"MONOCHROME1")
     nib.save(nib.Nifti1Image(scan(), np.eye(4)), own / "ct.nii.gz")
     (tmp_path / "letter.dcm").write_text("Dear colleague")
     with caplog.at_level(logging.WARNING):
@@ -163,9 +134,9 @@ def test_xrays_of_every_kind(predict: Predict, bundles: Path, tmp_path: Path, ca
         with Image.open(tmp_path / "out" / f"{name}.png") as figure:
             assert figure.width == 1200
     content = json.loads((tmp_path / "out" / "predictions.json").read_text())
-    (skipped,) = content.pop("skipped")
-    assert skipped["file"] == str(tmp_path / "letter.dcm")
-    assert skipped["reason"].startswith("is named as DICOM but holds text")
+    skipped = {record["file"]: record["reason"] for record in content.pop("skipped")}
+    assert skipped.pop(str(own / "ct.nii.gz")) == "is a CT volume, and this bundle reads X-rays"
+    assert skipped.pop(str(tmp_path / "letter.dcm")).startswith("is named as DICOM but holds text") and not skipped
     del content["predictions"]
     assert content == {"task": "multilabel", "label_names": FINDINGS, "threshold": 0.5}
     table = pd.read_csv(tmp_path / "out" / "predictions.csv", keep_default_na=False)
@@ -244,31 +215,23 @@ def test_the_test_split_of_a_training_run(predict: Predict, tmp_path: Path) -> N
         find_images(None, data, dim=3, datalist=tmp_path / "data.json")
 
 
-def fault(call: Callable[[], Any]) -> str:
-    with pytest.raises(Exception) as info:
-        call()
-    message = user_fault(info.value)
-    assert message is not None, info.value
-    return message
-
-
 def test_nothing_to_read_is_one_clear_error(predict: Predict, tmp_path: Path) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
-    assert fault(lambda: predict(XRAY, str(empty))).startswith(f"{empty}: no image in it; name X-ray or CT files")
+    assert fault_of(lambda: predict(XRAY, str(empty))).startswith(f"{empty}: no image in it; name X-ray or CT files")
     missing = tmp_path / "missing"
     text = f"{missing}: no such folder of images; name files or folders with --inputs PATH"
-    assert fault(lambda: predict(CT, None, dataset_dir=str(missing))) == text
+    assert fault_of(lambda: predict(CT, None, dataset_dir=str(missing))) == text
     nib.save(nib.Nifti1Image(scan(), np.eye(4)), tmp_path / "v.nii.gz")
-    message = fault(lambda: predict(XRAY, str(tmp_path / "v.nii.gz")))
+    message = fault_of(lambda: predict(XRAY, str(tmp_path / "v.nii.gz")))
     assert message == f"{tmp_path / 'v.nii.gz'}: no X-ray, nor any of 1 images named; this bundle reads no other"
     (tmp_path / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n")
-    message = fault(lambda: predict(XRAY, str(tmp_path / "cut.png")))
+    message = fault_of(lambda: predict(XRAY, str(tmp_path / "cut.png")))
     assert message.startswith(f"none of 1 inputs could be read, first {tmp_path / 'cut.png'}: ")
     assert len(json.loads((tmp_path / "out" / "predictions.json").read_text())["skipped"]) == 1
-    message = fault(lambda: predict(XRAY, str(tmp_path / "cut.png"), strict=True))
+    message = fault_of(lambda: predict(XRAY, str(tmp_path / "cut.png"), strict=True))
     assert message.startswith(f"{tmp_path / 'cut.png'}: cannot be read (")
-    message = fault(lambda: predict(XRAY, str(tmp_path / "cut.png"), ckpt_dir=str(missing)))
+    message = fault_of(lambda: predict(XRAY, str(tmp_path / "cut.png"), ckpt_dir=str(missing)))
     assert message == f"{missing / 'model.pt'}: no such checkpoint; train the bundle first or give another path"
 
 

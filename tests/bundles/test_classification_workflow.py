@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 from monai.bundle import ConfigWorkflow
 
+from tests.common import last, read
 from unimedi_components.data.chains import task_transforms
 from unimedi_components.loading import ImageDataset, ImageLoader
 from unimedi_components.losses import ClassificationLoss
@@ -37,14 +37,6 @@ def ct(task_bundle: Any) -> Any:
 def probe(xray: Any) -> tuple[Path, ConfigWorkflow]:
     """A finished probe of X-rays."""
     return xray.finished()
-
-
-def read(path: Path) -> Any:
-    return json.loads(path.read_text())
-
-
-def last(folder: Path) -> dict[str, Any]:
-    return torch.load(folder / "models" / "last.ckpt", weights_only=True)
 
 
 def encoder_changed(folder: Path, bundle: Any) -> set[str]:

@@ -71,7 +71,7 @@ def check_command(words: list[str]) -> bool:
         check_call(rest)
     elif module in ("monai.bundle", "benchmarks.experiment"):
         bind(getattr(import_module(module), rest[0]), rest[1:])
-    elif module in ("benchmarks.tables", "benchmarks.segmentation", "benchmarks.release"):
+    elif module in ("benchmarks.tables", "benchmarks.peer_dice", "benchmarks.release"):
         bind(getattr(import_module(module), module.rpartition(".")[2].removesuffix("s")), rest)
     else:
         assert module in ("venv", "pip", "pytest", "benchmarks.published", "benchmarks.gpu", "tests.rehearsal"), module

@@ -37,7 +37,7 @@ def test_embed_writes_what_the_network_gives(trained: Any, files: Path, tmp_path
     out = tmp_path / "out.npz"
     main(["embed", str(files), "--checkpoint", str(trained.models / "model.pt"), "--out", str(out), "--device", "cpu"])
     shown = capsys.readouterr().out
-    assert "2 X-rays and 1 volumes, 1 files could not be read" in shown and "broken.png" in shown
+    assert "2 X-rays and 1 volumes, 1 left out" in shown and "broken.png" in shown
     found = Embeddings.load(out)
     assert (found.ids, found.dims.tolist()) == (["images_film0", "images_film1", "images_scan"], [2, 2, 3]) or (
         [Path(entry["source"]).name for entry in found.entries] == ["film0.png", "film1.png", "scan.nii.gz"]

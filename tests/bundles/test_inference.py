@@ -12,10 +12,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from monai.bundle import ConfigWorkflow
 from PIL import Image
 from torch.nn import functional as F
 
+from tests.common import run_bundle
 from unimedi_components.data import ByDimension, ct_transforms, xray_transforms
 from unimedi_components.errors import DataError
 from unimedi_components.networks import load_pretrained
@@ -31,11 +31,8 @@ def embed(configs: Path, trained: Any, tmp_path: Path) -> Embed:
 
     def run(**overrides: Any) -> dict[str, dict[str, Any]]:
         fixed = {"ckpt_dir": str(trained.models), "output_dir": str(tmp_path / "out"), "device": "cpu"}
-        config = str(configs / "inference.json")
-        workflow = ConfigWorkflow(config, workflow_type="infer", logging_file=False, **fixed, **overrides)
-        workflow.initialize()
-        workflow.run()
-        workflow.finalize()
+        config = configs / "inference.json"
+        run_bundle(config, "infer", **fixed, **overrides)
         return {path.stem: dict(np.load(path)) for path in (tmp_path / "out").glob("*.npz")}
 
     return run

@@ -16,6 +16,7 @@ import torch
 from monai.data import load_net_with_metadata
 from torch import nn
 
+from tests.common import fault_of
 from unimedi_components.bundle import user_fault
 from unimedi_components.data import write_json
 from unimedi_components.retrieval import Embedder
@@ -98,11 +99,7 @@ def test_load_of_another_file(workflow: str, zoo: Path) -> None:
 
 
 def fault(name: str, **options: Any) -> str:
-    with pytest.raises(Exception) as info:
-        monai.bundle.load(name, device="cpu", **options)
-    message = user_fault(info.value)
-    assert message is not None
-    return message
+    return fault_of(monai.bundle.load, name, device="cpu", **options)
 
 
 @pytest.mark.parametrize("workflow", ["train", "inference"])

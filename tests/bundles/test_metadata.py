@@ -19,7 +19,6 @@ from packaging.requirements import Requirement
 
 import unimedi_components
 from unimedi_components.config_check import check_config
-from unimedi_components.errors import ConfigError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SCHEMA = Path(__file__).with_name("meta_schema_20240725.json")
@@ -140,23 +139,3 @@ def test_yaml_says_the_same(path: Path, tmp_path: Path) -> None:
         assert check_config(own) == check_config(path)
     else:
         assert check_config([base, own]) == check_config([base, path])
-
-
-@pytest.mark.parametrize(
-    ("bundle", "old", "new"),
-    [
-        ("chest_xray_classification", "probe_lr", "recipe#probe#lr"),
-        ("chest_xray_classification", "batch_size", "train#dataloader#batch_size"),
-        ("chest_xray_classification", "img_size", "preprocessing#xray#size"),
-        ("chest_xray_segmentation", "augment_prob", "train#augment#prob"),
-        ("chest_xray_detection", "data_set", "data#datalist#dataset"),
-        ("abdomen_ct_segmentation", "lr", "optimizer#lr"),
-        ("abdomen_ct_segmentation", "steps_per_pass", "train#repeated#steps"),
-        ("pretrain", "strict", "train#dataset#strict"),
-        ("pretrain", "amp_dtype", "amp"),
-    ],
-)
-def test_names_of_earlier_configs_say_the_new_place(bundle: str, old: str, new: str) -> None:
-    with pytest.raises(ConfigError) as error:
-        check_config(REPOSITORY / "bundles" / bundle / "configs" / "train.json", {old: 1})
-    assert str(error.value) == f"unknown override '--{old}': nothing defines it; did you mean '{new}'?"

@@ -19,7 +19,7 @@ from monai.bundle import ConfigParser
 from torch import nn
 
 from unimedi_components.config_check import check_config
-from unimedi_components.engines import TeacherUpdate
+from unimedi_components.engines.handlers import TeacherUpdate
 from unimedi_components.loading import MixedBatchSampler
 
 BERT_CONFIG = {

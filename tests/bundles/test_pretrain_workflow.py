@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from monai.bundle import ConfigWorkflow, verify_net_in_out
 from PIL import Image
 from torch.nn import functional as F
 
+from tests.common import digests
 from unimedi_components import UnifiedViT, load_encoder, load_pretrained
 from unimedi_components.networks import load_strict
 
@@ -22,11 +22,6 @@ pytestmark = pytest.mark.usefixtures("in_process")
 
 def workflow(files: Any, kind: str, overrides: dict[str, Any]) -> ConfigWorkflow:
     return ConfigWorkflow(files, workflow_type=kind, logging_file=False, **overrides)
-
-
-def digests(folder: Path) -> dict[str, str]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def flat(values: Any, name: str = "") -> dict[str, Any]:

@@ -14,6 +14,7 @@ import pytest
 from monai.bundle import ConfigWorkflow
 from PIL import Image
 
+from tests.common import run_bundle
 from unimedi_components.config_check import check_config
 from unimedi_components.data import pretraining_datalist
 from unimedi_components.data.phantom import write_phantom
@@ -46,13 +47,8 @@ def evaluated(trained: Any, heldout: Path, tmp_path: Path) -> Path:
 
 def search(out: Path, trained: Any, **overrides: Any) -> dict[str, Any]:
     fixed = {"checkpoint": str(trained.models / "model.pt"), "output_dir": str(out), "device": "cpu"}
-    workflow = ConfigWorkflow(
-        str(CONFIGS / "inference.json"), workflow_type="infer", logging_file=False, **fixed, **overrides
-    )
-    workflow.initialize()
+    workflow = run_bundle(CONFIGS / "inference.json", "infer", **fixed, **overrides)
     assert workflow.check_properties() == []
-    workflow.run()
-    workflow.finalize()
     return json.loads((out / "predictions.json").read_text())
 
 

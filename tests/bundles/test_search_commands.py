@@ -84,7 +84,7 @@ def test_index_of_a_datalist(trained: Any, weights: list[str], tmp_path: Path, c
         found, items = Embeddings.load(tmp_path / "o.npz"), [item for split in splits for item in content[split]]
         for kind in ("image", "report"):
             assert {e["id"] for e in found.entries if e["kind"] == kind} == {item["id"] for item in items}
-        assert f"{len(items)} reports, 0 files could not be read" in capsys.readouterr().out
+        assert f"{len(items)} reports, 0 left out" in capsys.readouterr().out
 
 
 def test_a_sentence_finds_its_report(index: Path, weights: list[str], tmp_path: Path, capsys: Any) -> None:

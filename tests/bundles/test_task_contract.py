@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from jsonschema import validate
 from monai.bundle import ConfigParser
 from PIL import Image
 
+from tests.common import last, read
 from unimedi_components.bundle import user_fault
 from unimedi_components.errors import DataError
 from unimedi_components.networks import load_network
@@ -31,14 +31,6 @@ NAMES = [
 ]
 
 pytestmark = [pytest.mark.usefixtures("in_process"), pytest.mark.parametrize("name", NAMES)]
-
-
-def read(path: Path) -> Any:
-    return json.loads(path.read_text())
-
-
-def last(folder: Path) -> dict[str, Any]:
-    return torch.load(folder / "models" / "last.ckpt", weights_only=True)
 
 
 def test_a_run_leaves_its_files(name: str, task_bundle: Any) -> None:

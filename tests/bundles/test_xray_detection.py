@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 import shutil
 from pathlib import Path
@@ -14,9 +13,10 @@ import itk
 import numpy as np
 import pytest
 import torch
-from monai.bundle import ConfigParser, ConfigWorkflow
+from monai.bundle import ConfigParser
 from PIL import Image
 
+from tests.common import REPOSITORY, last, read
 from unimedi_components.data import task_transforms
 from unimedi_components.errors import DataError
 from unimedi_components.loading import ImageDataset, ImageLoader
@@ -25,33 +25,15 @@ from unimedi_components.networks import load_network
 from unimedi_components.tasks import evaluate_task
 from unimedi_components.tasks.boxes import boxes_in_file
 
-CONFIGS = Path(__file__).resolve().parents[2] / "bundles" / "chest_xray_detection" / "configs"
+BUNDLE = "chest_xray_detection"
+CONFIGS = REPOSITORY / "bundles" / BUNDLE / "configs"
 EPOCHS = 4
 
 pytestmark = pytest.mark.usefixtures("in_process")
 
 
-@pytest.fixture(scope="module")
-def bundle(task_bundle: Any) -> Any:
-    return task_bundle("chest_xray_detection")
-
-
-@pytest.fixture(scope="module")
-def run(bundle: Any) -> tuple[Path, ConfigWorkflow]:
-    """A finished run."""
-    return bundle.finished()
-
-
-def read(path: Path) -> Any:
-    return json.loads(path.read_text())
-
-
-def last(folder: Path) -> dict[str, Any]:
-    return torch.load(folder / "models" / "last.ckpt", weights_only=True)
-
-
-def test_a_run_says_what_it_is_about(run: Any, bundle: Any) -> None:
-    folder, _ = run
+def test_a_run_says_what_it_is_about(finished: Any, bundle: Any) -> None:
+    folder, _ = finished
     datalist, metrics = read(folder / "data.json"), read(folder / "eval" / "metrics.json")
     assert metrics["true_boxes"] == sum(len(item["boxes"]) for item in datalist["test"])
     card = read(folder / "models" / "model.json")
@@ -59,16 +41,16 @@ def test_a_run_says_what_it_is_about(run: Any, bundle: Any) -> None:
     assert card["preprocessing"] == {"film": {"size": 48}}
 
 
-def test_a_split_without_boxes_is_refused(run: Any, bundle: Any) -> None:
-    folder, _ = run
+def test_a_split_without_boxes_is_refused(finished: Any, bundle: Any) -> None:
+    folder, _ = finished
     lists = read(folder / "data.json")
     empty = {**lists, "test": [{**item, "boxes": []} for item in lists["test"]]}
     with pytest.raises(DataError, match="no image of the test split has a box; there is nothing to find"):
         evaluate_task(folder / "models" / "model.pt", empty, bundle.data / "rsna")
 
 
-def test_the_best_epoch_is_the_one_of_the_highest_map(run: Any, bundle: Any) -> None:
-    folder, _ = run
+def test_the_best_epoch_is_the_one_of_the_highest_map(finished: Any, bundle: Any) -> None:
+    folder, _ = finished
     rows = [row for row in last(folder)["history"]["rows"] if "val_map" in row]
     scores = [row["val_map"] for row in rows]
     assert len(scores) == EPOCHS
@@ -89,9 +71,9 @@ def test_the_best_epoch_is_the_one_of_the_highest_map(run: Any, bundle: Any) -> 
     assert all(np.isfinite(row["val_loss"]) for row in rows)
 
 
-def test_validation_and_test_count_the_same_boxes(run: Any, bundle: Any) -> None:
+def test_validation_and_test_count_the_same_boxes(finished: Any, bundle: Any) -> None:
     """The test measured on the validation split gives the best epoch's score: neither leaves a box out."""
-    folder, _ = run
+    folder, _ = finished
     checkpoint = folder / "models" / "model.pt"
     assert (
         load_network(checkpoint).hparams["lowest_score"]
@@ -107,9 +89,9 @@ def test_validation_and_test_count_the_same_boxes(run: Any, bundle: Any) -> None
     assert fewer["predicted_boxes"] < values["predicted_boxes"]
 
 
-def test_the_cases_say_what_the_metrics_count(run: Any) -> None:
+def test_the_cases_say_what_the_metrics_count(finished: Any) -> None:
     """Recount `ap_40`'s hits and the boxes of the files from the table alone."""
-    folder, _ = run
+    folder, _ = finished
     with open(folder / "eval" / "cases.csv") as file:
         rows = list(csv.DictReader(file))
     metrics, items = read(folder / "eval" / "metrics.json"), read(folder / "data.json")["test"]
@@ -144,8 +126,8 @@ def write_inputs(folder: Path, data: Path) -> None:
     shutil.copy(next((data / "rsna" / "stage_2_train_images").iterdir()), folder / "phantom.dcm")
 
 
-def test_inference_gives_boxes_in_pixels_of_the_files(run: Any, bundle: Any, tmp_path: Path) -> None:
-    folder, _ = run
+def test_inference_gives_boxes_in_pixels_of_the_files(finished: Any, bundle: Any, tmp_path: Path) -> None:
+    folder, _ = finished
     write_inputs(tmp_path / "in", bundle.data)
     changes = {"ckpt_dir": str(folder / "models"), "output_dir": str(tmp_path / "out"), "device": "cpu"}
     changes |= {"inputs": str(tmp_path / "in"), "score_threshold": 0.05}

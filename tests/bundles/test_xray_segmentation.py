@@ -4,44 +4,25 @@
 from __future__ import annotations
 
 import csv
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from monai.bundle import ConfigWorkflow
 from torch.nn import functional as F
 
+from tests.common import REPOSITORY, last, read
 from unimedi_components.data import task_transforms
 from unimedi_components.loading import ImageDataset, ImageLoader
 from unimedi_components.losses import FocalDiceLoss
 from unimedi_components.networks import load_network
 
-CONFIGS = Path(__file__).resolve().parents[2] / "bundles" / "chest_xray_segmentation" / "configs"
+BUNDLE = "chest_xray_segmentation"
+CONFIGS = REPOSITORY / "bundles" / BUNDLE / "configs"
 
 
 pytestmark = pytest.mark.usefixtures("in_process")
-
-
-@pytest.fixture(scope="module")
-def bundle(task_bundle: Any) -> Any:
-    return task_bundle("chest_xray_segmentation")
-
-
-@pytest.fixture(scope="module")
-def finished(bundle: Any) -> tuple[Path, ConfigWorkflow]:
-    """A finished run."""
-    return bundle.finished()
-
-
-def read(path: Path) -> Any:
-    return json.loads(path.read_text())
-
-
-def last(folder: Path) -> dict[str, Any]:
-    return torch.load(folder / "models" / "last.ckpt", weights_only=True)
 
 
 def test_the_card_says_how_to_build_the_network(finished: Any) -> None:

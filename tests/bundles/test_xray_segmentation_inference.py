@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from monai.data import load_net_with_metadata
 from monai.transforms import Compose
 from PIL import Image
 
+from tests.common import run_bundle, write_radiograph
 from unimedi_components.data import task_transforms, write_json
 from unimedi_components.data.phantom import write_phantom
 from unimedi_components.data.prepare import prepare
@@ -60,10 +60,8 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def workflow(bundle: Path, tmp_path: Path) -> Callable[..., ConfigWorkflow]:
     def make(**overrides: Any) -> ConfigWorkflow:
         folders = {"bundle_root": str(bundle), "output_dir": str(tmp_path / "out"), "device": "cpu"}
-        config = str(bundle / "configs" / "inference.json")
-        made = ConfigWorkflow(config, workflow_type="inference", logging_file=False, **{**folders, **overrides})
-        made.initialize()
-        return made
+        config = bundle / "configs" / "inference.json"
+        return run_bundle(config, "inference", start=False, **{**folders, **overrides})
 
     return make
 
@@ -88,24 +86,6 @@ def film(rows: int, columns: int) -> tuple[np.ndarray, np.ndarray]:
     return np.where(mask, 230, 20).astype(np.uint8), mask
 
 
-def write_dicom(path: Path, pixels: np.ndarray, photometric: bytes) -> None:
-    """A digital radiograph of 16 bits, explicit little-endian."""
-
-    def element(group: int, number: int, vr: bytes, value: bytes) -> bytes:
-        value += b" " * (len(value) % 2)
-        size = struct.pack("<HI", 0, len(value)) if vr == b"OW" else struct.pack("<H", len(value))
-        return struct.pack("<HH", group, number) + vr + size + value
-
-    us = struct.Struct("<H").pack
-    meta = element(2, 0x10, b"UI", b"1.2.840.10008.1.2.1\0")
-    body = element(8, 0x16, b"UI", b"1.2.840.10008.5.1.4.1.1.1.1") + element(8, 0x60, b"CS", b"DX")
-    body += element(0x28, 2, b"US", us(1)) + element(0x28, 4, b"CS", photometric)
-    numbers = {0x10: pixels.shape[0], 0x11: pixels.shape[1], 0x100: 16, 0x101: 16, 0x102: 15, 0x103: 0}
-    body += b"".join(element(0x28, number, b"US", us(value)) for number, value in numbers.items())
-    body += element(0x7FE0, 0x10, b"OW", pixels.astype("<u2").tobytes())
-    path.write_bytes(bytes(128) + b"DICM" + element(2, 0, b"UL", struct.pack("<I", len(meta))) + meta + body)
-
-
 def write(kind: str, folder: Path) -> tuple[Path, np.ndarray]:
     """A film of a kind and its true mask, upright."""
     folder.mkdir(exist_ok=True)
@@ -123,7 +103,7 @@ def write(kind: str, folder: Path) -> tuple[Path, np.ndarray]:
     elif kind == "sixteen.png":
         Image.fromarray(pixels.astype(np.uint16) * 200).save(path)
     elif kind == "mono1.dcm":
-        write_dicom(path, 4000 - 15 * pixels.astype(np.int32), b"MONOCHROME1")
+        write_radiograph(path, 4000 - 15 * pixels.astype(np.int32), b"MONOCHROME1")
     else:
         Image.fromarray(pixels).save(path)
     return path, mask

@@ -196,10 +196,3 @@ def test_malformed_lists(tmp_path, content, message):
     with pytest.raises(DataError) as info:
         collect(tmp_path)
     assert f"{tmp_path}/dataset.json: " in str(info.value) and message in str(info.value)
-
-
-def test_no_list(tmp_path):
-    with pytest.raises(DataError, match=r"no list of cases\. Looked for dataset\.json\[\.gz\], amos22/dataset\.json"):
-        collect(tmp_path)
-    with pytest.raises(DataError, match="no such folder"):
-        collect(tmp_path / "gone")

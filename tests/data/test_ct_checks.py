@@ -151,6 +151,11 @@ def test_scaled_nifti_and_padding_are_hounsfield(tmp_path):
         )
         patch(tmp_path / "scaled.nii", {112: ("ff", (1.0, -1024.0))})
         assert reason(tmp_path / "scaled.nii") is None
+    crop = np.random.default_rng(0).normal(45, 20, (20, 20, 20))
+    assert reason(save(tmp_path / "crop.nii.gz", crop.astype(np.int16))) == "not Hounsfield units"
+    # fat alone can be as dark
+    crop[:4] -= 145
+    assert reason(save(tmp_path / "crop.nii.gz", crop.astype(np.int16))) is None
     padded = body()
     padded[0] = -3024
     assert reason(save(tmp_path / "padded.nii.gz", padded)) is None

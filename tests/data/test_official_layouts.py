@@ -199,3 +199,25 @@ def test_a_missing_part_is_counted_and_a_missing_whole_names_where_it_was_looked
         empty.mkdir(exist_ok=True)
         with pytest.raises(DataError, match=words):
             DATASETS[name].collect(empty, **QUIET)
+
+
+@pytest.mark.parametrize(
+    ("name", "title", "message"),
+    [
+        ("mimic_cxr", "MIMIC-CXR-JPG", r"no metadata table .*Looked for mimic-cxr-2\.\*-metadata\.csv\[\.gz\]"),
+        ("bimcv", "BIMCV-COVID19+", r"no sessions\. Looked for .*sub-S\*/ses-E\*/mod-rx"),
+        ("chexpert", "CheXpert", r"no table of CheXpert\. Looked for train\.csv\[\.gz\], CheXpert-v1\.0\*/train"),
+        ("rsna", "RSNA Pneumonia", r"no label table .*Looked for stage_2_train_labels\.csv\[\.gz\]"),
+        ("covidx", "COVIDx", r"no pair of lists train_COVIDx\*A\.txt .*\(lists there: none\)\. Put train_COVIDx9A"),
+        ("cc_ccii", "Clean-CC-CCII", r"no scans\. Looked for \{CP,NCP,Normal\}/PATIENT/SCAN there"),
+        ("luna16", "LUNA16", r"no table for --mode volume\. Looked for annotations\.csv\[\.gz\]"),
+        ("bcv", "BCV", r"no images\. Looked for Training/img/img0001\.nii\.gz and imagesTr/img0001"),
+        ("amos", "AMOS22", r"no list of cases\. Looked for dataset\.json\[\.gz\], amos22/dataset\.json"),
+    ],
+)
+def test_an_empty_folder_or_none(name: str, title: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=message):
+        DATASETS[name].collect(tmp_path)
+    told = f"gone: no such folder. Give the folder that holds the {title} data as ROOT"
+    with pytest.raises(DataError, match=re.escape(told)):
+        DATASETS[name].collect(tmp_path / "gone")

@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 import torch
 from monai.apps.detection.transforms.dictionary import RandFlipBoxd, RandZoomBoxd
+from monai.data import MetaTensor
 from monai.transforms import Compose
 from PIL import Image
 
 from unimedi_components.data.box_augment import RowsFirstBoxesd, ToInputBoxesd
 from unimedi_components.data.roi_boxes import boxes_of_rois, rois_of_boxes
 from unimedi_components.errors import DataError
+from unimedi_components.tasks import RoisOfBoxesd
 
 BOXES = [[10.0, 20, 50, 90], [0, 0, 1, 1]]
 
@@ -129,3 +131,13 @@ def test_boxes_are_clipped_and_those_gone_are_dropped() -> None:
     assert np.allclose(found, [[0, 0, 17, 17], [29.5, 29.5, 42, 47]], atol=0.51)
     none = random_transforms(1.0, 1.0, 0.9, 1.1)({"image": torch.zeros(1, 64, 64), "boxes": torch.zeros(0, 4)})
     assert none["boxes"].shape == (0, 4)
+
+
+def test_a_box_over_the_padding_ends_at_the_films_edge(tmp_path: Path) -> None:
+    """An input of 30 x 30 of a film of 60 x 35: rows by 2, columns by 2 behind 6 of padding."""
+    Image.fromarray(np.zeros((60, 35), np.uint8)).save(tmp_path / "film.png")
+    affine = torch.tensor([[2.0, 0, 0, 0.5], [0, 2, 0, -11.5], [0, 0, 1, 0], [0, 0, 0, 1]], dtype=torch.float64)
+    image = MetaTensor(torch.zeros(1, 30, 30), affine=affine, meta={"spatial_shape": np.array([60, 35])})
+    item = {"image": image, "image_path": tmp_path / "film.png", "box": torch.tensor([[1.0, 2, 10, 31]])}
+    # columns -10 to 8 and rows 4 to 62 of the film
+    assert RoisOfBoxesd()(item)["box"].tolist() == [pytest.approx([3.5, 31.5, 0, 8, 56, 1])]

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 import subprocess
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+from tests.common import digests
 from unimedi_components.data.vocabulary import SPECIAL_TOKENS, build_wordpiece
 from unimedi_components.errors import DataError
 
@@ -35,10 +35,6 @@ def make_reports(n: int = 120) -> list[str]:
     return [" ".join(rng.choices(WORDS + made_up, k=25)) + "." for _ in range(n)]
 
 
-def digests(folder: str) -> dict[str, str]:
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(Path(folder).iterdir())}
-
-
 def test_loads_offline_with_special_ids_and_known_words(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     folder = build_wordpiece(make_reports(), tmp_path / "vocab", vocab_size=400)
@@ -61,7 +57,7 @@ def test_case_is_kept_when_asked(tmp_path):
 
 def test_same_reports_same_bytes_in_another_process(tmp_path):
     reports = make_reports()
-    here = digests(build_wordpiece(reports, tmp_path / "a", vocab_size=400))
+    here = digests(Path(build_wordpiece(reports, tmp_path / "a", vocab_size=400)))
     (tmp_path / "reports.json").write_text(json.dumps(reports))
     code = (
         "import json, sys; from unimedi_components.data.vocabulary import build_wordpiece;"
@@ -70,7 +66,7 @@ def test_same_reports_same_bytes_in_another_process(tmp_path):
     root = Path(__file__).resolve().parents[2]
     command = [sys.executable, "-c", code, str(tmp_path / "reports.json"), str(tmp_path / "b")]
     subprocess.run(command, check=True, cwd=root, timeout=60)
-    assert digests(str(tmp_path / "b")) == here
+    assert digests(tmp_path / "b") == here
     assert len(here) >= 4
 
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,37 +13,18 @@ import pytest
 import torch
 from monai.transforms import Compose
 from PIL import Image
-from torch import nn
 
-from unimedi_components.data import task_transforms, write_json
-from unimedi_components.networks import UnifiedViT, ViTDet, load_network, network_card
+from unimedi_components.data import task_transforms
+from unimedi_components.networks import load_network
 
 pytestmark = pytest.mark.usefixtures("in_process")
-REPOSITORY = Path(__file__).resolve().parents[2]
 NAME = "chest_xray_detection"
 
 
 @pytest.fixture
-def bundle(app_folder: Path) -> Path:
-    """The bundle in the app's `model` folder, alone, with random weights."""
-    folder = app_folder / "model" / NAME
-    shutil.copytree(REPOSITORY / "bundles" / NAME / "configs", folder / "configs")
-    train = json.loads((folder / "configs" / "train.json").read_text())
-    torch.manual_seed(0)
-    size = {"vol_size": [8, 32, 32], "embed_dim": 32, "depth": 1, "num_heads": 2}
-    write_json({**train, "size": size}, folder / "configs" / "train.json")
-    encoder = UnifiedViT(64, **size)
-    made = train["network_def"]
-    options = {name: made[name] for name in ("scales", "last_pool", "head_convs", "aspect_ratios")}
-    sizes = [[0.18 * 128, 0.25 * 128]] * len(made["scales"])
-    network = ViTDet(encoder, 1, width=made["width"], anchor_sizes=sizes, **options)
-    nn.init.normal_(network.classification_head.cls_logits.weight, std=0.1)
-    nn.init.zeros_(network.classification_head.cls_logits.bias)
-    (folder / "models").mkdir()
-    torch.save(network.state_dict(), folder / "models" / "model.pt")
-    card = network_card(network, "detection", train["label_names"], {"film": {"size": train["img_size"]}})
-    write_json(card, folder / "models" / "model.json")
-    return folder
+def bundle(app_folder: Path, tiny_bundle: Any) -> Path:
+    """The bundle in the app's `model` folder, alone: without the repository, its pretrain bundle and its data."""
+    return tiny_bundle(NAME, app_folder / "model")
 
 
 def write_film(folder: Path, number: int, shape: tuple[int, int] = (90, 70)) -> tuple[Path, list[float]]:
@@ -87,7 +67,8 @@ def direct(bundle: Path, image: Path, threshold: float) -> list[dict[str, Any]]:
     top = (size - round(height / scale)) // 2
     rois = []
     for x0, y0, x1, y1 in found["boxes"].tolist():
-        x0, x1, y0, y1 = (scale * (v - pad) for v, pad in ((x0, left), (x1, left), (y0, top), (y1, top)))
+        x0, x1 = (min(max(scale * (v - left), 0), width) for v in (x0, x1))
+        y0, y1 = (min(max(scale * (v - top), 0), height) for v in (y0, y1))
         rois.append([(x0 + x1) / 2 - 0.5, (y0 + y1) / 2 - 0.5, 0, x1 - x0, y1 - y0, 1])
     return rois
 

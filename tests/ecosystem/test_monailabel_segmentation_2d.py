@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,41 +16,18 @@ from monai.transforms import Compose
 from PIL import Image
 from torch.nn import functional as F
 
-from unimedi_components.data import task_transforms, write_json
-from unimedi_components.networks import SETRPUP, UnifiedViT, load_network, network_card
+from unimedi_components.data import task_transforms
+from unimedi_components.networks import load_network
 
 pytestmark = pytest.mark.usefixtures("in_process")
-SOURCE = Path(__file__).resolve().parents[2] / "bundles" / "chest_xray_segmentation"
+NAME = "chest_xray_segmentation"
 ROWS, COLUMNS = 90, 64
 
 
 @pytest.fixture
-def bundle(app_folder: Path) -> Path:
+def bundle(app_folder: Path, tiny_bundle: Any) -> Path:
     """The bundle in the app's `model` folder, alone: without the repository, its pretrain bundle and its data."""
-    folder = app_folder / "model" / SOURCE.name
-    shutil.copytree(SOURCE / "configs", folder / "configs")
-    # the default's decoder is made for a trained encoder: this one is random, so that the decoder must do the work
-    train = json.loads((folder / "configs" / "train.json").read_text())
-    sizes = {"vol_size": [8, 32, 32], "embed_dim": 32, "depth": 2, "num_heads": 2}
-    train |= {"size": sizes, "preprocessing": {"film": {"size": 80}}}
-    train["network_def"]["widths"] = [64, 32, 16, 8]
-    (folder / "configs" / "train.json").write_text(json.dumps(train))
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        encoder = UnifiedViT(64, **sizes)
-        network = SETRPUP(encoder, widths=train["network_def"]["widths"])
-        torch.nn.init.normal_(network.head.weight, std=20.0)
-        size = train["preprocessing"]["film"]["size"]
-        film = write_film(app_folder / "any", 1)[0]
-        example = Compose(task_transforms({"film": {"size": size}}))({"image": str(film)})
-        with torch.no_grad():
-            # about half of a film is found
-            network.head.bias.sub_(network.eval()(example["image"][None]).median())
-    (folder / "models").mkdir()
-    torch.save(network.state_dict(), folder / "models" / "model.pt")
-    card = network_card(network, "segmentation", train["label_names"], {"film": {"size": size}})
-    write_json(card, folder / "models" / "model.json")
-    return folder
+    return tiny_bundle(NAME, app_folder / "model")
 
 
 def write_film(folder: Path, number: int) -> tuple[Path, np.ndarray]:
@@ -83,7 +59,7 @@ def datastore(folder: Path, count: int) -> SimpleNamespace:
 
 def served(task: Any, image: Path, extension: str = ".nii.gz") -> np.ndarray:
     """The mask that a request returns, rows before columns."""
-    request = {"model": SOURCE.name, "image": str(image), "device": "cpu", "result_extension": extension}
+    request = {"model": NAME, "image": str(image), "device": "cpu", "result_extension": extension}
     file, result = task(request)
     assert result["label_names"] == {"pneumonia": 1}
     if extension == ".png":
@@ -124,7 +100,7 @@ def test_inference(extension: str, bundle: Path, monailabel: Any, tmp_path: Path
     assert 0.02 < expected.mean() < 0.98
     if extension == ".nrrd":
         itk = pytest.importorskip("itk")
-        request = {"model": SOURCE.name, "image": str(image), "device": "cpu", "result_extension": extension}
+        request = {"model": NAME, "image": str(image), "device": "cpu", "result_extension": extension}
         found = itk.array_from_image(itk.imread(task(request)[0]))
     else:
         found = served(task, image, extension)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,48 +13,16 @@ import numpy as np
 import pytest
 import torch
 
-from unimedi_components.data import write_json
-from unimedi_components.networks import UnifiedViT, network_card
-from unimedi_components.networks.unetr import UnifiedUNETR
-
 pytestmark = pytest.mark.usefixtures("in_process")
 NAME = "abdomen_ct_segmentation"
-SOURCE = Path(__file__).resolve().parents[2] / "bundles" / NAME
-SIZE = (32, 48, 48)
 # turned by 3-4-5 about the left-right axis
 AFFINE = np.array([[-2.0, 0, 0, 40], [0, 1.2, -2.4, -30], [0, 0.9, 3.2, 10], [0, 0, 0, 1]])
 
 
 @pytest.fixture
-def bundle(app_folder: Path) -> Path:
+def bundle(app_folder: Path, tiny_bundle: Any) -> Path:
     """The bundle in the app's `model` folder, alone: without the repository, its pretrain bundle and its data."""
-    made = app_folder / "model" / NAME
-    shutil.copytree(SOURCE / "configs", made / "configs")
-    # a network of seconds
-    config = json.loads((made / "configs" / "train.json").read_text())
-    config["network_def"] |= {"feature_size": 4, "hidden_states": [0, 1]}
-    config["train"]["repeated"]["steps"] = 4
-    config["evaluation"] |= {"figures": 0, "bootstrap": 10}
-    config["size"] = {"patch_size_3d": [4, 12, 12], "embed_dim": 32, "depth": 2, "num_heads": 2}
-    (made / "configs" / "train.json").write_text(json.dumps(config))
-    torch.manual_seed(0)
-    encoder = UnifiedViT(64, SIZE, patch_size_3d=(4, 12, 12), embed_dim=32, depth=2, num_heads=2)
-    network = UnifiedUNETR(
-        encoder,
-        14,
-        hidden_states=(0, 1),
-        feature_size=4,
-        deep_supervision=True,
-        residual_scores=True,
-        background_prior=0.9,
-    )
-    torch.nn.init.normal_(network.out.conv.conv.weight, std=5.0)
-    (made / "models").mkdir()
-    torch.save(network.state_dict(), made / "models" / "model.pt")
-    organs = {"spatial_size": SIZE, "spacing": None, "window": (-175, 250), "num_classes": 14}
-    card = network_card(network, "segmentation", config["label_names"], {"organs": organs})
-    write_json(card, made / "models" / "model.json")
-    return made
+    return tiny_bundle(NAME, app_folder / "model")
 
 
 def write_case(folder: Path, number: int) -> tuple[Path, Path]:

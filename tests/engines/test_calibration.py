@@ -74,7 +74,7 @@ class Network(torch.nn.Module):
 
 def test_the_handler_runs_in_the_last_epoch_alone_on_whole_images():
     network = Network().train()
-    handler = CalibrateProjection(network, Items(), samples_2d=6, samples_3d=6, batch_size=4)
+    handler = CalibrateProjection(network, Items(), samples=(6, 6), batch_size=4)
     handler(SimpleNamespace(state=SimpleNamespace(epoch=1, max_epochs=2)))
     assert network.modes == [] and torch.equal(network.image_projection.input_norm.running_mean, torch.zeros(2, 3))
     handler(SimpleNamespace(state=SimpleNamespace(epoch=2, max_epochs=2)))
@@ -86,9 +86,7 @@ def test_the_handler_runs_in_the_last_epoch_alone_on_whole_images():
 
 def test_samples_are_spread_over_the_set():
     network = Network()
-    CalibrateProjection(network, Items(), samples_2d=3, samples_3d=0)(
-        SimpleNamespace(state=SimpleNamespace(epoch=1, max_epochs=1))
-    )
+    CalibrateProjection(network, Items(), samples=(3, 0))(SimpleNamespace(state=SimpleNamespace(epoch=1, max_epochs=1)))
     # X-rays 0, 2 and 4
     torch.testing.assert_close(network.image_projection.input_norm.running_mean[0], torch.tensor([2.0] * 3))
     assert torch.equal(network.image_projection.input_norm.running_mean[1], torch.zeros(3))

@@ -15,17 +15,9 @@ from monai.engines import SupervisedTrainer
 from torch import Tensor
 from transformers.models.bert.tokenization_bert import BertTokenizer
 
-from unimedi_components.engines import (
-    EpochSeed,
-    GradientCare,
-    History,
-    TeacherUpdate,
-    TrainingCheckpoint,
-    build_optimizer,
-    prepare_mixed_batch,
-    warmup_cosine,
-)
-from unimedi_components.engines.checkpoint import atomic_save
+from unimedi_components.engines import build_optimizer, prepare_mixed_batch, warmup_cosine
+from unimedi_components.engines.checkpoint import TrainingCheckpoint, atomic_save
+from unimedi_components.engines.handlers import EpochSeed, GradientCare, History, TeacherUpdate
 from unimedi_components.errors import CheckpointError
 from unimedi_components.losses import UniMediLoss
 from unimedi_components.networks import DINOHead, ProjectionHead, ReportEncoder, UnifiedViT, UniMedI

@@ -7,7 +7,8 @@ import pytest
 import torch
 from ignite.engine import Engine, Events
 
-from unimedi_components.engines import EarlyStop, TaskCheckpoint
+from unimedi_components.engines.checkpoint import TaskCheckpoint
+from unimedi_components.engines.early_stop import EarlyStop
 from unimedi_components.networks import UnifiedViT
 from unimedi_components.networks.cards import network_card
 from unimedi_components.networks.classifier import ImageClassifier, load_classifier

@@ -15,18 +15,16 @@ from monai.engines import IterationEvents, SupervisedTrainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from unimedi_components.engines import (
-    EndWithLoader,
+from unimedi_components.engines import EndWithLoader, ValidationLog, prepare_mixed_batch
+from unimedi_components.engines.handlers import (
     EpochSeed,
     GradientCare,
     History,
     TeacherUpdate,
     TensorBoardLosses,
-    TrainingProgress,
-    ValidationLog,
     losses,
-    prepare_mixed_batch,
 )
+from unimedi_components.engines.progress import TrainingProgress
 
 
 def run(

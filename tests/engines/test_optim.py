@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from unimedi_components.engines import amp_dtype, build_optimizer, scaled_lr, use_amp, warmup_cosine
+from unimedi_components.engines import amp_dtype, build_optimizer, use_amp, warmup_cosine
+from unimedi_components.engines.optim import scaled_lr
 from unimedi_components.errors import ConfigError
 from unimedi_components.loading import MixedBatchSampler
 from unimedi_components.networks import DINOHead, ProjectionHead, ReportEncoder, UnifiedViT, UniMedI

@@ -12,7 +12,8 @@ import pytest
 import torch
 from ignite.engine import Engine
 
-from unimedi_components.engines import History, WatchTargets
+from unimedi_components.engines.handlers import History
+from unimedi_components.engines.target_information import WatchTargets
 
 
 class Loss:

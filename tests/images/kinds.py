@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -225,6 +226,12 @@ def turned_jpeg(writer: Writer) -> Path:
     return picture(writer, "IMG 0001.jpeg", np.round(GREYS * 255).astype(np.uint8), exif=exif, quality=100)
 
 
+@kind("xray", truth=GREY)
+def a_name_that_is_no_text(writer: Writer) -> Path:
+    path = film(writer)
+    return path.rename(os.fsdecode(os.fsencode(path.parent) + b"/M\xfcller 1.dcm")).parent
+
+
 @kind("xray", truth=Truth(GREYS, near=3e-3))
 def grey_with_alpha(writer: Writer) -> Path:
     grey = np.round(GREYS * 255).astype(np.uint8)
@@ -256,6 +263,15 @@ def scout_and_dose_report(writer: Writer) -> Path:
     report.Rows, report.Columns, report.SamplesPerPixel, report.PlanarConfiguration = 20, 18, 3, 0
     report.PhotometricInterpretation, report.PixelData = "RGB", bytes(20 * 18 * 6)
     writer.save(report, "ct/zz.dcm")
+    return ct(writer)
+
+
+@kind("volume", "is a scout view by its geometry (it lies across 24 slices of its study)", BODY)
+def scouts_that_nothing_names(writer: Writer) -> Path:
+    # from the front in the series itself, from the side in one of its own
+    for number, rows in enumerate(([1, 0, 0], [0, 1, 0])):
+        change = {"ImageOrientationPatient": [*rows, 0, 0, -1], "SeriesInstanceUID": f"{writer.root}.{number + 1}"}
+        ct(writer, lambda n, f, change=change: f.update(change), start=300 + number, places=[40])
     return ct(writer)
 
 
@@ -296,6 +312,13 @@ def reconstructions_between_each_other(writer: Writer) -> Path:
 def two_phases(writer: Writer) -> Path:
     ct(writer, lambda n, f: setattr(f, "ContrastBolusAgent", "none"))
     change: Change = lambda n, f: setattr(f, "ContrastBolusAgent", "350")  # noqa: E731
+    return ct(writer, change, start=100, volume=(body() + 5).astype(np.int16))
+
+
+@kind("volume", "The series holds 2 stacks", count=2)
+def phases_by_their_exposure(writer: Writer) -> Path:
+    ct(writer, lambda n, f: setattr(f, "IrradiationEventUID", "1.2.1"))
+    change: Change = lambda n, f: setattr(f, "IrradiationEventUID", "1.2.2")  # noqa: E731
     return ct(writer, change, start=100, volume=(body() + 5).astype(np.int16))
 
 
@@ -348,6 +371,14 @@ def enhanced_with_rescale_of_each_frame(writer: Writer) -> Path:
     return rewrite(writer.enhanced("IM0", range(23, -1, -1)), change)
 
 
+@kind("volume", truth=BODY)
+def enhanced_in_two_files(writer: Writer) -> Path:
+    for number in range(2):
+        path = writer.enhanced(f"parts/{number}", range(12 * number, 12 * number + 12))
+        rewrite(path, lambda file, n=number: setattr(file, "SOPInstanceUID", f"{writer.root}.1.{n}"))
+    return writer.folder / "parts"
+
+
 def nifti(writer: Writer, name: str, values: np.ndarray, affine: Any = AFFINE, slope: float | None = None) -> Path:
     path = writer.folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -366,6 +397,18 @@ def nifti_with_five_axes(writer: Writer) -> Path:
 @kind("volume", truth=TURNED)
 def nifti_turned_and_scaled(writer: Writer) -> Path:
     return nifti(writer, "SCAN.NII", (TURNED.values // 10).astype(np.int16), TURNED.affine, slope=10)
+
+
+@kind("volume", truth=BODY)
+def packed_nifti_without_its_ending(writer: Writer) -> Path:
+    path = nifti(writer, "scan.nii.gz", body())
+    return path.rename(path.with_name("scan"))
+
+
+@kind("volume", truth=BODY)
+def nifti_that_is_not_packed_as_it_says(writer: Writer) -> Path:
+    path = nifti(writer, "scan.nii", body())
+    return path.rename(path.with_name("scan.nii.gz"))
 
 
 @kind("volume", truth=BODY)
@@ -390,6 +433,15 @@ def nrrd(writer: Writer) -> Path:
     )
     path.write_bytes(head.encode() + body().astype("<i2").tobytes(order="F"))
     return path
+
+
+@kind("volume", truth=BODY)
+def nrrd_beside_its_voxels(writer: Writer) -> Path:
+    head, _, voxels = nrrd(writer).read_bytes().partition(b"\n\n")
+    (writer.folder / "scan.nrrd").unlink()
+    (writer.folder / "scan.raw").write_bytes(voxels)
+    (writer.folder / "scan.nhdr").write_bytes(head + b"\ndata file: ./scan.raw\n")
+    return writer.folder / "scan.nhdr"
 
 
 @kind("volume", truth=BODY)
@@ -460,6 +512,11 @@ def no_position(writer: Writer) -> Path:
     return ct(writer, lambda n, f: f.__delattr__("ImagePositionPatient"))
 
 
+@kind("", "5 of the 24 files of its series lack ImagePositionPatient")
+def no_position_in_some(writer: Writer) -> Path:
+    return ct(writer, lambda n, f: f.__delattr__("ImagePositionPatient") if n % 5 == 0 else None)
+
+
 @kind("", "lacks ImageOrientationPatient")
 def no_orientation(writer: Writer) -> Path:
     return ct(writer, lambda n, f: setattr(f, "ImageOrientationPatient", None))
@@ -485,6 +542,11 @@ def phases_by_number_alone(writer: Writer) -> Path:
 def acquisitions_by_number_alone(writer: Writer) -> Path:
     ct(writer)
     return ct(writer, start=100, places=[3.0 * z + 1.5 for z in range(24)])
+
+
+@kind("", "spacing 2x2.5x12 mm is outside 0.2 to 10 mm")
+def slices_too_far_apart(writer: Writer) -> Path:
+    return ct(writer, places=[12.0 * z for z in range(24)])
 
 
 @kind("", "frames without positions")
@@ -523,6 +585,13 @@ def nifti_of_no_place(writer: Writer) -> Path:
 @kind("", "raw stored values")
 def stored_values_in_nifti(writer: Writer) -> Path:
     return nifti(writer, "stored.nii.gz", (body() + 1024).astype(np.uint16))
+
+
+@kind(
+    "", "as grey levels or rescaled intensities do. Convert it again from DICOM without rescaling the intensities, or"
+)
+def grey_levels_in_nifti(writer: Writer) -> Path:
+    return nifti(writer, "grey.nii.gz", np.clip((body() + 1000) / 6, 0, 255).astype(np.uint8))
 
 
 @kind("", "some voxels are NaN or infinite")
@@ -604,5 +673,5 @@ def make_all(folder: Path, names: Sequence[str] = ()) -> dict[str, Path]:
     """Write files of each kind to a folder of its own; the path to name, by kind."""
     paths = {}
     for number, name in enumerate(names or KINDS, start=1):
-        paths[name] = KINDS[name].make(Writer(folder / f"{number:02d}_{name}", root=f"1.2.826.0.1.9.{number}"))
+        paths[name] = KINDS[name].make(Writer(folder / f"{number:03d}_{name}", root=f"1.2.826.0.1.9.{number}"))
     return paths

@@ -161,16 +161,22 @@ def png16(path: Path, channels: list[np.ndarray]) -> Path:
     return path
 
 
-def tiff(path: Path, channels: list[np.ndarray], photometric: int, orientation: int = 1) -> Path:
-    """A little-endian TIFF of one strip, 16 bits a sample."""
+def tiff(
+    path: Path, channels: list[np.ndarray], photometric: int, orientation: int = 1, planar: int = 1, order: str = "<"
+) -> Path:
+    """A TIFF of one strip, 16 bits a sample."""
     height, width = channels[0].shape
-    data = np.stack(channels, -1).astype("<u2").tobytes()
+    data = np.stack(channels, -1 if planar == 1 else 0).astype(f"{order}u2").tobytes()
     count = len(channels)
     bits = (258, 3, count, 16 if count == 1 else 200)
     tags = [(256, 3, 1, width), (257, 3, 1, height), bits, (259, 3, 1, 1), (262, 3, 1, photometric), (273, 4, 1, 256)]
     tags += [(274, 3, 1, orientation), (277, 3, 1, count), (278, 3, 1, height), (279, 4, 1, len(data))]
-    head = b"II*\0" + struct.pack("<IH", 8, len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags) + bytes(4)
-    path.write_bytes(head.ljust(200, b"\0") + struct.pack("<4H", 16, 16, 16, 16) + bytes(48) + data)
+    tags += [(284, 3, 1, planar)]
+    head = struct.pack(f"{order}2sHIH", b"II" if order == "<" else b"MM", 42, 8, len(tags))
+    for number, kind, many, value in tags:
+        form = "HH" if kind == 3 and many == 1 else "I"
+        head += struct.pack(f"{order}HHI{form}", number, kind, many, *((value, 0) if form == "HH" else (value,)))
+    path.write_bytes(head.ljust(200, b"\0") + struct.pack(f"{order}4H", 16, 16, 16, 16) + bytes(48) + data)
     return path
 
 
@@ -201,6 +207,7 @@ def test_tiff_whose_least_value_is_white(tmp_path: Path) -> None:
     deep = (film() * 16.0).astype(np.uint16)
     path = tiff(tmp_path / "a.tif", [65535 - deep], 0)
     np.testing.assert_allclose(greys(path), deep / deep.max(), atol=1e-6)
+    np.testing.assert_array_equal(greys(tiff(tmp_path / "be.tif", [65535 - deep], 0, order=">")), greys(path))
     assert read_xray(path)[1][0] == "inverted (MinIsWhite)"
     # 12 of the 16 bits
     path = tiff(tmp_path / "b.tif", [65535 - film()], 0)
@@ -218,6 +225,8 @@ def test_deep_colours_are_turned_upright(tmp_path: Path) -> None:
     np.testing.assert_allclose(greys(path), np.rot90(film(), -1) / 3890, atol=1e-6)
     with pytest.raises(DataError, match="16-bit colours that are to be turned"):
         read_xray(tiff(tmp_path / "a.tif", [film()] * 3, 2, orientation=6))
+    with pytest.raises(DataError, match="16-bit colours in planes of their own"):
+        read_xray(tiff(tmp_path / "b.tif", [film()] * 3, 2, planar=2))
 
 
 def test_one_verdict_for_what_is_no_film(tmp_path: Path) -> None:

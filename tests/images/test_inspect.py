@@ -117,7 +117,7 @@ def test_what_find_leaves_out_is_listed_by_the_data_set(mixed: Path) -> None:
     for number in range(len(dataset)):
         dataset[number]
     found = {Path(record.file).name: record.reason for record in dataset.skipped}
-    assert set(found) == {"0900.dcm", "cut.png", "stored.nii.gz"}
+    assert set(found) == {"0900.dcm", "0700.dcm", "cut.png", "stored.nii.gz"}
     assert "one CT slice" in found["0900.dcm"] and "not Hounsfield units" in found["stored.nii.gz"]
     told = find_images(str(mixed / "stored.nii.gz"), mixed, assume_hu=True)
     assert not isinstance(ImageDataset(told, transform, mixed)[0], tuple)

@@ -75,6 +75,15 @@ def test_labels_that_each_task_knows(root):
     assert labels_of(root, [[0, 1, -1], (1, 1, 0)], "multilabel") == [[0, 1, -1], [1, 1, 0]]
 
 
+def test_labels_by_name(root):
+    named = ["pneumonia", ["Pneumonia"], {"pneumonia": 1}, {"pneumonia": True, "covid-19": 0}]
+    assert labels_of(root, named, "multilabel") == [[0, 1, 0]] * 4
+    assert labels_of(root, named, "multiclass") == [1] * 4
+    several = [["normal", "COVID-19"], {"normal": 1, "pneumonia": -1}, {"normal": 0}, []]
+    assert labels_of(root, several, "multilabel") == [[1, 0, 1], [1, -1, 0], [0, 0, 0], [0, 0, 0]]
+    assert labels_of(root, [{"ILL": 1}, "healthy"], "binary", ["healthy", "ill"]) == [1, 0]
+
+
 @pytest.mark.parametrize(
     ("task", "value"),
     [
@@ -89,12 +98,25 @@ def test_labels_that_each_task_knows(root):
         ("multilabel", [0, 1, 2]),
         ("multilabel", [0, [1], 0]),
         ("multilabel", [0, float("nan"), 0]),
-        ("multilabel", "pneumonia"),
+        ("multilabel", "edema"),
+        ("multilabel", ["pneumonia", "edema"]),
+        ("multilabel", ["pneumonia", 1]),
+        ("multilabel", {"pneumonia": 2}),
+        ("multilabel", {"pneumonia": "1"}),
+        ("multilabel", {"pneumonia": 1, "edema": 0}),
+        ("multilabel", {"pneumonia": 1, "Pneumonia": 0}),
+        ("multilabel", {}),
+        ("multiclass", {}),
+        ("multiclass", []),
+        ("multiclass", ["normal", "pneumonia"]),
+        ("multiclass", {"normal": 0, "pneumonia": 0}),
+        ("multiclass", {"normal": 1, "pneumonia": -1}),
     ],
 )
 def test_labels_that_none_knows(root, task, value):
-    wanted = "a list of 3 values 0, 1 or -1" if task == "multilabel" else "a whole number from 0 to 2, or one of normal"
-    with pytest.raises(DataError, match=f"item 'i0' has the label .*; for this {task} task it must be {wanted}"):
+    wanted = "a list of 3 values 0, 1 or -1" if task == "multilabel" else "a whole number from 0 to 2, or one of the"
+    fault = f"item 'i0' has the label .*; for this {task} task it must be {wanted}.*: normal, pneumonia, COVID-19$"
+    with pytest.raises(DataError, match=fault):
         labels_of(root, [value], task)
 
 
@@ -112,8 +134,12 @@ def test_labels_in_json_files(root, tmp_path):
         with pytest.raises(DataError, match=fault):
             labels_of(root, [str(tmp_path / name)], "multiclass")
     (tmp_path / "f.json").write_text('{"name": 1}')
-    with pytest.raises(DataError, match="has the label None"):
+    with pytest.raises(DataError, match=r"has the label \{'name': 1\}"):
         labels_of(root, [str(tmp_path / "f.json")], "multiclass")
+    (tmp_path / "g.json").write_text('{"pneumonia": 1}')
+    (tmp_path / "h.json").write_text('{"label": ["pneumonia", "normal"]}')
+    files = [str(tmp_path / "g.json"), str(tmp_path / "h.json")]
+    assert labels_of(root, files, "multilabel") == [[0, 1, 0], [1, 1, 0]]
 
 
 def test_an_item_without_a_label(root):

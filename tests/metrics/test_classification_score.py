@@ -5,8 +5,6 @@ The file is also the program that each rank runs: `python test_classification_sc
 """
 
 import math
-import os
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -19,6 +17,7 @@ from ignite.exceptions import NotComputableError
 from monai.engines import SupervisedEvaluator
 from torch import nn
 
+from tests.common import on_two_ranks
 from unimedi_components.losses import ClassificationLoss
 from unimedi_components.metrics.classification import (
     ClassificationLossMetric,
@@ -96,21 +95,11 @@ def test_metrics_refuse_unknown_tasks_and_empty_runs():
 
 
 def test_two_ranks_with_unequal_shares_equal_one_process(tmp_path):
-    programs = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(tmp_path)],
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
-        )
-        for rank in range(2)
-    ]
-    assert [program.wait(120) for program in programs] == [0, 0]
+    ranks = on_two_ranks(__file__, tmp_path)
     for task in ("multilabel", "multiclass"):
         expected = measure(task, list(batches(task)))
-        for rank in range(2):
-            found = torch.load(tmp_path / f"{rank}.pt")[task]
-            assert found == pytest.approx(expected)
-    for rank in range(2):
-        assert torch.load(tmp_path / f"{rank}.pt")["empty"] == pytest.approx(expected["score"])
+        assert all(found[task] == pytest.approx(expected) for found in ranks)
+    assert all(found["empty"] == pytest.approx(expected["score"]) for found in ranks)
 
 
 def rank_program(rank, folder):

@@ -7,31 +7,20 @@ import pytest
 import torch
 from torch import nn
 
+from tests.common import randomised
 from unimedi_components.errors import CheckpointError
 from unimedi_components.networks import UnifiedViT
 from unimedi_components.networks.cards import network_card
 from unimedi_components.networks.classifier import ImageClassifier, load_classifier, task_encoder
 
-SIZES = {
-    "img_size": 16,
-    "vol_size": (8, 16, 16),
-    "patch_size": 8,
-    "patch_size_3d": (2, 8, 8),
-    "embed_dim": 12,
-    "depth": 2,
-    "num_heads": 2,
-}
+SIZES = {"img_size": 16, "vol_size": (8, 16, 16), "patch_size": 8, "patch_size_3d": (2, 8, 8)}
+SIZES |= {"embed_dim": 12, "depth": 2, "num_heads": 2}
 SHAPES = {2: (3, 1, 16, 16), 3: (3, 1, 8, 16, 16)}
 
 
 def encoder_of(seed=0, **sizes):
-    """An encoder whose every tensor is random, zero-initialised ones too."""
     torch.manual_seed(seed)
-    encoder = UnifiedViT(**{**SIZES, **sizes})
-    with torch.no_grad():
-        for parameter in encoder.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    return encoder
+    return randomised(UnifiedViT(**{**SIZES, **sizes}))
 
 
 def classifier(dim=2, classes=3, **options):

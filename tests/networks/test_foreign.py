@@ -187,9 +187,9 @@ def saved(model: Any, folder: Path) -> Any:
 
 
 @pytest.mark.parametrize("size", [SIDE, 48])
-@pytest.mark.parametrize("name", ["ViT", "Dinov2"])
+@pytest.mark.parametrize("name", ["ViT", "Dinov2", "Dinov2WithRegisters"])
 def test_features_are_those_of_transformers(name: str, size: int, tmp_path: Path) -> None:
-    options = {**HF, **({"mlp_ratio": 2} if name == "Dinov2" else {})}
+    options = {**HF, **({"mlp_ratio": 2} if name.startswith("Dinov2") else {})}
     model = getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**options))
     saved(model, tmp_path)
     image = torch.randn(2, 3, size, size)
@@ -197,6 +197,9 @@ def test_features_are_those_of_transformers(name: str, size: int, tmp_path: Path
     assert encoder.hparams["norm_eps"] == (1e-12 if name == "ViT" else 1e-6)
     with torch.no_grad():
         tokens = model(image, **({"interpolate_pos_encoding": True} if name == "ViT" else {})).last_hidden_state
+    registers = 4 if name == "Dinov2WithRegisters" else 0
+    assert encoder.hparams.get("reg_tokens", 0) == registers
+    tokens = torch.cat([tokens[:, :1], tokens[:, 1 + registers :]], 1)
     close(encoder, image, tokens)
     # names as transformers 5 has them in memory, behind a wrapper
     save_file(prefixed(model.state_dict(), "vit."), tmp_path / "memory.safetensors")
@@ -261,7 +264,7 @@ def test_features_are_those_of_torchvision(published: bool, tmp_path: Path) -> N
 
 
 def clip_state(model: TorchViT) -> State:
-    """OpenAI's and open_clip's names of a vision tower without `ln_pre`, beside a text tower."""
+    """open_clip's names of a vision tower without `ln_pre`, beside a text tower."""
     names = {
         r"^class_token": "class_embedding",
         r"^conv_proj": "conv1",
@@ -298,15 +301,86 @@ def test_features_are_those_of_open_clip_without_ln_pre(tmp_path: Path) -> None:
         close(encoder, image, model.eval()(image))
 
 
+@pytest.mark.parametrize("act", ["gelu", "quick_gelu"])
+def test_features_are_those_of_clip(act: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**HF, hidden_act=act))
+    saved(model, tmp_path)
+    image = torch.randn(2, 3, SIDE, SIDE)
+    with torch.no_grad():
+        pooled = model(image).pooler_output
+    # what Hugging Face's files do not say is taken to be its default, and said
+    with caplog.at_level(logging.WARNING, "unimedi_components"):
+        options = {} if act == "quick_gelu" else {"act_layer": act}
+        encoder = create_encoder(tmp_path / "model.safetensors", **SIZES, **options).eval()
+    assert f"a CLIP's MLPs are taken to have {act}" in caplog.text
+    assert encoder.hparams["pre_norm"] is True and encoder.hparams["norm_eps"] == 1e-5
+    # OpenAI's and open_clip's names of the same weights
+    names = {
+        **{r"^vision_model\.": "", r"^embeddings\.(class_embedding)": r"\1", r"^embeddings\.patch_embedding": "conv1"},
+        **{r"^embeddings\.position_embedding\.weight": "positional_embedding", r"^pre_layrnorm": "ln_pre"},
+        **{r"^post_layernorm": "ln_post", r"^encoder\.layers": "transformer.resblocks", r"layer_norm(\d)": r"ln_\1"},
+        **{r"self_attn\.out_proj": "attn.out_proj", r"mlp\.fc1": "mlp.c_fc", r"mlp\.fc2": "mlp.c_proj"},
+    }
+    state: State = {}
+    for name, value in model.state_dict().items():
+        for pattern, replacement in names.items():
+            name = re.sub(pattern, replacement, name)
+        state[f"visual.{name}"] = value
+    for kind in ("weight", "bias"):
+        for i in range(DEPTH):
+            block = f"visual.transformer.resblocks.{i}"
+            parts = [state.pop(f"{block}.self_attn.{x}_proj.{kind}") for x in "qkv"]
+            state[f"{block}.attn.in_proj_{kind}"] = torch.cat(parts)
+    if act == "quick_gelu":
+        state |= {name: torch.tensor(1) for name in ("input_resolution", "context_length", "vocab_size")}
+    torch.save({"state_dict": prefixed(state, "module."), "epoch": 3}, tmp_path / "clip.pt")
+    for network in (encoder, create_encoder(tmp_path / "clip.pt", **SIZES).eval()):
+        with torch.no_grad():
+            torch.testing.assert_close(network(image).cls, pooled, atol=1e-5, rtol=0)
+
+
+OPTIMIZER = {"state": {7: {"exp_avg": torch.ones(1)}}, "param_groups": []}
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [{"state_dict_ema": None}, {"model": {"state_dict": None}}, {"backbone": None, "optimizer_state": OPTIMIZER}],
+)
+def test_weights_are_found_below_whatever_they_are_called(wrap: dict[str, Any], tmp_path: Path) -> None:
+    def filled(part: dict[str, Any]) -> dict[str, Any]:
+        return {k: timm_state() if v is None else filled(v) if isinstance(v, dict) else v for k, v in part.items()}
+
+    torch.save({**filled(wrap), "epoch": 1}, tmp_path / "weights.pth")
+    image = torch.randn(2, 3, SIDE, SIDE)
+    # width of the MLPs and biases are the file's, where nothing names them
+    sizes = {name: value for name, value in SIZES.items() if name != "mlp_ratio"}
+    close(create_encoder(tmp_path / "weights.pth", **sizes), image, plain_vit(timm_state(), image))
+
+
+def test_registers_and_the_norm_before_the_blocks_stay_with_volumes(tmp_path: Path) -> None:
+    encoder = UnifiedViT(**{**SIZES, "in_chans": 1}, reg_tokens=3, pre_norm=True, act_layer="quick_gelu").eval()
+    volume, slices = torch.randn(2, 1, 8, SIDE, SIDE), torch.randn(2, 2, 1, SIDE, SIDE)
+    seen: list[Tensor] = []
+    encoder.blocks[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    output = encoder(volume, slices, torch.rand(2, 2), return_attention=True, hidden_states=(0, 1))
+    assert seen[0].shape[1] == 1 + 3 + 32 + 32 and output.patches.shape[1] == 64
+    torch.testing.assert_close(seen[0].mean(-1), torch.zeros(2, 68), atol=1e-5, rtol=0)
+    assert output.attention is not None and all(states.shape[1] == 65 for states in output.hidden_states)
+    torch.testing.assert_close(output.attention.sum(1), torch.ones(2))
+    encoder.save_pretrained(tmp_path)
+    again = UnifiedViT.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(again(volume).cls, encoder(volume).cls)
+
+
 #: timm models at a few sizes, and what is said of those that cannot be represented.
 TIMM = {
     "vit_base_patch16_224": {},
     "deit3_base_patch16_224": {"init_values": 0.5},
     "vit_base_patch14_dinov2": {"init_values": 0.5},
-    "vit_base_patch14_reg4_dinov2": {"what": "register tokens"},
+    "vit_base_patch14_reg4_dinov2": {"init_values": 0.5},
     "deit_base_distilled_patch16_224": {"what": "a distillation token"},
-    "vit_base_patch16_clip_224": {"what": "a layer norm before the first block"},
-    "vit_small_patch16_dinov3": {"what": "register tokens"},
+    "vit_base_patch16_clip_224": {},
+    "vit_small_patch16_dinov3": {"what": "no position table"},
     "vit_base_patch16_siglip_224": {"what": "has no cls_token"},
 }
 
@@ -329,6 +403,7 @@ def test_features_are_those_of_timm(name: str, tmp_path: Path) -> None:
     image = torch.randn(2, 3, SIDE, SIDE)
     with torch.no_grad():
         tokens = model.forward_features(image)
+    tokens = torch.cat([tokens[:, :1], tokens[:, model.num_prefix_tokens :]], 1)
     close(create_encoder(tmp_path / "timm.pt", **{**SIZES, "mlp_ratio": 4.0}), image, tokens)
 
 
@@ -395,10 +470,7 @@ def refused(state: dict[str, Any], folder: Path) -> str:
 @pytest.mark.parametrize(
     ("added", "what"),
     [
-        ({"reg_token": (1, 4, WIDTH)}, "register tokens"),
-        ({"register_tokens": (1, 4, WIDTH)}, "register tokens"),
         ({"dist_token": (1, 1, WIDTH), "pos_embed": (1, 18, WIDTH)}, "a distillation token"),
-        ({"norm_pre.weight": (WIDTH,)}, "a layer norm before the first block"),
         ({"rope_embed.periods": (2,)}, "rotary or relative positions"),
         ({"blocks.0.attn.q_norm.weight": (8,)}, "norms of queries and keys"),
         ({"blocks.0.mlp.w12.weight": (2, 2)}, "a gated MLP"),
@@ -411,18 +483,9 @@ def test_what_cannot_be_represented_is_refused(added: dict[str, tuple[int, ...]]
 
 
 def test_models_of_others_that_are_refused(tmp_path: Path) -> None:
-    clip = clip_state(TorchViT())
-    assert "a layer norm before the first block" in refused({**clip, "visual.ln_pre.weight": torch.ones(1)}, tmp_path)
-    for name, what in (
-        ("CLIPVision", "a layer norm before the first block"),
-        ("Dinov2WithRegisters", "register tokens"),
-        ("DINOv3ViT", "register tokens"),
-    ):
-        model: Any = getattr(transformers, f"{name}Model")
-        model = model(getattr(transformers, f"{name}Config")(**HF))
-        model.save_pretrained(tmp_path / name)
-        with pytest.raises(CheckpointError, match=what):
-            create_encoder(tmp_path / name / "model.safetensors", **SIZES)
+    transformers.DINOv3ViTModel(transformers.DINOv3ViTConfig(**HF)).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="no position table, as DINOv3 with its rotary positions"):
+        create_encoder(tmp_path / "model.safetensors", **SIZES)
 
 
 @pytest.mark.parametrize(
@@ -473,6 +536,12 @@ def test_files_of_code_are_refused_with_the_remedy(tmp_path: Path) -> None:
     place = {"__name__": "remedy"}
     exec(command.replace("'weights.pt'", repr(str(tmp_path / "clean.pt"))), place)
     create_encoder(tmp_path / "clean.pt", **SIZES)
+
+    (tmp_path / "page.pth").write_text("<html>404 not found</html>")
+    with pytest.raises(
+        CheckpointError, match=r"read as weights \(neither torch.save nor safetensors wrote it\); download"
+    ):
+        create_encoder(tmp_path / "page.pth", **SIZES)
 
     torch.jit.script(nn.Linear(2, 2)).save(str(tmp_path / "program.pt"))
     with pytest.raises(CheckpointError, match=r"a TorchScript program, which is not run\); if you trust it") as caught:

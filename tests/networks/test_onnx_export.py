@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.common import randomised
 from unimedi_components.__main__ import main
 from unimedi_components.networks import SETRPUP, EncoderOutput, ImageClassifier, UnifiedViT, ViTDet, network_card
 from unimedi_components.networks.unetr import UnifiedUNETR
@@ -25,10 +26,7 @@ def encoder() -> UnifiedViT:
 def written(network: Any, folder: Path, **preprocessing: Any) -> Path:
     """The files that a task's training leaves, of a network none of whose parameters is at its default."""
     torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    torch.save(network.state_dict(), folder / "model.pt")
+    torch.save(randomised(network).state_dict(), folder / "model.pt")
     (folder / "model.json").write_text(json.dumps(network_card(network, "task", ["a", "b", "c"], preprocessing)))
     return folder / "model.pt"
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from transformers.models.bert.tokenization_bert import BertTokenizer
 
+from tests.common import randomised
 from unimedi_components.__main__ import main
-from unimedi_components.engines import TrainingCheckpoint
+from unimedi_components.engines.checkpoint import TrainingCheckpoint
 from unimedi_components.errors import CheckpointError
 from unimedi_components.networks import DINOHead, ProjectionHead, ReportEncoder, UnifiedViT, UniMedI
 from unimedi_components.networks.pretrained import (
@@ -37,10 +38,8 @@ def build(seed: int, width: int = 16) -> UniMedI:
     encoder = UnifiedViT(16, (8, 16, 16), patch_size=8, patch_size_3d=(4, 8, 8), embed_dim=width, depth=2, num_heads=2)
     heads = ProjectionHead(width, 24, 8), ProjectionHead(16, None, 8)
     options: dict[str, Any] = {"num_slices": 3, "expand": "repeat", "mask_mode": "drop"}
-    network = UniMedI(encoder, ReportEncoder(config=TEXT), *heads, DINOHead(width, 20, 24, 12), **options)
+    network = randomised(UniMedI(encoder, ReportEncoder(config=TEXT), *heads, DINOHead(width, 20, 24, 12), **options))
     with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
         for name, buffer in network.named_buffers():
             if "running" in name:
                 buffer.add_(torch.rand_like(buffer) * 0.5)

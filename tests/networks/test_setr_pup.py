@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from tests.common import randomised
 from unimedi_components.networks import UnifiedViT
 from unimedi_components.networks.cards import load_network, network_card
 from unimedi_components.networks.setr_pup import SETRPUP, upsampling_factors
@@ -22,11 +23,7 @@ WIDTHS = {4: (6, 4), 6: (6, 4), 8: (6, 5, 4), 12: (6, 5, 4), 16: (6, 5, 4, 3)}
 def encoder_of(patch=8, **sizes):
     torch.manual_seed(0)
     size = {6: 12, 12: 24, 9: 18}.get(patch, 16)
-    encoder = UnifiedViT(**{**SIZES, "img_size": size, "num_heads": 2, "patch_size": patch, **sizes})
-    with torch.no_grad():
-        for parameter in encoder.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    return encoder
+    return randomised(UnifiedViT(**{**SIZES, "img_size": size, "num_heads": 2, "patch_size": patch, **sizes}))
 
 
 def network_of(patch=8, **options):

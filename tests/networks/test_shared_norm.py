@@ -4,8 +4,6 @@
 Run as a program it is one of the two processes.
 """
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from tests.common import on_two_ranks
 from unimedi_components.networks.shared_norm import SharedBatchNorm2d
 
 SHARES = (slice(0, 4), slice(4, 6))
@@ -54,12 +53,7 @@ def test_one_process_is_torch_s(momentum):
 
 def test_two_processes_equal_one(tmp_path):
     expected = step(nn.BatchNorm2d(3), slice(None), 1)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen([sys.executable, __file__, str(rank), str(tmp_path)], env=environment) for rank in range(2)
-    ]
-    assert [process.wait(timeout=300) for process in ranks] == [0, 0]
-    parts = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    parts = on_two_ranks(__file__, tmp_path)
     for name, value in expected.items():
         if name in ("out", "x"):
             found = torch.cat([part[name] for part in parts])

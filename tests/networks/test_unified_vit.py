@@ -7,27 +7,15 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from tests.common import SIZES, randomised
 from unimedi_components.networks import UnifiedViT
 
-SMALL = {
-    "img_size": 32,
-    "vol_size": (8, 32, 32),
-    "patch_size": 8,
-    "patch_size_3d": (4, 8, 8),
-    "embed_dim": 24,
-    "depth": 3,
-    "num_heads": 3,
-}
+SMALL = {**SIZES, "depth": 3, "num_heads": 3}
 
 
-def randomised(dtype=torch.float64, **kwargs):
-    """An encoder whose every tensor is random, zero-initialised ones and norms too."""
+def encoder_of(dtype=torch.float64, **kwargs):
     torch.manual_seed(0)
-    encoder = UnifiedViT(**{**SMALL, **kwargs}).to(dtype)
-    with torch.no_grad():
-        for parameter in encoder.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    return encoder.eval()
+    return randomised(UnifiedViT(**{**SMALL, **kwargs}).to(dtype)).eval()
 
 
 def plain_vit(state, tokens, depth, heads, eps=1e-6):
@@ -69,7 +57,7 @@ def embed_3d(state, volume, patch):
 
 
 def test_images_equal_the_plain_vit_and_eq1():
-    encoder = randomised()
+    encoder = encoder_of()
     state = encoder.state_dict()
     image = torch.randn(2, 1, 32, 32, dtype=torch.float64)
     out = encoder(image, return_attention=True)
@@ -81,7 +69,7 @@ def test_images_equal_the_plain_vit_and_eq1():
 
 
 def test_volumes_equal_the_plain_vit_and_eq1():
-    encoder = randomised()
+    encoder = encoder_of()
     state = encoder.state_dict()
     volume = torch.randn(2, 1, 8, 32, 32, dtype=torch.float64)
     out = encoder(volume, return_attention=True)
@@ -91,7 +79,7 @@ def test_volumes_equal_the_plain_vit_and_eq1():
 
 
 def test_volume_with_slices_equals_the_plain_vit_on_concatenated_tokens():
-    encoder = randomised()
+    encoder = encoder_of()
     state = encoder.state_dict()
     volume = torch.randn(2, 1, 8, 32, 32, dtype=torch.float64)
     slices = torch.randn(2, 2, 1, 32, 32, dtype=torch.float64)
@@ -136,7 +124,7 @@ def test_a_new_network_treats_a_slice_as_the_2d_image_it_is():
 
 
 def test_kept_tokens_are_the_same_as_attending_among_them_alone():
-    encoder = randomised()
+    encoder = encoder_of()
     state = encoder.state_dict()
     image = torch.randn(2, 1, 32, 32, dtype=torch.float64)
     keep = torch.tensor([[0, 5, 7], [1, 2, 15]])
@@ -147,7 +135,7 @@ def test_kept_tokens_are_the_same_as_attending_among_them_alone():
 
 
 def test_masked_tokens_keep_their_place_and_lose_their_content():
-    encoder = randomised()
+    encoder = encoder_of()
     image, other = torch.randn(2, 1, 1, 32, 32, dtype=torch.float64).unbind()
     mask = torch.zeros(1, 16, dtype=torch.bool)
     mask[0, 5] = True
@@ -163,7 +151,7 @@ def test_masked_tokens_keep_their_place_and_lose_their_content():
 
 
 def test_hidden_states_and_gradient_checkpointing():
-    encoder = randomised()
+    encoder = encoder_of()
     image = torch.randn(1, 1, 32, 32, dtype=torch.float64)
     out = encoder(image, hidden_states=[0, 2])
     normed = F.layer_norm(out.hidden_states[1], (24,), encoder.norm.weight, encoder.norm.bias, 1e-6)
@@ -183,7 +171,7 @@ def test_hidden_states_and_gradient_checkpointing():
 
 
 def test_position_tables_fit_other_grids():
-    encoder = randomised(torch.float32)
+    encoder = encoder_of(torch.float32)
     assert encoder(torch.randn(1, 1, 48, 64)).patches.shape == (1, 48, 24)
     assert encoder(torch.randn(1, 1, 16, 40, 48)).patches.shape == (1, 4 * 5 * 6, 24)
     with torch.no_grad():  # a constant table stays constant on every grid

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from tests.common import randomised
 from unimedi_components import selection
 from unimedi_components.engines import build_optimizer
 from unimedi_components.losses import UniMediLoss
@@ -18,10 +19,7 @@ TEXT = {"hidden_size": 16, "num_hidden_layers": 1, "vocab_size": 30, "num_attent
 def build(grad_checkpointing=False, **kwargs):
     torch.manual_seed(0)
     sizes = {"patch_size": 8, "patch_size_3d": (4, 8, 8), "embed_dim": 16, "depth": 2, "num_heads": 2}
-    encoder = UnifiedViT(32, (16, 16, 16), **sizes, grad_checkpointing=grad_checkpointing)
-    with torch.no_grad():
-        for parameter in encoder.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
+    encoder = randomised(UnifiedViT(32, (16, 16, 16), **sizes, grad_checkpointing=grad_checkpointing), 0.2)
     text = ReportEncoder(config={**TEXT, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0})
     heads = ProjectionHead(16, 24, 8), ProjectionHead(16, 24, 8)
     options = {"num_slices": 2, **kwargs}

@@ -6,8 +6,6 @@ The file is also the program that each rank runs: `python test_unimedi_distribut
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from tests.common import on_two_ranks, randomised
 from unimedi_components import distributed
 from unimedi_components.losses import UniMediLoss
 from unimedi_components.networks import DINOHead, ProjectionHead, ReportEncoder, UnifiedViT, UniMedI
@@ -44,9 +43,7 @@ def step(share: tuple, mask_mode: str, accumulation: int = 1) -> dict[str, torch
         mask_mode=mask_mode,
         accumulation=accumulation,
     ).double()
-    with torch.no_grad():
-        for parameter in network.encoder.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
+    randomised(network.encoder)
     loss_function = UniMediLoss(out_dim=10, chunk_size=7).double()
     images, volumes = torch.randn(3, 1, 16, 16).double(), torch.randn(4, 1, 8, 16, 16).double()
     tokens = torch.randint(5, 20, (7, 6))
@@ -68,14 +65,7 @@ def step(share: tuple, mask_mode: str, accumulation: int = 1) -> dict[str, torch
 @pytest.mark.parametrize("case", list(SHARES))
 def test_two_processes_equal_one(case, mask_mode, tmp_path):
     expected = step(JOINT, mask_mode)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen([sys.executable, __file__, str(rank), str(tmp_path), case, mask_mode], env=environment)
-        for rank in range(2)
-    ]
-    assert [process.wait(timeout=120) for process in ranks] == [0, 0]
-    for rank in range(2):
-        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+    for rank, found in enumerate(on_two_ranks(__file__, tmp_path, case, mask_mode)):
         assert found.keys() == expected.keys()
         for name, value in expected.items():
             assert torch.allclose(found[name], value, atol=1e-8), f"{name} on rank {rank}"

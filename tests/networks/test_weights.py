@@ -5,18 +5,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from tests.common import SIZES
 from unimedi_components.errors import CheckpointError
 from unimedi_components.networks import UnifiedViT, create_encoder, load_weights
-
-SIZES = {
-    "img_size": 32,
-    "vol_size": (8, 32, 32),
-    "patch_size": 8,
-    "patch_size_3d": (4, 8, 8),
-    "embed_dim": 24,
-    "depth": 2,
-    "num_heads": 2,
-}
 
 
 def timm_like_state(channels=3, grid=4, patch=8):

@@ -4,8 +4,6 @@
 The file is also the program that each rank runs: `python test_retrieval.py RANK FOLDER`.
 """
 
-import os
-import subprocess
 import sys
 from itertools import permutations
 from pathlib import Path
@@ -16,6 +14,7 @@ import torch.distributed as dist
 from ignite.engine import Engine
 from torch import nn
 
+from tests.common import on_two_ranks
 from unimedi_components.networks.output import UniMediOutput
 from unimedi_components.retrieval.recall import (
     ContrastiveLossMetric,
@@ -160,17 +159,9 @@ def run_metrics(batches):
 
 
 def test_two_ranks_with_unequal_shares_equal_one_process(tmp_path):
-    programs = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(rank), str(tmp_path)],
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"},
-        )
-        for rank in range(2)
-    ]
-    assert [program.wait(120) for program in programs] == [0, 0]
     expected = run_metrics(list(outputs((7, 7, 3))))
-    for rank in range(2):
-        assert torch.load(tmp_path / f"{rank}.pt") == pytest.approx(expected)
+    for found in on_two_ranks(__file__, tmp_path):
+        assert found == pytest.approx(expected)
 
 
 def rank_program(rank, folder):

@@ -23,6 +23,7 @@ from PIL import Image
 from starlette.testclient import TestClient
 from transformers import AutoTokenizer
 
+from tests.common import randomised
 from unimedi_components.data.phantom.dicom import Tag, write_dicom
 from unimedi_components.data.vocabulary import build_wordpiece
 from unimedi_components.networks import ProjectionHead, ReportEncoder, UnifiedViT, UniMedI
@@ -155,9 +156,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         heads = ProjectionHead(32, 48, 16), ProjectionHead(32, None, 16)
         encoder = UnifiedViT(XRAY_SIZE, CT_SIZE, **sizes)
         network = UniMedI(encoder, ReportEncoder(config=config), *heads, self_distillation=False, num_slices=2)
-        with torch.no_grad():
-            for parameter in network.parameters():
-                parameter.add_(torch.randn_like(parameter) * 0.15)
+        randomised(network, 0.15)
     torch.save(encoder.state_dict(), folder / "model.pt")
     torch.save(student_state(network), folder / "unimedi.pt")
     (folder / "model.json").write_text(json.dumps(make_card(network, PREPROCESSING, phantom_seed=None)))

@@ -244,7 +244,7 @@ CASES: dict[str, tuple[Callable[[Any], Given], int, str]] = {
     "NaN": (
         lambda f: [f.nifti("scan.nii", np.full((24, 24, 24), np.nan, np.float32))],
         422,
-        "scan.nii: cannot be read (some voxels are NaN or infinite",
+        "scan.nii: some voxels are NaN or infinite. Convert it again from DICOM.",
     ),
     "huge header": (
         lambda f: [patched(f.nifti("scan.nii"), 40, struct.pack("<4h", 3, 30_000, 30_000, 30_000))],
@@ -288,8 +288,9 @@ CASES: dict[str, tuple[Callable[[Any], Given], int, str]] = {
     "detached NRRD": (
         lambda f: [f.raw("a.nrrd", b"NRRD0004\ntype: short\ndimension: 3\nsizes: 9 9 9\ndata file: a.raw\n\n")],
         422,
-        "a.nrrd: the NRRD header names voxels in another file",
+        "a.nrrd: its voxels a.raw are missing. Drop a.nrrd and a.raw together.",
     ),
+    "MetaImage of itself": (lambda f: [metaimage(f, "scan.mhd")], 422, "scan.mhd: its voxels scan.mhd are missing"),
     # archives
     "zip in zip": (
         lambda f: [f.zipped("ct.zip", {"a/inner.zip": b"PK"})],

@@ -128,7 +128,9 @@ def test_dicom_series(files: Any, upload: Any, embedder: Embedder, prompts: dict
     assert same(probabilities(answer), wanted)
     assert answer["warnings"] == [
         "Left out, no image: viewer.exe.",
-        "Left out, no image of the series: IM0000, IM0000.",
+        "Left out: IM0000: is a scout view (LOCALIZER), no slice of the series.",
+        "Left out: IM0000: is DICOM of modality RTSTRUCT (contours for radiotherapy). Give a chest X-ray (CR, DX) or a "
+        "CT.",
     ]
 
 
@@ -147,8 +149,8 @@ def test_doubts_are_said(files: Any, upload: Any) -> None:
     status, answer = upload(files.nifti("stored.nii", (files.voxels() + 1024).astype(np.int16)))
     assert status == 422 and "are not Hounsfield units: none reaches air" in answer["error"], answer
     status, answer = upload(files.nifti("mr.nii", np.clip(files.voxels() + 1024, 0, 200).astype(np.int16)))
-    assert status == 200 and len(answer["warnings"]) == 1
-    assert answer["warnings"][0].startswith("This does not look like a CT in Hounsfield units: values ")
+    assert status == 422 and answer["error"].startswith("mr.nii: values 0 to 200 are not Hounsfield units: none")
+    assert answer["error"].endswith(", or read the values as they are with --assume_hu."), answer
     status, answer = upload(files.nifti("slab.nii", files.voxels((30, 28, 12)), np.diag([2, 2, 2, 1.0])))
     assert status == 200
     assert answer["warnings"] == [

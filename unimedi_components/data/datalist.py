@@ -18,7 +18,7 @@ from typing import Any
 
 from unimedi_components.data.sources import sha256_of
 from unimedi_components.errors import DataError
-from unimedi_components.files import replacing
+from unimedi_components.files import ANY_NAME, replacing
 
 __all__ = [
     "FAULT_REASONS",
@@ -177,7 +177,7 @@ def _lines(lists: Mapping[str, Any]) -> Iterator[str]:
 
 def _write_atomic(parts: Iterable[str], path: str | Path) -> Path:
     path = Path(path).expanduser()
-    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as stream:
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8", errors=ANY_NAME) as stream:
         stream.writelines(parts)
     return path
 

@@ -19,7 +19,7 @@ __all__ = ["find_images"]
 logger = logging.getLogger(__name__)
 
 _DATALIST = "pretrain.json"
-_KIND = {2: "X-ray", 3: "CT volume"}
+_KIND, _OTHER = {2: "X-ray", 3: "CT volume"}, {2: "a CT volume", 3: "an X-ray"}
 
 
 def find_images(
@@ -42,7 +42,7 @@ def find_images(
         datalist: file; None for `root`/pretrain.json, which pre-training leaves.
 
     Returns:
-        items of absolute paths, and under `left_out` the files that are none.
+        items of absolute paths, and under `left_out` the files that are none, with images of the other dimension.
 
     Raises:
         DataError: an input names nothing, or nothing was found.
@@ -70,7 +70,8 @@ def find_images(
         raise DataError(
             f"{others[0]}: no {_KIND[dim]}, nor any of {len(items)} images named; this bundle reads no other"
         )
-    return find.ImageList(kept, found.left_out)
+    reason = f"is {_OTHER[dim]}, and this bundle reads {_KIND[dim]}s"
+    return find.ImageList(kept, [*found.left_out, *(find.LeftOut(other, reason, False) for other in others)])
 
 
 def _absolute(item: dict[str, Any], base: Path) -> dict[str, Any]:

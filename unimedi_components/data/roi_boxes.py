@@ -22,7 +22,7 @@ from unimedi_components.errors import DataError
 from unimedi_components.images.headers import DicomHeader, is_dicom, read_header
 from unimedi_components.images.itk_loading import load_itk
 
-__all__ = ["boxes_of_rois", "rois_of_boxes"]
+__all__ = ["boxes_of_rois", "film_affine", "rois_of_boxes"]
 
 Array = npt.NDArray[np.float64]
 
@@ -92,6 +92,17 @@ def rois_of_boxes(path: str | Path, boxes: Iterable[Sequence[float]]) -> list[li
     return rois
 
 
+def film_affine(path: str | Path) -> Array:
+    """A film's (column, row, slice) to millimetres (4, 4), from right to left as NIfTI has it (RAS).
+
+    Raises:
+        DataError: the film cannot be read.
+    """
+    plane, affine = _plane(Path(path)), np.eye(4)
+    affine[:3, :3], affine[:3, 3] = plane.matrix, plane.origin
+    return np.diag([-1.0, -1, 1, 1]) @ affine
+
+
 def _inverse(plane: _Plane, path: str | Path) -> Array:
     flat = plane.matrix[:2, :2]
     scale = float(np.abs(plane.matrix[:, :2]).max())
@@ -104,11 +115,11 @@ def _inverse(plane: _Plane, path: str | Path) -> Array:
 
 
 def _plane(path: Path) -> _Plane:
-    itk = load_itk()
     if not path.is_file():
         raise DataError(f"{path}: no such file; correct the datalist")
     if is_dicom(path):
         return _dicom(read_header(path))
+    itk = load_itk()
     reader = itk.ImageIOFactory.CreateImageIO(str(path), itk.CommonEnums.IOFileMode_ReadMode)
     if reader is None:
         return _picture(path)

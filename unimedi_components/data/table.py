@@ -21,7 +21,7 @@ from unimedi_components.data.sources import check_choice, nearest_hint, progress
 from unimedi_components.data.splits import split_patients, strata_by_dim
 from unimedi_components.data.text import clean_report, report_language
 from unimedi_components.errors import ConfigError, DataError
-from unimedi_components.images.checks import CTLimits, check_ct, short_reason
+from unimedi_components.images.checks import ASSUME_HU, CTLimits, check_ct, short_reason
 from unimedi_components.images.find import VOLUME_ENDINGS, image_at
 from unimedi_components.images.identify import PICTURES, VOLUMES, content_fault, identify
 from unimedi_components.images.xray_checks import IMAGE_CHECKS, xray_fault
@@ -69,8 +69,7 @@ def _find_image(
     if content in PICTURES:
         return {"dim": 2}, xray_fault(path, check)
     if content in VOLUMES and not content_fault(path.name, content):
-        fault = check_ct(path, limits, assume_hu=assume_hu)
-        return {"dim": 3, **told}, None if fault is None else (fault.reason, fault.detail)
+        return {"dim": 3, **told}, _volume_fault(path, limits, assume_hu)
     try:
         image = image_at(path, assume_hu)
     except DataError as error:
@@ -80,8 +79,14 @@ def _find_image(
         return {"dim": 2, "image": image.path}, xray_fault(image.path, check)
     files = list(image.files) if image.is_folder else []
     fields: dict[str, Any] = {"dim": 3, **told, **({"files": files} if files else {})}
-    fault = check_ct(image.path, limits, files=files, assume_hu=assume_hu)
-    return fields, None if fault is None else (fault.reason, fault.detail)
+    return fields, _volume_fault(image.path, limits, assume_hu, files)
+
+
+def _volume_fault(path: Path, limits: CTLimits, assume_hu: bool, files: Sequence[Path] = ()) -> tuple[str, str] | None:
+    fault = check_ct(path, limits, files=files, assume_hu=assume_hu)
+    if fault is None:
+        return None
+    return fault.reason, f"{fault.detail}{ASSUME_HU if ' are not Hounsfield units: ' in fault.detail else ''}"
 
 
 def collect(
@@ -95,7 +100,7 @@ def collect(
     min_tokens: int = 3,
     keep_punct: bool = False,
     language: str = "en",
-    check_images: str = "quick",
+    check_images: str = "full",
     min_slices: int = 20,
     min_megabytes: float = 0.0,
     hounsfield: bool = True,
@@ -118,8 +123,8 @@ def collect(
         min_sentences: fewest sentences after cleaning; 1, since captions are short (the paper's data sets use
             3).
         language: ``"en"`` drops reports that are recognisably Spanish, ``"any"`` keeps all.
-        check_images: ``"quick"`` (first and last bytes), ``"full"`` (decode), ``"exists"`` or ``"none"``, for 2D
-            images.
+        check_images: for 2D images ``"full"`` (decode, as every other command does), ``"quick"`` (first and last
+            bytes, for a great many), ``"exists"`` or ``"none"``.
         min_slices: fewest voxels along every axis of a volume.
         min_megabytes: fewest megabytes of voxels; 0, since crops are welcome.
         hounsfield: whether volumes must be in Hounsfield units; False also admits other modalities.

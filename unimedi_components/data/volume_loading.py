@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,15 +21,12 @@ from unimedi_components.images.checks import (
     SAMPLED_SLICES,
     CTLimits,
     header_fault,
-    hounsfield_fault,
     refused_values,
 )
 from unimedi_components.images.itk_volumes import AIR_HU
 from unimedi_components.images.volume import VolumeHeader, read_volume
 
 __all__ = ["LoadVolumed", "Uprightd", "part_of", "with_part"]
-
-logger = logging.getLogger(__name__)
 
 _GEOMETRY = CTLimits(min_slices=2, min_megabytes=0.0)
 # axes that are further from right angles than this (a tilt of 0.1 degrees) are resampled
@@ -71,7 +67,7 @@ class LoadVolumed(MapTransform):
                 raise DataError(f"{path}: {fault[1]}")
             if volume.values.dtype.kind == "f" and not np.isfinite(volume.values).all():
                 raise DataError(f"{path}: {NOT_FINITE}")
-            if loaded.get("check_hu"):
+            if loaded.get("check_hu") and not loaded.get("assume_hu"):
                 _check_values(path, volume.values)
             meta = {
                 "filename_or_obj": path,
@@ -87,13 +83,10 @@ class LoadVolumed(MapTransform):
 
 
 def _check_values(path: str, values: np.ndarray) -> None:
-    """Raise a DataError for values that are plainly no Hounsfield units; warn of other doubts."""
+    """Raise a DataError for values that are no Hounsfield units."""
     places = np.unique(np.linspace(0, values.shape[2] - 1, SAMPLED_SLICES).round().astype(int))
-    sample = values[..., places]
-    if text := refused_values(sample):
+    if text := refused_values(values[..., places]):
         raise DataError(f"{path}: {text}")
-    if (fault := hounsfield_fault(sample)) is not None:
-        logger.warning("%s: %s", path, fault[1])
 
 
 def part_of(item: Mapping[Any, Any]) -> str:

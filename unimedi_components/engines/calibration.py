@@ -55,24 +55,15 @@ class CalibrateProjection:
     Args:
         network: `UniMedI`, or its distributed wrapper.
         dataset: training data set; readable images of each dimension, evenly spaced over it, are used.
-        samples_2d: X-rays to use.
-        samples_3d: volumes to use.
+        samples: X-rays and volumes to use.
         batch_size: images at a time.
-        enabled: False does nothing.
     """
 
     def __init__(
-        self,
-        network: nn.Module,
-        dataset: Any,
-        samples_2d: int = 512,
-        samples_3d: int = 512,
-        batch_size: int = 16,
-        enabled: bool = True,
+        self, network: nn.Module, dataset: Any, samples: tuple[int, int] = (512, 512), batch_size: int = 16
     ) -> None:
         self.network = unwrap(network)
-        self.dataset, self.batch_size, self.enabled = dataset, batch_size, enabled
-        self.samples = {2: samples_2d, 3: samples_3d}
+        self.dataset, self.samples, self.batch_size = dataset, samples, batch_size
 
     def attach(self, engine: Engine) -> None:
         # an epoch's last step, so that no other handler of the epoch's end comes first
@@ -82,7 +73,7 @@ class CalibrateProjection:
     def __call__(self, engine: Engine) -> None:
         head: ProjectionHead = self.network.image_projection
         measured = any(isinstance(module, ModalityBatchNorm1d) for module in head.modules())
-        if not self.enabled or not measured or engine.state.epoch != engine.state.max_epochs:
+        if not measured or engine.state.epoch != engine.state.max_epochs:
             return
         if rank() == 0:
             training = self.network.training
@@ -100,6 +91,6 @@ class CalibrateProjection:
         return self.network.encode_image(image.to(device)).cls.float()
 
     def _batches(self, dim: int) -> Iterator[Tensor]:
-        images = spread_images(self.dataset, dim, self.samples[dim])
+        images = spread_images(self.dataset, dim, self.samples[dim - 2])
         while batch := list(islice(images, self.batch_size)):
             yield torch.stack(batch)

@@ -29,6 +29,7 @@ __all__ = [
 NO_DECAY = (
     "cls_token",
     "mask_token",
+    "reg_token",
     "pos_embed",
     "pos_embed_3d",
     "segment_embed",

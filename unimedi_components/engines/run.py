@@ -161,15 +161,16 @@ class PretrainingRun(_Run):
         self.checkpoint = TrainingCheckpoint(
             ckpt_dir, network, state, preprocessing, tokenizer, evaluator, resume, card
         )
-        whiten = {"eps": whiten_eps, "position_std": position_std, "enabled": whiten_tokenizers and not resume}
+        whiten = WhitenTokenizers(network, datasets[0], whiten_eps, position_std)
+        calibration = CalibrateProjection(network, datasets[0])
         parts = [
-            WhitenTokenizers(network, datasets[0], **whiten),  # type: ignore[arg-type]
+            *([whiten] if whiten_tokenizers and not resume else []),
             EpochSeed(seed, loader, loss),
             GradientCare(network, max_grad_norm, freeze_last_layer_epochs),
             TeacherUpdate(network, momentum_teacher, total_steps),
             WatchTargets(loss, warmup_epochs=warmup_epochs),
             history,
-            CalibrateProjection(network, datasets[0], enabled=calibrate),
+            *([calibration] if calibrate else []),
             self.checkpoint,
             TensorBoardLosses(output_dir),
             TrainingProgress(),

@@ -26,6 +26,9 @@ __all__ = ["WhitenTokenizers", "whiten_patch_embed"]
 
 logger = logging.getLogger(__name__)
 
+# X-rays and volumes that the statistics are of
+_SAMPLES = {2: 512, 3: 256}
+
 
 @torch.no_grad()
 def whiten_patch_embed(embed: PatchEmbed, images: Tensor, eps: float = 0.05) -> None:
@@ -58,36 +61,19 @@ class WhitenTokenizers:
     Args:
         network: `UniMedI`, or its distributed wrapper.
         dataset: training data set; the first readable images of each dimension, evenly spaced over it, are used.
-        samples_2d: X-rays to use.
-        samples_3d: volumes to use.
         eps: see `whiten_patch_embed`.
         position_std: standard deviation that the patches' position tables are scaled to: drawn with ViT's usual 0.02
             they would vanish beside the tokens. None leaves them.
-        enabled: False does nothing, as suits an encoder that starts from trained weights.
     """
 
-    def __init__(
-        self,
-        network: nn.Module,
-        dataset: Any,
-        samples_2d: int = 512,
-        samples_3d: int = 256,
-        eps: float = 0.05,
-        position_std: float | None = None,
-        enabled: bool = True,
-    ) -> None:
-        self.network = unwrap(network)
-        self.dataset = dataset
-        self.samples = {2: samples_2d, 3: samples_3d}
+    def __init__(self, network: nn.Module, dataset: Any, eps: float = 0.05, position_std: float | None = None) -> None:
+        self.network, self.dataset = unwrap(network), dataset
         self.eps, self.position_std = eps, position_std
-        self.enabled = enabled
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.STARTED, self)
 
     def __call__(self, engine: Engine) -> None:
-        if not self.enabled:
-            return
         encoder = self.network.encoder
         for dim, embed in ((2, encoder.patch_embed), (3, encoder.patch_embed_3d)):
             if rank() == 0 and (images := self._images(dim)) is not None:
@@ -101,7 +87,7 @@ class WhitenTokenizers:
             self.network.teacher.load_state_dict(encoder.state_dict())
 
     def _images(self, dim: int) -> Tensor | None:
-        images = list(spread_images(self.dataset, dim, self.samples[dim]))
+        images = list(spread_images(self.dataset, dim, _SAMPLES[dim]))
         if len(images) < 2:
             logger.warning("the %dD tokenizer keeps its random start: fewer than two readable training images", dim)
             return None

@@ -24,6 +24,7 @@ from unimedi_components.images.volume import (
 from unimedi_components.images.xray_checks import Fault
 
 __all__ = [
+    "ASSUME_HU",
     "NOT_FINITE",
     "SAMPLED_SLICES",
     "CTLimits",
@@ -41,8 +42,10 @@ NOT_FINITE = "some voxels are NaN or infinite. Convert it again from DICOM"
 _AIR = (-1100.0, -500.0)
 _SOFT_TISSUE = (-200.0, 300.0)
 _PADDING_BELOW = -1100.0
-_DENSE, _DENSE_SHARE = 700.0, 0.15
+_FAT, _MIN_FAT_SHARE = (-200.0, -30.0), 0.01
 _MIN_AIR_SHARE = 0.001
+#: What the words of a `not Hounsfield units` end with where values may be taken as they are.
+ASSUME_HU = ", or read the values as they are with --assume_hu"
 _MIN_TISSUE_SHARE = 0.01
 # what the readers say, and what a drop of it is counted as
 _REASONS = {
@@ -186,9 +189,10 @@ def header_fault(header: VolumeHeader, limits: CTLimits = CTLimits()) -> tuple[s
 def hounsfield_fault(sample: np.ndarray, hounsfield: bool = True) -> tuple[str, str] | None:
     """Judge by a sample of voxels whether a CT is in Hounsfield units.
 
-    Values below -1100 are padding. Of the rest, air (-1100..-500) must fill at least 0.1% and soft tissue
-    (-200..300) at least 1%; so stored values (air near 0), 8-bit or [0, 1] grey levels and volumes that were
-    rescaled twice (soft tissue near -1000) are all found, with or without a padding value.
+    Values below -1100 are padding. Of the rest, air (-1100..-500) must fill at least 0.1%, or, as in a crop of a
+    body, fat (-200..-30) at least 1%, and soft tissue (-200..300) at least 1%; so stored values (air near 0), 8-bit or
+    [0, 1] grey levels and volumes that were rescaled twice (soft tissue near -1000) are all found, with or without a
+    padding value.
 
     Args:
         sample: voxels of some slices, any shape.
@@ -206,11 +210,11 @@ def hounsfield_fault(sample: np.ndarray, hounsfield: bool = True) -> tuple[str, 
     low, high = (
         (float(inside.min()), float(inside.max())) if inside.size else (float(sample.min()), float(sample.max()))
     )
-    air, tissue = (
+    air, fat, tissue = (
         float(((inside >= first) & (inside < last)).mean()) if inside.size else 0.0
-        for first, last in (_AIR, _SOFT_TISSUE)
+        for first, last in (_AIR, _FAT, _SOFT_TISSUE)
     )
-    if air >= _MIN_AIR_SHARE and tissue >= _MIN_TISSUE_SHARE:
+    if (air >= _MIN_AIR_SHARE or fat >= _MIN_FAT_SHARE) and tissue >= _MIN_TISSUE_SHARE:
         return None
     if air >= _MIN_AIR_SHARE:
         why = "almost no voxel is soft tissue (-200 to 300), as when the rescaling was applied twice"
@@ -226,18 +230,11 @@ def hounsfield_fault(sample: np.ndarray, hounsfield: bool = True) -> tuple[str, 
 
 
 def refused_values(sample: np.ndarray) -> str:
-    """Why values are refused by every command: not finite, or plainly the stored ones; empty where they are read.
-
-    Other doubts of `hounsfield_fault` may be a crop's or another modality's, and are warnings.
-    """
+    """Why values are refused by every command: not finite, or no Hounsfield units; empty where they are read."""
     fault = hounsfield_fault(sample)
     if fault is None:
         return ""
-    # among Hounsfield units only bone is so dense, and even a crop holds little of it
-    dense = float((np.asarray(sample) > _DENSE).mean())
-    stored = "raw stored values" in fault[1] and dense > _DENSE_SHARE
-    told = f"{fault[1]}, or read the values as they are with --assume_hu" if stored else fault[1]
-    return told if stored or fault[0] == "non-finite voxels" else ""
+    return fault[1] if fault[0] == "non-finite voxels" else f"{fault[1]}{ASSUME_HU}"
 
 
 def check_metaimage(path: str | Path, check: str = "quick") -> tuple[Fault | None, VolumeGeometry | None]:

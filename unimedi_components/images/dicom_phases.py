@@ -26,6 +26,7 @@ _OTHER_TAGS = (
 # what tells phases or reconstructions in one series apart, in the order of trust
 _PHASE_TAGS = (
     *("AcquisitionNumber", *_OTHER_TAGS, "TriggerTime", "NominalCardiacTriggerDelayTime", "SeriesNumber"),
+    *("AcquisitionUID", "IrradiationEventUID"),
     *("ImageType", "SliceThickness", "KVP", "ContrastBolusAgent"),
     *("SeriesDescription", "ProtocolName", "SeriesTime", "AcquisitionTime"),
     *("AcquisitionDateTime", "ContentTime", "InstanceCreationTime", "EchoNumbers", "ImageComments"),

@@ -38,6 +38,8 @@ __all__ = ["Sorted", "is_ct", "sort_headers"]
 _SCOUTS = ("LOCALIZER", "SCOUT", "TOPOGRAM", "SURVIEW", "SCANOGRAM")
 # so many views are scouts where their description says so
 _SCOUT_VIEWS = 3
+# the cosine between the normals of a scout and of the slices that were planned on it
+_ACROSS = 0.5
 # directions of one stack
 _NEAR_COSINE = 0.02
 _PHOTOMETRIC = {
@@ -77,6 +79,7 @@ def sort_headers(headers: Sequence[DicomHeader], assume_hu: bool = False) -> Sor
     """
     result = Sorted()
     slices: list[DicomSlice] = []
+    nowhere: list[DicomHeader] = []
     for header in headers:
         if reason := _other(header):
             result.leave([header], reason, fault=False)
@@ -87,10 +90,23 @@ def sort_headers(headers: Sequence[DicomHeader], assume_hu: bool = False) -> Sor
                 slices += file_slices(header)
             except DataError as error:
                 result.leave([header], str(error))
+                nowhere.append(header)
         else:
             result.xrays.append(header)
-    for group in _groups(slices):
-        _add_stacks(group, result, assume_hu)
+    groups = _groups(slices)
+    for group in groups:
+        if across := _lies_across(group, groups):
+            reason = f"is a scout view by its geometry (it lies across {across} slices of its study)"
+            result.leave(group, f"{reason}, no slice of the series", fault=False)
+        elif lost := _without_place(group, nowhere):
+            count = len({one.header.path for one in group}) + lost
+            result.leave(
+                group,
+                f"{lost} of the {count} files of its series lack ImagePositionPatient, ImageOrientationPatient or "
+                "PixelSpacing, so their places are unknown. Export the original series",
+            )
+        else:
+            _add_stacks(group, result, assume_hu)
     order = {Path(header.path): place for place, header in enumerate(headers)}
     result.stacks = _with_siblings(result.stacks)
     result.stacks.sort(key=lambda stack: min(order[file] for file in stack.files))
@@ -115,7 +131,7 @@ def _with_siblings(stacks: Sequence[Stack]) -> list[Stack]:
 def _other(header: DicomHeader) -> str:
     """What a file is that is neither an X-ray nor a CT slice by its nature; empty where it may be one."""
     if "DirectoryRecordSequence" in header.dataset:
-        return "is a directory of DICOM files (DICOMDIR); the files that it lists are read themselves"
+        return "holds a directory of DICOM files (DICOMDIR); the files that it lists are read themselves"
     if not is_ct(header) and header.modality not in XRAYS:
         return f"is DICOM of modality {modality_words(header.modality)}. Give a chest X-ray (CR, DX) or a CT"
     words = set(header.image_type) & set(_SCOUTS)
@@ -212,10 +228,40 @@ def _by_folder(group: list[DicomSlice]) -> list[list[DicomSlice]]:
     return list(parts.values()) if apart and not is_even(along) else [group]
 
 
+def _scout_word(group: list[DicomSlice]) -> str:
+    described = group[0].header.text("SeriesDescription").upper()
+    return next((word for word in _SCOUTS if word in described), "")
+
+
+def _lies_across(group: list[DicomSlice], groups: list[list[DicomSlice]]) -> int:
+    """How many slices of its study's largest stack a view or two lie across; 0 where they do not."""
+    if len(group) > _SCOUT_VIEWS or _scout_word(group):
+        return 0
+    header = group[0].header
+    sizes = [
+        len(other)
+        for other in groups
+        if (other[0].header.study, other[0].header.text("PatientID")) == (header.study, header.text("PatientID"))
+        and abs(float(other[0].normal @ group[0].normal)) < _ACROSS
+    ]
+    return max((size for size in sizes if size > _SCOUT_VIEWS), default=0)
+
+
+def _without_place(group: list[DicomSlice], nowhere: Iterable[DicomHeader]) -> int:
+    """How many files of a stack's own series and size say nothing of their place; derived ones may be captures."""
+    first = group[0].header
+    alike = (
+        header
+        for header in nowhere
+        if (header.study, header.series, header.rows, header.columns)
+        == (first.study, first.series, first.rows, first.columns)
+    )
+    return sum("DERIVED" not in header.image_type for header in alike)
+
+
 def _add_stacks(group: list[DicomSlice], result: Sorted, assume_hu: bool) -> None:
     """Sort one group's slices into stacks, or leave them out."""
-    described = group[0].header.text("SeriesDescription").upper()
-    scout = next((word for word in _SCOUTS if word in described), "")
+    scout = _scout_word(group)
     if len(group) == 1 or (scout and len(group) <= _SCOUT_VIEWS):
         result.leave(group, f"is a scout view ({scout})" if scout else ONE_SLICE, fault=not scout)
         return

@@ -19,7 +19,8 @@ from unimedi_components.images.dicom_stacks import Stack
 from unimedi_components.images.headers import DicomHeader, read_header, values_of
 from unimedi_components.images.identify import DICOM, PICTURES, content_fault, identify, is_image
 from unimedi_components.images.itk_volumes import voxel_files
-from unimedi_components.images.volume import read_volume_header
+from unimedi_components.images.volume import read_volume_header, stack_header
+from unimedi_components.images.xray_checks import body_part_warnings
 
 __all__ = [
     "VOLUME_ENDINGS",
@@ -84,15 +85,15 @@ class ImageList(list[dict[str, Any]]):
         self.left_out = list(left_out)
 
     @property
-    def faults(self) -> list[LeftOut]:
-        """What was meant as an image and is none; the files of one series that is refused together."""
-        groups: dict[tuple[str, str], list[LeftOut]] = {}
+    def not_read(self) -> list[LeftOut]:
+        """Images that are none of the items, the files of one series together; what is no image does not count."""
+        groups: dict[tuple[str, str, bool], list[LeftOut]] = {}
         for one in self.left_out:
-            if one.fault:
-                groups.setdefault((os.path.dirname(one.file), one.reason), []).append(one)
+            if one.fault or _is_image(one):
+                groups.setdefault((os.path.dirname(one.file), one.reason, one.fault), []).append(one)
         return [
-            members[0] if len(members) == 1 else LeftOut(folder, f"{reason} ({len(members)} files)", True)
-            for (folder, reason), members in groups.items()
+            members[0] if len(members) == 1 else LeftOut(folder, f"{reason} ({len(members)} files)", fault)
+            for (folder, reason, fault), members in groups.items()
         ]
 
 
@@ -121,16 +122,20 @@ def find_images(
     base = Path(root).expanduser().absolute()
     named = [str(inputs)] if isinstance(inputs, (str, Path)) else [str(name) for name in (inputs or ["."])]
     images, left_out = sort_files(expand(named, base), assume_hu)
-    for line in summarised(left_out):
-        logger.warning("left out %s", line)
-    for image in images:
-        for warning in image.warnings:
-            logger.warning("%s: %s", image.path, warning)
+    _log(images, left_out)
     if not images:
         first = next((one for one in left_out if one.fault), left_out[0] if left_out else None)
         why = f" ({first.file}: {first.reason})" if first else ""
         raise DataError(f"{', '.join(named)}: no image in it; name X-ray or CT files, or folders that hold them{why}")
     return ImageList(image_items(images, base, assume_hu), left_out)
+
+
+def _log(images: Sequence[Image], left_out: Sequence[LeftOut]) -> None:
+    for line in summarised(left_out):
+        logger.warning("left out %s", line)
+    for image in images:
+        for warning in image.warnings:
+            logger.warning("%s: %s", image.path, warning)
 
 
 def expand(names: Sequence[str], base: Path) -> list[Path]:
@@ -216,8 +221,14 @@ def sort_files(files: Iterable[Path], assume_hu: bool = False) -> tuple[list[Ima
         except DataError as error:
             left_out.append(LeftOut(str(file), str(error).removeprefix(f"{file}: "), True))
     series = sort_headers(headers, assume_hu)
-    images += [Image(Path(header.path), 2, (Path(header.path),), DICOM, header=header) for header in series.xrays]
-    images += [_volume(stack) for stack in series.stacks]
+    for header in series.xrays:
+        path = Path(header.path)
+        images.append(Image(path, 2, (path,), DICOM, body_part_warnings(header), header))
+    for stack in series.stacks:
+        if (unsound := header_fault(stack_header(stack), _GEOMETRY)) is not None:
+            left_out += [LeftOut(str(file), unsound[1], True) for file in stack.files]
+        else:
+            images.append(_volume(stack))
     left_out += [LeftOut(str(file), reason, fault) for file, reason, fault in series.left_out]
     images.sort(key=lambda image: (image.path, image.dim, image.files[0]))
     return images, sorted(left_out)
@@ -244,7 +255,7 @@ def _checked_geometry(file: Path) -> tuple[str, ...]:
 def _volume(stack: Stack) -> Image:
     files = tuple(stack.files)
     path = files[0] if len(files) == 1 else Path(os.path.commonpath([file.parent for file in files]))
-    return Image(path, 3, files, DICOM, stack.warnings, stack=stack)
+    return Image(path, 3, files, DICOM, (*stack.warnings, *body_part_warnings(stack.header)), stack=stack)
 
 
 def image_items(images: Sequence[Image], base: Path, assume_hu: bool = False) -> list[dict[str, Any]]:
@@ -269,6 +280,7 @@ def image_at(path: Path, assume_hu: bool = False) -> Image:
         raise DataError(f"{path}: no such file. Correct the path or fetch the file")
     images, left_out = sort_files(expand([str(path)], path.parent), assume_hu)
     if len(images) == 1:
+        _log(images, left_out)
         return images[0]
     if len(images) > 1:
         found = "; ".join(image.stack.described if image.stack else image.path.name for image in images[:4])
@@ -284,7 +296,7 @@ def summarised(left_out: Sequence[LeftOut]) -> list[str]:
     lines: list[str] = []
     groups: dict[tuple[str, str], list[LeftOut]] = {}
     for one in left_out:
-        key = (os.path.dirname(one.file), one.reason) if one.fault or "holds" not in one.reason[:5] else ("", "")
+        key = (os.path.dirname(one.file), one.reason) if one.fault or _is_image(one) else ("", "")
         groups.setdefault(key, []).append(one)
     for (folder, reason), members in groups.items():
         if not reason:
@@ -296,6 +308,11 @@ def summarised(left_out: Sequence[LeftOut]) -> list[str]:
     return lines
 
 
+def _is_image(one: LeftOut) -> bool:
+    # what content that is not read is said to do
+    return not one.reason.startswith("holds")
+
+
 def _unique_names(images: Sequence[Image], base: Path) -> list[str]:
     """File names without endings; the folders below `base` are part of them."""
     names: list[str] = []
@@ -304,7 +321,8 @@ def _unique_names(images: Sequence[Image], base: Path) -> list[str]:
     for image in images:
         path = image.path
         relative = path.relative_to(base) if path.is_relative_to(base) and path != base else Path(path.name)
-        stem = re.sub(r"[\\/:]", "_", "_".join(relative.parts))
+        # no letters that a file system forbids, nor bytes that are none
+        stem = re.sub(r"[\\/:\ud800-\udfff]", "_", "_".join(relative.parts))
         if not image.is_folder:
             ending = next((end for end in (*VOLUME_ENDINGS[::-1], path.suffix) if path.name.lower().endswith(end)), "")
             ending = ending if image.content != DICOM or not ending[1:].isdigit() else ""

@@ -12,7 +12,7 @@ import nibabel as nib
 import numpy as np
 
 from unimedi_components.errors import DataError
-from unimedi_components.images.checks import hounsfield_fault, refused_values
+from unimedi_components.images.checks import refused_values
 from unimedi_components.images.find import Image, LeftOut, expand, image_items, sort_files, summarised
 from unimedi_components.images.headers import DicomHeader, read_header
 from unimedi_components.images.identify import DICOM
@@ -118,7 +118,8 @@ def _xray(image: Image, values: bool) -> dict[str, Any]:
     spacing = [round(step, 4) for step in header.pixel_spacing] if header and header.pixel_spacing else None
     if not values:
         size = [header.columns, header.rows] if header else None
-        return {"size": size, "spacing_mm": spacing, "orientation": None, "values": None, "notes": [], "warnings": []}
+        seen = {"size": size, "spacing_mm": spacing, "orientation": None, "values": None, "notes": []}
+        return {**seen, "warnings": list(image.warnings)}
     film, notes = read_xray(image.path)
     low, high = float(film.min()), float(film.max())
     return {
@@ -127,29 +128,27 @@ def _xray(image: Image, values: bool) -> dict[str, Any]:
         "orientation": None,
         "values": [round(low, 4), round(high, 4)],
         "notes": notes,
-        "warnings": [],
+        "warnings": list(image.warnings),
     }
 
 
 def _volume(image: Image, values: bool, assume_hu: bool) -> dict[str, Any]:
     stack = image.stack
     header = stack_header(stack) if stack else read_volume_header(image.path)
-    warnings, span = list(header.warnings), None
+    span = None
     if values:
         sample = sample_volume(image.path, header, stack)
         finite = sample[np.isfinite(sample)]
         span = [float(finite.min()), float(finite.max())] if finite.size else None
         if not assume_hu and (text := refused_values(sample)):
             raise DataError(text)
-        if not assume_hu and (fault := hounsfield_fault(sample)) is not None:
-            warnings.append(f"This does not look like a CT in Hounsfield units, and prepare leaves it out: {fault[1]}.")
     return {
         "size": list(map(int, header.shape)),
         "spacing_mm": [round(float(step), 4) for step in np.linalg.norm(header.affine[:3, :3], axis=0)],
         "orientation": "".join(map(str, nib.aff2axcodes(header.affine))),  # type: ignore[attr-defined]
         "values": span,
         "notes": [],
-        "warnings": warnings,
+        "warnings": list(image.warnings),
     }
 
 

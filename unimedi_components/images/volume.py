@@ -113,7 +113,7 @@ def read_volume_header(path: str | Path, files: Sequence[str | Path] = (), assum
     if (stack := find_stack(path, files, assume_hu)) is not None:
         return stack_header(stack)
     if _is_nifti(path):
-        image: Any = nib.load(path)
+        image = _load_nifti(path)
         raw = _raw_nifti_header(path)
         affine = np.asarray(image.affine, dtype=float)
         if raw is not None and int(raw["sform_code"]) <= 0 and int(raw["qform_code"]) <= 0:
@@ -184,7 +184,7 @@ def sample_volume(path: str | Path, header: VolumeHeader, stack: Stack | None = 
     index = sorted({_place(header.shape[2], share) for share in np.linspace(0, 1, SAMPLED_SLICES)})
     if not _is_nifti(path):
         return read_volume(path).values[:, :, index]
-    proxy: Any = nib.load(path).dataobj  # type: ignore[attr-defined]
+    proxy: Any = _load_nifti(path).dataobj
     # Unscaled: a memory map for .nii, and one pass without a float copy for .nii.gz.
     whole = proxy.get_unscaled()
     if whole.dtype.kind == "f" and not np.isfinite(whole).all():
@@ -288,10 +288,28 @@ def _is_nifti(path: Path) -> bool:
     return path.name.lower().endswith(NIFTI_ENDINGS) or (path.is_file() and identify(path) in ("nifti", "nifti.gz"))
 
 
+def _is_packed(path: Path) -> bool:
+    with open(path, "rb") as stream:
+        return stream.read(2) == b"\x1f\x8b"
+
+
+def _load_nifti(path: Path) -> Any:
+    """A NIfTI image by its content: the name may lack the ending, or say gz of a file that is not packed."""
+    packed = _is_packed(path)
+    if path.name.lower().endswith(".nii.gz" if packed else ".nii"):
+        return nib.load(path)  # type: ignore[attr-defined]
+    # nibabel takes a name's word for what is in the file, but not a stream's
+    stream: Any = gzip.open(path) if packed else open(path, "rb")  # noqa: SIM115
+    two = stream.read(8)[4:7] == b"n+2"
+    stream.seek(0)
+    kind = nib.Nifti2Image if two else nib.Nifti1Image
+    return kind.from_file_map({"image": nib.FileHolder(fileobj=stream)})
+
+
 def _nifti_values(path: Path) -> np.ndarray:
-    proxy: Any = nib.load(path).dataobj  # type: ignore[attr-defined]
+    proxy: Any = _load_nifti(path).dataobj
     with contextlib.ExitStack() as stack:
-        if igzip is not None and path.name.lower().endswith(".gz"):
+        if igzip is not None and _is_packed(path):
             spec = (proxy.shape, proxy.dtype, proxy.offset, proxy.slope, proxy.inter)
             proxy = ArrayProxy(stack.enter_context(igzip.open(path)), spec, mmap=False)
         stored: np.ndarray = np.asanyarray(proxy)
@@ -301,7 +319,7 @@ def _nifti_values(path: Path) -> np.ndarray:
 
 def _raw_nifti_header(path: Path) -> nib.Nifti1Header | None:
     """Return the NIfTI-1 header as stored; nibabel replaces zero pixdims while it loads. None for NIfTI-2."""
-    opener: Any = gzip.open if path.name.lower().endswith(".gz") else open
+    opener: Any = gzip.open if _is_packed(path) else open
     with opener(path, "rb") as stream:
         block = stream.read(348)
     return nib.Nifti1Header(block, check=False) if block[344:347] in (b"n+1", b"ni1") else None

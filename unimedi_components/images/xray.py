@@ -26,7 +26,7 @@ __all__ = ["LoadXrayd", "XrayReader", "film_notes", "read_xray"]
 Array = npt.NDArray[Any]
 
 _LUMA = np.asarray([0.299, 0.587, 0.114], np.float32)
-_BITS_PER_SAMPLE, _PHOTOMETRIC, _ORIENTATION = 258, 262, 0x0112
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _ORIENTATION, _PLANAR = 258, 262, 0x0112, 284
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -131,9 +131,10 @@ def _is_deep_colour(image: Image.Image, path: str) -> bool:
 
 def _deep_colour(image: Image.Image, path: str) -> tuple[Array, list[str]]:
     turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
-    if turn is not None and image.format == "TIFF":
+    if image.format == "TIFF" and (turn is not None or _tag(image, _PLANAR) == 2):
         # ITK gives 8 bits of these alone
-        raise DataError(f"{path}: holds 16-bit colours that are to be turned. Save it upright or in grey")
+        how = "that are to be turned" if turn is not None else "in planes of their own"
+        raise DataError(f"{path}: holds 16-bit colours {how}. Save it upright and interleaved, or in grey")
     itk = load_itk()
     # ITK has no images of 16-bit colours, but of vectors
     reader = itk.ImageFileReader[itk.VectorImage[itk.F, 2]].New(FileName=path)

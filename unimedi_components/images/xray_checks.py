@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 
 from unimedi_components.errors import ConfigError, DataError
 from unimedi_components.images.dicom import DicomHeader, pixel_fault, read_header, starts_as_dicom
@@ -19,6 +19,7 @@ __all__ = [
     "PICTURE_FORMATS",
     "XRAYS",
     "Fault",
+    "body_part_warnings",
     "colour_fault",
     "film_fault",
     "modality_words",
@@ -29,6 +30,8 @@ __all__ = [
 IMAGE_CHECKS = ("quick", "full", "exists", "none")
 #: Pillow's names of the pictures that are read.
 PICTURE_FORMATS = ("JPEG", "PNG", "BMP", "TIFF")
+# of 16 bits whose least is white, Pillow knows the other byte order alone
+TiffImagePlugin.OPEN_INFO.setdefault((TiffImagePlugin.MM, 0, (1,), 1, (16,), ()), ("I;16B", "I;16B"))
 #: PS3.3 C.7.3.1.1.1; secondary captures and files without a modality may be X-rays too.
 XRAYS = frozenset({"CR", "DX", "DR", "RG", "RF", "XA", "OT", "SC", ""})
 UNREADABLE, ONE_SLICE, NO_XRAY = "unreadable image", "one CT slice", "not an X-ray"
@@ -44,6 +47,7 @@ _OTHERS = {
     **{"ES": "endoscopy", "XC": "a photograph", "SM": "microscopy", "OP": "ophthalmology", "PX": "dental"},
     **{"IO": "dental"},
 }
+_TRUNK = ("CHEST", "THORAX", "LUNG", "TORAX", "ABDOMEN", "TRUNK", "BODY", "RIBS", "HEART")
 # A grey film that was saved as colour JPEG strays by a few levels; burnt-in coloured marks cover little of it.
 _COLOURED, _COLOURED_SHARE, _FEW = 32, 0.05, 1024
 
@@ -154,6 +158,14 @@ def film_fault(header: DicomHeader) -> Fault | None:
     if "one CT slice" in detail:
         return Fault(ONE_SLICE, detail)
     return Fault(UNREADABLE if pixel_fault(header) else NO_XRAY, detail)
+
+
+def body_part_warnings(header: DicomHeader) -> tuple[str, ...]:
+    """A warning where the header names another part of the body than the trunk."""
+    part = header.text("BodyPartExamined")
+    if not part or any(word in part.upper() for word in _TRUNK):
+        return ()
+    return (f"The DICOM header names the body part {part[:40]}; the network knows chests.",)
 
 
 def modality_words(modality: str) -> str:

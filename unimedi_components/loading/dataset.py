@@ -115,9 +115,9 @@ class ImageDataset(PersistentDataset):
         absolute = all(os.path.isabs(str(item.get("image", ""))) for item in data)
         if not absolute and not Path(root).is_dir():
             raise DataError(f"data set root {root} is not a folder; set `dataset_dir` to where the data set lies")
-        faults = data.faults if isinstance(data, ImageList) else []
-        if strict and faults:
-            raise DataError(f"{faults[0].file}: {faults[0].reason}; repair or remove it, or set `strict` to false")
+        not_read = data.not_read if isinstance(data, ImageList) else []
+        if strict and (fault := next((one for one in not_read if one.fault), None)):
+            raise DataError(f"{fault.file}: {fault.reason}; repair or remove it, or set `strict` to false")
         super().__init__(data=(), transform=transform, cache_dir=None if cache_dir is None else str(cache_dir))
         self.root, self.seed, self.strict, self.keep_meta = Path(root), seed, strict, keep_meta
         self.target, self.label_names, self.task, self.refill = target, list(label_names), task, True
@@ -133,7 +133,7 @@ class ImageDataset(PersistentDataset):
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._run = uuid.uuid4().hex
         # what was named and is no image that can be read is listed with what turns out to be unreadable
-        self._skipped = {one.file: Skipped(one.file, one.file, one.reason) for one in faults}
+        self._skipped = {one.file: Skipped(one.file, one.file, one.reason) for one in not_read}
 
     def _store(self, dim: int, folder: Path) -> ImageStore:
         """Where images of a dimension are kept that these transforms make."""
@@ -246,7 +246,8 @@ class ImageDataset(PersistentDataset):
             cause = cause.__cause__
         # the file is named beside the reason: once is enough
         text = str(cause).strip().removeprefix(f"{path}: ").replace(str(path), path.name).splitlines() or [""]
-        record = Skipped(item_id, str(path), f"{type(cause).__name__}: {text[0][:300]}")
+        kind = "" if isinstance(cause, DataError) else f"{type(cause).__name__}: "
+        record = Skipped(item_id, str(path), f"{kind}{text[0][:400]}")
         if self.strict:
             raise DataError(
                 f"{path}: cannot be read ({record.reason}); repair or remove it, or set `strict` to false"

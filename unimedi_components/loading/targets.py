@@ -78,16 +78,32 @@ def _label(value: Any, name: str, root: Path, label_names: Sequence[str], task: 
             content = json.loads((root / value).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise DataError(f"{value}: cannot be read as the label of {name!r} ({error})") from error
-        value = content.get("label") if isinstance(content, Mapping) else content
-    if isinstance(value, str) and value in label_names:
-        value = list(label_names).index(value)
-    count = len(label_names)
+        value = content["label"] if isinstance(content, Mapping) and "label" in content else content
+    label, count = _by_number(value, label_names), len(label_names)
     if task == "multilabel":
-        good = isinstance(value, (list, tuple)) and len(value) == count and all(v in (0, 1, -1) for v in value)
-        wanted = f"a list of {count} values 0, 1 or -1 (uncertain)"
+        if isinstance(label, (list, tuple)) and len(label) == count and all(entry in (0, 1, -1) for entry in label):
+            return [int(entry) for entry in label]
+        wanted = f"a list of {count} values 0, 1 or -1 (uncertain), or findings by name, with such values or without"
     else:
-        good = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < count
-        wanted = f"a whole number from 0 to {count - 1}, or one of {', '.join(label_names)}"
-    if not good:
-        raise DataError(f"item {name!r} has the label {value!r}; for this {task} task it must be {wanted}")
-    return list(value) if task == "multilabel" else value
+        # by name, it is the one that is there
+        if label is not value and label.count(1) == 1 and label.count(0) == count - 1:
+            label = label.index(1)
+        if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < count:
+            return label
+        wanted = f"a whole number from 0 to {count - 1}, or one of the names"
+    names = ", ".join(label_names)
+    raise DataError(f"item {name!r} has the label {value!r}; for this {task} task it must be {wanted}: {names}")
+
+
+def _by_number(value: Any, names: Sequence[str]) -> Any:
+    """A list of a value for each name, of a name, a list of names or values by name; all else as it is."""
+    named = [value] if isinstance(value, str) else value
+    if isinstance(named, (list, tuple)) and all(isinstance(entry, str) for entry in named):
+        named = dict.fromkeys(named, 1)
+    elif not isinstance(named, Mapping) or not named:
+        return value
+    # MONAI Label tells its viewers the names in small letters
+    numbers = {name.casefold(): number for number, name in enumerate(names)}
+    given = {numbers.get(str(key).casefold()): entry for key, entry in named.items()}
+    # what is not named is not there, as in CheXpert's tables
+    return value if None in given or len(given) < len(named) else [given.get(n, 0) for n in range(len(names))]

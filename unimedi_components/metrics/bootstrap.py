@@ -23,6 +23,7 @@ __all__ = [
     "resampled",
     "resampled_auroc",
     "resamples_used",
+    "weighted_mean",
 ]
 
 Array = npt.NDArray[Any]
@@ -56,9 +57,22 @@ class PatientResamples:
 
     def mean(self, rows: npt.ArrayLike, patients: Sequence[Hashable]) -> Array:
         """Mean over the drawn cases of one number for each, (R,); NaN where no case is drawn."""
-        weights = self.weights(patients)
-        total = weights.sum(1)
-        return np.divide(weights @ np.asarray(rows, float), total, out=np.full(len(total), np.nan), where=total > 0)
+        return weighted_mean(self.weights(patients), np.asarray(rows, float), np.ones(len(patients)))
+
+
+def weighted_mean(weights: Array, values: Array, counts: Array) -> Array:
+    """Means of N cases' values under each row of their weights (R, N); NaN where no case counts.
+
+    Args:
+        values: (N,) or (N, C).
+        counts: which of them count, of the same shape.
+
+    Returns:
+        (R,) or (R, C).
+    """
+    total = weights @ counts
+    means = np.full(total.shape, np.nan)
+    return np.divide(weights @ np.where(counts, values, 0), total, out=means, where=total > 0)
 
 
 def resampled_auroc(scores: Array, truth: Array, weights: Array) -> Array:
@@ -117,8 +131,7 @@ def patient_intervals(
 
     def statistics(weights: Array) -> dict[str, Array]:
         columns = [resampled_auroc(scores[:, c], truth[:, c], weights) for c in defined]
-        total = weights @ counts
-        share = np.divide(weights @ hits, total, out=np.full(total.shape, np.nan), where=total > 0)
+        share = weighted_mean(weights, hits, counts)
         macro = np.stack(columns, axis=1).mean(1) if defined else np.full(len(weights), np.nan)
         by_name = dict(zip([names[c] for c in defined], columns, strict=True))
         return {"macro_auroc": macro, "accuracy": share.mean(1), **{f"auroc {name}": by_name[name] for name in by_name}}

@@ -6,7 +6,7 @@ Letters: N images, n boxes of an image, T IoU thresholds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from ignite.exceptions import NotComputableError
 from ignite.metrics import Metric
+from monai.handlers import from_engine
 
 from unimedi_components.distributed import gather_objects
 from unimedi_components.metrics.bootstrap import LEVEL, interval_table, patient_index, resampled, resamples_used
@@ -251,16 +252,15 @@ def _froc(pool: _Pool, row: int) -> dict[str, float]:
     return {f"{limit:g}": float(right[wrong <= limit * images].max(initial=0) / total) for limit in FALSE_POSITIVES}
 
 
-def _pred_and_label(output: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    return output["pred"], output["label"]
-
-
 class _PerImage(Metric):
-    """Keeps a row per image; `compute` sees those of all ranks, which may hold different numbers, or none."""
+    """Keeps a row per image; `compute` sees those of all ranks, which may hold different numbers, or none.
 
-    def __init__(self, output_transform: Callable[[Any], Any] = _pred_and_label) -> None:
+    The engine's output holds predictions "pred" and targets "label", lists of dicts by image.
+    """
+
+    def __init__(self) -> None:
         self.rows: list[Any] = []
-        super().__init__(output_transform)
+        super().__init__(from_engine(["pred", "label"]))
 
     def reset(self) -> None:
         """Forget all images."""
@@ -274,11 +274,7 @@ class _PerImage(Metric):
 
 
 class DetectionLossMetric(_PerImage):
-    """Mean over the images of the loss that each has alone, "loss" of `ViTDet` in evaluation with targets.
-
-    Args:
-        output_transform: engine output to (predictions, targets), lists of dicts by image.
-    """
+    """Mean over the images of the loss that each has alone, "loss" of `ViTDet` in evaluation with targets."""
 
     def update(self, output: tuple[Sequence[Mapping[str, Any]], Any]) -> None:
         """Take in a batch."""
@@ -297,14 +293,11 @@ class DetectionScore(_PerImage):
     """A value of `detection_metrics` over the images, such as "map_coco"; NaN where it is not defined.
 
     Boxes are in pixels of the network's input.
-
-    Args:
-        output_transform: see `DetectionLossMetric`.
     """
 
-    def __init__(self, name: str = "map_coco", output_transform: Callable[[Any], Any] = _pred_and_label) -> None:
+    def __init__(self, name: str = "map_coco") -> None:
         self.name = name
-        super().__init__(output_transform)
+        super().__init__()
 
     def update(self, output: tuple[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]]) -> None:
         """Take in a batch."""

@@ -6,7 +6,7 @@ Letters: N cases, C classes or findings.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -225,7 +225,7 @@ def _calibration_error(confidence: Array, right: Array, bins: int) -> float | No
     return float(metric(*rows))  # type: ignore[arg-type]
 
 
-def _pred_and_label(output: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+def _logits_and_label(output: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     return output["pred"].float(), output["label"]
 
 
@@ -233,22 +233,20 @@ class ClassificationScore(EpochMetric):
     """Macro AUROC (multilabel, binary) or accuracy (multiclass) over all batches and ranks of an evaluator run.
 
     NaN where it is not defined: only one class occurs, or the logits are not finite. Ranks may hold different
-    numbers of cases, or none.
+    numbers of cases, or none. The engine's output holds logits "pred" (B, C) and labels "label" (with `decollate` off).
 
     Args:
         task: "multiclass", "multilabel" or "binary".
-        output_transform: engine output to (logits (B, C), labels); MONAI's evaluators keep them under "pred" and
-            "label" (with `decollate` off).
 
     Raises:
         ValueError: an unknown task.
     """
 
-    def __init__(self, task: str, output_transform: Callable[[Any], Any] = _pred_and_label) -> None:
+    def __init__(self, task: str) -> None:
         if task not in TASKS:
             raise ValueError(f"task must be one of {', '.join(TASKS)}, not {task!r}")
         # A first batch of one class would warn about the function.
-        super().__init__(partial(_score, task=task), output_transform, check_compute_fn=False)
+        super().__init__(partial(_score, task=task), _logits_and_label, check_compute_fn=False)
 
     def compute(self) -> float:
         """The score, equal on all ranks.
@@ -279,14 +277,13 @@ class ClassificationLossMetric(Loss):
 
     Args:
         task: "multiclass", "multilabel" or "binary", see `ClassificationLoss`.
-        output_transform: see `ClassificationScore`.
 
     Raises:
         ValueError: an unknown task.
     """
 
-    def __init__(self, task: str, output_transform: Callable[[Any], Any] = _pred_and_label) -> None:
-        super().__init__(ClassificationLoss(task), output_transform, batch_size=_count_known)
+    def __init__(self, task: str) -> None:
+        super().__init__(ClassificationLoss(task), _logits_and_label, batch_size=_count_known)
 
 
 def _count_known(label: Tensor) -> int:

@@ -6,7 +6,7 @@ Letters: N images, R resamples of the patients.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,11 @@ import torch
 from ignite.exceptions import NotComputableError
 from ignite.metrics import Metric
 from ignite.metrics.metric import reinit__is_reduced, sync_all_reduce
+from monai.handlers import from_engine
 from torch import Tensor
 
 from unimedi_components.losses.segmentation import FocalDiceLoss
-from unimedi_components.metrics.bootstrap import LEVEL, interval_table, patient_index, resampled
+from unimedi_components.metrics.bootstrap import LEVEL, interval_table, patient_index, resampled, weighted_mean
 
 __all__ = ["MaskLossMetric", "MaskScore", "mask_counts", "mask_metrics", "mask_scores"]
 
@@ -67,7 +68,7 @@ def mask_metrics(counts: Array, patients: Sequence[Any], bootstrap: int = 1000, 
     index = patient_index(patients)
 
     def means(weights: Array) -> dict[str, Array]:
-        return {name: _mean(scores[name], kept[name], weights) for name in scores}
+        return {name: weighted_mean(weights, scores[name], kept[name]) for name in scores}
 
     values: dict[str, Any] = {"cases": len(counts), "patients": int(index.max()) + 1}
     values["positive"] = int((counts[:, 1] > 0).sum())
@@ -100,34 +101,23 @@ def _kept(counts: Array) -> dict[str, Array]:
     return {**kept, "false_alarms": ~positive, "missed": positive}
 
 
-def _mean(score: Array, kept: Array, weights: Array) -> Array:
-    """Mean of the images that count under each row of weights (R, N); NaN where none does."""
-    total = weights @ kept
-    return np.divide(weights @ (score * kept), total, out=np.full(len(weights), np.nan), where=total > 0)
-
-
-def _pred_and_label(output: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    return output["pred"], output["label"]
-
-
 class MaskScore(Metric):
     """Mean Dice per image over all batches and ranks of an evaluator run, empty masks as in `mask_metrics`.
 
+    The engine's output holds logits "pred" and labels "label", both (B, 1, H, W).
+
     Args:
         threshold: probability from which a pixel belongs to the predicted mask.
-        output_transform: from the engine's output to logits and labels, both (B, 1, H, W).
 
     Raises:
         ValueError: a threshold that is no probability.
     """
 
-    def __init__(
-        self, threshold: float = 0.5, output_transform: Callable[[Any], Any] = _pred_and_label, **kwargs: Any
-    ) -> None:
+    def __init__(self, threshold: float = 0.5) -> None:
         if not 0 <= threshold <= 1:
             raise ValueError(f"threshold must be a probability from 0 to 1, not {threshold!r}")
         self.threshold = threshold
-        super().__init__(output_transform, **kwargs)
+        super().__init__(from_engine(["pred", "label"]))
 
     @reinit__is_reduced
     def reset(self) -> None:
@@ -164,18 +154,11 @@ class MaskLossMetric(Metric):
     Args:
         loss: whose weights and form are taken.
         num_classes: outputs C of the network.
-        output_transform: see `MaskScore`.
     """
 
-    def __init__(
-        self,
-        loss: FocalDiceLoss,
-        num_classes: int = 1,
-        output_transform: Callable[[Any], Any] = _pred_and_label,
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, loss: FocalDiceLoss, num_classes: int = 1) -> None:
         self.loss, self.num_classes = loss, num_classes
-        super().__init__(output_transform, **kwargs)
+        super().__init__(from_engine(["pred", "label"]))
 
     @reinit__is_reduced
     def reset(self) -> None:

@@ -6,7 +6,7 @@ Letters: N cases, O organs (the labels without the background), R resamples of t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,11 @@ import torch
 from ignite.exceptions import NotComputableError
 from ignite.metrics import Metric
 from ignite.metrics.metric import reinit__is_reduced, sync_all_reduce
+from monai.handlers import from_engine
 from monai.metrics import compute_hausdorff_distance, compute_surface_dice
 from torch import Tensor
 
-from unimedi_components.metrics.bootstrap import LEVEL, interval_table, patient_index, resampled
+from unimedi_components.metrics.bootstrap import LEVEL, interval_table, patient_index, resampled, weighted_mean
 
 __all__ = ["METRICS", "OrganDice", "organ_metrics", "organ_scores"]
 
@@ -145,9 +146,7 @@ def organ_metrics(
 
 def _organ_means(scores: Array, weights: Array) -> Array:
     """(R, O) means over the cases that have a score (N, O), under each row of weights (R, N); NaN where none has."""
-    known = np.isfinite(scores)
-    total = weights @ known
-    return np.divide(weights @ np.where(known, scores, 0), total, out=np.full(total.shape, np.nan), where=total > 0)
+    return weighted_mean(weights, scores, np.isfinite(scores))
 
 
 def _mean_over_organs(means: Array) -> Array:
@@ -161,26 +160,19 @@ def _none(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-def _pred_and_label(output: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    return output["pred"], output["label"]
-
-
 class OrganDice(Metric):
     """Mean Dice of an evaluator run on the network's grid: over cases for each organ, then over organs.
 
     Organs that a case's label map lacks do not count in it, as in `organ_scores`. Ranks may hold different numbers of
-    cases, or none.
+    cases, or none. The engine's output holds logits "pred" (B, C, D, H, W) and labels "label" (B, 1, D, H, W).
 
     Args:
         num_classes: labels with the background.
-        output_transform: from the engine's output to logits (B, C, D, H, W) and labels (B, 1, D, H, W).
     """
 
-    def __init__(
-        self, num_classes: int, output_transform: Callable[[Any], Any] = _pred_and_label, **kwargs: Any
-    ) -> None:
+    def __init__(self, num_classes: int) -> None:
         self.num_classes = num_classes
-        super().__init__(output_transform, **kwargs)
+        super().__init__(from_engine(["pred", "label"]))
 
     @reinit__is_reduced
     def reset(self) -> None:

@@ -16,16 +16,16 @@ from torch import Tensor, nn
 from unimedi_components import selection
 from unimedi_components.errors import CheckpointError
 from unimedi_components.networks.cards import load_network
-from unimedi_components.networks.export import scriptable
 from unimedi_components.networks.modality_norm import ModalityBatchNorm1d
 from unimedi_components.networks.output import EncoderOutput
+from unimedi_components.networks.task_network import TaskNetwork
 from unimedi_components.networks.unified_vit import UnifiedViT
 from unimedi_components.networks.weights import create_encoder
 
 __all__ = ["ImageClassifier", "load_classifier", "task_encoder"]
 
 
-class ImageClassifier(nn.Module):
+class ImageClassifier(TaskNetwork):
     """Dropout and one linear layer on the CLS token after the final norm (MGCA's `ssl_finetuner.py`).
 
     Args:
@@ -66,7 +66,7 @@ class ImageClassifier(nn.Module):
         num_slices: int = 4,
         expand: str = "centre",
     ) -> None:
-        super().__init__()
+        super().__init__(locals())
         if num_classes < 1:
             raise ValueError(f"num_classes must be at least 1, not {num_classes}")
         if spatial_dims not in (2, 3):
@@ -74,18 +74,9 @@ class ImageClassifier(nn.Module):
         if use_slices:
             slabs = torch.zeros(1, encoder.grid_3d[0])
             selection.select_slices(slabs, num_slices, encoder.patch_depth, expand=expand)
-        self.hparams: dict[str, Any] = {
-            "num_classes": num_classes,
-            "spatial_dims": spatial_dims,
-            "freeze_encoder": freeze_encoder,
-            "dropout": dropout,
-            "feature_norm": feature_norm,
-            "use_slices": use_slices,
-            "num_slices": num_slices,
-            "expand": expand,
-        }
-        self.card: dict[str, Any] = {}
-        self.encoder = encoder
+        self.spatial_dims, self.use_slices = spatial_dims, use_slices
+        self.num_slices, self.expand = num_slices, expand
+        self.hold(encoder)
         # unlike nn.BatchNorm1d it takes a last batch of one image, and joins the ranks' batches on CPU too
         norm = ModalityBatchNorm1d(encoder.embed_dim, num_modalities=1, affine=False) if feature_norm else nn.Identity()
         self.feature_norm: nn.Module = norm
@@ -93,30 +84,10 @@ class ImageClassifier(nn.Module):
         self.head = nn.Linear(encoder.embed_dim, num_classes)
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
-        self.freeze_encoder, self.spatial_dims = freeze_encoder, spatial_dims
-        self.use_slices, self.num_slices, self.expand = use_slices, num_slices, expand
-        if freeze_encoder:
-            encoder.requires_grad_(False).eval()
-        else:
-            # what this task never reads: DDP waits for a gradient of every parameter that may have one
-            for parameter in self._unused():
-                parameter.requires_grad_(False)
 
-    def _unused(self) -> list[nn.Parameter]:
-        encoder = self.encoder
-        if self.spatial_dims == 2:
-            tables = [encoder.pos_embed_3d, encoder.segment_embed, encoder.depth_embed]
-            return [encoder.mask_token, *encoder.patch_embed_3d.parameters(), *tables]
-        if self.use_slices:
-            return [encoder.mask_token]
-        return [encoder.mask_token, *encoder.patch_embed.parameters(), encoder.depth_embed]
-
-    def train(self, mode: bool = True) -> ImageClassifier:
-        """Set the mode of the head, and of the encoder unless it is frozen."""
-        super().train(mode)
-        if self.freeze_encoder:
-            self.encoder.eval()
-        return self
+    def unused(self) -> list[nn.Parameter]:
+        """See `TaskNetwork`; slices join a volume as X-rays."""
+        return [self.encoder.mask_token] if self.spatial_dims == 3 and self.use_slices else super().unused()
 
     def encode(self, image: Tensor, return_attention: bool = False) -> EncoderOutput:
         """The encoder's output for X-rays (B, 1, H, W) or volumes (B, 1, D, H, W), with slices where they are used."""
@@ -158,10 +129,6 @@ class ImageClassifier(nn.Module):
         features = image if image.ndim == 2 else self.features(image)
         # half precision is too coarse for probabilities
         return self.head(self.dropout(self.feature_norm(features))).float()
-
-    def __prepare_scriptable__(self) -> nn.Module:
-        """What `torch.jit.script`, and so `monai.bundle ckpt_export`, compiles in place of this network."""
-        return scriptable(self)
 
     def attention_maps(self, image: Tensor) -> Tensor:
         """Eq. 1's **v** of an image's own tokens on their grid: (B, rows, columns) or (B, slabs, rows, columns)."""

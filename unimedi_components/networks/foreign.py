@@ -3,7 +3,8 @@
 
 With the features of the source's own forward load timm, DeiT, DeiT-3, MAE, DINO, iBOT, DINOv2, MGCA's Lightning
 checkpoints, CLEAR and BiomedCLIP (all of them timm's names, behind any prefix), Hugging Face's ViT, ViTMAE and Dinov2
-(RAD-DINO), torchvision's ViT, and open_clip towers without `ln_pre`. What would load only nearly is `REFUSED`.
+(RAD-DINO), with registers or without, torchvision's ViT, and the towers of OpenAI's CLIP, open_clip and Hugging Face's
+CLIP. What would load only nearly is `REFUSED`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +23,7 @@ from unimedi_components.errors import CheckpointError
 from unimedi_components.networks.embed import resample_patch_embed, resample_pos_embed_2d
 from unimedi_components.networks.unified_vit import UnifiedViT
 
-__all__ = ["FAMILIES", "REFUSED", "Family", "adapt_vit_state", "vit_state"]
+__all__ = ["FAMILIES", "REFUSED", "Family", "adapt_vit_state", "layers_of_state", "vit_state"]
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +38,7 @@ class Family:
         left_out: beginnings of timm names that are no part of an encoder.
         norm_eps: epsilon of its layer norms.
         antialias: whether its own forward resamples position tables with antialiasing.
+        act_layer: of its MLPs.
     """
 
     anchor: str
@@ -43,6 +46,7 @@ class Family:
     left_out: tuple[str, ...]
     norm_eps: float = 1e-6
     antialias: bool = True
+    act_layer: str = "gelu"
 
 
 _HUGGING_FACE = Family(
@@ -93,7 +97,24 @@ FAMILIES = (
         ),
         ("heads.",),
     ),
-    Family(r"embeddings\.class_embedding", ((r"^pre_layrnorm\.", "norm_pre."),), ()),
+    Family(  # Hugging Face's CLIP
+        r"embeddings\.class_embedding",
+        (
+            (r"^embeddings\.class_embedding$", "cls_token"),
+            (r"^embeddings\.patch_embedding\.", "patch_embed.proj."),
+            (r"^embeddings\.position_embedding\.weight$", "pos_embed"),
+            (r"^pre_layrnorm\.", "norm_pre."),
+            (r"^post_layernorm\.", "norm."),
+            (r"^encoder\.layers\.", "blocks."),
+            (r"\.layer_norm(\d)\.", r".norm\1."),
+            (r"\.self_attn\.([qkv])_proj\.", r".attn.\1."),
+            (r"\.self_attn\.out_proj\.", ".attn.proj."),
+        ),
+        ("embeddings.position_ids",),
+        norm_eps=1e-5,
+        antialias=False,
+        act_layer="quick_gelu",
+    ),
     Family(
         r"class_embedding",
         (
@@ -116,14 +137,14 @@ FAMILIES = (
 )
 #: Patterns of names that stand for what `UnifiedViT` cannot compute, and what it is.
 REFUSED = (
-    (r"^(reg_token|register_tokens|storage_tokens)$", "register tokens, as DINOv3 and DINOv2's _reg models have them"),
     (r"^(dist_token|distillation_token)$", "a distillation token"),
-    (r"^norm_pre\.", "a layer norm before the first block, as CLIP has it"),
     (r"rope|relative_position|rel_pos", "rotary or relative positions"),
     (r"\.attn\.[qk]_norm\.", "norms of queries and keys"),
     (r"\.mlp\.(w12|w1|w2|w3|fc1_[gx]|weights_in|gate_proj)\.", "a gated MLP"),
     (r"^fc_norm\.", "a norm of averaged patches in place of the CLS token's"),
 )
+#: In the state of OpenAI's own files, whose MLPs are otherwise those of open_clip.
+_OPENAI = {"input_resolution", "context_length", "vocab_size"}
 _ADDED_HERE = ("mask_token", "segment_embed", "depth_embed")
 
 
@@ -158,6 +179,8 @@ def _only_vit(state: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tenso
             )
         if chosen == teachers != prefixes:
             logger.warning("%s: holds a student and its teacher; the teacher's weights are taken", source)
+        if {name.rpartition(".")[2] for name in state} >= _OPENAI:
+            family = replace(family, act_layer="quick_gelu")
         return {n.removeprefix(chosen[0]): v for n, v in state.items() if n.startswith(chosen[0])}, family
     raise CheckpointError(
         f"{source}: has no patch_embed.proj.weight; expected a ViT named as by timm, Hugging Face, torchvision or CLIP"
@@ -169,12 +192,17 @@ def _timm_names(state: Mapping[str, Tensor], family: Family, source: str) -> dic
     for name, value in state.items():
         for pattern, replacement in family.rules:
             name = re.sub(pattern, replacement, name)
+        name = re.sub(r"^(register|storage)_tokens$", "reg_token", name)
         if name.startswith(family.left_out):
             continue
         for pattern, what in REFUSED:
             if re.search(pattern, name):
                 raise CheckpointError(f"{source}: has {what}, which UnifiedViT has not; give weights of a ViT without")
         result[name] = value.float()
+    if "cls_token" in result and "pos_embed" not in result:
+        raise CheckpointError(
+            f"{source}: has no position table, as DINOv3 with its rotary positions; UnifiedViT needs one"
+        )
     try:
         for name in [name for name in result if re.search(r"\.attn\.q\.(weight|bias)$", name)]:
             result[name.replace(".q.", ".qkv.")] = torch.cat([result.pop(name.replace(".q.", f".{x}.")) for x in "qkv"])
@@ -196,6 +224,17 @@ def _timm_names(state: Mapping[str, Tensor], family: Family, source: str) -> dic
     if math.isqrt(table.shape[1] - 1) ** 2 != table.shape[1] - 1:
         raise CheckpointError(f"{source}: {table.shape[1]} positions are no CLS token and a square of patches")
     return {**result, "pos_embed": table}
+
+
+def layers_of_state(state: Mapping[str, Tensor], family: Family) -> dict[str, Any]:
+    """Arguments of `UnifiedViT` by a state dict of `vit_state`: biases, MLPs, norms, activation, registers."""
+    found: dict[str, Any] = {"norm_eps": family.norm_eps, "qkv_bias": "blocks.0.attn.qkv.bias" in state}
+    if "blocks.0.mlp.fc1.weight" in state:
+        hidden, width = state["blocks.0.mlp.fc1.weight"].shape
+        found["mlp_ratio"] = hidden / width
+    if "norm_pre.weight" in state:  # CLIP's, by whatever names
+        found |= {"norm_eps": 1e-5, "pre_norm": True, "act_layer": family.act_layer}
+    return {**found, **({"reg_tokens": state["reg_token"].shape[1]} if "reg_token" in state else {})}
 
 
 def adapt_vit_state(state: Mapping[str, Tensor], encoder: UnifiedViT, antialias: bool = True) -> dict[str, Tensor]:

@@ -6,6 +6,8 @@ Letters: B batch, N tokens (1 CLS + P patches), H heads, C channels per head, D 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -39,7 +41,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(
-        self, x: Tensor, *, return_attention: bool = False, include_cls_key: bool = False
+        self, x: Tensor, *, return_attention: bool = False, include_cls_key: bool = False, first: int = 1
     ) -> tuple[Tensor, Tensor | None]:
         """Attend over all tokens.
 
@@ -47,6 +49,7 @@ class Attention(nn.Module):
             x: tokens with CLS first, (B, N, D).
             return_attention: also return this layer's term of Eq. 1.
             include_cls_key: see `cls_attention`.
+            first: see `cls_attention`.
 
         Returns:
             tokens (B, N, D), and the head-averaged CLS attention (B, P) in float32 or None.
@@ -55,20 +58,25 @@ class Attention(nn.Module):
         qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, dim // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, N, C)
         out = F.scaled_dot_product_attention(q, k, v)
-        attention = cls_attention(q[:, :, 0], k, include_cls_key=include_cls_key) if return_attention else None
+        options = {"include_cls_key": include_cls_key, "first": first}
+        attention = cls_attention(q[:, :, 0], k, **options) if return_attention else None
         return self.proj(out.transpose(1, 2).reshape(batch, tokens, dim)), attention
 
 
 class Mlp(nn.Module):
-    """Two linear layers with GELU; parameter names match timm's `Mlp` (`fc1`, `fc2`)."""
+    """Two linear layers with GELU or OpenAI's `quick_gelu`; parameter names match timm's `Mlp` (`fc1`, `fc2`)."""
 
-    def __init__(self, dim: int, hidden_dim: int) -> None:
+    def __init__(self, dim: int, hidden_dim: int, act_layer: str = "gelu") -> None:
         super().__init__()
+        if act_layer not in ("gelu", "quick_gelu"):
+            raise ValueError(f"act_layer must be gelu or quick_gelu, not {act_layer!r}")
+        self.quick = act_layer == "quick_gelu"
         self.fc1 = nn.Linear(dim, hidden_dim)
         self.fc2 = nn.Linear(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        hidden = self.fc1(x)
+        return self.fc2(hidden * torch.sigmoid(1.702 * hidden) if self.quick else F.gelu(hidden))
 
 
 class Block(nn.Module):
@@ -80,6 +88,7 @@ class Block(nn.Module):
         mlp_ratio: hidden width of the MLP over `dim`.
         qkv_bias: bias of the joint query-key-value projection.
         norm_eps: epsilon of both layer norms.
+        act_layer: of the MLP, gelu or quick_gelu.
     """
 
     def __init__(
@@ -90,18 +99,17 @@ class Block(nn.Module):
         mlp_ratio: float = 4.0,
         qkv_bias: bool = True,
         norm_eps: float = 1e-6,
+        act_layer: str = "gelu",
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
         self.attn = Attention(dim, num_heads, qkv_bias=qkv_bias)
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer)
 
-    def forward(
-        self, x: Tensor, *, return_attention: bool = False, include_cls_key: bool = False
-    ) -> tuple[Tensor, Tensor | None]:
-        """Tokens (B, N, D) to tokens (B, N, D) and this layer's term of Eq. 1, (B, P) or None."""
-        mixed, attention = self.attn(self.norm1(x), return_attention=return_attention, include_cls_key=include_cls_key)
+    def forward(self, x: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
+        """Tokens (B, N, D) to (B, N, D), and this layer's term of Eq. 1, (B, P) or None; options of `Attention`."""
+        mixed, attention = self.attn(self.norm1(x), **options)
         x = x + mixed
         return x + self.mlp(self.norm2(x)), attention
 

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import zip_longest
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unimedi_components.networks.export import scriptable
 from unimedi_components.networks.shared_norm import SharedBatchNorm2d
+from unimedi_components.networks.task_network import TaskNetwork
 from unimedi_components.networks.unified_vit import UnifiedViT
 
 __all__ = ["SETRPUP", "upsampling_factors"]
@@ -58,7 +57,7 @@ def _factors(size: int) -> list[int]:
     return found
 
 
-class SETRPUP(nn.Module):
+class SETRPUP(TaskNetwork):
     """Progressive upsampling decoder: a stage of convolution and bilinear upsampling per factor of the patch size.
 
     - `variant="mgca"`: a linear layer on the tokens, then stages of [3 x 3 convolution, batch norm, ReLU, upsampling],
@@ -86,7 +85,6 @@ class SETRPUP(nn.Module):
     """
 
     kind = "setr_pup"
-    spatial_dims = 2
 
     def __init__(
         self,
@@ -99,7 +97,7 @@ class SETRPUP(nn.Module):
         auxiliary: Sequence[int] = (),
         align_corners: bool | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(locals())
         if num_classes < 1:
             raise ValueError(f"num_classes must be at least 1, not {num_classes}")
         if variant not in VARIANTS:
@@ -113,17 +111,11 @@ class SETRPUP(nn.Module):
                 f"{len(factors)} stages, so give {len(factors)} positive numbers of channels"
             )
         _check_auxiliary(auxiliary, variant, len(encoder.blocks))
-        self.hparams: dict[str, Any] = {
-            "num_classes": num_classes,
-            "freeze_encoder": freeze_encoder,
-            "variant": variant,
-            "widths": [int(width) for width in widths],
-            "auxiliary": [int(index) for index in auxiliary],
-            "align_corners": variant == "mgca" if align_corners is None else align_corners,
-        }
-        self.card: dict[str, Any] = {}
-        self.encoder = encoder
-        dim, corners = encoder.embed_dim, self.hparams["align_corners"]
+        corners = variant == "mgca" if align_corners is None else align_corners
+        self.hparams |= {"widths": [int(width) for width in widths], "align_corners": corners}
+        self.hparams["auxiliary"] = [int(index) for index in auxiliary]
+        self.hold(encoder)
+        dim = encoder.embed_dim
         self.tokens: nn.Module = nn.Linear(dim, dim) if variant == "mgca" else nn.LayerNorm(dim, eps=1e-6)
         channels = [dim, *widths]
         self.stages = nn.Sequential(
@@ -135,30 +127,14 @@ class SETRPUP(nn.Module):
         kernel = 3 if variant == "mgca" else 1
         self.head = nn.Conv2d(channels[-1], num_classes, kernel, padding=kernel // 2)
         self.auxiliary = nn.ModuleList(_AuxiliaryHead(dim, num_classes, corners) for _ in auxiliary)
-        self.freeze_encoder = freeze_encoder
-        if freeze_encoder:
-            encoder.requires_grad_(False).eval()
-        else:
-            # what X-rays never reach: DDP waits for a gradient of every parameter that may have one
-            tables = [encoder.mask_token, encoder.pos_embed_3d, encoder.segment_embed, encoder.depth_embed]
-            for parameter in (*tables, *encoder.patch_embed_3d.parameters()):
-                parameter.requires_grad_(False)
-
-    def train(self, mode: bool = True) -> SETRPUP:
-        """Set the mode of the decoder, and of the encoder unless it is frozen."""
-        super().train(mode)
-        if self.freeze_encoder:
-            self.encoder.eval()
-        return self
 
     def features(self, image: Tensor) -> list[Tensor]:
         """Maps (B, D, h, w) of the encoder's last tokens, then of each auxiliary block; no gradient if it is frozen."""
-        _, rows, columns = self.encoder.token_grids(image)[0]
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_encoder):
             blocks = self.hparams["auxiliary"] if self.training else ()
             output = self.encoder(image, hidden_states=blocks)
         tokens = [self.tokens(output.patches), *(state[:, 1:] for state in _in_order(output.hidden_states, blocks))]
-        return [found.transpose(1, 2).unflatten(2, (rows, columns)) for found in tokens]
+        return [self.on_grid(found, image) for found in tokens]
 
     def forward(self, image: Tensor) -> Tensor | list[Tensor]:
         """Segment X-rays.
@@ -181,10 +157,6 @@ class SETRPUP(nn.Module):
             return logits
         size = image.shape[2:]
         return [logits, *(head(found, size) for head, found in zip(self.auxiliary, earlier, strict=True))]
-
-    def __prepare_scriptable__(self) -> nn.Module:
-        """What `torch.jit.script`, and so `monai.bundle ckpt_export`, compiles in place of this network."""
-        return scriptable(self)
 
 
 def _check_auxiliary(auxiliary: Sequence[int], variant: str, blocks: int) -> None:

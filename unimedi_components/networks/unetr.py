@@ -6,6 +6,7 @@ Letters: B batch, D width of the tokens, C classes; n stages of upsampling, from
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,8 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unimedi_components.networks.embed import interpolate_depth, resample_pos_embed_3d, to_tuple
-from unimedi_components.networks.export import scriptable
-from unimedi_components.networks.output_bias import prefer_background
+from unimedi_components.networks.task_network import TaskNetwork
 from unimedi_components.networks.token_upsampling import TokenUpsampling, upsampling_strides
 from unimedi_components.networks.unified_vit import UnifiedViT
 
@@ -49,7 +49,7 @@ def resize_positions_3d(encoder: UnifiedViT, vol_size: Sequence[int]) -> Unified
     return encoder
 
 
-class UnifiedUNETR(nn.Module):
+class UnifiedUNETR(TaskNetwork):
     """UNETR (Hatamizadeh et al., WACV 2022) with the unified encoder in the transformer's place (supplement, 7.2).
 
     The decoder is MONAI's, stage for stage, but its strides follow the 3D patch: `upsampling_strides`. n stages take
@@ -106,29 +106,17 @@ class UnifiedUNETR(nn.Module):
         residual_scores: bool = False,
         normalize_states: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(locals())
         if num_classes < 2:
             raise ValueError(f"num_classes must be at least 2 with the background, not {num_classes}")
         strides = upsampling_strides(encoder.patch_embed_3d.patch_size)
         _check_hidden_states(hidden_states, len(strides), len(encoder.blocks), encoder.patch_embed_3d.patch_size)
         if vol_size is not None and tuple(vol_size) != encoder.vol_size:
             resize_positions_3d(encoder, vol_size)
-        self.hparams: dict[str, Any] = {
-            "num_classes": num_classes,
-            "vol_size": encoder.vol_size,
-            "hidden_states": tuple(hidden_states),
-            "feature_size": feature_size,
-            "norm": norm if isinstance(norm, str) else list(norm),
-            "res_block": res_block,
-            "freeze_encoder": freeze_encoder,
-            "deep_supervision": deep_supervision,
-            "background_prior": background_prior,
-            "residual_scores": residual_scores,
-            "normalize_states": normalize_states,
-        }
-        self.card: dict[str, Any] = {}
-        self.encoder = encoder
-        self.hidden_states, self.freeze_encoder = tuple(hidden_states), freeze_encoder
+        self.hparams |= {"vol_size": encoder.vol_size, "hidden_states": tuple(hidden_states)}
+        self.hparams["norm"] = norm if isinstance(norm, str) else list(norm)
+        self.hold(encoder)
+        self.hidden_states = tuple(hidden_states)
         self.deep_supervision, self.residual_scores = deep_supervision, residual_scores
         self.normalize_states = normalize_states
         norm_name: Any = norm if isinstance(norm, str) else tuple(norm)
@@ -148,20 +136,7 @@ class UnifiedUNETR(nn.Module):
         coarser = [width] * residual_scores + features[:-1] * (deep_supervision or residual_scores)
         self.coarse_outs = nn.ModuleList(UnetOutBlock(3, channels, num_classes) for channels in coarser)
         if background_prior is not None:
-            prefer_background([*self.coarse_outs, self.out], background_prior, together=residual_scores)
-        if freeze_encoder:
-            encoder.requires_grad_(False).eval()
-        else:
-            # what this task never reads: DDP waits for a gradient of every parameter that may have one
-            for parameter in (encoder.mask_token, *encoder.patch_embed.parameters(), encoder.depth_embed):
-                parameter.requires_grad_(False)
-
-    def train(self, mode: bool = True) -> UnifiedUNETR:
-        """Set the mode of the decoder, and of the encoder unless it is frozen."""
-        super().train(mode)
-        if self.freeze_encoder:
-            self.encoder.eval()
-        return self
+            _prefer_background([*self.coarse_outs, self.out], background_prior, together=residual_scores)
 
     def forward(self, image: Tensor) -> Tensor | list[Tensor]:
         """Segment volumes.
@@ -194,17 +169,28 @@ class UnifiedUNETR(nn.Module):
 
     def _tokens(self, image: Tensor) -> list[Tensor]:
         """The hidden states and the last tokens on their grid, each (B, D, d, h, w)."""
-        grid = self.encoder.token_grids(image)[0]
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_encoder):
             output = self.encoder(image, hidden_states=self.hidden_states)
         states = [state[:, 1:] for state in output.hidden_states]
         if self.normalize_states:
             states = [F.layer_norm(state, state.shape[-1:]) for state in states]
-        return [state.transpose(1, 2).unflatten(2, grid) for state in (*states, output.patches)]
+        return [self.on_grid(state, image) for state in (*states, output.patches)]
 
-    def __prepare_scriptable__(self) -> nn.Module:
-        """What `torch.jit.script`, and so `monai.bundle ckpt_export`, compiles in place of this network."""
-        return scriptable(self)
+
+def _prefer_background(outs: Sequence[nn.Module], share: float, together: bool) -> None:
+    """Set the biases of output blocks so that equal features give the background this share (Lin et al., 2017).
+
+    Args:
+        together: the scores of all blocks are added up, so that the first one's bias serves all and the others' is 0.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"background_prior must lie between 0 and 1, not {share!r}")
+    for index, out in enumerate(outs):
+        bias: Any = out.conv.conv.bias  # type: ignore[union-attr]
+        with torch.no_grad():
+            bias.fill_(0.0 if together and index else math.log((1 - share) / (len(bias) - 1)))
+            if not (together and index):
+                bias[0] = math.log(share)
 
 
 def _check_hidden_states(wanted: Sequence[int], stages: int, blocks: int, patch: Sequence[int]) -> None:

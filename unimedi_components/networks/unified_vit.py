@@ -48,6 +48,9 @@ class UnifiedViT(HubEncoder):
         mlp_ratio: MLP width over `embed_dim`.
         qkv_bias: bias in the query-key-value projections.
         norm_eps: epsilon of the layer norms (timm's ViTs use 1e-6).
+        reg_tokens: register tokens between CLS and patches, as DINOv2's _reg models have; nothing of them is returned.
+        pre_norm: a layer norm before the first block, `norm_pre`, as CLIP has it.
+        act_layer: of the MLPs, "gelu", or "quick_gelu" as OpenAI's CLIP.
         include_cls_key: let the CLS key share in Eq. 1's softmax, as A-CLIP's code does; the paper's equation does not.
         grad_checkpointing: recompute the blocks in the backward pass instead of storing what is in them (timm's name).
 
@@ -74,6 +77,9 @@ class UnifiedViT(HubEncoder):
         mlp_ratio: float = 4.0,
         qkv_bias: bool = True,
         norm_eps: float = 1e-6,
+        reg_tokens: int = 0,
+        pre_norm: bool = False,
+        act_layer: str = "gelu",
         include_cls_key: bool = False,
         grad_checkpointing: bool = False,
     ) -> None:
@@ -92,6 +98,8 @@ class UnifiedViT(HubEncoder):
             "norm_eps": norm_eps,
             "include_cls_key": include_cls_key,
         }
+        added = (("reg_tokens", reg_tokens, 0), ("pre_norm", pre_norm, False), ("act_layer", act_layer, "gelu"))
+        self.hparams |= {name: value for name, value, default in added if value != default}
         self.img_size = to_tuple(img_size, 2, "img_size")
         self.vol_size = to_tuple(vol_size, 3, "vol_size")
         self.embed_dim = self.num_features = embed_dim
@@ -108,12 +116,14 @@ class UnifiedViT(HubEncoder):
         self.pos_embed_3d = nn.Parameter(torch.zeros(1, math.prod(self.grid_3d), embed_dim))
         self.segment_embed = nn.Parameter(torch.zeros(1, 2, embed_dim))
         self.depth_embed = nn.Parameter(torch.zeros(1, self.grid_3d[0], embed_dim))
-        self.blocks = nn.ModuleList(
-            Block(embed_dim, num_heads, mlp_ratio=mlp_ratio, qkv_bias=qkv_bias, norm_eps=norm_eps) for _ in range(depth)
-        )
+        self.reg_token = nn.Parameter(torch.zeros(1, reg_tokens, embed_dim)) if reg_tokens else None
+        self.norm_pre = nn.LayerNorm(embed_dim, eps=norm_eps) if pre_norm else None
+        options: dict[str, Any] = {"mlp_ratio": mlp_ratio, "qkv_bias": qkv_bias, "norm_eps": norm_eps}
+        self.blocks = nn.ModuleList(Block(embed_dim, num_heads, **options, act_layer=act_layer) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)
-        for table in (self.cls_token, self.mask_token, self.pos_embed, self.pos_embed_3d):
-            nn.init.trunc_normal_(table, std=0.02)
+        for table in (self.cls_token, self.mask_token, self.pos_embed, self.pos_embed_3d, self.reg_token):
+            if table is not None:
+                nn.init.trunc_normal_(table, std=0.02)
         self.apply(init_vit_weights)
 
     @property
@@ -168,8 +178,11 @@ class UnifiedViT(HubEncoder):
         x = tokens + position
         if keep is not None:
             x = x.gather(1, keep.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
-        cls = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
-        return self._encode(torch.cat([cls.to(x.dtype), x], dim=1), return_attention, set(hidden_states))
+        first = self.cls_token + self.pos_embed[:, :1]
+        if self.reg_token is not None:
+            first = torch.cat([first, self.reg_token], 1)
+        x = torch.cat([first.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1)
+        return self._encode(x, first.shape[1], return_attention, set(hidden_states))
 
     def _tokenize(self, image: Tensor, slices: Tensor | None, slice_position: Tensor | None) -> tuple[Tensor, Tensor]:
         """Patch tokens (B, P, D) and their position embeddings (1 or B, P, D), kept apart for masking."""
@@ -200,11 +213,16 @@ class UnifiedViT(HubEncoder):
     def _position_2d(self, size: Sequence[int]) -> Tensor:
         return resample_pos_embed_2d(self.pos_embed[:, 1:], self.grid_2d, self.patch_embed.grid(size))
 
-    def _encode(self, x: Tensor, return_attention: bool, wanted: set[int]) -> EncoderOutput:
+    def _encode(self, x: Tensor, first: int, return_attention: bool, wanted: set[int]) -> EncoderOutput:
+        def without_registers(x: Tensor) -> Tensor:
+            return x if first == 1 else torch.cat([x[:, :1], x[:, first:]], 1)
+
+        options = {"return_attention": return_attention, "include_cls_key": self.include_cls_key, "first": first}
+        if self.norm_pre is not None:
+            x = self.norm_pre(x)
         attention: Tensor | None = None
         hidden: list[Tensor] = []
         for index, block in enumerate(self.blocks):
-            options: dict[str, Any] = {"return_attention": return_attention, "include_cls_key": self.include_cls_key}
             if self.grad_checkpointing and self.training and torch.is_grad_enabled():
                 x, row = checkpoint(block, x, use_reentrant=False, **options)
             else:
@@ -212,8 +230,8 @@ class UnifiedViT(HubEncoder):
             if row is not None:
                 attention = row if attention is None else attention + row
             if index in wanted:
-                hidden.append(x)
-        x = self.norm(x)
+                hidden.append(without_registers(x))
+        x = without_registers(self.norm(x))
         if attention is not None:
             attention = attention / len(self.blocks)
         return EncoderOutput(cls=x[:, 0], patches=x[:, 1:], attention=attention, hidden_states=tuple(hidden))

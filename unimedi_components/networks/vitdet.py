@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from unimedi_components.networks.box_detector import CLASSIFICATION, REGRESSION, BoxDetector
 from unimedi_components.networks.feature_pyramid import SimpleFeaturePyramid
+from unimedi_components.networks.task_network import TaskNetwork
 from unimedi_components.networks.unified_vit import UnifiedViT
 
 __all__ = ["ViTDet"]
@@ -24,7 +25,7 @@ Targets = Sequence[Mapping[str, Tensor]]
 OCTAVES = (1.0, 2 ** (1 / 3), 2 ** (2 / 3))
 
 
-class ViTDet(nn.Module):
+class ViTDet(TaskNetwork):
     """A one-stage detector over the last map of a plain ViT.
 
     The pyramid is ViTDet's; the detector is MONAI's RetinaNet where ViTDet has Mask R-CNN, see `BoxDetector`.
@@ -77,7 +78,7 @@ class ViTDet(nn.Module):
         nms_threshold: float = 0.5,
         max_boxes: int = 100,
     ) -> None:
-        super().__init__()
+        super().__init__(locals())
         if num_classes < 1:
             raise ValueError(f"num_classes must be at least 1, not {num_classes}; the background is none")
         if not 0 <= head_convs <= 4:
@@ -89,25 +90,9 @@ class ViTDet(nn.Module):
         sizes = list(sizes) * (self.pyramid.num_levels if len(sizes) == 1 else 1)
         if len(sizes) != self.pyramid.num_levels:
             raise ValueError(f"{len(sizes)} lists of anchor_sizes for {self.pyramid.num_levels} maps of the pyramid")
-        self.hparams: dict[str, Any] = {
-            "num_classes": num_classes,
-            "freeze_encoder": freeze_encoder,
-            "width": width,
-            "scales": tuple(scales),
-            "last_pool": last_pool,
-            "head_convs": head_convs,
-            "anchor_sizes": tuple(tuple(float(size) for size in level) for level in sizes),
-            "aspect_ratios": tuple(aspect_ratios),
-            "candidates": candidates,
-            "alpha": alpha,
-            "gamma": gamma,
-            "score_threshold": score_threshold,
-            "lowest_score": lowest_score,
-            "nms_threshold": nms_threshold,
-            "max_boxes": max_boxes,
-        }
-        self.card: dict[str, Any] = {}
-        self.encoder, self.freeze_encoder = encoder, freeze_encoder
+        levels = tuple(tuple(float(size) for size in level) for level in sizes)
+        self.hparams |= {"scales": tuple(scales), "anchor_sizes": levels, "aspect_ratios": tuple(aspect_ratios)}
+        self.hold(encoder)
         self.detector = BoxDetector(num_classes, sizes, aspect_ratios, candidates, alpha, gamma)
         anchors = self.detector.num_anchors_per_loc
         self.classification_head = RetinaNetClassificationHead(width, anchors, num_classes, spatial_dims=2)
@@ -116,13 +101,6 @@ class ViTDet(nn.Module):
             # convolution, norm and activation each
             head.conv = nn.Sequential(*list(head.conv)[: 3 * head_convs])
         self.select_boxes(score_threshold, nms_threshold, max_boxes)
-        if freeze_encoder:
-            encoder.requires_grad_(False).eval()
-        else:
-            # what this task never reads: DDP waits for a gradient of every parameter that may have one
-            tables = [encoder.mask_token, encoder.pos_embed_3d, encoder.segment_embed, encoder.depth_embed]
-            for parameter in (*tables, *encoder.patch_embed_3d.parameters()):
-                parameter.requires_grad_(False)
 
     def select_boxes(self, score_threshold: float, nms_threshold: float, max_boxes: int = 100) -> None:
         """Set which boxes are returned; see the class's arguments."""
@@ -130,18 +108,11 @@ class ViTDet(nn.Module):
             score_thresh=score_threshold, nms_thresh=nms_threshold, detections_per_img=max_boxes
         )
 
-    def train(self, mode: bool = True) -> ViTDet:
-        """Set the mode of pyramid and heads, and of the encoder unless it is frozen."""
-        super().train(mode)
-        if self.freeze_encoder:
-            self.encoder.eval()
-        return self
-
     def features(self, image: Tensor) -> Tensor:
         """The encoder's map (B, D, h, w) of X-rays (B, 1, H, W); without gradient if the encoder is frozen."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_encoder):
             patches = self.encoder(image).patches
-        return patches.transpose(1, 2).unflatten(2, self.encoder.token_grids(image)[0][1:])
+        return self.on_grid(patches, image)
 
     def head_maps(self, image: Tensor) -> dict[str, list[Tensor]]:
         """ "classification" (B, A K, ...) and "box_regression" (B, 4 A, ...): logits on each map of the pyramid."""

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from unimedi_components.errors import CheckpointError
 from unimedi_components.networks.embed import resample_pos_embed_2d, resample_pos_embed_3d
-from unimedi_components.networks.foreign import Family, adapt_vit_state, vit_state
+from unimedi_components.networks.foreign import Family, adapt_vit_state, layers_of_state, vit_state
 from unimedi_components.networks.sizes import SHAPES, SIZES, check_size, encoder_sizes, sizes_of_state
 from unimedi_components.networks.unified_vit import UnifiedViT
 
@@ -37,7 +37,7 @@ CODE = (
     (
         r"GLOBAL (?:__main__ )?(\S+)",
         "pickled code",
-        "c = torch.load(FILE, 'cpu', weights_only=False); "
+        "c = torch.load(FILE, 'cpu', weights_only=False); c = c if isinstance(c, dict) else c.state_dict(); "
         "torch.save(next((c[k] for k in ('state_dict', 'model', 'teacher') if k in c), c), 'weights.pt')",
     ),
 )
@@ -76,7 +76,11 @@ def create_encoder(
         return load_weights(encoder, weights)
     state, family = vit_state(read_state_dict(source), source)
     if family is not None:
-        sizes = {"norm_eps": family.norm_eps, **sizes}
+        sizes = {**layers_of_state(state, family), **sizes}
+        if sizes.get("pre_norm"):
+            logger.warning(
+                "%s: a CLIP's MLPs are taken to have %s; --network_def#encoder#act_layer", source, sizes["act_layer"]
+            )
     if (sizes_in_file := sizes_of_state(state)) is not None:
         width, depth = sizes_in_file["embed_dim"], sizes_in_file["depth"]
         if size == "tiny" and not set(explicit) & set(SHAPES) and width != SIZES["tiny"]["embed_dim"]:
@@ -114,7 +118,8 @@ def _load(encoder: UnifiedViT, state: dict[str, Tensor], family: Family | None, 
             f"weights' size with {_size_option(width)}"
         )
     else:
-        state = adapt_vit_state(state, encoder, family.antialias)
+        # of models with registers every forward resamples with antialiasing
+        state = adapt_vit_state(state, encoder, family.antialias or "reg_token" in state)
     load_strict(encoder, state, source)
     return encoder
 
@@ -171,14 +176,29 @@ def read_state_dict(source: str | Path) -> dict[str, Tensor]:
                 content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch and safetensors raise many kinds for a broken file
         raise CheckpointError(f"{path}: cannot be read as weights ({_unreadable(path, str(error), error)}") from error
-    for key in NESTED:
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            if key == "teacher" and "student" in content:
-                logger.warning("%s: holds a student and its teacher; the teacher's weights are taken", path)
-            content = content[key]
+    while isinstance(content, Mapping) and (key := _wrapper(content)) is not None:
+        if key == "teacher" and "student" in content:
+            logger.warning("%s: holds a student and its teacher; the teacher's weights are taken", path)
+        content = content[key]
     if not isinstance(content, Mapping) or not any(isinstance(value, Tensor) for value in content.values()):
         raise CheckpointError(f"{path}: holds no state dict (a mapping of parameter names to tensors)")
     return {name: value for name, value in content.items() if isinstance(value, Tensor)}
+
+
+def _wrapper(content: Mapping[str, Any]) -> str | None:
+    """The key that weights lie under: one of `NESTED`, or whatever a mapping without tensors calls its only ones."""
+    inner = [key for key, value in content.items() if isinstance(value, Mapping)]
+    named = [key for key in NESTED if key in inner]
+    if named or any(isinstance(value, Tensor) for value in content.values()):
+        return next(iter(named), None)
+    held = [key for key in inner if _holds_weights(content[key])]
+    return held[0] if len(held) == 1 else None
+
+
+def _holds_weights(part: Any) -> bool:
+    """Tensors under names, at any depth; an optimizer's lie under numbers."""
+    names = part.items() if isinstance(part, Mapping) else ()
+    return any(isinstance(value, Tensor) or _holds_weights(value) for name, value in names if isinstance(name, str))
 
 
 def _unreadable(path: Path, message: str, error: Exception) -> str:
@@ -188,6 +208,8 @@ def _unreadable(path: Path, message: str, error: Exception) -> str:
             named = f"{what}, {match[1]}" if match.lastindex else what
             run = f'python -c "import torch; {command.replace("FILE", repr(str(path)))}"'
             return f"{named}, which is not run); if you trust it, save its weights alone: {run}"
+    if "weights_only" in message:  # torch's advice would run what is in the file
+        return "neither torch.save nor safetensors wrote it); download or train it again"
     return f"{(message.splitlines() or [type(error).__name__])[0]}); download or train it again"
 
 
@@ -226,7 +248,7 @@ def _from_timm(name: str) -> dict[str, Tensor]:
         import timm
     except (ImportError, RuntimeError) as error:
         raise CheckpointError(
-            f"timm:{name}: timm cannot be imported ({error}); install the extra: pip install '.[timm]'"
+            f"timm:{name}: timm cannot be imported ({error}); install the extra: pip install 'unimedi-components[timm]'"
         ) from error
     try:
         return timm.create_model(name, pretrained=True).state_dict()

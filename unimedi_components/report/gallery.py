@@ -22,7 +22,7 @@ from unimedi_components.report.figures import (
     draw_tsne,
 )
 from unimedi_components.report.sources import Experiment, Run, read_curves
-from unimedi_components.report.tables import SHARES, boxed_table
+from unimedi_components.report.tables import COLUMNS, SHARES, boxed_table
 
 __all__ = ["Gallery"]
 
@@ -35,13 +35,6 @@ _METHODS = (
     ("joint", "joint", "joint"),
     ("UniMedI", "ours", "ours"),
 )
-_BARS = {
-    "chexpert_macro_auroc": ("CheXpert", "AUROC", "2d_only"),
-    "rsna_macro_auroc": ("RSNA", "AUROC", "2d_only"),
-    "cc_ccii_accuracy": ("CC-CCII", "accuracy", "3d_only"),
-    "probe_auroc_2d": ("phantom X-rays", "macro AUROC", "2d_only"),
-    "probe_auroc_3d": ("phantom CT", "macro AUROC", "3d_only"),
-}
 _KNOWN = {
     "slice_selection.png": "CT studies: the selected slices with CLS attention, a true lesion slice, the slab scores",
     "xray_attention.png": "X-rays beside the CLS attention over them",
@@ -128,7 +121,7 @@ class Gallery:
     def bars(self, experiment: Experiment) -> str:
         """Fig. 6: separate, joint and the whole method, with intervals over seeds."""
         parts = []
-        for prefix, (name, label, single) in _BARS.items():
+        for prefix, (name, label, single) in COLUMNS.items():
             keys = [f"{prefix}_{share}" for share in SHARES]
             chosen = {"separate": single, "joint": "joint", "UniMedI": "ours"}
             bars = {title: [experiment.summary(v, key) for key in keys] for title, v in chosen.items()}

@@ -10,17 +10,10 @@ from html import escape
 from unimedi_components.engines.target_information import COLLAPSED
 from unimedi_components.report.sources import Experiment
 from unimedi_components.report.statistics import Comparison, compare
-from unimedi_components.report.tables import SHARES, boxed_table
+from unimedi_components.report.tables import COLUMNS, SHARES, boxed_table
 
 __all__ = ["Ordering", "orderings", "orderings_html"]
 
-_COLUMNS = {
-    "chexpert_macro_auroc": ("CheXpert", "2d_only"),
-    "rsna_macro_auroc": ("RSNA", "2d_only"),
-    "cc_ccii_accuracy": ("CC-CCII", "3d_only"),
-    "probe_auroc_2d": ("phantom X-rays", "2d_only"),
-    "probe_auroc_3d": ("phantom CT", "3d_only"),
-}
 _DISTANCE = "centroid_distance_cls"
 _WORDS = {
     "holds": "holds",
@@ -62,7 +55,7 @@ class Ordering:
 def orderings(experiment: Experiment) -> list[Ordering]:
     """Table 7 (VL < + SD < + Attn) and Fig. 6 (separate < joint < UniMedI) by column, and Fig. 2's distance."""
     found = []
-    for prefix, (name, single) in _COLUMNS.items():
+    for prefix, (name, _, single) in COLUMNS.items():
         for share, title in SHARES.items():
             key = f"{prefix}_{share}"
             if any(key in measures for measures in experiment.variants.values()):

@@ -18,6 +18,14 @@ __all__ = ["ablation_table", "anchor", "boxed_table", "measure_tables", "paper_t
 
 Rows = list[dict[str, str]]
 
+#: Measure without its share of the labels -> data set, metric, and the variant that its dimension alone trains.
+COLUMNS = {
+    "chexpert_macro_auroc": ("CheXpert", "AUROC", "2d_only"),
+    "rsna_macro_auroc": ("RSNA", "AUROC", "2d_only"),
+    "cc_ccii_accuracy": ("CC-CCII", "accuracy", "3d_only"),
+    "probe_auroc_2d": ("phantom X-rays", "macro AUROC", "2d_only"),
+    "probe_auroc_3d": ("phantom CT", "macro AUROC", "3d_only"),
+}
 SHARES = {"1pct": "1%", "10pct": "10%", "100pct": "100%"}
 _DATA_SETS = {"chexpert_macro_auroc": "CheXpert AUROC", "rsna_macro_auroc": "RSNA AUROC", "cc_ccii_accuracy": "CC-CCII"}
 _PHANTOMS = {"probe_auroc_2d": "phantom X-rays, AUROC", "probe_auroc_3d": "phantom CT, AUROC"}

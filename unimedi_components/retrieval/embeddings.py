@@ -37,7 +37,7 @@ class Embeddings:
         scores: Eq. 2's slab scores of volumes, (N, S); NaN where a row has none.
         selected: selected slices of the network's input, from inferior to superior, (N, k); -1 where a row has none.
         card: how the network was built and its input prepared.
-        skipped: {"id", "file", "reason"} of inputs that could not be read.
+        skipped: {"id", "file", "reason"} of images that were left out.
 
     Raises:
         DataError: rows and entries differ in number, or an entry lacks a field.
@@ -100,7 +100,9 @@ class Embeddings:
                 texts = {name: json.loads(str(content[name])) for name in ("entries", "card", "skipped", "model")}
                 arrays = {name: content[name] for name in ("embed", "cls", "scores", "selected") if name in content}
         except FileNotFoundError:
-            raise DataError(f"{path}: no such file; make it with 'python -m unimedi_components embed'") from None
+            raise DataError(
+                f"{path}: no such file; make it with 'python -m unimedi_components embed' or 'index'"
+            ) from None
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
             reason = str(error).splitlines()[0]
             raise DataError(f"{path}: holds no embeddings ({reason}); make them again with 'embed'") from error

@@ -199,6 +199,11 @@ class SaveNeighbours(PredictionWriter):
     ) -> None:
         super().__init__(output_dir, figures)
         self.embedder, self.count = embedder, neighbours
+        if index is not None and not Path(index).is_file():
+            raise DataError(
+                f"{index}: no such file; evaluate.json makes it, 'python -m unimedi_components index FILE PATH...' one "
+                "of your own, and --index '$None' classifies without one"
+            )
         self.index = None if index is None else EmbeddingIndex.load(index)
         if self.index is not None:
             self.index.check_model(embedder.model)

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from torch.nn import functional as F
 
+from unimedi_components.data.volume_loading import part_of
 from unimedi_components.errors import DataError
 from unimedi_components.retrieval.embedder import Embedder
 from unimedi_components.retrieval.index import EmbeddingIndex, Hit
@@ -163,7 +164,9 @@ class Analyser:
                 if entry["dim"] == 2:
                     view = xray_view(path, options["xray"], _THUMBNAIL)
                 else:
-                    view = volume_view(path, options["ct"], shown=_THUMBNAIL)
+                    # what was embedded is shown as it is
+                    as_it_is = part_of({"assume_hu": True})
+                    view = volume_view(path, options["ct"], shown=_THUMBNAIL, part=as_it_is)
             except Exception:  # the readers raise many kinds for files that were moved or damaged since
                 return None
             image = view.shown if entry["dim"] == 2 else view.shown[len(view.shown) // 2]

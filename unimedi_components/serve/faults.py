@@ -48,6 +48,7 @@ class Limits:
         pixels: of an X-ray; the largest detectors have about 20 million.
         voxels: of a volume; 512 x 512 x 1024 by default, which takes some gigabytes while it is prepared.
         unpack: a zip or gz may grow to this many times `upload_bytes`.
+        assume_hu: no limit to the values of a CT: they are taken for Hounsfield units.
     """
 
     upload_bytes: int = 512 * 2**20
@@ -55,6 +56,7 @@ class Limits:
     pixels: int = 100_000_000
     voxels: int = 2**28
     unpack: int = 4
+    assume_hu: bool = False
 
     @property
     def unpacked_bytes(self) -> int:

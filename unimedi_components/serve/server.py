@@ -36,6 +36,7 @@ def serve(
     max_upload_mb: int = 512,
     device: str = "auto",
     allow_remote: bool = False,
+    assume_hu: bool = False,
 ) -> None:
     """Serve the page until Ctrl-C; the arguments are those of the command, with `prompts` as a list.
 
@@ -56,7 +57,8 @@ def serve(
         embedder = Embedder(checkpoint, device)
         found = None if index is None else EmbeddingIndex.load(index)
         analyser = Analyser(embedder, load_prompt_sets(prompts), found)
-        app = create_app(analyser, Limits(upload_bytes=max_upload_mb * 2**20), () if remote else LOOPBACK)
+        limits = Limits(upload_bytes=max_upload_mb * 2**20, assume_hu=assume_hu)
+        app = create_app(analyser, limits, () if remote else LOOPBACK)
         if remote:
             print(f"warning: other machines can reach {host}; there is no login and no encryption", file=sys.stderr)
         shown, number = f"[{host}]" if ":" in host else host, taken.getsockname()[1]

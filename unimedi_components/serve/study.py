@@ -10,12 +10,14 @@ from pathlib import Path
 
 from PIL import Image
 
+from unimedi_components.data.volume_loading import part_of
 from unimedi_components.errors import DataError
 from unimedi_components.images.dicom_series import Sorted, sort_headers
 from unimedi_components.images.headers import DicomHeader, read_header
 from unimedi_components.images.identify import DICOM, PICTURES, VOLUMES, content_fault, family_of_name, identify
+from unimedi_components.images.itk_volumes import voxel_files
 from unimedi_components.images.xray import read_xray
-from unimedi_components.images.xray_checks import PICTURE_FORMATS, modality_words
+from unimedi_components.images.xray_checks import PICTURE_FORMATS, body_part_warnings, modality_words
 from unimedi_components.serve.faults import (
     ACCEPTED,
     Limits,
@@ -26,11 +28,10 @@ from unimedi_components.serve.faults import (
     unusable,
 )
 from unimedi_components.serve.uploads import Received, names_of, unpack
-from unimedi_components.serve.volumes import check_voxels, metaimage_voxels, prepare_volume
+from unimedi_components.serve.volumes import check_voxels, last_part, prepare_volume
 
 __all__ = ["Study", "find_study"]
 
-_CHEST = ("CHEST", "THORAX", "LUNG", "TORAX", "ABDOMEN", "TRUNK", "BODY", "RIBS", "HEART")
 _MIN_SIDE, _MAX_RATIO = 32, 5
 
 
@@ -42,6 +43,7 @@ class Study:
         dim: 2 for an X-ray, 3 for a volume.
         path: the file, or the folder of a DICOM series.
         warnings: what the user should know about it.
+        part: of a volume, see `part_of`.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Study:
     path: Path
     facts: dict[str, str]
     warnings: list[str] = field(default_factory=list)
+    part: str = ""
 
 
 def find_study(files: Sequence[Received], folder: Path, limits: Limits) -> Study:
@@ -96,11 +99,12 @@ def _renamed_zip(file: Received) -> Exception:
 
 
 def _one_study(contents: dict[Received, str], archive: str, folder: Path, limits: Limits) -> Study:
-    headers = [file for file, content in contents.items() if content == "metaimage"]
-    voxels = {metaimage_voxels(file) for file in headers if not not_read(file.name, "metaimage")}
+    headers = [file for file, content in contents.items() if content in ("metaimage", "nrrd")]
+    voxels = {last_part(name) for file in headers for name in voxel_files(file.path)}
     others, left_out = {}, []
     for file, content in contents.items():
-        if file.name in voxels:
+        # a header may name itself
+        if file.name in voxels and file not in headers:
             continue
         fault = not_read(file.name, content)
         if fault is None:
@@ -129,27 +133,29 @@ def _one_study(contents: dict[Received, str], archive: str, folder: Path, limits
     path = prepare_volume(content, file, companions, folder, limits)
     kinds = {"metaimage": "MetaImage volume", "nrrd": "NRRD volume"}
     assert content in VOLUMES
-    return Study(shown, 3, path, {"File": kinds.get(content, "NIfTI volume")}, notes)
+    return Study(shown, 3, path, {"File": kinds.get(content, "NIfTI volume")}, notes, _part(limits))
+
+
+def _part(limits: Limits) -> str:
+    return part_of({"assume_hu": limits.assume_hu})
 
 
 def _dicom_study(files: Sequence[Received], archive: str, notes: Sequence[str], folder: Path, limits: Limits) -> Study:
     """The one X-ray or the one stack of CT slices among DICOM files, sorted as every command sorts them."""
     received = {file.path: file for file in files}
     headers = [_header(file) for file in files]
-    found = sort_headers(headers)
+    found = sort_headers(headers, limits.assume_hu)
     if not found.xrays and not found.stacks:
         path, reason, _ = found.left_out[0]
         refuse = unsupported if "modality" in reason and "pixels" not in reason else unusable
         raise refuse(f"{received[path].name}: {reason}.")
     if len(found.xrays) + len(found.stacks) > 1:
         raise _several(found, received)
-    besides = [received[path] for path, _, fault in found.left_out if not fault]
-    warnings = [*notes, *([f"Left out, no image of the series: {names_of(besides)}."] if besides else [])]
-    faults: dict[str, list[Received]] = {}
-    for path, reason, fault in found.left_out:
-        if fault:
-            faults.setdefault(reason, []).append(received[path])
-    warnings += [f"Left out: {names_of(members)}: {reason}." for reason, members in faults.items()]
+    besides: dict[str, list[Received]] = {}
+    for path, reason, _ in found.left_out:
+        besides.setdefault(reason, []).append(received[path])
+    left_out = [f"Left out: {names_of(members)}: {reason}." for reason, members in besides.items()]
+    warnings = [*notes, *left_out]
     first = received[Path((found.xrays or [found.stacks[0].header])[0].path)]
     if found.xrays:
         facts, more = check_xray(found.xrays[0], first.name, limits)
@@ -170,7 +176,8 @@ def _dicom_study(files: Sequence[Received], archive: str, notes: Sequence[str], 
     first = min((received[file] for file in stack.files), key=lambda file: list(received).index(file.path))
     shown = archive or (f"{first.name} and {len(stack.files) - 1} more" if several else first.name)
     path = series if several else series / "00000.dcm"
-    return Study(shown, 3, path, facts, [*warnings, *body_part_warning(stack.header), *stack.warnings])
+    warnings += [*body_part_warnings(stack.header), *stack.warnings]
+    return Study(shown, 3, path, facts, warnings, _part(limits))
 
 
 def _header(file: Received) -> DicomHeader:
@@ -262,12 +269,4 @@ def check_xray(header: DicomHeader, name: str, limits: Limits) -> tuple[dict[str
     except DataError as error:
         raise unusable(f"{name}: {str(error).removeprefix(f'{header.path}: ')}.") from error
     facts = {"File": f"DICOM, modality {modality_words(header.modality)}, {header.columns} × {header.rows} pixels"}
-    return facts, body_part_warning(header)
-
-
-def body_part_warning(header: DicomHeader) -> list[str]:
-    """A warning where the header names another part of the body than the chest."""
-    part = header.text("BodyPartExamined")
-    if not part or any(word in part.upper() for word in _CHEST):
-        return []
-    return [f"The DICOM header names the body part {part[:40]}; the network knows chests."]
+    return facts, list(body_part_warnings(header))

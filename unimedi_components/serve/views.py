@@ -22,8 +22,9 @@ from torch import Tensor
 
 from unimedi_components.data.transforms import WindowAread, ct_transforms, input_transforms
 from unimedi_components.data.volume_loading import with_part
+from unimedi_components.errors import DataError
 from unimedi_components.figures.attention import COLOUR_MAP, attention_opacity, attention_strength
-from unimedi_components.images.checks import SAMPLED_SLICES, hounsfield_fault
+from unimedi_components.images.checks import SAMPLED_SLICES
 from unimedi_components.serve.faults import unusable
 from unimedi_components.serve.study import Study
 
@@ -65,7 +66,7 @@ def view_of(study: Study, preprocessing: Mapping[str, Any]) -> View:
         if study.dim == 2:
             view = xray_view(study.path, preprocessing["xray"])
         else:
-            view = volume_view(study.path, preprocessing["ct"])
+            view = volume_view(study.path, preprocessing["ct"], part=study.part)
     except MemoryError:
         raise
     except Exception as error:  # the readers raise many kinds for broken files
@@ -73,7 +74,9 @@ def view_of(study: Study, preprocessing: Mapping[str, Any]) -> View:
         while cause.__cause__ is not None:
             cause = cause.__cause__
         reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
-        reason = reason.removeprefix(f"{study.path}: ").replace(str(study.path), study.name)[:300]
+        reason = reason.removeprefix(f"{study.path}: ").replace(str(study.path), study.name)[:400]
+        if isinstance(cause, DataError):
+            raise unusable(f"{study.name}: {reason}.") from error
         raise unusable(f"{study.name}: cannot be read ({reason}). Export or convert it again.") from error
     if not torch.isfinite(view.image).all():
         raise unusable(f"{study.name}: holds values that are not finite numbers. Convert it again from the original.")
@@ -131,8 +134,6 @@ def _describe(volume: Any, image: Tensor, options: Mapping[str, Any]) -> tuple[d
         "Network input": f"{_by(image.shape[:0:-1])} voxels, the whole field of view",
     }
     warnings = []
-    if (fault := hounsfield_fault(sample)) is not None:
-        warnings.append(f"This does not look like a CT in Hounsfield units: {fault[1]}.")
     if volume.shape[1] < _FEW_SLICES or extent[2] < _SHORT_MM:
         warnings.append(
             f"Only {volume.shape[1]} slices over {extent[2]:.0f} mm: a slab, not a whole chest, and it is stretched to "

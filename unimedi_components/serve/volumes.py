@@ -24,7 +24,7 @@ from unimedi_components.images.volume import shape_problem
 from unimedi_components.serve.faults import Limits, UploadError, too_large, unusable
 from unimedi_components.serve.uploads import Received
 
-__all__ = ["check_voxels", "metaimage_voxels", "prepare_volume"]
+__all__ = ["check_voxels", "last_part", "prepare_volume"]
 
 _CHUNK = 2**20
 _HEADER_BYTES = 2**16
@@ -62,7 +62,7 @@ def prepare_volume(content: str, file: Received, companions: Sequence[Received],
         elif content == "metaimage":
             path = _metaimage(file, companions, folder, limits)
         else:
-            path = _nrrd(file, folder, limits)
+            path = _nrrd(file, companions, folder, limits)
     except UploadError:
         raise
     except Exception as error:  # nibabel, zlib and ITK raise many kinds for broken files
@@ -131,10 +131,19 @@ def _gunzip(file: Received, path: Path, need: int) -> None:
         raise unusable(f"{file.name}: {fault}. Download or export it again.") from None
 
 
-def metaimage_voxels(file: Received) -> str:
-    """Name of the file that a MetaImage header says its voxels are in; "LOCAL" for the header's own."""
-    fields, _ = _meta_fields(file)
-    return re.split(r"[/\\]", fields.get("ElementDataFile", "LOCAL"))[-1]
+def last_part(name: str) -> str:
+    """What an upload is called of a path in a header."""
+    return re.split(r"[/\\]", name)[-1]
+
+
+def _companion(name: str, file: Received, companions: Sequence[Received]) -> Received:
+    """The uploaded file that a header says its voxels are in."""
+    if name.split()[:1] == ["LIST"] or "%" in name:
+        raise unusable(f"{file.name}: its slices lie in files of their own. Convert it to one .mha or .nii.gz file.")
+    found = next((other for other in companions if other.name == name), None)
+    if found is None:
+        raise unusable(f"{file.name}: its voxels {name} are missing. Drop {file.name} and {name} together.")
+    return found
 
 
 def _meta_fields(file: Received) -> tuple[dict[str, str], int]:
@@ -156,18 +165,13 @@ def _metaimage(file: Received, companions: Sequence[Received], folder: Path, lim
     shape = tuple(int(size) for size in fields.get("DimSize", "").split())
     channels = int(fields.get("ElementNumberOfChannels", "1") or 1)
     check_voxels(shape if channels == 1 else (*shape, channels), file.name, limits)
-    voxels, name = folder / "voxels.raw", metaimage_voxels(file)
+    voxels, name = folder / "voxels.raw", last_part(fields["ElementDataFile"])
     packed = fields.get("CompressedData", "").lower() == "true"
     voxels = voxels.with_suffix(".zraw") if packed else voxels
     if name == "LOCAL":
         _copy_from(file.path, length, voxels)
-    elif name == "LIST" or "%" in name:
-        raise unusable(f"{file.name}: its slices lie in files of their own. Convert it to one .mha or .nii.gz file.")
     else:
-        found = next((other for other in companions if other.name == name), None)
-        if found is None:
-            raise unusable(f"{file.name}: its voxels {name} are missing. Drop {file.name} and {name} together.")
-        found.path.rename(voxels)
+        _companion(name, file, companions).path.rename(voxels)
     known = [f"{field} = {fields[field]}" for field in _META_FIELDS if field in fields]
     path = folder / "volume.mhd"
     path.write_text("\n".join([*known, f"ElementDataFile = {voxels.name}", ""]), encoding="latin-1")
@@ -178,22 +182,24 @@ def _metaimage(file: Received, companions: Sequence[Received], folder: Path, lim
     return path
 
 
-def _nrrd(file: Received, folder: Path, limits: Limits) -> Path:
+def _nrrd(file: Received, companions: Sequence[Received], folder: Path, limits: Limits) -> Path:
     with open(file.path, "rb") as stream:
         head = stream.read(_HEADER_BYTES)
     end = re.search(rb"\r?\n\r?\n", head)
-    if end is None:
-        raise unusable(f"{file.name}: the NRRD header names voxels elsewhere or is cut off. Save it as one .nrrd file.")
-    lines = head[: end.start()].decode("latin-1").splitlines()
+    lines = head[: None if end is None else end.start()].decode("latin-1").splitlines()
     pairs = (line.partition(": ") for line in lines[1:] if not line.startswith("#") and ":=" not in line)
     fields = {name.strip().lower(): value.strip() for name, _, value in pairs}
-    if fields.keys() & {"data file", "datafile", "line skip", "lineskip", "byte skip", "byteskip"}:
-        raise unusable(f"{file.name}: the NRRD header names voxels in another file. Save it as one .nrrd file.")
+    voxels = fields.get("data file", fields.get("datafile", ""))
+    if fields.keys() & {"line skip", "lineskip", "byte skip", "byteskip"} or not (voxels or end):
+        raise unusable(f"{file.name}: the NRRD header skips bytes or is cut off. Save it as one .nrrd file.")
+    source, start = file.path, 0 if end is None else end.end()
+    if voxels:
+        source, start = _companion(last_part(voxels), file, companions).path, 0
     check_voxels(tuple(int(size) for size in fields.get("sizes", "").split()), file.name, limits)
     path = folder / "volume.nrrd"
     known = [lines[0][:8], *(f"{name}: {fields[name]}" for name in _NRRD_FIELDS if name in fields)]
     path.write_bytes(("\n".join(known) + "\n\n").encode("latin-1"))
-    _copy_from(file.path, end.end(), path)
+    _copy_from(source, start, path)
     size, need = path.stat().st_size, math.prod(int(size) for size in fields["sizes"].split())
     if fields.get("encoding", "") == "raw" and size < need:
         raise unusable(f"{file.name}: is cut off: {size:,} bytes for {need:,} voxels. Download it again.")

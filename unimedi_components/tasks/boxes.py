@@ -316,9 +316,11 @@ class RoisOfBoxesd(MapTransform):
     Items that no server asks for, with "pred" in place of "box", pass untouched.
 
     Args:
-        box_key: (n, 4) in pixels of the input; becomes (n, 6), centre and size, see `rois_of_boxes`.
+        box_key: (n, 4) in pixels of the input; clipped to the film, becomes (n, 6), centre and size, see
+            `rois_of_boxes`.
         path_key: the film's file.
-        image_key: the input as a MetaTensor, whose affine says where its pixels lie in the file.
+        image_key: the input as a MetaTensor, whose affine says where its pixels lie in the file, and "spatial_shape"
+            how large the file is.
     """
 
     def __init__(self, box_key: str = "box", path_key: str = "image_path", image_key: str = "image") -> None:
@@ -329,7 +331,9 @@ class RoisOfBoxesd(MapTransform):
         """Return `data` with regions of interest."""
         result = dict(data)
         if self.path_key in result and self.box_key in result:
-            boxes = boxes_to_file(result[self.box_key], result[self.image_key].affine)
+            image = result[self.image_key]
+            height, width = (int(side) for side in image.meta["spatial_shape"][:2])
+            boxes = boxes_in_file(result[self.box_key], image.affine, width, height)
             rois = rois_of_boxes(str(result[self.path_key]), boxes.tolist())
             result[self.box_key] = torch.tensor(rois, dtype=torch.float64).reshape(-1, 6)
         return result

@@ -15,7 +15,7 @@ from monai.transforms import Transform
 
 from unimedi_components.data.datalist import write_json
 from unimedi_components.errors import CheckpointError, DataError
-from unimedi_components.files import replacing
+from unimedi_components.files import ANY_NAME, replacing
 from unimedi_components.loading import ImageDataset
 from unimedi_components.tasks.dicom_outputs import check_dicom_outputs
 
@@ -124,4 +124,4 @@ def check_probability(threshold: float) -> float:
 def write_csv(table: pd.DataFrame, path: Path) -> None:
     """Write a table whole or not at all."""
     with replacing(path) as temporary:
-        table.to_csv(temporary, index=False)
+        table.to_csv(temporary, index=False, errors=ANY_NAME)

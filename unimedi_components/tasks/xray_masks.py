@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from unimedi_components.data.chains import task_transforms
+from unimedi_components.data.roi_boxes import film_affine
 from unimedi_components.data.transforms import XrayReader
 from unimedi_components.figures.panels import MaskView, draw_masks
 from unimedi_components.files import replacing
@@ -179,18 +180,24 @@ class ServedMaskd(Transform):
     pass untouched.
 
     Args:
-        image: key of the image, whose "spatial_shape" MONAI Label compares the mask's with.
+        image: key of the image, whose "spatial_shape" and "original_affine" MONAI Label gives the mask.
         pred: key of the mask, (1, H, W).
+        path: key of the film's file, which knows where it lies.
     """
 
-    def __init__(self, image: str = "image", pred: str = "pred") -> None:
-        self.image, self.pred = image, pred
+    def __init__(self, image: str = "image", pred: str = "pred", path: str = "image_path") -> None:
+        self.image, self.pred, self.path = image, pred, path
 
     def __call__(self, data: Mapping[Hashable, Any]) -> Mapping[Hashable, Any]:
-        """Return `data` with the mask uint8 (W, H)."""
+        """Return `data` with the mask uint8 (W, H); (W, H, 1) of a film that has a place, which is written only so."""
         if "id" in data:
             return data
         mask = torch.as_tensor(data[self.pred])[0].to(torch.uint8).T.contiguous()
         image = data[self.image].clone()
+        if self.path in data:
+            affine = film_affine(data[self.path])
+            image.meta["original_affine"] = affine
+            if not np.array_equal(np.abs(affine), np.eye(4)):
+                mask = mask[..., None]
         image.meta["spatial_shape"] = np.asarray(mask.shape)
         return {**data, self.pred: mask, self.image: image}

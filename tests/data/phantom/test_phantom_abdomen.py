@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The abdominal phantom: its organs, and the BCV and AMOS folders that are written from it."""
 
-import hashlib
-import json
 from collections import Counter
 from pathlib import Path
 
@@ -10,6 +8,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from tests.common import phantom, read, truth_of
 from unimedi_components.data import amos as amos_converter
 from unimedi_components.data import bcv as bcv_converter
 from unimedi_components.data.phantom import amos, bcv
@@ -28,27 +27,8 @@ def seed_of(number: int) -> np.random.SeedSequence:
     return np.random.SeedSequence([11, number])
 
 
-def digests(root: Path) -> dict[str, str]:
-    files = sorted(p for p in root.rglob("*") if p.is_file())
-    return {p.relative_to(root).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
-
-
-def truth_of(root: Path) -> dict:
-    return json.loads((root / "truth.json").read_text())["studies"]
-
-
-@pytest.fixture(scope="module")
-def bcv_root(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("phantom") / "bcv"
-    write_phantom("bcv", root, PATIENTS, 3, workers=1, progress=False)
-    return root
-
-
-@pytest.fixture(scope="module")
-def amos_root(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("phantom") / "amos"
-    write_phantom("amos", root, PATIENTS, 3, workers=1, progress=False)
-    return root
+bcv_root = phantom("bcv", PATIENTS, 3)
+amos_root = phantom("amos", PATIENTS, 3)
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +192,7 @@ def test_bcv_layout(bcv_root):
 
 
 def test_amos_layout(amos_root):
-    content = json.loads((amos_root / "dataset.json").read_text())
+    content = read(amos_root / "dataset.json")
     assert content["modality"] == {"0": "CT"} and len(content["labels"]) == 16
     assert [content["labels"][n] for n in ("0", "4", "8", "9", "15")] == [
         "background",
@@ -238,15 +218,6 @@ def test_amos_layout(amos_root):
     labels = np.asarray(nib.load(amos_root / "labelsTr" / "amos_0507.nii.gz").dataobj)
     assert mri.min() >= 0 and mri.shape == labels.shape
     assert np.median(mri[labels == 14]) > np.median(mri[labels == 1]) - 400 and np.median(mri[labels == 6]) > 200
-
-
-@pytest.mark.parametrize("layout", ["bcv", "amos"])
-def test_same_seed_same_bytes(layout, tmp_path):
-    for name in ("a", "b"):
-        write_phantom(layout, tmp_path / name, 3, 5, workers=1, progress=False)
-    assert digests(tmp_path / "a") == digests(tmp_path / "b")
-    write_phantom(layout, tmp_path / "c", 1, 6, workers=1, progress=False)
-    assert not set(digests(tmp_path / "c").values()) & set(digests(tmp_path / "a").values())
 
 
 def test_amos_has_no_room_for_more_ct_numbers(tmp_path):

@@ -1,17 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The phantom in Clean-CC-CCII's layout: files and lists, and the truth in the volumes that are delivered."""
 
-import hashlib
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests.common import SPLITS, phantom, read, truth_of
 from unimedi_components.data.cc_ccii import CLASSES, DATASET
-from unimedi_components.data.datalist import SPLITS
-from unimedi_components.data.phantom import make_ct, make_patient, write_phantom
+from unimedi_components.data.phantom import make_ct, make_patient
 from unimedi_components.data.phantom.cc_ccii import CC_CCII, grey_levels
 from unimedi_components.data.phantom.findings import draw_disease
 from unimedi_components.data.slices import slice_volume_transforms
@@ -21,16 +19,12 @@ PATIENTS, SEED = 15, 4
 DISEASES = ("pneumonia", "covid", "normal")
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("phantom") / "cc_ccii"
-    assert write_phantom("cc_ccii", folder, PATIENTS, SEED, workers=1, progress=False).fresh
-    return folder
+root = phantom("cc_ccii", PATIENTS, SEED)
 
 
 @pytest.fixture(scope="module")
 def truth(root) -> dict:
-    return json.loads((root / "truth.json").read_text())["studies"]
+    return truth_of(root)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +41,7 @@ def volume_of(root: Path, item: dict, depth: int) -> np.ndarray:
 
 
 def test_layout_and_lists(root, truth):
-    lists = {name: json.loads((root / f"{name}.json").read_text()) for name in ("ct_train", "ct_val_part", "ct_test")}
+    lists = {name: read(root / f"{name}.json") for name in ("ct_train", "ct_val_part", "ct_test")}
     assert all(list(content) == list(CLASSES) for content in lists.values())
     patients = {name: {p for own in content.values() for p in own} for name, content in lists.items()}
     assert [len(patients[name]) for name in lists] == [12, 3, 3]
@@ -123,12 +117,3 @@ def test_truth_points_at_the_lesions(root, truth, items):
         assert shown[truth[name]["lesion_slices"]].sum() > 0.9 * shown.sum() and lesion.sum() > 0.9 * changed.sum()
         checked += 1
     assert checked == 10
-
-
-def test_same_seed_same_bytes(root, tmp_path):
-    write_phantom("cc_ccii", tmp_path / "again", 4, SEED, workers=1, progress=False)
-    again = [path for path in (tmp_path / "again").rglob("*.png")]
-    assert len(again) == 4 * 48 + 24
-    for path in again:
-        own = root / path.relative_to(tmp_path / "again")
-        assert hashlib.sha256(path.read_bytes()).digest() == hashlib.sha256(own.read_bytes()).digest()

@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The LUNA16 phantom: its layout, and its truth against what converter and transforms deliver."""
 
-import csv
-import hashlib
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +9,9 @@ import numpy as np
 import pytest
 from monai.transforms import Compose
 
+from tests.common import SPLITS, items_of, phantom, rows, truth_of
 from unimedi_components.data.cubes import LoadCubed, luna_cube_transforms
 from unimedi_components.data.luna16 import DATASET
-from unimedi_components.data.phantom import luna16, write_phantom
 from unimedi_components.data.phantom.nodules import PADDING_HU, make_nodule_ct
 from unimedi_components.data.phantom.studies import make_patient
 from unimedi_components.data.transforms import ByDimension, ct_transforms
@@ -22,28 +19,19 @@ from unimedi_components.images.itk_volumes import read_block, read_geometry, wor
 from unimedi_components.loading import ImageDataset
 
 PATIENTS, SEED = 12, 6
-SPLITS = ("training", "validation", "test")
 NATIVE = (72, 144, 144)
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("phantom") / luna16.LUNA16.name
-    assert write_phantom("luna16", folder, PATIENTS, SEED, workers=1, progress=False).fresh
-    return folder
+root = phantom("luna16", PATIENTS, SEED)
 
 
 @pytest.fixture(scope="module")
 def studies(root) -> dict:
-    return json.loads((root / "truth.json").read_text())["studies"]
+    return truth_of(root)
 
 
 def header(path: Path) -> dict[str, str]:
     return dict(line.split(" = ") for line in path.read_text().splitlines())
-
-
-def items_of(datalist: dict) -> list[dict]:
-    return [item for split in SPLITS for item in datalist[split]]
 
 
 def test_layout_is_that_of_the_real_files(root, studies):
@@ -63,19 +51,7 @@ def test_layout_is_that_of_the_real_files(root, studies):
         seen.add((fields["TransformMatrix"], fields["AnatomicalOrientation"]))
     assert seen == {("1 0 0 0 1 0 0 0 1", "RAI"), ("-1 0 0 0 -1 0 0 0 1", "LPI")}
     for name, last in (("annotations", "diameter_mm"), ("candidates_V2", "class")):
-        with (root / f"{name}.csv").open(newline="") as file:
-            rows = list(csv.DictReader(file))
-        assert list(rows[0]) == ["seriesuid", "coordX", "coordY", "coordZ", last]
-
-
-def test_same_seed_same_bytes(root, tmp_path):
-    write_phantom("luna16", tmp_path / "again", PATIENTS, SEED, workers=1, progress=False)
-
-    def digests(folder):
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
-        return {path.relative_to(folder): hashlib.sha256(path.read_bytes()).digest() for path in files}
-
-    assert digests(root) == digests(tmp_path / "again")
+        assert list(rows(root / f"{name}.csv")[0]) == ["seriesuid", "coordX", "coordY", "coordZ", last]
 
 
 def test_volumes_equal_the_truth(root, studies):
@@ -85,7 +61,7 @@ def test_volumes_equal_the_truth(root, studies):
     assert datalist["meta"]["kept"] == {"training": 7, "validation": 2, "test": 3}
     for split in SPLITS:
         assert {item["label"] for item in datalist[split]} == {0, 1}
-    for item in items_of(datalist):
+    for item in items_of(datalist).values():
         study = studies[item["id"]]
         assert (item["image"], item["label"]) == (study["image"], study["label"])
         assert len(item["nodules"]) == len(study["nodules"]) <= 3
@@ -105,7 +81,9 @@ def test_threads_of_a_fresh_process_lose_no_scan(root):
 
 
 def test_candidates_equal_the_truth(root, studies):
-    items = sorted(items_of(DATASET.convert(root, mode="candidates")), key=lambda item: int(item["id"].rsplit("_")[-1]))
+    items = sorted(
+        items_of(DATASET.convert(root, mode="candidates")).values(), key=lambda item: int(item["id"].rsplit("_")[-1])
+    )
     true = [(uid, place) for uid, study in studies.items() for place in study["candidates"]]
     assert len(items) == len(true)
     for item, (uid, place) in zip(items, true, strict=True):

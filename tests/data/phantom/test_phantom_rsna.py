@@ -1,19 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The RSNA phantom: real layout, the same bytes again, and truth equal to what converter and transforms give."""
 
-import csv
-import hashlib
 import json
 import re
-from pathlib import Path
 
 import itk
 import numpy as np
 import pytest
 
+from tests.common import SPLITS, items_of, phantom, rows, truth_of
 from unimedi_components.data.boxes import boxes_to_file
 from unimedi_components.data.films import film_transforms
-from unimedi_components.data.phantom import LAYOUTS, write_phantom
+from unimedi_components.data.phantom import write_phantom
 from unimedi_components.data.phantom.findings import FINDINGS, ZONES
 from unimedi_components.data.phantom.rsna import CLASSES, OPACITIES, SIDE, _draw
 from unimedi_components.data.rsna import DATASET
@@ -21,41 +19,18 @@ from unimedi_components.data.transforms import ByDimension, XrayReader
 from unimedi_components.errors import DataError
 
 PATIENTS = 60
-SPLITS = ("training", "validation", "test")
+
+
+root = phantom("rsna", PATIENTS, 4)
 
 
 @pytest.fixture(scope="module")
-def phantom(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("phantom") / "rsna"
-    write_phantom("rsna", root, PATIENTS, 4, workers=1, progress=False)
-    return root
+def truth(root) -> dict:
+    return truth_of(root)
 
 
-@pytest.fixture(scope="module")
-def truth(phantom) -> dict:
-    return json.loads((phantom / "truth.json").read_text())["studies"]
-
-
-def rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def digests(root: Path) -> dict[str, str]:
-    files = sorted(p for p in root.rglob("*") if p.is_file())
-    return {p.relative_to(root).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
-
-
-def test_same_seed_same_bytes(tmp_path):
-    for name, seed in (("a", 4), ("b", 4), ("c", 5)):
-        write_phantom("rsna", tmp_path / name, 5, seed, workers=1, progress=False)
-    assert digests(tmp_path / "a") == digests(tmp_path / "b")
-    assert not set(digests(tmp_path / "a").values()) & set(digests(tmp_path / "c").values())
-    assert LAYOUTS["rsna"].code == 4
-
-
-def test_layout(phantom, truth):
-    labels, classes = rows(phantom / "stage_2_train_labels.csv"), rows(phantom / "stage_2_detailed_class_info.csv")
+def test_layout(root, truth):
+    labels, classes = rows(root / "stage_2_train_labels.csv"), rows(root / "stage_2_detailed_class_info.csv")
     assert list(labels[0]) == ["patientId", "x", "y", "width", "height", "Target"]
     assert list(classes[0]) == ["patientId", "class"]
     assert [row["patientId"] for row in classes] == [row["patientId"] for row in labels]
@@ -72,14 +47,14 @@ def test_layout(phantom, truth):
     assert [row["class"] == "Lung Opacity" for row in classes] == positive
     assert sum(study["label"] for study in truth.values()) == PATIENTS // 2
     assert {len(study["boxes"]) for study in truth.values()} == {0, 1, 2}
-    files = {path.stem for path in (phantom / "stage_2_train_images").iterdir()}
+    files = {path.stem for path in (root / "stage_2_train_images").iterdir()}
     assert files == set(truth)
 
 
-def test_films_and_tags(phantom, truth):
+def test_films_and_tags(root, truth):
     kinds = set()
     for name, study in truth.items():
-        path = str(phantom / study["image"])
+        path = str(root / study["image"])
         reader = itk.GDCMImageIO.New(FileName=path)
         image = itk.imread(path, imageio=reader)
         tags = dict(image)
@@ -95,11 +70,11 @@ def test_films_and_tags(phantom, truth):
 
 
 @pytest.mark.parametrize("task", ["classification", "segmentation", "detection"])
-def test_converter_gives_the_truth(phantom, truth, task):
-    datalist = DATASET.convert(phantom, task=task, check_images="full", strict=True, progress=False)
+def test_converter_gives_the_truth(root, truth, task):
+    datalist = DATASET.convert(root, task=task, check_images="full", strict=True, progress=False)
     assert datalist["meta"]["dropped"] == {}
     assert all(len(datalist[split]) >= PATIENTS // 10 for split in SPLITS)
-    found = {item["id"]: item for split in SPLITS for item in datalist[split]}
+    found = items_of(datalist)
     assert set(found) == set(truth)
     for name, study in truth.items():
         item = found[name]
@@ -107,15 +82,15 @@ def test_converter_gives_the_truth(phantom, truth, task):
         assert item.get("boxes", []) == study["boxes"]
 
 
-def test_transforms_give_the_truth(phantom, truth):
-    datalist = DATASET.convert(phantom, task="segmentation", progress=False)
+def test_transforms_give_the_truth(root, truth):
+    datalist = DATASET.convert(root, task="segmentation", progress=False)
     # the film's own size, and half of it
     whole, half = (
         {target: ByDimension(film_transforms(size, target=target)) for target in ("mask", "boxes")}
         for size in (SIDE, SIDE // 2)
     )
-    for item in [entry for split in SPLITS for entry in datalist[split]][::3]:
-        start = {**item, "image": str(phantom / item["image"])}
+    for item in list(items_of(datalist).values())[::3]:
+        start = {**item, "image": str(root / item["image"])}
         mask = np.zeros((SIDE, SIDE), np.float32)
         for x0, y0, x1, y1 in truth[item["id"]]["boxes"]:
             mask[y0:y1, x0:x1] = 1
@@ -146,16 +121,16 @@ def test_look_alikes_come_alone_and_beside_opacities():
             assert other.name in ("cardiomegaly", "edema") or not same_place
 
 
-def test_a_set_of_the_earlier_version_is_refused(phantom, tmp_path):
+def test_a_set_of_the_earlier_version_is_refused(root, tmp_path):
     """Films of the first version had few look-alikes: they must not be taken for those of this one."""
-    truth = json.loads((phantom / "truth.json").read_text())
+    truth = json.loads((root / "truth.json").read_text())
     assert truth["version"] == 2
     (tmp_path / "truth.json").write_text(json.dumps({**truth, "version": 1}))
     with pytest.raises(DataError, match=r"already holds the phantom set .*'version': 1.*choose another folder"):
         write_phantom("rsna", tmp_path, PATIENTS, 4, workers=1, progress=False)
 
 
-def test_boxes_hold_the_opacities(phantom, truth):
+def test_boxes_hold_the_opacities(root, truth):
     """Films with and without the opacity differ inside the boxes; here: boxes are brighter than their mirror."""
     brighter = []
     for study in truth.values():
@@ -165,7 +140,7 @@ def test_boxes_hold_the_opacities(phantom, truth):
         for x0, y0, x1, y1 in study["boxes"]:
             assert 0 <= x0 < x1 <= SIDE and 0 <= y0 < y1 <= SIDE
         if len(study["boxes"]) == 1 and len(names) == 1:
-            film = XrayReader().get_data(str(phantom / study["image"]))[0]
+            film = XrayReader().get_data(str(root / study["image"]))[0]
             ((x0, y0, x1, y1),) = study["boxes"]
             brighter.append(film[y0:y1, x0:x1].mean() > film[y0:y1, SIDE - x1 : SIDE - x0].mean())
     assert len(brighter) >= 8 and np.mean(brighter) >= 0.75

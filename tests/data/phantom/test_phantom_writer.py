@@ -1,61 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
 """The folders that are written: layout, truth, same bytes, and what happens to folders that hold things."""
 
-import csv
 import gzip
-import hashlib
 import json
-from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests.common import digests, phantom, read, rows, truth_of
 from unimedi_components.data.phantom import FINDINGS, LAYOUTS, write_phantom
 from unimedi_components.errors import DataError
 
 PATIENTS = 12
+IMAGES = (".jpg", ".jpeg", ".png", ".dcm", ".raw", ".nii.gz")
 
 
-def digests(root: Path) -> dict[str, str]:
-    files = sorted(p for p in root.rglob("*") if p.is_file())
-    return {p.relative_to(root).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+mimic = phantom("mimic_cxr", PATIENTS, 4)
+bimcv = phantom("bimcv", PATIENTS, 4)
 
 
-def rows(path: Path, delimiter: str = ",") -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file, delimiter=delimiter))
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_two_workers_write_the_same_bytes(layout, phantom_folder, tmp_path):
+    write_phantom(layout, tmp_path / "again", 3, 4, workers=2, progress=False)
+    assert digests(tmp_path / "again") == digests(phantom_folder(layout, 3, 4))
 
 
-@pytest.fixture(scope="module")
-def mimic(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("phantom") / "mimic"
-    assert write_phantom("mimic_cxr", root, PATIENTS, 4, workers=1, progress=False).fresh
-    return root
-
-
-@pytest.fixture(scope="module")
-def bimcv(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("phantom") / "bimcv"
-    assert write_phantom("bimcv", root, PATIENTS, 4, workers=1, progress=False).fresh
-    return root
-
-
-def truth_of(root: Path) -> dict:
-    return json.loads((root / "truth.json").read_text())
-
-
-@pytest.mark.parametrize("layout", ["mimic_cxr", "bimcv"])
-def test_two_workers_write_the_same_bytes(layout, request, tmp_path):
-    first = request.getfixturevalue(layout.removesuffix("_cxr"))
-    write_phantom(layout, tmp_path / "again", PATIENTS, 4, workers=2, progress=False)
-    assert digests(tmp_path / "again") == digests(first)
-
-
-def test_other_seed_writes_other_images(mimic, tmp_path):
-    write_phantom("mimic_cxr", tmp_path, 2, 5, workers=1, progress=False)
-    assert not set(digests(tmp_path).values()) & set(digests(mimic).values())
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_other_seed_writes_other_images(layout, phantom_folder, tmp_path):
+    write_phantom(layout, tmp_path, 2, 5, workers=1, progress=False)
+    images = {name: digest for name, digest in digests(tmp_path).items() if name.endswith(IMAGES)}
+    assert len(images) >= 2 and not set(images.values()) & set(digests(phantom_folder(layout, 3, 4)).values())
 
 
 def test_mimic_layout(mimic):
@@ -66,7 +42,7 @@ def test_mimic_layout(mimic):
     assert sorted({r["split"] for r in split}) == ["test", "train", "validate"]
     chexpert = rows(mimic / "mimic-cxr-2.0.0-chexpert.csv")
     assert len(chexpert) == PATIENTS and len(chexpert[0]) == 16
-    truth = truth_of(mimic)["studies"]
+    truth = truth_of(mimic)
     assert len(truth) == PATIENTS
     frontal = [r for r in metadata if r["ViewPosition"] in ("AP", "PA")]
     assert {r["dicom_id"] for r in frontal} == set(truth)
@@ -92,7 +68,7 @@ def test_bimcv_layout_and_geometry(bimcv):
     reports = rows(base / "derivatives" / "labels" / "labels_covid19_posi.tsv", "\t")
     assert list(reports[0])[:4] == ["PatientID", "ReportID", "Report", "Labels"] and len(reports[0]) == 8
     assert len(rows(base / "participants.tsv", "\t")) == len(reports) == PATIENTS
-    truth = truth_of(bimcv)["studies"]
+    truth = truth_of(bimcv)
     orders = set()
     for row in reports:
         subject, session = row["PatientID"], row["ReportID"]
@@ -118,7 +94,7 @@ def test_bimcv_layout_and_geometry(bimcv):
 
 def test_truth_points_at_the_lesion_in_the_file(tmp_path):
     write_phantom("bimcv", tmp_path, 40, 6, workers=1, progress=False)
-    truth, checked = truth_of(tmp_path), set()
+    truth, checked = read(tmp_path / "truth.json"), set()
     assert {k: truth[k] for k in ("layout", "seed", "patients", "version")} == {
         "layout": "bimcv",
         "seed": 6,

@@ -18,21 +18,9 @@ from .writer import Layout, PatientRecord, register
 __all__ = ["AMOS", "LABELS", "MOST_PATIENTS"]
 
 LABELS = (
-    "spleen",
-    "right kidney",
-    "left kidney",
-    "gall bladder",
-    "esophagus",
-    "liver",
-    "stomach",
-    "aorta",
-    "postcava",
-    "pancreas",
-    "right adrenal gland",
-    "left adrenal gland",
-    "duodenum",
-    "bladder",
-    "prostate/uterus",
+    *("spleen", "right kidney", "left kidney", "gall bladder", "esophagus", "liver", "stomach", "aorta"),
+    *("postcava", "pancreas", "right adrenal gland", "left adrenal gland", "duodenum", "bladder"),
+    *("prostate/uterus",),
 )
 """Names of the labels 1 to 15; dataset.json of the real set spells the aorta arota."""
 MOST_PATIENTS = 450

@@ -20,14 +20,8 @@ from .writer import Layout, PatientRecord, register, write_rows
 __all__ = ["BIMCV", "REPORT_COLUMNS"]
 
 REPORT_COLUMNS = (
-    "PatientID",
-    "ReportID",
-    "Report",
-    "Labels",
-    "Localizations",
-    "LabelsLocalizationsBySentence",
-    "labelCUIS",
-    "LocalizationsCUIS",
+    *("PatientID", "ReportID", "Report", "Labels", "Localizations", "LabelsLocalizationsBySentence"),
+    *("labelCUIS", "LocalizationsCUIS"),
 )
 _SCOUT_SHARE = 0.05
 _LPS_SHARE = 0.4

@@ -17,20 +17,9 @@ from .writer import Layout, PatientRecord, register, write_rows
 __all__ = ["CHEXPERT", "COLUMNS", "LABELS", "UNCERTAIN_ABSENT", "UNCERTAIN_PRESENT"]
 
 LABELS = (
-    "No Finding",
-    "Enlarged Cardiomediastinum",
-    "Cardiomegaly",
-    "Lung Opacity",
-    "Lung Lesion",
-    "Edema",
-    "Consolidation",
-    "Pneumonia",
-    "Atelectasis",
-    "Pneumothorax",
-    "Pleural Effusion",
-    "Pleural Other",
-    "Fracture",
-    "Support Devices",
+    *("No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema"),
+    *("Consolidation", "Pneumonia", "Atelectasis", "Pneumothorax", "Pleural Effusion", "Pleural Other"),
+    *("Fracture", "Support Devices"),
 )
 COLUMNS = ("Path", "Sex", "Age", "Frontal/Lateral", "AP/PA", *LABELS)
 #: Share of a training study's labels that are uncertain (-1.0), of findings that are there and that are not.

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the networks of all tasks share: the unified encoder, frozen or fine-tuned, and how they are built again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from unimedi_components.networks.export import scriptable
+from unimedi_components.networks.unified_vit import UnifiedViT
+
+__all__ = ["TaskNetwork"]
+
+
+class TaskNetwork(nn.Module):
+    """A decoder or head over the unified encoder; a subclass names its `kind` and `spatial_dims`, see `networks.cards`.
+
+    Args:
+        arguments: the subclass's own, `locals()` on its constructor's first line; all but the encoder become `hparams`.
+    """
+
+    kind: str
+    spatial_dims = 2
+    encoder: UnifiedViT
+
+    def __init__(self, arguments: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.hparams = {name: arguments[name] for name in arguments if name not in ("self", "encoder", "__class__")}
+        self.card: dict[str, Any] = {}
+        self.freeze_encoder: bool = self.hparams["freeze_encoder"]
+
+    def hold(self, encoder: UnifiedViT) -> None:
+        """Take the encoder as a part, without gradient and in evaluation mode if it is frozen."""
+        self.encoder = encoder
+        if self.freeze_encoder:
+            encoder.requires_grad_(False).eval()
+            return
+        # DDP waits for a gradient of every parameter that may have one
+        for parameter in self.unused():
+            parameter.requires_grad_(False)
+
+    def unused(self) -> list[nn.Parameter]:
+        """Parameters of the encoder that this task never reads."""
+        encoder = self.encoder
+        if self.spatial_dims == 2:
+            tables = [encoder.mask_token, encoder.pos_embed_3d, encoder.segment_embed, encoder.depth_embed]
+            return [*tables, *encoder.patch_embed_3d.parameters()]
+        return [encoder.mask_token, *encoder.patch_embed.parameters(), encoder.depth_embed]
+
+    def train(self, mode: bool = True) -> TaskNetwork:
+        """Set the mode of all parts, but of a frozen encoder."""
+        super().train(mode)
+        if self.freeze_encoder:
+            self.encoder.eval()
+        return self
+
+    def on_grid(self, tokens: Tensor, image: Tensor) -> Tensor:
+        """Patch tokens (B, P, D) as maps (B, D, h, w) of X-rays or (B, D, d, h, w) of volumes."""
+        grid = self.encoder.token_grids(image)[0]
+        return tokens.transpose(1, 2).unflatten(2, grid if image.ndim == 5 else grid[1:])
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What `torch.jit.script`, and so `monai.bundle ckpt_export`, compiles in place of this network."""
+        return scriptable(self)
