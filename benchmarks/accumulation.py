@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A step in micro-batches beside the same step on the whole batch: equal gradients, peak memory, time.
 
-Run from the repository's root: `python -m benchmarks.accumulation --out results/accumulation.json`. UniMedI with its
+Run from the repository's root: `python -m benchmarks.accumulation --json results/accumulation.json`. UniMedI with its
 loss over one contrastive batch, the encoders on 1 (whole), 2 and 4 parts of it one after another
 (`network_def#accumulation`); in each modality the parts are of equal size. A step in parts costs one more forward pass.
 """
@@ -23,13 +23,13 @@ PARTS = (1, 2, 4)
 
 
 def accumulation(
-    device: str = "cpu", out: str | None = None, quick: bool = False, rounds: int = 3, size: str | None = None
+    device: str = "cpu", json: str | None = None, quick: bool = False, rounds: int = 3, size: str | None = None
 ) -> dict[str, Any]:
     """Measure the whole batch and its parts.
 
     Args:
         device: "cpu" or "cuda".
-        out: file for the result.
+        json: file for the result.
         quick: small sizes and a single round.
         rounds: turns of each.
         size: "vit_b16" or "vit_s16"; by default the smaller one on a CPU.
@@ -72,7 +72,9 @@ def accumulation(
         ),
         "4 parts: time": measure.at_most(measure.ratio(times, "4 parts", "whole"), MAX_TIME),
     }
-    return measure.report("accumulation", place, out, rows, bars, quick, size=size, images=counts[0], volumes=counts[1])
+    return measure.report(
+        "accumulation", place, json, rows, bars, quick, size=size, images=counts[0], volumes=counts[1]
+    )
 
 
 def _run(network: UniMedI, batch: dict[str, Tensor], parts: int, chunk: int) -> measure.Run:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Eq. 1's **v** beside fused attention: what it costs in time and memory, against none and against explicit attention.
 
-Run from the repository's root: `python -m benchmarks.attention --out results/attention.json`. Three blocks of a ViT-B
+Run from the repository's root: `python -m benchmarks.attention --json results/attention.json`. Three blocks of a ViT-B
 over 1,297 tokens (CLS, a volume's 512 and four slices' 784), forward alone and forward with backward, in float32 and
 under bfloat16 autocast. Compared are `UnifiedViT`'s blocks without **v** ("plain"), the same with it ("v"), the same
 weights with the whole attention matrix ("explicit"), and MONAI's `TransformerBlock(save_attn=True)`.
@@ -24,12 +24,12 @@ from unimedi_components.networks.layers import Block
 MAX_TIME, MAX_MEMORY, MAX_DIFFERENCE = 1.05, 1.03, 1e-5
 
 
-def attention(device: str = "cpu", out: str | None = None, quick: bool = False, rounds: int = 5) -> dict[str, Any]:
+def attention(device: str = "cpu", json: str | None = None, quick: bool = False, rounds: int = 5) -> dict[str, Any]:
     """Measure the four.
 
     Args:
         device: "cpu" or "cuda".
-        out: file for the result.
+        json: file for the result.
         quick: small sizes and a single round.
         rounds: turns of each.
     """
@@ -98,7 +98,7 @@ def attention(device: str = "cpu", out: str | None = None, quick: bool = False, 
             bars[f"{title}: time"] = measure.at_most(measure.ratio(times, "v", "plain"), MAX_TIME)
             bars[f"{title}: memory"] = measure.at_most(sizes["v"] / sizes["plain"], MAX_MEMORY)
     sizes = {"tokens": tokens, "width": width, "heads": heads, "blocks": 3, "batch": batch}
-    return measure.report("attention", place, out, rows, bars, quick, sizes=sizes)
+    return measure.report("attention", place, json, rows, bars, quick, sizes=sizes)
 
 
 if __name__ == "__main__":

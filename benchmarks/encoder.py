@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The unified encoder beside the ViTs of timm, Hugging Face and MONAI on the same images, and what Eq. 1 adds to it.
 
-Run from the repository's root: `python -m benchmarks.encoder --out results/encoder.json`. ViT-B/16 on images of 224 x
+Run from the repository's root: `python -m benchmarks.encoder --json results/encoder.json`. ViT-B/16 on images of 224 x
 224, against timm (if it is installed: `pip install timm`) and transformers' `ViTModel`; on volumes of 32 x 128 x 128
 in patches of 4 x 16 x 16 (512 tokens) and 1 x 16 x 16 (2,048), against MONAI's `ViT`. All have random weights, and ours
 also runs with **v** ("ours, v").
@@ -24,12 +24,12 @@ from unimedi_components.networks import UnifiedViT
 MAX_OVER_PEER, MAX_OVER_MONAI, MAX_V = 1.05, 0.55, 1.05
 
 
-def encoder(device: str = "cpu", out: str | None = None, quick: bool = False, rounds: int = 7) -> dict[str, Any]:
+def encoder(device: str = "cpu", json: str | None = None, quick: bool = False, rounds: int = 7) -> dict[str, Any]:
     """Measure forward passes and steps.
 
     Args:
         device: "cpu" or "cuda".
-        out: file for the result.
+        json: file for the result.
         quick: small sizes and a single round.
         rounds: turns of each.
     """
@@ -64,7 +64,7 @@ def encoder(device: str = "cpu", out: str | None = None, quick: bool = False, ro
                     bars[f"{named}, {kind}: ours over monai"] = measure.at_most(
                         _inverse(over[kind, "monai"]), MAX_OVER_MONAI
                     )
-    return measure.report("encoder", place, out, rows, bars, quick, size=size, images=images, volumes=volumes)
+    return measure.report("encoder", place, json, rows, bars, quick, size=size, images=images, volumes=volumes)
 
 
 def _measure(

@@ -82,7 +82,7 @@ def parts(device: str, out: Path, work: Path) -> list[Part]:
         file = out / f"{name}.json"
         quick = ("--quick",) if toy else ()
         found.append(
-            Part(name, ("-m", f"benchmarks.{name}", "--device", device, "--out", str(file), *quick), result=file)
+            Part(name, ("-m", f"benchmarks.{name}", "--device", device, "--json", str(file), *quick), result=file)
         )
     file = out / "data.json"
     quick = ("--patients", "6", "--repeats", "1", "--img_size", "32") if toy else ()

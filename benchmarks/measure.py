@@ -209,7 +209,7 @@ def at_least(value: float | Mapping[str, float], limit: float) -> dict[str, Any]
 def _bar(value: float | Mapping[str, float], limit: float, sign: int) -> dict[str, Any]:
     interval = {"least": value["least"], "most": value["most"]} if isinstance(value, Mapping) else {}
     number = value["median"] if isinstance(value, Mapping) else value
-    return {"value": number, **interval, "limit": limit, "met": bool(sign * number <= sign * limit)}
+    return {"value": number, **interval, "limit": limit, "holds": bool(sign * number <= sign * limit)}
 
 
 def report(
@@ -244,7 +244,14 @@ def report(
         **({"cuda": torch.version.cuda} if gpu else {}),
         **{package: found for package in _PACKAGES if (found := _version(package)) is not None},
     }
-    result = {"benchmark": name, "quick": quick, "machine": machine, **facts, "rows": list(rows), "bars": dict(bars)}
+    result = {
+        "benchmark": name,
+        "quick": quick,
+        "machine": machine,
+        **facts,
+        "rows": list(rows),
+        "bars": [{"name": title, **bar} for title, bar in bars.items()],
+    }
     text = json.dumps(result, indent=1)
     if out is not None:
         Path(out).parent.mkdir(parents=True, exist_ok=True)

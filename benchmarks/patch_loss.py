@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The distillation loss over patch tokens in chunks of rows, beside the direct one: memory, time, and equal gradients.
 
-Run from the repository's root: `python -m benchmarks.patch_loss --out results/patch_loss.json`. DINO's 65,536
+Run from the repository's root: `python -m benchmarks.patch_loss --json results/patch_loss.json`. DINO's 65,536
 prototypes, bottleneck features of 256, and as many patch tokens as some images have; forward and backward. The direct
 loss holds tokens x prototypes; "checkpointed" recomputes chunks of it by `torch.utils.checkpoint`.
 """
@@ -51,12 +51,12 @@ class _Rows(nn.Module):
         return distillation_loss(*sides, self.center[None], *_TEMPS, chunk_size=size, groups=(len(self.student),))
 
 
-def patch_loss(device: str = "cpu", out: str | None = None, quick: bool = False, rounds: int = 5) -> dict[str, Any]:
+def patch_loss(device: str = "cpu", json: str | None = None, quick: bool = False, rounds: int = 5) -> dict[str, Any]:
     """Measure the losses.
 
     Args:
         device: "cpu" or "cuda".
-        out: file for the result.
+        json: file for the result.
         quick: small sizes and a single round.
         rounds: turns of each.
     """
@@ -92,7 +92,7 @@ def patch_loss(device: str = "cpu", out: str | None = None, quick: bool = False,
         name = f"chunks of {chunks[-1 if gpu else 0]}"
         bars[f"{tokens} tokens, {name}: time"] = measure.at_most(measure.ratio(times, name, "direct"), MAX_TIME)
         bars[f"{tokens} tokens, {name}: memory"] = measure.at_most(sizes[name] / sizes["direct"], MAX_MEMORY)
-    return measure.report("patch_loss", place, out, rows, bars, quick, prototypes=prototypes, width=width)
+    return measure.report("patch_loss", place, json, rows, bars, quick, prototypes=prototypes, width=width)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How cost grows: with tokens, slices k, the batch, workers that load, and ranks.
 
-Run from the repository's root: `python -m benchmarks.scaling --out results/scaling.json`. A step of the encoder over
+Run from the repository's root: `python -m benchmarks.scaling --json results/scaling.json`. A step of the encoder over
 more and more tokens, and of UniMedI with more slices and larger batches, each with the share of the matrix rate that
 its counted FLOPs reach; the bars are that no size falls behind the best of its kind. Workers hand out cached phantoms,
 by the wall clock. Ranks train the smaller network over gloo on CPUs, whatever `--device` says: CPU time of a rank's
@@ -33,7 +33,7 @@ MIN_EVEN, MAX_RANK_TIME, MAX_DIFFERENCE = 0.7, 1.35, 1e-4
 
 def scaling(
     device: str = "cpu",
-    out: str | None = None,
+    json: str | None = None,
     quick: bool = False,
     rounds: int = 3,
     size: str | None = None,
@@ -43,7 +43,7 @@ def scaling(
 
     Args:
         device: "cpu" or "cuda".
-        out: file for the result.
+        json: file for the result.
         quick: small sizes and a single round.
         rounds: turns of each size.
         size: "vit_b16" or "vit_s16"; by default the smaller one on a CPU.
@@ -81,7 +81,7 @@ def scaling(
     if "ranks" in chosen:
         found, bar = _ranks("quick" if quick else "vit_s16", rounds)
         rows, bars = rows + found, {**bars, **bar}
-    return measure.report("scaling", place, out, rows, bars, quick, size=size, dtype=str(dtype).removeprefix("torch."))
+    return measure.report("scaling", place, json, rows, bars, quick, size=size, dtype=str(dtype).removeprefix("torch."))
 
 
 def _tokens(size: str, place: torch.device, dtype: torch.dtype, batch: int) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training steps of the segmentation networks beside MONAI's UNETR of the same sizes.
 
-Run from the repository's root: `python -m benchmarks.segmentation --out results/segmentation.json`. Of volumes: UNETR
+Run from the repository's root: `python -m benchmarks.segmentation --json results/segmentation.json`. Of volumes: UNETR
 over the unified encoder and MONAI's, both with 16 x 16 x 16 patches, twelve blocks of a ViT-B and the same decoder, on
 96 x 96 x 96 voxels of 14 classes: equal work, with bars. Beside them the bundle's own, with 4 x 16 x 16 patches. Of
 films: SETR-PUP over the frozen encoder and the same trained as a whole, beside MONAI's UNETR in 2D, which is another
@@ -26,12 +26,12 @@ MAX_TIME, MAX_MEMORY = 1.05, 1.05
 CLASSES = 14
 
 
-def segmentation(device: str = "cpu", out: str | None = None, quick: bool = False, rounds: int = 3) -> dict[str, Any]:
+def segmentation(device: str = "cpu", json: str | None = None, quick: bool = False, rounds: int = 3) -> dict[str, Any]:
     """Measure steps.
 
     Args:
         device: "cpu" or "cuda".
-        out: file for the result.
+        json: file for the result.
         quick: small sizes and a single round.
         rounds: turns of each.
     """
@@ -87,7 +87,7 @@ def segmentation(device: str = "cpu", out: str | None = None, quick: bool = Fals
             if ours in runs:
                 bars[f"{named}: time over monai's"] = measure.at_most(measure.ratio(times, ours, "monai"), MAX_TIME)
                 bars[f"{named}: memory over monai's"] = measure.at_most(found[ours] / found["monai"], MAX_MEMORY)
-    return measure.report("segmentation", place, out, rows, bars, quick, volume=volume, image=side, **sizes)
+    return measure.report("segmentation", place, json, rows, bars, quick, volume=volume, image=side, **sizes)
 
 
 def _loss(network: nn.Module, image: Tensor, target: Tensor, loss: nn.Module) -> Any:

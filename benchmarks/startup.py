@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What comes before the first images: imports, the network, and the first step.
 
-Run from the repository's root: `python -m benchmarks.startup --out results/startup.json`. Imports are CPU time of fresh
+Run from the repository's root: `python -m benchmarks.startup --json results/startup.json`. Imports are CPU time of new
 interpreters by turns, ours against torch, MONAI and transformers alone, which it stands on. The network is built and
 brought to the device; the first step is beside the steady ones of the same batch, by the wall clock.
 """
@@ -29,13 +29,13 @@ IMPORTS = {
 
 
 def startup(
-    device: str = "cpu", out: str | None = None, quick: bool = False, rounds: int = 3, size: str | None = None
+    device: str = "cpu", json: str | None = None, quick: bool = False, rounds: int = 3, size: str | None = None
 ) -> dict[str, Any]:
     """Measure the start.
 
     Args:
         device: "cpu" or "cuda".
-        out: file for the result.
+        json: file for the result.
         quick: small sizes and a single round.
         rounds: fresh interpreters of each kind.
         size: of the network; "vit_b16" or "vit_s16".
@@ -73,7 +73,7 @@ def startup(
         "--help, over the base": measure.at_most(measure.ratio(times, command, base), MAX_COMMAND),
         "first step over the next": measure.at_most(seconds[0] / min(seconds[1:]), MAX_FIRST),
     }
-    return measure.report("startup", place, out, rows, bars, quick, size=size)
+    return measure.report("startup", place, json, rows, bars, quick, size=size)
 
 
 def _interpreter(words: list[str]) -> float:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A pre-training step beside a literal port of the paper: time, memory, and the share of the matrix rate it reaches.
 
-Run from the repository's root: `python -m benchmarks.step --out results/step.json`. Forward and backward of ViT-B with
+Run from the repository's root: `python -m benchmarks.step --json results/step.json`. Forward and backward of ViT-B with
 a BERT-base, X-rays of 224 x 224 and volumes of 32 x 128 x 128 with k = 4 slices; optimizer and teacher's update are the
 same on both sides and left out. The rows, each with what it is in comparison with the port ("kind"):
 
@@ -40,7 +40,7 @@ _VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def step(
     device: str = "cpu",
-    out: str | None = None,
+    json: str | None = None,
     quick: bool = False,
     rounds: int = 3,
     size: str = "vit_b16",
@@ -53,7 +53,7 @@ def step(
 
     Args:
         device: "cpu" or "cuda".
-        out: file for the result.
+        json: file for the result.
         quick: small sizes and a single round.
         rounds: turns of each.
         size: "vit_b16" or "vit_s16".
@@ -131,7 +131,7 @@ def step(
             shares = product.share(times, "recipe", flops["recipe"], "product")
             bars[f"{name}: recipe's share of the matrix rate"] = measure.at_least(shares, limit)
     facts = {"size": size, "images": counts[0], "volumes": counts[1], "prototypes": most, "chunk_size": chunk}
-    return measure.report("step", place, out, rows, bars, quick, **facts)
+    return measure.report("step", place, json, rows, bars, quick, **facts)
 
 
 def _set(network: Any, options: dict[str, Any]) -> None:
