@@ -38,7 +38,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     for name, function in {
         "data.phantom": write_phantom,
         "data.prepare": prepare,
-        "evaluation.evaluate": evaluate,
+        "retrieval.evaluate": evaluate,
     }.items():
         module = types.ModuleType(f"unimedi_components.{name}")
         setattr(module, function.__name__, function)
@@ -82,7 +82,7 @@ def test_commands_pass_their_arguments_on(calls: list[tuple[Any, ...]]) -> None:
         (
             ["train"],
             "unknown command 'train'; there are: phantom, prepare, datasets, evaluate, inspect, embed, index, search, "
-            "zero_shot, serve, report, export, check, plan",
+            "zero_shot, serve, report, export, check, cache, plan",
         ),
         (
             ["phantom", "all", "o", "--patient", "3"],

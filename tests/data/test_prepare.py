@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -21,7 +22,8 @@ def make_table(folder, count=20, bad=1):
     folder.mkdir(parents=True)
     lines = ["image,report,patient"]
     for index in range(count):
-        Image.new("L", (16, 16), index).save(folder / f"{index:02d}.png")
+        pixels = np.arange(256, dtype=np.uint8).reshape(16, 16) + np.uint8(index)
+        Image.fromarray(pixels).save(folder / f"{index:02d}.png")
         lines.append(f"{index:02d}.png,{REPORT},p{index}")
     lines += [f"gone{index}.png,{REPORT},q{index}" for index in range(bad)]
     (folder / "t.csv").write_text("\n".join(lines))
