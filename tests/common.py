@@ -82,6 +82,7 @@ def process_kept() -> Iterator[None]:
         root.handlers[:], sys.path[:] = handlers, path
         root.setLevel(level)
         monai.utils.set_determinism(None)
+        torch.use_deterministic_algorithms(False)
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = deterministic, benchmark
         torch.set_float32_matmul_precision(precision)
         torch.backends.cuda.enable_flash_sdp(flash)

@@ -34,12 +34,17 @@ __all__ = ["PretrainingRun", "TaskRun", "set_up"]
 def set_up(seed: int, device: torch.device | str, matmul_precision: str | None = None) -> None:
     """Settings of the process: seeds, flash attention on a GPU alone, and how float32 matrices are multiplied.
 
+    On a CPU also torch's deterministic algorithms, which cost nothing there: a run gives the same weights again.
+
     Args:
         seed: of random numbers; MONAI's determinism.
         device: of the run.
         matmul_precision: of `torch.set_float32_matmul_precision`; None leaves it.
     """
     monai.utils.set_determinism(seed)
+    if torch.device(device).type == "cpu":
+        # threads would sum the gradients of indexed tokens in any order
+        torch.use_deterministic_algorithms(True, warn_only=True)
     if matmul_precision is not None:
         torch.set_float32_matmul_precision(matmul_precision)
     torch.backends.cuda.enable_flash_sdp(use_amp("auto", device))
