@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import gzip
 import hashlib
@@ -140,8 +141,8 @@ def read_text(path: Path) -> str:
 def read_source(path: Path, required: Sequence[str] = (), sep: str = ",", remedy: str = "") -> pd.DataFrame:
     """Read a csv or tsv, gzipped or not, every cell as the text that stands in the file.
 
-    Byte-order marks, CRLF line ends, blanks around column names and before cells, and a separator at the end of each
-    row are accepted; an empty cell is ``""``.
+    Byte-order marks (also of UTF-16), CRLF line ends, blanks around column names and before cells, semicolons or tabs
+    in place of `sep`, and a separator at the end of each row are accepted; an empty cell is ``""``.
 
     Args:
         required: columns that must be there (matched without regard to case and renamed to this spelling).
@@ -157,7 +158,9 @@ def read_source(path: Path, required: Sequence[str] = (), sep: str = ",", remedy
         raise DataError(f"{path}: no such file. Correct the path.") from error
     except pd.errors.EmptyDataError as error:
         raise DataError(f"{path}: the file is empty. It needs a header line and at least one row.") from error
-    except (OSError, EOFError, UnicodeDecodeError, zlib.error, pd.errors.ParserError) as error:
+    except UnicodeError as error:
+        raise DataError(f"{path}: is not text in UTF-8 ({error}). Save it as CSV in UTF-8.") from error
+    except (OSError, EOFError, zlib.error, pd.errors.ParserError) as error:
         raise DataError(f"{path}: cannot be read as a table ({error}). Download or export it again.") from error
     frame.columns = [str(column).strip() for column in frame.columns]
     for name in required:
@@ -178,7 +181,14 @@ def read_source(path: Path, required: Sequence[str] = (), sep: str = ",", remedy
 
 def _read_cells(path: Path, sep: str) -> pd.DataFrame:
     """Read a table as text; blanks after a separator are left out, so that a quote behind them is one."""
-    options: dict[str, Any] = {"sep": sep, "dtype": str, "keep_default_na": False, "encoding": "utf-8-sig"}
+    with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as stream:
+        start = stream.read(2)
+    encoding = "utf-16" if start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+    with gzip.open(path, "rt", encoding=encoding) if path.suffix == ".gz" else open(path, encoding=encoding) as lines:
+        header = lines.readline()
+    if sep not in header:
+        sep = next((mark for mark in ";\t" if mark in header), sep)
+    options: dict[str, Any] = {"sep": sep, "dtype": str, "keep_default_na": False, "encoding": encoding}
     options["skipinitialspace"] = True
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", pd.errors.ParserWarning)
