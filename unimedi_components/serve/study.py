@@ -32,8 +32,6 @@ from unimedi_components.serve.volumes import check_voxels, last_part, prepare_vo
 
 __all__ = ["Study", "find_study"]
 
-_MIN_SIDE, _MAX_RATIO = 32, 5
-
 
 @dataclass(frozen=True)
 class Study:
@@ -210,7 +208,7 @@ def check_picture(path: Path, name: str, limits: Limits) -> dict[str, str]:
         what to say about the file.
 
     Raises:
-        UploadError: too many pixels, damaged, too small or a strip, or what `read_xray` refuses.
+        UploadError: too many pixels, damaged, or what `read_xray` refuses.
     """
     # a picture of too many pixels is refused by its header, before anything is decoded
     with warnings.catch_warnings():
@@ -239,19 +237,13 @@ def check_size(size: tuple[int, int], name: str, limits: Limits) -> None:
     """Check an X-ray's width and height.
 
     Raises:
-        UploadError: too many pixels, too few, or a strip.
+        UploadError: too many pixels.
     """
     width, height = size
     if width * height > limits.pixels:
         raise too_large(
             f"{name}: has {width} × {height} pixels, more than {limits.pixels:,} in all. Scale the X-ray down."
         )
-    if min(size) < _MIN_SIDE:
-        raise unusable(
-            f"{name}: has only {width} × {height} pixels; an X-ray needs {_MIN_SIDE} on each side. Give the full image."
-        )
-    if max(size) > _MAX_RATIO * min(size):
-        raise unusable(f"{name}: is a strip of {width} × {height} pixels, not an X-ray. Give the whole image.")
 
 
 def check_xray(header: DicomHeader, name: str, limits: Limits) -> tuple[dict[str, str], list[str]]:
