@@ -27,11 +27,9 @@ def accumulation(
 ) -> dict[str, Any]:
     """Measure the whole batch and its parts.
 
+    `device` "cpu" or "cuda", `json` the result's file, `quick` small sizes and one round, `rounds` turns of each.
+
     Args:
-        device: "cpu" or "cuda".
-        json: file for the result.
-        quick: small sizes and a single round.
-        rounds: turns of each.
         size: "vit_b16" or "vit_s16"; by default the smaller one on a CPU.
     """
     # products of full precision, so that parts and whole differ by rounding alone

@@ -27,11 +27,7 @@ MAX_TIME, MAX_MEMORY, MAX_DIFFERENCE = 1.05, 1.03, 1e-5
 def attention(device: str = "cpu", json: str | None = None, quick: bool = False, rounds: int = 5) -> dict[str, Any]:
     """Measure the four.
 
-    Args:
-        device: "cpu" or "cuda".
-        json: file for the result.
-        quick: small sizes and a single round.
-        rounds: turns of each.
+    `device` "cpu" or "cuda", `json` the result's file, `quick` small sizes and one round, `rounds` turns of each.
     """
     place = measure.set_up(device)
     batch = 16 if place.type == "cuda" else 1

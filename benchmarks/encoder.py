@@ -27,11 +27,7 @@ MAX_OVER_PEER, MAX_OVER_MONAI, MAX_V = 1.05, 0.55, 1.05
 def encoder(device: str = "cpu", json: str | None = None, quick: bool = False, rounds: int = 7) -> dict[str, Any]:
     """Measure forward passes and steps.
 
-    Args:
-        device: "cpu" or "cuda".
-        json: file for the result.
-        quick: small sizes and a single round.
-        rounds: turns of each.
+    `device` "cpu" or "cuda", `json` the result's file, `quick` small sizes and one round, `rounds` turns of each.
     """
     place = measure.set_up(device)
     size = {"embed_dim": 48, "depth": 2, "num_heads": 3} if quick else {"embed_dim": 768, "depth": 12, "num_heads": 12}

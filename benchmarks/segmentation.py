@@ -29,11 +29,7 @@ CLASSES = 14
 def segmentation(device: str = "cpu", json: str | None = None, quick: bool = False, rounds: int = 3) -> dict[str, Any]:
     """Measure steps.
 
-    Args:
-        device: "cpu" or "cuda".
-        json: file for the result.
-        quick: small sizes and a single round.
-        rounds: turns of each.
+    `device` "cpu" or "cuda", `json` the result's file, `quick` small sizes and one round, `rounds` turns of each.
     """
     place = measure.set_up(device)
     width, heads, cube, side, features = (48, 3, 32, 64, 4) if quick else (768, 12, 96, 224, 16)
