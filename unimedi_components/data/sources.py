@@ -7,7 +7,9 @@ import codecs
 import difflib
 import gzip
 import hashlib
+import io
 import os
+import re
 import warnings
 import zlib
 from collections import deque
@@ -132,10 +134,16 @@ def undoubled(folder: Path) -> Path:
     return inner if inner.is_dir() else folder
 
 
-def read_text(path: Path) -> str:
-    """A text file, gzipped or not, without its byte-order mark; raises what gzip, zlib and the decoder raise."""
+def read_text(path: Path, utf_16: bool = False) -> str:
+    """A text file, gzipped or not, without its byte-order mark; raises what gzip, zlib and the decoder raise.
+
+    Args:
+        utf_16: follow a mark of UTF-16; otherwise the text must be UTF-8.
+    """
     data = path.read_bytes()
-    return (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
+    data = gzip.decompress(data) if path.suffix == ".gz" else data
+    wide = utf_16 and data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return data.decode("utf-16" if wide else "utf-8-sig")
 
 
 def read_source(path: Path, required: Sequence[str] = (), sep: str = ",", remedy: str = "") -> pd.DataFrame:
@@ -181,21 +189,17 @@ def read_source(path: Path, required: Sequence[str] = (), sep: str = ",", remedy
 
 def _read_cells(path: Path, sep: str) -> pd.DataFrame:
     """Read a table as text; blanks after a separator are left out, so that a quote behind them is one."""
-    with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as stream:
-        start = stream.read(2)
-    encoding = "utf-16" if start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
-    with gzip.open(path, "rt", encoding=encoding) if path.suffix == ".gz" else open(path, encoding=encoding) as lines:
-        header = lines.readline()
+    text = read_text(path, utf_16=True)
+    header = re.split(r"[\r\n]", text, maxsplit=1)[0]
     if sep not in header:
         sep = next((mark for mark in ";\t" if mark in header), sep)
-    options: dict[str, Any] = {"sep": sep, "dtype": str, "keep_default_na": False, "encoding": encoding}
-    options["skipinitialspace"] = True
+    options: dict[str, Any] = {"sep": sep, "dtype": str, "keep_default_na": False, "skipinitialspace": True}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", pd.errors.ParserWarning)
         # Without index_col pandas takes the first column for an index where all rows end with a separator.
-        frame = pd.read_csv(path, index_col=False, **options)
+        frame = pd.read_csv(io.StringIO(text), index_col=False, **options)
     if any(issubclass(warning.category, pd.errors.ParserWarning) for warning in caught):
-        rows = pd.read_csv(path, header=None, skiprows=1, **options)
+        rows = pd.read_csv(io.StringIO(text), header=None, skiprows=1, **options)
         if rows.iloc[:, frame.shape[1] :].ne("").any(axis=None):
             raise pd.errors.ParserError(f"the rows have {rows.shape[1]} cells, the header line {frame.shape[1]}")
     return frame
