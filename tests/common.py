@@ -57,6 +57,13 @@ def run_bundle(files: Path | list[Path], kind: str, start: bool = True, **overri
     return made
 
 
+def own_inference(bundle: Path, source: Path, out: Path) -> Path:
+    """The folder of what a bundle's inference.json writes by itself."""
+    options = {"bundle_root": str(bundle), "inputs": str(source), "output_dir": str(out), "figures": False}
+    run_bundle(bundle / "configs" / "inference.json", "inference", device="cpu", **options)
+    return out
+
+
 def fault_of(call: Callable[..., Any], *arguments: Any, **options: Any) -> str:
     """What the user is told where a call fails: the fault behind MONAI's exception, one line."""
     from unimedi_components.bundle import user_fault

@@ -23,9 +23,9 @@ import pandas as pd
 import pydicom
 import pytest
 import torch
-from monai.bundle import ConfigWorkflow
 from PIL import Image
 
+from tests.common import own_inference
 from tests.images.single_files import write
 
 pytestmark = pytest.mark.usefixtures("in_process")
@@ -142,15 +142,9 @@ def infer(client: Any, name: str, image: str, output: str, **params: Any) -> Any
     return answer
 
 
-def own(client: Any, name: str, source: Path, out: Path) -> Path:
-    """What the bundle's inference.json makes of the DICOM files."""
-    bundle = client.folder / "app" / "apps" / "monaibundle" / "model" / name
-    options = {"bundle_root": str(bundle), "inputs": str(source), "output_dir": str(out), "figures": False}
-    config = str(bundle / "configs" / "inference.json")
-    made = ConfigWorkflow(config, workflow_type="inference", logging_file=False, device="cpu", **options)
-    made.initialize()
-    made.run()
-    return out
+def model(client: Any, name: str) -> Path:
+    """The folder of a bundle that the server serves."""
+    return client.folder / "app" / "apps" / "monaibundle" / "model" / name
 
 
 def test_organs_of_a_series_have_its_geometry_and_come_as_dicom_seg(client: Any, tmp_path: Path) -> None:
@@ -159,7 +153,7 @@ def test_organs_of_a_series_have_its_geometry_and_come_as_dicom_seg(client: Any,
     assert volume.shape == (26, 30, 19)
     np.testing.assert_allclose(volume.affine, AFFINE, atol=1e-4)
     labels = np.asarray(volume.dataobj)
-    (file,) = own(client, ORGANS, client.folder / "scan", tmp_path / "own").glob("*_organs.nii.gz")
+    (file,) = own_inference(model(client, ORGANS), client.folder / "scan", tmp_path / "own").glob("*_organs.nii.gz")
     expected = nib.load(file)
     np.testing.assert_allclose(expected.affine, AFFINE, atol=1e-4)
     assert np.mean(np.asarray(expected.dataobj) == labels) > 0.999
@@ -188,14 +182,14 @@ def test_scores_and_mask_of_a_film_are_those_of_its_dicom(client: Any, tmp_path:
     film = client.folder / "film" / "0.dcm"
     name = "chest_xray_classification"
     scores = [entry["score"] for entry in infer(client, name, FILM, "json").json()["prediction"]]
-    table = pd.read_csv(own(client, name, film, tmp_path / "scores") / "predictions.csv")
+    table = pd.read_csv(own_inference(model(client, name), film, tmp_path / "scores") / "predictions.csv")
     assert scores == pytest.approx(table.filter(like="probability_").to_numpy()[0], abs=1e-5)
     name = "chest_xray_segmentation"
     (tmp_path / "mask.nii.gz").write_bytes(infer(client, name, FILM, "image").content)
     mask = nib.load(tmp_path / "mask.nii.gz")
     np.testing.assert_allclose(mask.affine, np.diag([-0.5, -0.5, 1, 1]))
     found = np.asarray(mask.dataobj)
-    (picture,) = (own(client, name, film, tmp_path / "mask") / "masks").iterdir()
+    (picture,) = (own_inference(model(client, name), film, tmp_path / "mask") / "masks").iterdir()
     assert 0 < np.count_nonzero(found) < found.size
     np.testing.assert_array_equal(found.reshape(70, 90).T > 0, np.asarray(Image.open(picture)) > 0)
 

@@ -14,9 +14,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from monai.bundle import ConfigWorkflow
 from PIL import Image
 
+from tests.common import own_inference
 from unimedi_components.data.roi_boxes import rois_of_boxes
 
 pytestmark = pytest.mark.usefixtures("in_process")
@@ -142,23 +142,13 @@ def server(running: Server) -> Iterator[Server]:
     running.forget()
 
 
-def own(bundle: Path, image: Path, out: Path) -> Path:
-    """What the bundle's inference.json writes by itself."""
-    options = {"bundle_root": str(bundle), "inputs": str(image), "output_dir": str(out), "figures": False}
-    config = str(bundle / "configs" / "inference.json")
-    made = ConfigWorkflow(config, workflow_type="inference", logging_file=False, device="cpu", **options)
-    made.initialize()
-    made.run()
-    return out
-
-
 def served(server: Server, name: str, tmp_path: Path) -> np.ndarray:
     """What a request returns, which must be what the bundle returns by itself."""
     kind, dim = TYPES[name]
     image = server.folder / "studies" / ("film0.png" if dim == 2 else "scan0.nii.gz")
     answer = server.infer(name, image.name.partition(".")[0], "json" if kind == "classification" else "image")
     assert answer.status_code == 200, answer.text
-    out = own(server.bundle(name), image, tmp_path / f"out{len(list(tmp_path.iterdir()))}")
+    out = own_inference(server.bundle(name), image, tmp_path / f"out{len(list(tmp_path.iterdir()))}")
     if kind == "classification":
         found = np.array([entry["score"] for entry in answer.json()["prediction"]])
         table = pd.read_csv(out / "predictions.csv")
