@@ -211,7 +211,7 @@ def hounsfield_fault(sample: np.ndarray, hounsfield: bool = True) -> tuple[str, 
         (float(inside.min()), float(inside.max())) if inside.size else (float(sample.min()), float(sample.max()))
     )
     air, fat, tissue = (
-        float(((inside >= first) & (inside < last)).mean()) if inside.size else 0.0
+        np.count_nonzero((inside >= first) & (inside < last)) / max(inside.size, 1)
         for first, last in (_AIR, _FAT, _SOFT_TISSUE)
     )
     if (air >= _MIN_AIR_SHARE or fat >= _MIN_FAT_SHARE) and tissue >= _MIN_TISSUE_SHARE:
@@ -229,9 +229,9 @@ def hounsfield_fault(sample: np.ndarray, hounsfield: bool = True) -> tuple[str, 
     return "not Hounsfield units", f"values {low:.4g} to {high:.4g} are not Hounsfield units: {why}. {remedy}"
 
 
-def refused_values(sample: np.ndarray) -> str:
+def refused_values(sample: np.ndarray, hounsfield: bool = True) -> str:
     """Why values are refused by every command: not finite, or no Hounsfield units; empty where they are read."""
-    fault = hounsfield_fault(sample)
+    fault = hounsfield_fault(sample, hounsfield)
     if fault is None:
         return ""
     return fault[1] if fault[0] == "non-finite voxels" else f"{fault[1]}{ASSUME_HU}"

@@ -46,7 +46,8 @@ __all__ = [
 Array = npt.NDArray[Any]
 
 _TAIL = 4096
-_PLAIN = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1", "1.2.840.10008.1.2.2", DEFLATED)
+_LITTLE = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1")
+_PLAIN = (*_LITTLE, "1.2.840.10008.1.2.2", DEFLATED)
 _RLE, _JPEG_EXTENDED = "1.2.840.10008.1.2.5", "1.2.840.10008.1.2.4.51"
 _PALETTES = ("RedPaletteColorLookupTableDescriptor", "PaletteColorLookupTableUID")
 # PS3.5 A.4: ends a sequence of fragments
@@ -144,7 +145,8 @@ def _decoded(header: DicomHeader) -> Array:
         raise DataError(f"{header.path}: {fault}")
     try:
         twelve_bits = header.transfer_syntax == _JPEG_EXTENDED and header.bits_stored > 8
-        pixels = _by_gdcm(header) if twelve_bits else _by_pydicom(header)
+        if (pixels := _as_written(header)) is None:
+            pixels = _by_gdcm(header) if twelve_bits else _by_pydicom(header)
     except MemoryError:
         raise
     except Exception as error:  # pydicom and its decoders raise many kinds
@@ -152,6 +154,22 @@ def _decoded(header: DicomHeader) -> Array:
         raise DataError(f"{header.path}: the pixels cannot be decoded ({reason}). Export it uncompressed") from error
     plane = (header.rows, header.columns, *((header.samples,) if header.samples > 1 else ()))
     return pixels.reshape(-1, *plane)
+
+
+def _as_written(header: DicomHeader) -> Array | None:
+    """Grey pixels that are plain little-endian numbers in the file, without a second look at its header; else None."""
+    kind = {8: "u1", 16: "<u2", 32: "<u4"}.get(header.bits_allocated)
+    count = header.rows * header.columns * header.frames
+    if (
+        kind is None
+        or header.samples > 1
+        or header.pixels != "PixelData"
+        or header.transfer_syntax not in _LITTLE
+        or (header.pixel_length or 0) < count * header.bits_allocated // 8
+    ):
+        return None
+    kind = kind.replace("u", "i") if header.signed else kind
+    return np.fromfile(header.path, kind, count, offset=header.pixel_offset)
 
 
 def _by_pydicom(header: DicomHeader) -> Array:

@@ -266,10 +266,21 @@ def _header(path: Path, dataset: Any, syntax: str, met: dict[str, Any]) -> Dicom
     )
 
 
+@functools.cache
+def _tag(keyword: str) -> Any:
+    """An element's tag: pydicom looks tags up several times as fast as keywords."""
+    from pydicom.datadict import tag_for_keyword
+    from pydicom.tag import Tag
+
+    return Tag(tag_for_keyword(keyword) or 0)
+
+
 def values_of(dataset: Any, keyword: str) -> list[Any]:
     """An element's values; none where it is missing, empty, or cannot be read as what it is said to be."""
+    if (tag := _tag(keyword)) not in dataset:
+        return []
     try:
-        value = dataset.get(keyword)
+        value = dataset[tag].value
     except Exception:  # pydicom raises many kinds for values that are not to the letter
         return []
     if isinstance(value, (MutableSequence, tuple)):

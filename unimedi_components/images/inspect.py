@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -138,9 +139,9 @@ def _volume(image: Image, values: bool, assume_hu: bool) -> dict[str, Any]:
     span = None
     if values:
         sample = sample_volume(image.path, header, stack)
-        finite = sample[np.isfinite(sample)]
-        span = [float(finite.min()), float(finite.max())] if finite.size else None
-        if not assume_hu and (text := refused_values(sample)):
+        low, high = float(sample.min()), float(sample.max())
+        span = [low, high] if math.isfinite(low + high) else None
+        if text := refused_values(sample, not assume_hu):
             raise DataError(text)
     return {
         "size": list(map(int, header.shape)),

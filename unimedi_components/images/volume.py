@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -184,13 +184,13 @@ def sample_volume(path: str | Path, header: VolumeHeader, stack: Stack | None = 
     index = sorted({_place(header.shape[2], share) for share in np.linspace(0, 1, SAMPLED_SLICES)})
     if not _is_nifti(path):
         return read_volume(path).values[:, :, index]
-    proxy: Any = _load_nifti(path).dataobj
-    # Unscaled: a memory map for .nii, and one pass without a float copy for .nii.gz.
-    whole = proxy.get_unscaled()
+    with _nifti_voxels(path) as proxy:
+        # Unscaled: a memory map for .nii, and one pass without a float copy for .nii.gz.
+        whole, scale = proxy.get_unscaled(), (float(proxy.slope), float(proxy.inter))
     if whole.dtype.kind == "f" and not np.isfinite(whole).all():
         return np.full((1, 1, 1), np.nan, np.float32)
     stored = whole.reshape(header.shape)[:, :, index]
-    return np.asarray(stored, dtype=np.float32) * float(proxy.slope) + float(proxy.inter)
+    return np.asarray(stored, dtype=np.float32) * scale[0] + scale[1]
 
 
 def _place(count: int, share: float) -> int:
@@ -306,12 +306,19 @@ def _load_nifti(path: Path) -> Any:
     return kind.from_file_map({"image": nib.FileHolder(fileobj=stream)})
 
 
-def _nifti_values(path: Path) -> np.ndarray:
+@contextlib.contextmanager
+def _nifti_voxels(path: Path) -> Iterator[Any]:
+    """The voxels of a NIfTI file, not read yet; packed ones by the faster library where it is installed."""
     proxy: Any = _load_nifti(path).dataobj
     with contextlib.ExitStack() as stack:
         if igzip is not None and _is_packed(path):
             spec = (proxy.shape, proxy.dtype, proxy.offset, proxy.slope, proxy.inter)
             proxy = ArrayProxy(stack.enter_context(igzip.open(path)), spec, mmap=False)
+        yield proxy
+
+
+def _nifti_values(path: Path) -> np.ndarray:
+    with _nifti_voxels(path) as proxy:
         stored: np.ndarray = np.asanyarray(proxy)
     kind = np.int16 if stored.dtype in (np.int8, np.uint8, np.int16) else np.float32
     return stored.astype(kind, order="C", copy=False)
