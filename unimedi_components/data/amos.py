@@ -60,6 +60,7 @@ def collect(
     strict: bool = False,
     split: str = "paper",
     check_images: str = "quick",
+    assume_hu: bool = False,
     num_workers: int = 4,
     progress: bool = True,
 ) -> DatalistBuilder:
@@ -73,6 +74,7 @@ def collect(
             names a label map that is on disk (looked up whatever ``check_images`` says), which the release lacks.
         check_images: ``"quick"``, ``"full"``, ``"exists"`` or ``"none"``; see
             :func:`~unimedi_components.data.label_maps.pair_fault`.
+        assume_hu: take CT values for Hounsfield units that do not look like it.
 
     Returns:
         The builder. Drop reasons: ``not CT`` (MRI, by number), ``no case number``, ``no label map``,
@@ -107,7 +109,7 @@ def collect(
             else:
                 seen.add(name)
                 cases.append(Case(part, name, image, mask))
-    add_cases(builder, base, cases, ORGANS, check_images, num_workers, progress)
+    add_cases(builder, base, cases, ORGANS, check_images, assume_hu, num_workers, progress)
     builder.meta["own_spelling"] = {name: own for own, name in OWN_SPELLING.items()}
     builder.keep_apart()
     return builder

@@ -55,6 +55,7 @@ def collect(
     seed: int = 42,
     split: str = "cotr",
     check_images: str = "quick",
+    assume_hu: bool = False,
     num_workers: int = 4,
     progress: bool = True,
 ) -> DatalistBuilder:
@@ -68,6 +69,7 @@ def collect(
             training and the split's other part.
         check_images: ``"quick"``, ``"full"``, ``"exists"`` or ``"none"``; see
             :func:`~unimedi_components.data.label_maps.pair_fault`.
+        assume_hu: take CT values for Hounsfield units that do not look like it.
 
     Returns:
         The builder. Drop reasons: ``no label map`` (the images for testing), ``duplicate id``, ``missing
@@ -97,7 +99,7 @@ def collect(
             image, mask = (path.relative_to(base).as_posix() for path in (images[number], labels[number]))
             cases.append(Case(part, name, image, mask))
     builder.drop_many("no label map", (f"img{number:04d}" for number in _numbered(builder, unlabelled_folder, "img")))
-    add_cases(builder, base, cases, ORGANS, check_images, num_workers, progress)
+    add_cases(builder, base, cases, ORGANS, check_images, assume_hu, num_workers, progress)
     return builder
 
 

@@ -68,6 +68,7 @@ def collect(
     min_tokens: int = 3,
     keep_punct: bool = False,
     min_slices: int = 20,
+    assume_hu: bool = False,
     min_megabytes: float = 1.0,
     report_csv: str | Path | None = None,
     text_column: str | None = None,
@@ -85,6 +86,7 @@ def collect(
         test_fraction: share of the patients for test.
         min_sentences: fewest sentences after cleaning (the paper's three).
         min_slices: fewest slices of a series.
+        assume_hu: take CT values for Hounsfield units that do not look like it.
         min_megabytes: fewest megabytes of voxels of a series.
         report_csv: table of English reports, if it is not ``BIMCV-R.csv`` below ``root``.
         text_column: column of the report text, if its name is unusual.
@@ -108,7 +110,7 @@ def collect(
     builder.add_source(table)
     label_of = _add_labels(builder, tops, table)
     builder.meta["keep_punct"] = keep_punct
-    limits = CTLimits(min_slices=min_slices, min_megabytes=min_megabytes)
+    limits = CTLimits(min_slices=min_slices, min_megabytes=min_megabytes, hounsfield=not assume_hu)
     wanted: list[tuple[_Session, list[Path]]] = []
     texts: dict[_Session, str] = {}
     for session, files in sessions:

@@ -49,6 +49,7 @@ def add_cases(
     cases: Sequence[Case],
     organs: Sequence[str],
     check: str,
+    assume_hu: bool,
     num_workers: int,
     progress: bool,
 ) -> None:
@@ -63,6 +64,7 @@ def add_cases(
         root: folder that the paths are relative to.
         organs: names of the labels 1, 2, ... in order.
         check: see :func:`pair_fault`.
+        assume_hu: take all values for Hounsfield units.
 
     Raises:
         ConfigError: ``check`` is unknown.
@@ -75,7 +77,7 @@ def add_cases(
 
     def fault_of(case: Case) -> tuple[str, str] | None:
         image, mask = root / case.image, root / case.mask
-        fault = pair_fault(image, mask, len(names), check)
+        fault = pair_fault(image, mask, len(names), check, hounsfield=not assume_hu)
         if fault is not None and fault[0] == NOT_HOUNSFIELD and check == "quick" and not builder.strict:
             doubt, fault = fault[1], pair_fault(image, mask, len(names), check, hounsfield=False)
             if fault is None:

@@ -51,6 +51,7 @@ def collect(
     validation_subsets: str = "5,6",
     test_subsets: str = "7,8,9",
     check_images: str = "quick",
+    assume_hu: bool = False,
     num_workers: int = 8,
     progress: bool = True,
 ) -> DatalistBuilder:
@@ -71,6 +72,7 @@ def collect(
         check_images: ``"quick"`` (header, and size of the ``.raw``), ``"full"`` (also Hounsfield units of some
             slices), ``"exists"`` (header, and whether there is a ``.raw``), or ``"none"``, which only lists the
             folders and so leaves out the voxel indices.
+        assume_hu: take CT values for Hounsfield units that do not look like it.
 
     Returns:
         The builder. Drop reasons: ``duplicate row``, ``row without numbers``, ``unknown class``, ``duplicate id``
@@ -94,7 +96,7 @@ def collect(
     for uid in named[~named.isin(list(scans))]:
         builder.drop("missing image", uid, f"{base}: no subset0 to subset9 holds {uid}.mhd")
     wanted = scans if mode == "volume" else {uid: scans[uid] for uid in named if uid in scans}
-    scans = _sound_scans(builder, base, wanted, check_images, num_workers, progress)
+    scans = _sound_scans(builder, base, wanted, check_images, assume_hu, num_workers, progress)
     if mode == "volume":
         builder.meta["min_diameter"] = min_diameter
         _add_volumes(builder, frame, scans, split_of, min_diameter)
@@ -176,12 +178,18 @@ def _ids(frame: pd.DataFrame) -> list[str]:
 
 
 def _sound_scans(
-    builder: DatalistBuilder, root: Path, scans: dict[str, _Scan], check: str, num_workers: int, progress: bool
+    builder: DatalistBuilder,
+    root: Path,
+    scans: dict[str, _Scan],
+    check: str,
+    assume_hu: bool,
+    num_workers: int,
+    progress: bool,
 ) -> dict[str, _Scan]:
     """Return the scans whose files are sound, with their geometry."""
 
     def look(scan: _Scan) -> tuple[Fault | None, VolumeGeometry | None]:
-        return (None, None) if check == "none" else check_metaimage(place / scan.image, check)
+        return (None, None) if check == "none" else check_metaimage(place / scan.image, check, not assume_hu)
 
     # ITK changes the working folder while it reads a MetaImage: in threads, relative paths would not be found
     place, sound = root.absolute(), {}

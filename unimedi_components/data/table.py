@@ -21,7 +21,7 @@ from unimedi_components.data.sources import check_choice, nearest_hint, progress
 from unimedi_components.data.splits import split_patients, strata_by_dim
 from unimedi_components.data.text import clean_report, report_language
 from unimedi_components.errors import ConfigError, DataError
-from unimedi_components.images.checks import ASSUME_HU, CTLimits, check_ct, short_reason
+from unimedi_components.images.checks import CTLimits, check_ct, short_reason
 from unimedi_components.images.find import VOLUME_ENDINGS, image_at
 from unimedi_components.images.identify import PICTURES, VOLUMES, content_fault, identify
 from unimedi_components.images.xray_checks import IMAGE_CHECKS, xray_fault
@@ -83,10 +83,7 @@ def _find_image(
 
 
 def _volume_fault(path: Path, limits: CTLimits, assume_hu: bool, files: Sequence[Path] = ()) -> tuple[str, str] | None:
-    fault = check_ct(path, limits, files=files, assume_hu=assume_hu)
-    if fault is None:
-        return None
-    return fault.reason, f"{fault.detail}{ASSUME_HU if ' are not Hounsfield units: ' in fault.detail else ''}"
+    return check_ct(path, limits, files=files, assume_hu=assume_hu)
 
 
 def collect(

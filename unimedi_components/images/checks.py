@@ -24,7 +24,6 @@ from unimedi_components.images.volume import (
 from unimedi_components.images.xray_checks import Fault
 
 __all__ = [
-    "ASSUME_HU",
     "NOT_FINITE",
     "SAMPLED_SLICES",
     "CTLimits",
@@ -44,8 +43,7 @@ _SOFT_TISSUE = (-200.0, 300.0)
 _PADDING_BELOW = -1100.0
 _FAT, _MIN_FAT_SHARE = (-200.0, -30.0), 0.01
 _MIN_AIR_SHARE = 0.001
-#: What the words of a `not Hounsfield units` end with where values may be taken as they are.
-ASSUME_HU = ", or read the values as they are with --assume_hu"
+_ASSUME_HU = ", or read the values as they are with --assume_hu"
 _MIN_TISSUE_SHARE = 0.01
 # what the readers say, and what a drop of it is counted as
 _REASONS = {
@@ -226,24 +224,25 @@ def hounsfield_fault(sample: np.ndarray, hounsfield: bool = True) -> tuple[str, 
     else:
         why = "none reaches air (below -500), as grey levels or rescaled intensities do"
         remedy = "Convert it again from DICOM without rescaling the intensities"
-    return "not Hounsfield units", f"values {low:.4g} to {high:.4g} are not Hounsfield units: {why}. {remedy}"
+    return "not Hounsfield units", f"values {low:.4g} to {high:.4g} are not Hounsfield units: {why}. {remedy}{_ASSUME_HU}"
 
 
 def refused_values(sample: np.ndarray, hounsfield: bool = True) -> str:
     """Why values are refused by every command: not finite, or no Hounsfield units; empty where they are read."""
     fault = hounsfield_fault(sample, hounsfield)
-    if fault is None:
-        return ""
-    return fault[1] if fault[0] == "non-finite voxels" else f"{fault[1]}{ASSUME_HU}"
+    return "" if fault is None else fault[1]
 
 
-def check_metaimage(path: str | Path, check: str = "quick") -> tuple[Fault | None, VolumeGeometry | None]:
+def check_metaimage(
+    path: str | Path, check: str = "quick", hounsfield: bool = True
+) -> tuple[Fault | None, VolumeGeometry | None]:
     """Say what is wrong with a CT volume in an ``.mhd`` file, with the voxels in a file of their own.
 
     Args:
         path: the header file.
         check: ``"exists"`` (header, and whether the voxels' file is there), ``"quick"`` (also its size) or
             ``"full"`` (also whether some slices are in Hounsfield units).
+        hounsfield: whether values must be Hounsfield units.
 
     Returns:
         The fault and None, or None and the geometry. Reasons as of
@@ -263,7 +262,7 @@ def check_metaimage(path: str | Path, check: str = "quick") -> tuple[Fault | Non
         except RuntimeError as error:
             problem = f"its voxels cannot be read ({str(error).strip().splitlines()[-1]})"
         else:
-            if (values := hounsfield_fault(sample)) is not None:
+            if (values := hounsfield_fault(sample, hounsfield)) is not None:
                 return Fault(values[0], f"{path}: {values[1]}"), None
     if problem:
         return Fault("unreadable image", f"{path}: {problem}. Unpack or download it again"), None

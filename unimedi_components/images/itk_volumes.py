@@ -76,12 +76,16 @@ def read_itk_geometry(path: str | Path) -> tuple[tuple[int, ...], np.ndarray, in
     """Shape of any number of axes, affine (4, 4) to RAS mm of the first three, and bytes of a voxel.
 
     Raises:
-        DataError: ITK does not know the format, a voxel holds several values, or the header names voxels outside its
-            folder.
+        DataError: ITK does not know the format, a voxel holds several values, the header names voxels outside its
+            folder or that are missing, or leaves spacing or orientation open.
         RuntimeError: ITK cannot read the header.
     """
     if elsewhere := voxels_elsewhere(path):
         raise DataError(f"{path}: {elsewhere}")
+    if missing := [name for name in voxel_files(path) if not (Path(path).parent / name).is_file()]:
+        raise DataError(f"{path}: its voxels {missing[0]} are missing. Unpack or download it again")
+    if gap := _header_gap(path):
+        raise DataError(f"{path}: {gap}")
     itk = load_itk()
     image_io = itk.ImageIOFactory.CreateImageIO(str(path), itk.CommonEnums.IOFileMode_ReadMode)
     if image_io is None:
@@ -177,19 +181,24 @@ def voxels_elsewhere(path: str | Path) -> str:
     return ""
 
 
-def voxel_files(path: str | Path) -> list[str]:
-    """Files of voxels that a MetaImage or NRRD header names, patterns and lists included; none of any other file."""
+def _header_lines(path: str | Path) -> tuple[bool, list[str]]:
+    """Whether a file is NRRD, and the lines of its NRRD or MetaImage header; none of any other file."""
     if not Path(path).is_file():
-        return []
+        return False, []
     with open(path, "rb") as stream:
         head = stream.read(_HEADER_BYTES)
         nrrd = head.startswith(b"NRRD0")
         if nrrd or b"NDims" in head:
             head += stream.read(64 * _HEADER_BYTES)
     if not nrrd and b"ElementDataFile" not in head:
-        return []
+        return False, []
     # an attached NRRD's header ends with an empty line, a MetaImage's with the line ElementDataFile
-    lines = (re.split(rb"\r?\n\r?\n", head)[0] if nrrd else head).decode("latin-1").splitlines()
+    return nrrd, (re.split(rb"\r?\n\r?\n", head)[0] if nrrd else head).decode("latin-1").splitlines()
+
+
+def voxel_files(path: str | Path) -> list[str]:
+    """Files of voxels that a MetaImage or NRRD header names, patterns and lists included; none of any other file."""
+    nrrd, lines = _header_lines(path)
     field = re.compile(r"data ?file:\s*(.*)" if nrrd else r"ElementDataFile\s*=\s*(.*)", re.IGNORECASE)
     for number, line in enumerate(lines):
         match = field.match(line.strip())
@@ -197,7 +206,31 @@ def voxel_files(path: str | Path) -> list[str]:
             continue
         value = match[1].strip()
         if value.split()[:1] == ["LIST"]:
-            return [name.strip() for name in lines[number + 1 :] if name.strip()]
-        pattern = re.match(r"(.*%\S*)(\s+-?\d+)+$", value)
-        return [] if value.upper() == "LOCAL" else [pattern[1] if pattern else value]
+            # a list of nothing is a file that is missing
+            return [name.strip() for name in lines[number + 1 :] if name.strip()] or [value]
+        return [] if value.upper() == "LOCAL" else _numbered_files(value)
     return []
+
+
+def _header_gap(path: str | Path) -> str:
+    """Say what a MetaImage or NRRD header leaves open where ITK would take 1 mm or LPS; empty where it says all."""
+    nrrd, lines = _header_lines(path)
+    if not lines:
+        return ""
+    end = next((n for n, line in enumerate(lines) if line.startswith("ElementDataFile")), len(lines))
+    fields = {line.partition(":" if nrrd else "=")[0].strip().lower() for line in lines[:end]}
+    if not fields & ({"space directions", "spacings"} if nrrd else {"elementspacing", "elementsize"}):
+        return "its header gives no spacing, so the size of its voxels is unknown. Export it again"
+    if nrrd and "space" not in fields:
+        return "its header names no space, so its orientation is unknown. Export it again"
+    return ""
+
+
+def _numbered_files(value: str) -> list[str]:
+    """The files of a pattern such as "slice%03d.raw 1 24 1"; any other text is a name."""
+    pattern = re.fullmatch(r"(.*)%(0?\d?)d(\S*)\s+(\d{1,5})\s+(\d{1,5})(?:\s+(\d{1,5}))?(?:\s+\d)?", value)
+    if pattern is None:
+        return [value]
+    before, width, after = pattern[1], pattern[2], pattern[3]
+    numbers = range(int(pattern[4]), int(pattern[5]) + 1, max(1, int(pattern[6] or 1)))
+    return [f"{before}{number:{width}d}{after}" for number in numbers]

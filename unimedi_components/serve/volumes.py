@@ -19,7 +19,7 @@ from typing import Any
 import nibabel as nib
 
 from unimedi_components.images.checks import CTLimits, check_ct, check_metaimage
-from unimedi_components.images.itk_volumes import NOT_GREY, voxels_elsewhere
+from unimedi_components.images.itk_volumes import NOT_GREY, voxel_files, voxels_elsewhere
 from unimedi_components.images.volume import shape_problem
 from unimedi_components.serve.faults import Limits, UploadError, too_large, unusable
 from unimedi_components.serve.uploads import Received
@@ -136,14 +136,15 @@ def last_part(name: str) -> str:
     return re.split(r"[/\\]", name)[-1]
 
 
-def _companion(name: str, file: Received, companions: Sequence[Received]) -> Received:
-    """The uploaded file that a header says its voxels are in."""
-    if name.split()[:1] == ["LIST"] or "%" in name:
-        raise unusable(f"{file.name}: its slices lie in files of their own. Convert it to one .mha or .nii.gz file.")
-    found = next((other for other in companions if other.name == name), None)
-    if found is None:
-        raise unusable(f"{file.name}: its voxels {name} are missing. Drop {file.name} and {name} together.")
-    return found
+def _voxel_paths(file: Received, companions: Sequence[Received], packed: bool) -> list[Path]:
+    """The uploaded files that a header says its voxels are in, in its order."""
+    names = [last_part(name) for name in voxel_files(file.path)]
+    if len(names) > 1 and (packed or len(set(names)) < len(names)):
+        raise unusable(f"{file.name}: its slices lie in packed files or in several folders. Convert it to one file.")
+    received = {other.name: other.path for other in companions}
+    if missing := [name for name in names if name not in received]:
+        raise unusable(f"{file.name}: its voxels {missing[0]} are missing. Drop {file.name} and {missing[0]} together.")
+    return [received[name] for name in names]
 
 
 def _meta_fields(file: Received) -> tuple[dict[str, str], int]:
@@ -171,8 +172,10 @@ def _metaimage(file: Received, companions: Sequence[Received], folder: Path, lim
     if name == "LOCAL":
         _copy_from(file.path, length, voxels)
     else:
-        _companion(name, file, companions).path.rename(voxels)
-    known = [f"{field} = {fields[field]}" for field in _META_FIELDS if field in fields]
+        for part in _voxel_paths(file, companions, packed):
+            _copy_from(part, 0, voxels)
+    of_file = () if name == "LOCAL" else ("HeaderSize",)
+    known = [f"{field} = {fields[field]}" for field in (*_META_FIELDS, *of_file) if field in fields]
     path = folder / "volume.mhd"
     path.write_text("\n".join([*known, f"ElementDataFile = {voxels.name}", ""]), encoding="latin-1")
     fault, _ = check_metaimage(path, "quick")
@@ -192,14 +195,15 @@ def _nrrd(file: Received, companions: Sequence[Received], folder: Path, limits: 
     voxels = fields.get("data file", fields.get("datafile", ""))
     if fields.keys() & {"line skip", "lineskip", "byte skip", "byteskip"} or not (voxels or end):
         raise unusable(f"{file.name}: the NRRD header skips bytes or is cut off. Save it as one .nrrd file.")
-    source, start = file.path, 0 if end is None else end.end()
+    sources, start = [file.path], 0 if end is None else end.end()
     if voxels:
-        source, start = _companion(last_part(voxels), file, companions).path, 0
+        sources, start = _voxel_paths(file, companions, fields.get("encoding", "") != "raw"), 0
     check_voxels(tuple(int(size) for size in fields.get("sizes", "").split()), file.name, limits)
     path = folder / "volume.nrrd"
     known = [lines[0][:8], *(f"{name}: {fields[name]}" for name in _NRRD_FIELDS if name in fields)]
     path.write_bytes(("\n".join(known) + "\n\n").encode("latin-1"))
-    _copy_from(source, start, path)
+    for source in sources:
+        _copy_from(source, start, path)
     size, need = path.stat().st_size, math.prod(int(size) for size in fields["sizes"].split())
     if fields.get("encoding", "") == "raw" and size < need:
         raise unusable(f"{file.name}: is cut off: {size:,} bytes for {need:,} voxels. Download it again.")
