@@ -10,8 +10,10 @@ import types
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from fire.parser import DefaultParseValue
+from PIL import Image
 
 import unimedi_components
 from unimedi_components.__main__ import main
@@ -112,6 +114,18 @@ def test_faults_are_one_line(
 ) -> None:
     assert failure(words, capsys) == f"error: {message}\n"
     assert calls == []
+
+
+@pytest.mark.parametrize("words", [["inspect", "a.png", "--json"], ["inspect", "a.png", "--png"]])
+def test_a_place_that_cannot_be_written_is_named_with_a_remedy(
+    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder below a file stands for a read-only disk, which root does not meet."""
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(np.arange(4096, dtype=np.uint8).reshape(64, 64)).save("a.png")
+    said = failure([*words, str(tmp_path / "a.png" / "out" / "x")], capsys)
+    assert said.startswith(f"error: {tmp_path / 'a.png'}") and said.count("\n") == 1
+    assert said.endswith(". Name a file or folder that can be written\n")
 
 
 def test_words_arrive_as_they_stand() -> None:

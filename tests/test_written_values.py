@@ -149,7 +149,7 @@ def test_without_inputs_no_other_folder_is_walked(tmp_path: Path, monkeypatch: p
     assert str(info.value) == f"{missing}: no such folder of images; name files or folders with --inputs PATH"
 
 
-@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.ENOSPC])
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES, errno.ENOSPC, errno.ENOTDIR])
 def test_a_place_that_cannot_be_written_has_a_remedy(code: int) -> None:
     try:
         try:

@@ -15,7 +15,7 @@ from unimedi_components import __version__
 from unimedi_components.command_help import command_help, overview, prepare_help
 from unimedi_components.command_options import check_options, exact_words, whole_number
 from unimedi_components.errors import CheckpointError, ConfigError, DataError
-from unimedi_components.files import show_any_name
+from unimedi_components.files import NOT_WRITTEN, show_any_name
 from unimedi_components.inspect_command import inspect
 from unimedi_components.search_commands import embed, index, search
 from unimedi_components.serve_command import serve
@@ -303,7 +303,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (CheckpointError, ConfigError, DataError, OSError) as error:
         if debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        text: object = error
+        if isinstance(error, OSError) and error.errno in NOT_WRITTEN:
+            text = f"{error.filename or 'a file'}: {error.strerror}. Name a file or folder that can be written"
+        print(f"error: {text}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
@@ -18,7 +17,7 @@ from fire.parser import DefaultParseValue
 
 from unimedi_components.command_options import loses_hash
 from unimedi_components.errors import CheckpointError, ConfigError, DataError
-from unimedi_components.files import show_any_name
+from unimedi_components.files import NOT_WRITTEN, show_any_name
 from unimedi_components.workflow import fit_workflow, folders_in_use, keep_log, log_fault, workflow_in_use
 
 __all__ = ["RunCall", "bundle_root", "check_run", "data_dir", "encoder_weights", "parse_run_call", "user_fault"]
@@ -35,7 +34,6 @@ _TRACKING_OPTIONS = ("output_dir", "tracking_uri", "experiment_name", "run_name"
 _RUN_SCRIPT = ("monai", "bundle", "__main__.py")
 # what PyTorch says of `--device cuda` without CUDA, a driver or that many devices
 _NO_GPU = ("not compiled with CUDA", "NVIDIA driver", "No CUDA GPUs", "invalid device ordinal")
-_NOT_WRITTEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 _PACKAGE = Path(__file__).resolve().parent
 
 
@@ -270,7 +268,7 @@ def user_fault(error: BaseException) -> str | None:
             text = str(cause).strip()
             # a loader's worker hands its traceback over as text
             return text.splitlines()[-1].partition(": ")[2] if text.startswith("Caught ") else text
-        if isinstance(cause, OSError) and cause.errno in _NOT_WRITTEN:
+        if isinstance(cause, OSError) and cause.errno in NOT_WRITTEN:
             return (
                 f"{cause.filename or 'a file'}: {cause.strerror}; name folders that can be written with --output_dir "
                 "PATH, and for a training with --ckpt_dir and --cache_dir, or set UNIMEDI_DATA for the data"

@@ -3,16 +3,22 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["ANY_NAME", "replacing", "show_any_name"]
+__all__ = ["ANY_NAME", "NOT_WRITTEN", "replacing", "show_any_name"]
 
 #: How text with names of files is encoded: bytes of a name that are no UTF-8 as an escape, which JSON reads back.
 ANY_NAME = "backslashreplace"
+#: What the system says of a place that cannot be written: no rights, a read-only or full disk, a file for a folder.
+NOT_WRITTEN = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
+)
 
 
 @contextmanager

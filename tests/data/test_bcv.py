@@ -161,7 +161,8 @@ def test_faults(tmp_path):
     assert builder.remedies == [
         f"1 of 8 images do not look like Hounsfield units and were kept, e.g. {images}/img0010.nii.gz: values 24 to "
         "1064 are not Hounsfield units: none reaches air (below -500) and the body lies near 1064, as raw stored "
-        "values do. Apply RescaleSlope/RescaleIntercept (HU = stored value * slope + intercept). "
+        "values do. Apply RescaleSlope/RescaleIntercept (HU = stored value * slope + intercept), or read "
+        "the values as they are with --assume_hu. "
         "--check_images full leaves such images out."
     ]
     full = DATASET.convert(tmp_path, check_images="full", num_workers=1)

@@ -444,6 +444,54 @@ def nrrd_beside_its_voxels(writer: Writer) -> Path:
     return writer.folder / "scan.nhdr"
 
 
+def slices_beside(header: Path, files: str) -> Path:
+    """A header whose voxels lie in a file for each slice instead of scan.raw."""
+    names = [f"s{z:02d}.raw" for z in range(24)]
+    for z, name in enumerate(names):
+        (header.parent / name).write_bytes(body()[:, :, z].astype("<i2").tobytes(order="F"))
+    (header.parent / "scan.raw").unlink()
+    header.write_text(header.read_text().replace("./", "").replace("scan.raw", files.format("\n".join(names))))
+    return header
+
+
+@kind("volume", truth=BODY)
+def metaimage_that_lists_its_slices(writer: Writer) -> Path:
+    return slices_beside(metaimage_beside_its_voxels(writer), "LIST\n{}\n")
+
+
+@kind("volume", truth=BODY)
+def metaimage_that_numbers_its_slices(writer: Writer) -> Path:
+    return slices_beside(metaimage_beside_its_voxels(writer), "s%02d.raw 0 23 1")
+
+
+@kind("volume", truth=BODY)
+def nrrd_that_lists_its_slices(writer: Writer) -> Path:
+    return slices_beside(nrrd_beside_its_voxels(writer), "LIST 2\n{}")
+
+
+@kind("volume", truth=BODY)
+def nrrd_that_numbers_its_slices(writer: Writer) -> Path:
+    return slices_beside(nrrd_beside_its_voxels(writer), "s%02d.raw 0 23 1 2")
+
+
+@kind("volume", truth=BODY)
+def metaimage_behind_a_foreign_header(writer: Writer) -> Path:
+    path = metaimage_beside_its_voxels(writer)
+    raw = path.with_suffix(".raw")
+    raw.write_bytes(b"head" * 25 + raw.read_bytes())
+    path.write_text(path.read_text().replace("ElementDataFile", "HeaderSize = 100\nElementDataFile"))
+    return path
+
+
+@kind("volume", "Slices seem to be missing: 2 gap(s) of up to 6 mm")
+def a_series_with_damaged_files(writer: Writer) -> Path:
+    folder = ct(writer)
+    (folder / "0890.dcm").write_bytes(b"")
+    whole = (folder / "0885.dcm").read_bytes()
+    (folder / "0885.dcm").write_bytes(whole[:-300])
+    return folder
+
+
 @kind("volume", truth=BODY)
 def legacy_converted_with_stacks_of_frames(writer: Writer) -> Path:
     def change(file: FileDataset) -> None:
@@ -605,6 +653,29 @@ def an_infinite_voxel(writer: Writer) -> Path:
 def a_header_that_leads_elsewhere(writer: Writer) -> Path:
     path = metaimage_beside_its_voxels(writer)
     path.write_text(path.read_text().replace("scan.raw", "../../secret.raw"))
+    return path
+
+
+@kind("", "its voxels s05.raw are missing")
+def a_listed_slice_that_is_missing(writer: Writer) -> Path:
+    path = metaimage_that_lists_its_slices(writer)
+    path.with_name("s05.raw").unlink()
+    return path
+
+
+@kind("", "its header gives no spacing, so the size of its voxels is unknown")
+def metaimage_of_no_spacing(writer: Writer) -> Path:
+    path = metaimage_beside_its_voxels(writer)
+    path.write_text(path.read_text().replace("ElementSpacing = 2 2.5 3\n", ""))
+    return path
+
+
+@kind("", "its header names no space, so its orientation is unknown")
+def nrrd_of_no_space(writer: Writer) -> Path:
+    path = nrrd(writer)
+    head, _, voxels = path.read_bytes().partition(b"\n\n")
+    kept = [line for line in head.splitlines() if not line.startswith(b"space")]
+    path.write_bytes(b"\n".join([*kept, b"spacings: 2 2.5 3", b"", voxels]))
     return path
 
 

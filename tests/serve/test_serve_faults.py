@@ -257,7 +257,7 @@ CASES: dict[str, tuple[Callable[[Any], Given], int, str]] = {
     ),
     "header alone": (lambda f: [metaimage(f, "scan.raw")], 422, "scan.mhd: its voxels scan.raw are missing. Drop"),
     "other file": (lambda f: [metaimage(f, "/etc/passwd")], 422, "scan.mhd: its header names voxels outside"),
-    "file list": (lambda f: [metaimage(f, "LIST")], 422, "scan.mhd: its slices lie in files of their own"),
+    "file list": (lambda f: [metaimage(f, "LIST")], 422, "scan.mhd: its voxels LIST are missing. Drop"),
     "NIfTI of one slice": (
         lambda f: [f.nifti("scan.nii.gz", np.ones((12, 12, 1), np.int16))],
         422,

@@ -37,7 +37,9 @@ def atomic_save(content: Any, path: Path) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp{os.getpid()}")
-    torch.save(_on_cpu(content), temporary)
+    # by a stream, of which a full or read-only disk is an OSError
+    with open(temporary, "wb") as stream:
+        torch.save(_on_cpu(content), stream)
     os.replace(temporary, path)
 
 

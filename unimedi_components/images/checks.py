@@ -224,7 +224,10 @@ def hounsfield_fault(sample: np.ndarray, hounsfield: bool = True) -> tuple[str, 
     else:
         why = "none reaches air (below -500), as grey levels or rescaled intensities do"
         remedy = "Convert it again from DICOM without rescaling the intensities"
-    return "not Hounsfield units", f"values {low:.4g} to {high:.4g} are not Hounsfield units: {why}. {remedy}{_ASSUME_HU}"
+    return (
+        "not Hounsfield units",
+        f"values {low:.4g} to {high:.4g} are not Hounsfield units: {why}. {remedy}{_ASSUME_HU}",
+    )
 
 
 def refused_values(sample: np.ndarray, hounsfield: bool = True) -> str:

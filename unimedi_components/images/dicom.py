@@ -269,8 +269,11 @@ def modality_values(header: DicomHeader) -> DicomValues:
     for frame, plane in enumerate(stored):
         slope, intercept = _rescale(header, frame)
         scales.add((slope, intercept))
-        # in double precision, so that whole Hounsfield units stay whole
-        values[frame] = plane if (slope, intercept) == (1, 0) else plane * float(slope) + float(intercept)
+        if slope == 1 and float(intercept).is_integer() and stored.dtype.itemsize <= 2:
+            np.add(plane, np.float32(intercept), out=values[frame], dtype=np.float32)
+        else:
+            # in double precision, so that whole Hounsfield units stay whole
+            values[frame] = plane * float(slope) + float(intercept)
     scales -= {(1.0, 0.0)}
     notes = (f"rescaled by {_by_values(scales)}",) if scales else ()
     return DicomValues(values, padding, notes)

@@ -243,17 +243,17 @@ def _slice_values(slices: Sequence[DicomSlice]) -> np.ndarray:
         places.setdefault(Path(one.header.path), []).append(number)
     for numbers in places.values():
         planes = _hounsfield(slices[numbers[0]].header)
-        if values.dtype == np.int16 and not _is_whole(planes):
-            values = values.astype(np.float32)
+        if values.dtype == np.int16:
+            with np.errstate(invalid="ignore"):
+                whole = planes.astype(np.int16)
+            # a value that int16 cannot hold comes back as another
+            if np.array_equal(whole, planes):
+                planes = whole
+            else:
+                values = values.astype(np.float32)
         for number in numbers:
             values[number] = planes[slices[number].frame]
     return values
-
-
-def _is_whole(values: np.ndarray) -> bool:
-    """Whether int16 can hold the values as they are."""
-    ends = np.iinfo(np.int16)
-    return bool(ends.min <= values.min() and values.max() <= ends.max and np.array_equal(values, np.rint(values)))
 
 
 def _hounsfield(header: DicomHeader) -> np.ndarray:

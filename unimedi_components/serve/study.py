@@ -99,7 +99,9 @@ def _renamed_zip(file: Received) -> Exception:
 def _one_study(contents: dict[Received, str], archive: str, folder: Path, limits: Limits) -> Study:
     headers = [file for file, content in contents.items() if content in ("metaimage", "nrrd")]
     voxels = {last_part(name) for file in headers for name in voxel_files(file.path)}
-    others, left_out = {}, []
+    others: dict[Received, str] = {}
+    left_out: list[Received] = []
+    broken: dict[Received, UploadError] = {}
     for file, content in contents.items():
         # a header may name itself
         if file.name in voxels and file not in headers:
@@ -108,15 +110,19 @@ def _one_study(contents: dict[Received, str], archive: str, folder: Path, limits
         if fault is None:
             others[file] = content
         elif len(contents) == 1 or family_of_name(file.name) or content == "nifti pair":
-            raise fault
+            broken[file] = fault
         else:
             left_out.append(file)
+    dicom = [file for file, content in others.items() if content == DICOM]
+    # of a series some files may be damaged; of anything else that is another study
+    if any(not dicom or family_of_name(file.name) != DICOM for file in broken):
+        raise next(iter(broken.values()))
     if not others:
         fault = not_read(left_out[0].name, contents[left_out[0]])
         assert fault is not None
         raise fault
     notes = [f"Left out, no image: {names_of(left_out)}."] if left_out else []
-    dicom = [file for file, content in others.items() if content == DICOM]
+    notes += [f"Left out: {fault}" for fault in broken.values()]
     if dicom and len(dicom) == len(others):
         return _dicom_study(dicom, archive, notes, folder, limits)
     if len(others) > 1:
@@ -141,7 +147,15 @@ def _part(limits: Limits) -> str:
 def _dicom_study(files: Sequence[Received], archive: str, notes: Sequence[str], folder: Path, limits: Limits) -> Study:
     """The one X-ray or the one stack of CT slices among DICOM files, sorted as every command sorts them."""
     received = {file.path: file for file in files}
-    headers = [_header(file) for file in files]
+    headers: list[DicomHeader] = []
+    damaged: list[UploadError] = []
+    for file in files:
+        try:
+            headers.append(_header(file))
+        except UploadError as error:
+            damaged.append(error)
+    if not headers:
+        raise damaged[0]
     found = sort_headers(headers, limits.assume_hu)
     if not found.xrays and not found.stacks:
         path, reason, _ = found.left_out[0]
@@ -153,7 +167,7 @@ def _dicom_study(files: Sequence[Received], archive: str, notes: Sequence[str], 
     for path, reason, _ in found.left_out:
         besides.setdefault(reason, []).append(received[path])
     left_out = [f"Left out: {names_of(members)}: {reason}." for reason, members in besides.items()]
-    warnings = [*notes, *left_out]
+    warnings = [*notes, *(f"Left out: {error}" for error in damaged), *left_out]
     first = received[Path((found.xrays or [found.stacks[0].header])[0].path)]
     if found.xrays:
         facts, more = check_xray(found.xrays[0], first.name, limits)
