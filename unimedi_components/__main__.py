@@ -21,8 +21,6 @@ from unimedi_components.search_commands import embed, index, search
 from unimedi_components.serve_command import serve
 from unimedi_components.zero_shot_command import zero_shot
 
-__all__ = ["main"]
-
 
 def phantom(layout: str, out: str, patients: int = 200, seed: int = 0, workers: int | None = None) -> None:
     """Write a synthetic data set to disk in a real data set's own layout.

@@ -21,8 +21,6 @@ from unimedi_components.errors import CheckpointError, ConfigError, DataError
 from unimedi_components.files import show_any_name
 from unimedi_components.workflow import fit_workflow, folders_in_use, keep_log, log_fault, workflow_in_use
 
-__all__ = ["RunCall", "bundle_root", "check_run", "data_dir", "encoder_weights", "parse_run_call", "user_fault"]
-
 logger = logging.getLogger(__name__)
 
 # the arguments of `monai.bundle run`, in its order, and of the workflow that it makes: not config keys

@@ -17,8 +17,6 @@ from tqdm import tqdm
 from unimedi_components.errors import ConfigError, DataError
 from unimedi_components.loading.store import older_entries
 
-__all__ = ["fill_cache", "remove_older"]
-
 _SPLITS = {"training": "train#dataset", "validation": "validate#dataset"}
 
 

@@ -9,8 +9,6 @@ import textwrap
 from collections.abc import Callable, Mapping
 from typing import Any
 
-__all__ = ["command_help", "overview", "prepare_help"]
-
 _PROGRAM = "python -m unimedi_components"
 _WIDTH = 110
 #: An example of each command.

@@ -13,8 +13,6 @@ from fire.parser import DefaultParseValue
 
 from unimedi_components.errors import ConfigError
 
-__all__ = ["CHECKPOINT", "check_options", "exact_words", "loses_hash", "path_names", "whole_number"]
-
 #: Where the default pre-training run leaves its weights.
 CHECKPOINT = "bundles/pretrain/models/model.pt"
 

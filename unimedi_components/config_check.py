@@ -26,8 +26,6 @@ from monai.utils import BundlePropertyConfig
 
 from unimedi_components.errors import ConfigError
 
-__all__ = ["check_config", "check_workflow"]
-
 _SEP = ReferenceResolver.sep
 _COMPONENT_KEYS = frozenset(ConfigComponent.non_arg_keys)
 _PROPERTY_IDS = frozenset(str(p[BundlePropertyConfig.ID]) for p in (TrainProperties | InferProperties).values())

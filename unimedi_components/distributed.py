@@ -20,22 +20,6 @@ from torch import Tensor, nn
 
 from unimedi_components.errors import ConfigError
 
-__all__ = [
-    "all_reduce_sum",
-    "all_reduce_sum_with_grad",
-    "broadcast",
-    "first_rank_first",
-    "gather_objects",
-    "gather_with_grad",
-    "is_distributed",
-    "local_device",
-    "rank",
-    "start",
-    "unwrap",
-    "wait_for_ranks",
-    "world_size",
-]
-
 T = TypeVar("T")
 
 # the first rank may prepare a data set for hours

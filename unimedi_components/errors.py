@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-__all__ = ["CheckpointError", "ConfigError", "DataError"]
-
 
 class DataError(ValueError):
     """A data set, file or datalist is missing, unreadable or inconsistent."""

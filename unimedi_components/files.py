@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["ANY_NAME", "replacing", "show_any_name"]
-
 #: How text with names of files is encoded: bytes of a name that are no UTF-8 as an escape, which JSON reads back.
 ANY_NAME = "backslashreplace"
 

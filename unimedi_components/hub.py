@@ -20,8 +20,6 @@ from unimedi_components.images.find import image_at, image_items
 from unimedi_components.networks.hub import MODEL_TYPE, PROCESSOR_FILE, hub_folder, read_hub_json
 from unimedi_components.networks.unified_vit import UnifiedViT
 
-__all__ = ["UniMediConfig", "UniMediImageProcessor", "UniMediVisionModel"]
-
 logger = logging.getLogger(__name__)
 
 

@@ -18,8 +18,6 @@ from unimedi_components.errors import ConfigError
 from unimedi_components.networks import UnifiedViT, encoder_sizes
 from unimedi_components.plan import Needs, StepCost, state_bytes
 
-__all__ = ["TaskStep", "task_needs"]
-
 
 class TaskStep:
     """The training step of a task bundle's config, for any number of images.

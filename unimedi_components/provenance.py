@@ -14,8 +14,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["commit", "provenance"]
-
 
 def commit() -> str:
     """Commit of the checkout that the package lies in, "+" behind it where files differ; its version without git."""

@@ -12,18 +12,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = [
-    "Grid",
-    "cls_attention",
-    "keep_tokens",
-    "kept_counts",
-    "random_scores",
-    "select_slices",
-    "slab_to_slices",
-    "slice_scores",
-    "take_slices",
-]
-
 Grid = tuple[int, int, int]
 
 

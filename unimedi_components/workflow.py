@@ -20,8 +20,6 @@ from typing import Any
 from unimedi_components.errors import ConfigError
 from unimedi_components.files import ANY_NAME
 
-__all__ = ["fit_workflow", "folders_in_use", "keep_log", "log_fault", "only_a_network_is_wanted", "workflow_in_use"]
-
 _SCRIPTS = "monai.bundle.scripts"
 _NETWORK_CALLS = ("load", "verify_net_in_out", "ckpt_export", "onnx_export", "trt_export")
 

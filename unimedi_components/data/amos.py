@@ -22,8 +22,6 @@ from unimedi_components.data.registry import Dataset
 from unimedi_components.data.sources import check_choice, existing_root, find_source
 from unimedi_components.errors import DataError
 
-__all__ = ["ORGANS", "collect"]
-
 #: Names of the labels 1 to 15.
 ORGANS = (
     "spleen",

@@ -17,8 +17,6 @@ from unimedi_components.data.sources import check_choice, existing_root, undoubl
 from unimedi_components.data.splits import split_patients
 from unimedi_components.errors import DataError
 
-__all__ = ["OFFICIAL_SPLITS", "ORGANS", "collect"]
-
 #: Names of the labels 1 to 13.
 ORGANS = (
     "spleen",

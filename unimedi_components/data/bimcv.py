@@ -33,8 +33,6 @@ from unimedi_components.errors import DataError
 from unimedi_components.images.checks import CTLimits, Fault, check_ct
 from unimedi_components.images.volume import read_volume_header
 
-__all__ = ["collect"]
-
 LABEL_TABLES = ("derivatives/labels/labels_covid19_posi.tsv", "derivatives/labels/labels_covid_posi.tsv")
 TEXT_COLUMNS = ("English", "Report_en", "report_en", "Report", "report", "text", "Text")
 PATH_COLUMNS = ("path", "Path", "file", "filename", "file_name", "image", "image_path", "ImagePath", "nii_path")

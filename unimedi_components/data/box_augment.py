@@ -13,8 +13,6 @@ import torch
 from monai.transforms import MapTransform
 from torch import Tensor
 
-__all__ = ["RowsFirstBoxesd", "ToInputBoxesd"]
-
 
 class RowsFirstBoxesd(MapTransform):
     """[x0, y0, x1, y1] to [y0, x0, y1, x1], as `monai.apps.detection.transforms` reads boxes; twice is nothing.

@@ -20,8 +20,6 @@ from torch import Tensor
 
 from unimedi_components.errors import DataError
 
-__all__ = ["BoxesToImaged", "BoxesToMaskd", "boxes_to_file", "boxes_to_image"]
-
 
 def boxes_to_image(boxes: Any, affine: Tensor) -> Tensor:
     """Bring boxes from pixels of the file to pixels of the image.

@@ -10,8 +10,6 @@ from unimedi_components.data.registry import Dataset
 from unimedi_components.data.sources import nearest_hint
 from unimedi_components.errors import ConfigError
 
-__all__ = ["DATASETS", "describe", "find_dataset"]
-
 _MODULES = (mimic_cxr, bimcv, chexpert, rsna, covidx, cc_ccii, luna16, bcv, amos, table)
 
 #: Data set name -> what is known of it; a new data set is one more module.

@@ -34,8 +34,6 @@ from unimedi_components.data.splits import split_patients, strata_by_label
 from unimedi_components.errors import DataError
 from unimedi_components.images.xray_checks import IMAGE_CHECKS, xray_fault
 
-__all__ = ["CLASSES", "collect"]
-
 #: Class folders in the order of their labels: common pneumonia 0, novel coronavirus pneumonia 1, normal 2.
 CLASSES = ("CP", "NCP", "Normal")
 LISTS = {"training": "ct_train*.json", "validation": "ct_val*.json", "test": "ct_test*.json"}

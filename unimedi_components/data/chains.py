@@ -17,8 +17,6 @@ from unimedi_components.data.slices import slice_volume_transforms
 from unimedi_components.data.transforms import ct_transforms, xray_transforms
 from unimedi_components.errors import ConfigError
 
-__all__ = ["CHAINS", "BySource", "task_transforms"]
-
 CHAINS: dict[str, Callable[..., list[Transform]]] = {
     "xray": xray_transforms,
     "ct": ct_transforms,

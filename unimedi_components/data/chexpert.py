@@ -30,8 +30,6 @@ from unimedi_components.data.sources import (
 from unimedi_components.data.splits import hold_out
 from unimedi_components.errors import ConfigError, DataError
 
-__all__ = ["COMPETITION", "FINDINGS", "UNCERTAIN_ONES", "collect"]
-
 #: The 14 findings in the order of the csv's columns.
 FINDINGS = (
     "No Finding",

@@ -22,8 +22,6 @@ from unimedi_components.data.sources import existing_root, nearest_hint, read_te
 from unimedi_components.data.splits import split_patients, strata_by_label
 from unimedi_components.errors import ConfigError, DataError
 
-__all__ = ["CLASSES", "collect"]
-
 #: Class names of both tasks in the order of their labels.
 CLASSES = {"three": ("normal", "pneumonia", "COVID-19"), "two": ("negative", "positive")}
 _LABELS = {

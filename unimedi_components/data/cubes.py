@@ -24,8 +24,6 @@ from unimedi_components.images.itk_volumes import (
     world_to_voxel,
 )
 
-__all__ = ["LoadCubed", "luna_cube_transforms"]
-
 _AXCODES = ("S", "P", "L")
 
 

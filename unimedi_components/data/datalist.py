@@ -20,17 +20,6 @@ from unimedi_components.data.sources import sha256_of
 from unimedi_components.errors import DataError
 from unimedi_components.files import ANY_NAME, replacing
 
-__all__ = [
-    "FAULT_REASONS",
-    "SPLITS",
-    "DatalistBuilder",
-    "load_datalist",
-    "select",
-    "validate_datalist",
-    "write_datalist",
-    "write_json",
-]
-
 SPLITS = ("training", "validation", "test")
 REQUIRED_KEYS = ("id", "patient", "image", "dim")
 LISTED_DROPS = 20

@@ -28,8 +28,6 @@ from unimedi_components.images.dicom import is_dicom, modality_values, read_head
 from unimedi_components.images.itk_loading import load_itk
 from unimedi_components.images.xray import LoadXrayd
 
-__all__ = ["TARGETS", "FilmMaskd", "film_transforms"]
-
 TARGETS = ("mask", "boxes")
 
 

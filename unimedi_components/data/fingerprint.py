@@ -18,8 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["VERSION", "describe", "fingerprint"]
-
 #: Raise it when a transform of this package changes what it computes from the same parameters.
 VERSION = 2
 

@@ -14,8 +14,6 @@ from unimedi_components.data.slice_files import IMAGE_ENDINGS
 from unimedi_components.errors import DataError
 from unimedi_components.images import find
 
-__all__ = ["find_images"]
-
 logger = logging.getLogger(__name__)
 
 _DATALIST = "pretrain.json"

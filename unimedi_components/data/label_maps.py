@@ -21,8 +21,6 @@ from unimedi_components.images.checks import CTLimits, check_ct
 from unimedi_components.images.volume import read_volume_header
 from unimedi_components.images.xray_checks import IMAGE_CHECKS
 
-__all__ = ["Case", "add_cases", "geometry_difference", "pair_fault", "unknown_labels"]
-
 BACKGROUND = "background"
 #: Header fields are rounded differently by each tool; by more than this share of a voxel two grids differ.
 GEOMETRY_TOLERANCE = 0.1

@@ -25,8 +25,6 @@ from unimedi_components.images.checks import Fault, check_metaimage
 from unimedi_components.images.itk_volumes import VolumeGeometry, world_to_voxel
 from unimedi_components.images.xray_checks import IMAGE_CHECKS
 
-__all__ = ["LABEL_NAMES", "collect"]
-
 #: Class names by mode, in label order.
 LABEL_NAMES = {"volume": ["normal", "nodule"], "candidates": ["no nodule", "nodule"]}
 TOPS = ("", "LUNA16/", "luna16/", "*/", "*/*/")

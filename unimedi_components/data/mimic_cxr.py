@@ -28,8 +28,6 @@ from unimedi_components.data.sources import (
 from unimedi_components.data.text import clean_report, split_sections
 from unimedi_components.errors import DataError
 
-__all__ = ["LABEL_MISSING", "collect"]
-
 SPLIT_NAMES = {"train": "training", "validate": "validation", "test": "test"}
 FRONTAL_VIEWS = ("PA", "AP")
 #: Label of a finding that the report does not mention; the others are the file's own 1, 0 and -1 (uncertain).

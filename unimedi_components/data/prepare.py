@@ -23,8 +23,6 @@ from unimedi_components.data.sources import nearest_hint
 from unimedi_components.data.splits import nested_fraction
 from unimedi_components.errors import ConfigError, DataError
 
-__all__ = ["merge_datalists", "prepare"]
-
 EXAMPLES = 3
 
 

@@ -15,8 +15,6 @@ from unimedi_components.distributed import first_rank_first
 from unimedi_components.errors import DataError
 from unimedi_components.workflow import only_a_network_is_wanted
 
-__all__ = ["pretraining_datalist", "report_tokenizer"]
-
 SOURCES = ("mimic_cxr", "bimcv")
 
 

@@ -9,8 +9,6 @@ from typing import Any
 
 from unimedi_components.data.datalist import DatalistBuilder
 
-__all__ = ["OPTIONS", "Dataset"]
-
 #: Options that converters share; a docstring describes the others, and those that mean something else there.
 OPTIONS = {
     "strict": "raise at the first broken or missing file.",

@@ -14,8 +14,6 @@ from monai.transforms.utils import allow_missing_keys_mode
 
 from unimedi_components.errors import DataError
 
-__all__ = ["Restored"]
-
 
 class Restored(Transform):
     """Bring scores on the network's grid back to the geometry of the image's file.

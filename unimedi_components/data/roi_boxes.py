@@ -22,8 +22,6 @@ from unimedi_components.errors import DataError
 from unimedi_components.images.headers import DicomHeader, is_dicom, read_header
 from unimedi_components.images.itk_loading import load_itk
 
-__all__ = ["boxes_of_rois", "film_affine", "rois_of_boxes"]
-
 Array = npt.NDArray[np.float64]
 
 

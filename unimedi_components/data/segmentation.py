@@ -24,8 +24,6 @@ from unimedi_components.data.volume_loading import LoadVolumed, Uprightd
 from unimedi_components.errors import DataError
 from unimedi_components.images.itk_loading import load_imaged
 
-__all__ = ["CheckLabelMapd", "segmentation_transforms"]
-
 
 class CheckLabelMapd(Transform):
     """Let a label map pass that has its image's voxels and whole numbers; give it the image's affine.

@@ -10,8 +10,6 @@ from monai.config import KeysCollection
 from monai.transforms import RandAffined
 from monai.transforms.spatial.array import RandAffineGrid
 
-__all__ = ["RandSimilarityd"]
-
 
 class _OneScaleGrid(RandAffineGrid):
     def randomize(self, data: Any | None = None) -> None:

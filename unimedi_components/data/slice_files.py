@@ -11,8 +11,6 @@ from typing import Any
 
 from unimedi_components.errors import DataError
 
-__all__ = ["FIRST_SLICES", "IMAGE_ENDINGS", "checked_end", "evenly_spread", "in_slice_order", "slice_files"]
-
 FIRST_SLICES = ("head", "foot")
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 

@@ -23,8 +23,6 @@ from unimedi_components.data.slice_files import IMAGE_ENDINGS, checked_end, even
 from unimedi_components.errors import DataError
 from unimedi_components.images.itk_loading import load_imaged
 
-__all__ = ["ChooseSlicesd", "SliceFolderReader", "slice_volume_transforms"]
-
 
 class ChooseSlicesd(MapTransform):
     """Replace a folder by the files of a number of its slices, spread evenly, from the lowest to the highest.

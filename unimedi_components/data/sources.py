@@ -24,21 +24,6 @@ from tqdm import tqdm
 from unimedi_components.errors import ConfigError, DataError
 from unimedi_components.images.xray_checks import xray_fault
 
-__all__ = [
-    "check_choice",
-    "existing_root",
-    "find_source",
-    "first_source",
-    "folders_below",
-    "nearest_hint",
-    "progress_map",
-    "read_source",
-    "read_text",
-    "sha256_of",
-    "undoubled",
-    "xray_faults",
-]
-
 # what macOS leaves beside the files of an archive
 _NOT_DATA = ("__MACOSX",)
 

@@ -15,8 +15,6 @@ from typing import Any
 
 from unimedi_components.errors import DataError
 
-__all__ = ["hold_out", "nested_fraction", "patient_order", "split_patients", "strata_by_dim", "strata_by_label"]
-
 _RARE = 10
 
 

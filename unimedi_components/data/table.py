@@ -26,8 +26,6 @@ from unimedi_components.images.find import VOLUME_ENDINGS, image_at
 from unimedi_components.images.identify import PICTURES, VOLUMES, content_fault, identify
 from unimedi_components.images.xray_checks import IMAGE_CHECKS, xray_fault
 
-__all__ = ["collect"]
-
 SPLIT_NAMES = {
     **dict.fromkeys(("training", "train", "tr"), "training"),
     **dict.fromkeys(("validation", "validate", "valid", "val", "dev"), "validation"),

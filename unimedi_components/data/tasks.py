@@ -16,8 +16,6 @@ from unimedi_components.data.splits import nested_fraction
 from unimedi_components.distributed import first_rank_first
 from unimedi_components.errors import DataError
 
-__all__ = ["load_task", "task_datalist"]
-
 logger = logging.getLogger(__name__)
 
 

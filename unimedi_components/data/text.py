@@ -7,8 +7,6 @@ import re
 import unicodedata
 from typing import NamedTuple
 
-__all__ = ["CleanReport", "as_trained", "clean_report", "report_language", "split_sections"]
-
 # A header starts a line after one blank and ends with a colon (the layout of MIMIC-CXR 2.0.0 report files).
 _HEADER = re.compile(r"\n ([A-Z ()/,-]+):\s")
 _PARAGRAPH = re.compile(r"\n[ \t]*\n")

@@ -16,8 +16,6 @@ from transformers.models.bert.tokenization_bert import BertTokenizer
 
 from unimedi_components.errors import DataError
 
-__all__ = ["SPECIAL_TOKENS", "build_wordpiece"]
-
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _MIN_FREQUENCY = 2
 _MAX_LENGTH = 512

@@ -20,8 +20,6 @@ from unimedi_components.images.checks import NOT_FINITE, SAMPLED_SLICES, CTLimit
 from unimedi_components.images.itk_volumes import AIR_HU
 from unimedi_components.images.volume import VolumeHeader, read_volume
 
-__all__ = ["LoadVolumed", "Uprightd", "part_of", "with_part"]
-
 _GEOMETRY = CTLimits(min_slices=2, min_megabytes=0.0)
 # axes that are further from right angles than this (a tilt of 0.1 degrees) are resampled
 _SHEAR = 1.7e-3

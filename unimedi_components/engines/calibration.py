@@ -23,8 +23,6 @@ from unimedi_components.engines.samples import spread_images
 from unimedi_components.networks.heads import ProjectionHead
 from unimedi_components.networks.modality_norm import ModalityBatchNorm1d
 
-__all__ = ["CalibrateProjection", "calibrate_projection"]
-
 logger = logging.getLogger(__name__)
 
 

@@ -22,8 +22,6 @@ from unimedi_components.images.greys import FILM_VALUES
 from unimedi_components.networks.pretrained import CARD, FULL, TEXT, make_card, student_state
 from unimedi_components.networks.weights import load_strict
 
-__all__ = ["ResumableCheckpoint", "TaskCheckpoint", "TrainingCheckpoint", "atomic_save"]
-
 LAST = "last.pt"
 # MONAI Label offers every *.pt of a models folder as a model, and takes the first one
 LAST_OF_TASK = "last.ckpt"

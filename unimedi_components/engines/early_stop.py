@@ -10,8 +10,6 @@ from typing import Any
 from ignite.engine import Engine
 from monai.handlers import EarlyStopHandler
 
-__all__ = ["EarlyStop"]
-
 
 class EarlyStop(EarlyStopHandler):
     """MONAI's early stopping by the validation's key metric, with a state that a resumed run takes up.

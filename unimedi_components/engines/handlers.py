@@ -18,20 +18,6 @@ from torch import Tensor, nn
 from unimedi_components.data.datalist import write_json
 from unimedi_components.distributed import rank, unwrap
 
-__all__ = [
-    "EndWithLoader",
-    "EpochSeed",
-    "GradientCare",
-    "History",
-    "SkippedStudies",
-    "TeacherUpdate",
-    "TensorBoardLosses",
-    "ValidationLog",
-    "defined_handler",
-    "losses",
-    "prepare_mixed_batch",
-]
-
 logger = logging.getLogger(__name__)
 
 

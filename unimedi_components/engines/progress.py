@@ -14,8 +14,6 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from unimedi_components.distributed import rank
 from unimedi_components.engines.handlers import losses
 
-__all__ = ["TrainingProgress"]
-
 
 class TrainingProgress:
     """One tqdm bar over all iterations of the run, with the epoch and the newest losses; on rank 0 alone.

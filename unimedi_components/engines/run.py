@@ -28,8 +28,6 @@ from unimedi_components.engines.target_information import WatchTargets
 from unimedi_components.engines.whitening import WhitenTokenizers
 from unimedi_components.networks.cards import network_card
 
-__all__ = ["PretrainingRun", "TaskRun", "set_up"]
-
 
 def set_up(seed: int, device: torch.device | str, matmul_precision: str | None = None) -> None:
     """Settings of the process: seeds, flash attention on a GPU alone, and how float32 matrices are multiplied.

@@ -8,8 +8,6 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["spread_images"]
-
 
 def spread_images(dataset: Any, dim: int, count: int) -> Iterator[Tensor]:
     """Images of one dimension, evenly spaced over a data set; unreadable ones of the sample are left out.

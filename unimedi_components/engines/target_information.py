@@ -12,8 +12,6 @@ from monai.utils import CommonKeys
 from unimedi_components.distributed import rank
 from unimedi_components.metrics.information import TargetInformation
 
-__all__ = ["COLLAPSED", "REMEDY", "WatchTargets"]
-
 logger = logging.getLogger(__name__)
 
 #: Nats of the CLS targets below which a run is called collapsed.

@@ -22,8 +22,6 @@ from unimedi_components.distributed import broadcast, rank, unwrap
 from unimedi_components.engines.samples import spread_images
 from unimedi_components.networks.embed import PatchEmbed
 
-__all__ = ["WhitenTokenizers", "whiten_patch_embed"]
-
 logger = logging.getLogger(__name__)
 
 # X-rays and volumes that the statistics are of

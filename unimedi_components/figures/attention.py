@@ -18,19 +18,6 @@ from matplotlib.ticker import MaxNLocator
 
 from unimedi_components.figures.curves import DPI, WIDTH, save_png
 
-__all__ = [
-    "COLOUR_MAP",
-    "CTView",
-    "XrayView",
-    "attention_opacity",
-    "attention_strength",
-    "draw_overlay",
-    "draw_panel",
-    "draw_selection",
-    "draw_xrays",
-    "row_figure",
-]
-
 Array = npt.NDArray[Any]
 
 RIGHT, WRONG, NEUTRAL, LESION = "#2a9d4a", "#8a8f98", "#2f6fb2", "#d1495b"

@@ -18,8 +18,6 @@ from matplotlib.figure import Figure
 
 from unimedi_components.figures.curves import DPI, cut, save_png
 
-__all__ = ["RocCurve", "draw_confusion", "draw_precision_recall", "draw_roc"]
-
 Array = npt.NDArray[Any]
 
 _TEXT = "#222222"

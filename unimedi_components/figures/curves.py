@@ -21,8 +21,6 @@ from PIL import Image
 
 from unimedi_components.files import replacing
 
-__all__ = ["DPI", "WIDTH", "cut", "draw_loss_curves", "save_png"]
-
 Array = npt.NDArray[Any]
 Rows = Sequence[Mapping[str, float]]
 

@@ -21,8 +21,6 @@ from unimedi_components.data.slice_files import evenly_spread
 from unimedi_components.figures import attention as maps
 from unimedi_components.figures.curves import DPI, WIDTH, cut, save_png
 
-__all__ = ["BoxImage", "MaskView", "draw_boxes", "draw_masks", "draw_organs", "draw_prediction", "organ_colours"]
-
 Array = npt.NDArray[Any]
 
 TRUE, FOUND = "#2ca02c", "#ff7f0e"

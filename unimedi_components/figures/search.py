@@ -15,8 +15,6 @@ import numpy.typing as npt
 from unimedi_components.figures import attention as figures
 from unimedi_components.figures.curves import WIDTH, save_png
 
-__all__ = ["Found", "draw_search"]
-
 Array = npt.NDArray[Any]
 
 _SIDE, _TITLE, _TEXT = 1.83, 0.24, 0.45

@@ -21,8 +21,6 @@ from unimedi_components.errors import DataError
 from unimedi_components.images.xray import film_notes
 from unimedi_components.loading.targets import Skipped
 
-__all__ = ["MixedCollate", "collate"]
-
 
 def collate(items: Sequence[dict[str, Any] | Skipped], target: str | None) -> dict[str, Any] | None:
     """Items of one dimension to a batch, without those that could not be read.

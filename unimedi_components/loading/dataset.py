@@ -30,8 +30,6 @@ from unimedi_components.loading.collate import collate
 from unimedi_components.loading.store import ImageStore, ItemList, older_entries, pack, store_folder, unpack
 from unimedi_components.loading.targets import KEPT, Skipped, complete
 
-__all__ = ["ImageDataset"]
-
 logger = logging.getLogger(__name__)
 
 # where no item of a dimension could be read, at most this many following items are tried in their place

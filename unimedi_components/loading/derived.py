@@ -18,8 +18,6 @@ from unimedi_components.loading.dataset import ImageDataset
 from unimedi_components.loading.loader import ImageLoader
 from unimedi_components.loading.targets import Skipped
 
-__all__ = ["FeatureDataset", "RepeatedDataset"]
-
 # seeds of the passes lie far apart, beyond any seed that a person would choose next
 _SEED_STEP = 1_000_003
 

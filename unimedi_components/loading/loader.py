@@ -16,8 +16,6 @@ from unimedi_components.errors import DataError
 from unimedi_components.loading.collate import MixedCollate
 from unimedi_components.loading.sampler import MixedBatchSampler, rank_share
 
-__all__ = ["ImageLoader"]
-
 
 class ImageLoader(DataLoader):
     """MONAI's loader over images, with one `set_epoch` for the data set and the sampler.

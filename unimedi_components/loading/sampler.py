@@ -13,8 +13,6 @@ from unimedi_components.distributed import rank as current_rank
 from unimedi_components.distributed import world_size
 from unimedi_components.errors import ConfigError, DataError
 
-__all__ = ["MixedBatchSampler", "rank_share"]
-
 T = TypeVar("T")
 
 

@@ -29,8 +29,6 @@ from torch import Tensor
 
 from unimedi_components.data.fingerprint import VERSION
 
-__all__ = ["ImageStore", "ItemList", "older_entries", "pack", "store_folder", "unpack"]
-
 logger = logging.getLogger(__name__)
 
 # raise it when shards or keys are laid out in another way

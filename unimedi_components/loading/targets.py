@@ -11,8 +11,6 @@ from typing import Any, NamedTuple
 from unimedi_components.errors import DataError
 from unimedi_components.images.find import ImageList
 
-__all__ = ["KEPT", "Skipped", "complete"]
-
 #: Target -> what a prepared item holds in tensors.
 KEPT: dict[str | None, tuple[str, ...]] = {
     None: ("image",),

@@ -7,8 +7,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["TASKS", "ClassificationLoss", "probabilities"]
-
 TASKS = ("binary", "multilabel", "multiclass")
 UNCERTAIN = -1
 

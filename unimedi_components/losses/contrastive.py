@@ -9,8 +9,6 @@ from torch import Tensor
 
 from unimedi_components.distributed import gather_with_grad
 
-__all__ = ["contrastive_loss"]
-
 
 def contrastive_loss(
     image_embed: Tensor,

@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["DetectionLoss"]
-
 
 class DetectionLoss(nn.Module):
     """Weighted sum of a detector's losses; the detector has matched boxes to targets already.

@@ -17,8 +17,6 @@ from torch.autograd.function import once_differentiable
 
 from unimedi_components.distributed import all_reduce_sum, is_distributed, world_size
 
-__all__ = ["balanced_center", "distillation_loss", "update_center"]
-
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Sum over rows of weight * CE(teacher, student), differentiated while each chunk is at hand."""

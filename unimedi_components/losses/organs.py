@@ -13,8 +13,6 @@ from monai.losses import DiceLoss
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["OrganLoss"]
-
 
 class OrganLoss(nn.Module):
     """Soft Dice plus cross-entropy of softmax classes: MONAI's `DiceCELoss`, whose voxels may be weighted by class.

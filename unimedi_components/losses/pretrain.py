@@ -14,8 +14,6 @@ from unimedi_components.losses.contrastive import contrastive_loss
 from unimedi_components.losses.distillation import balanced_center, distillation_loss, update_center
 from unimedi_components.networks.output import UniMediOutput
 
-__all__ = ["UniMediLoss"]
-
 TARGETS = ("sinkhorn", "center")
 # X-ray, volume; and for patch tokens X-ray, volume, slice
 _CLS_GROUPS, _PATCH_GROUPS = 2, 3

@@ -9,8 +9,6 @@ import torch
 from monai.losses import DiceLoss, FocalLoss
 from torch import Tensor, nn
 
-__all__ = ["FocalDiceLoss"]
-
 DICE = ("linear", "log")
 
 

@@ -12,20 +12,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = [
-    "LEVEL",
-    "PatientResamples",
-    "interval_table",
-    "patient_index",
-    "patient_intervals",
-    "percentile_interval",
-    "resample_patients",
-    "resampled",
-    "resampled_auroc",
-    "resamples_used",
-    "weighted_mean",
-]
-
 Array = npt.NDArray[Any]
 
 LEVEL = 0.95

@@ -19,18 +19,6 @@ from monai.handlers import from_engine
 from unimedi_components.distributed import gather_objects
 from unimedi_components.metrics.bootstrap import LEVEL, interval_table, patient_index, resampled, resamples_used
 
-__all__ = [
-    "IOUS",
-    "RULES",
-    "DetectionLossMetric",
-    "DetectionScore",
-    "Detections",
-    "box_ious",
-    "detection_metrics",
-    "match_boxes",
-    "precision_recall",
-]
-
 Array = npt.NDArray[Any]
 
 IOUS = (0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75)

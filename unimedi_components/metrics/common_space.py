@@ -11,8 +11,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["centred", "centroid_distance", "unit_rows"]
-
 Array = npt.NDArray[Any]
 
 

@@ -21,8 +21,6 @@ from torch import Tensor
 from unimedi_components.losses.segmentation import FocalDiceLoss
 from unimedi_components.metrics.bootstrap import LEVEL, interval_table, patient_index, resampled, weighted_mean
 
-__all__ = ["MaskLossMetric", "MaskScore", "mask_counts", "mask_metrics", "mask_scores"]
-
 Array = npt.NDArray[Any]
 
 

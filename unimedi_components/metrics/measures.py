@@ -11,8 +11,6 @@ import numpy.typing as npt
 
 from unimedi_components.metrics.bootstrap import PatientResamples, percentile_interval
 
-__all__ = ["Measures", "others_mean"]
-
 Array = npt.NDArray[Any]
 
 

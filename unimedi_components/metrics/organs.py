@@ -21,8 +21,6 @@ from torch import Tensor
 
 from unimedi_components.metrics.bootstrap import LEVEL, interval_table, patient_index, resampled, weighted_mean
 
-__all__ = ["METRICS", "OrganDice", "organ_metrics", "organ_scores"]
-
 Array = npt.NDArray[Any]
 
 METRICS = ("dice", "surface_dice", "hd95_mm")

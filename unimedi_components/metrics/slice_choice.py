@@ -17,8 +17,6 @@ import torch
 
 from unimedi_components import selection
 
-__all__ = ["best_choice", "expected_minimum", "fixed_choices", "lesion_distance", "reachable"]
-
 Array = npt.NDArray[Any]
 
 

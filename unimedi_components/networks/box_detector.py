@@ -21,8 +21,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-__all__ = ["BoxDetector"]
-
 CLASSIFICATION, REGRESSION = "classification", "box_regression"
 # numbers of a matrix of boxes and anchors that are compared at once
 _COMPARED = 2**26

@@ -17,8 +17,6 @@ from unimedi_components.networks.pretrained import CARD, read_card
 from unimedi_components.networks.unified_vit import UnifiedViT
 from unimedi_components.networks.weights import load_strict, read_state_dict
 
-__all__ = ["KINDS", "load_network", "network_card"]
-
 #: Kind of network -> what people call it, module, class. A class has `kind`, `hparams`, `card` and `encoder`.
 KINDS = {
     "classifier": ("classifier", "classifier", "ImageClassifier"),

@@ -22,8 +22,6 @@ from unimedi_components.networks.task_network import TaskNetwork
 from unimedi_components.networks.unified_vit import UnifiedViT
 from unimedi_components.networks.weights import create_encoder
 
-__all__ = ["ImageClassifier", "load_classifier", "task_encoder"]
-
 
 class ImageClassifier(TaskNetwork):
     """Dropout and one linear layer on the CLS token after the final norm (MGCA's `ssl_finetuner.py`).

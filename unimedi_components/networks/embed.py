@@ -14,8 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["PatchEmbed", "resample_patch_embed", "resample_pos_embed_2d", "resample_pos_embed_3d", "to_tuple"]
-
 
 def to_tuple(value: int | Sequence[int], length: int, name: str) -> tuple[int, ...]:
     """An int repeated, or a sequence of the right length, as a tuple of positive ints.

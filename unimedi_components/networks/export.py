@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ScriptableByDimension", "ScriptableNetwork", "example", "scriptable", "trace"]
-
 
 class ScriptableNetwork(nn.Module):
     """A traced network behind a forward that `torch.jit.script` can compile.

@@ -11,8 +11,6 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn import functional
 
-__all__ = ["ChannelLayerNorm", "SimpleFeaturePyramid"]
-
 
 class ChannelLayerNorm(nn.LayerNorm):
     """Layer norm over the channels of each pixel of a map (B, C, h, w)."""

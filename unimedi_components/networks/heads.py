@@ -12,8 +12,6 @@ from torch.nn import functional as F
 from unimedi_components.errors import ConfigError
 from unimedi_components.networks.modality_norm import ModalityBatchNorm1d
 
-__all__ = ["DINOHead", "ProjectionHead"]
-
 _NORMS = ("batch_per_modality", "batch", "layer", "none")
 
 

@@ -16,8 +16,6 @@ from torch import nn
 from unimedi_components import __version__
 from unimedi_components.errors import CheckpointError
 
-__all__ = ["MODEL_TYPE", "PROCESSOR_FILE", "HubEncoder", "hub_folder", "read_hub_json", "read_json"]
-
 MODEL_TYPE = "unimedi_vit"
 CONFIG_FILE, PROCESSOR_FILE, WEIGHTS_FILE = "config.json", "preprocessor_config.json", "model.safetensors"
 CODE_FILE = "unimedi_auto.py"

@@ -14,8 +14,6 @@ from torch.nn import functional as F
 
 from unimedi_components.selection import cls_attention
 
-__all__ = ["Attention", "Block", "Mlp"]
-
 
 class Attention(nn.Module):
     """Multi-head self-attention through `scaled_dot_product_attention`.

@@ -15,8 +15,6 @@ from unimedi_components.networks.heads import DINOHead
 from unimedi_components.networks.output import EncoderOutput
 from unimedi_components.selection import Grid, kept_counts
 
-__all__ = ["KINDS", "MODALITIES", "Compared", "compare", "masked_pass"]
-
 MODALITIES = ("image2d", "image3d")
 # Kinds of token that the distillation head centers and the loss balances each for itself.
 KINDS = ("image2d_cls", "image3d_cls", "image2d_patches", "image3d_patches", "slices_patches")

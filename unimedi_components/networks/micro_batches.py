@@ -13,8 +13,6 @@ from torch.utils.checkpoint import checkpoint
 
 from unimedi_components.networks.output import EncoderOutput
 
-__all__ = ["in_micro_batches"]
-
 T = TypeVar("T", Tensor, EncoderOutput)
 
 

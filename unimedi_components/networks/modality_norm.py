@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 from unimedi_components.distributed import gather_with_grad
 
-__all__ = ["ModalityBatchNorm1d"]
-
 
 class ModalityBatchNorm1d(nn.Module):
     """`nn.BatchNorm1d` that normalises the rows of each modality by their own mean and variance.

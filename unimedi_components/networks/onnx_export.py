@@ -19,8 +19,6 @@ from unimedi_components.networks.cards import KINDS, load_network
 from unimedi_components.networks.export import example
 from unimedi_components.networks.pretrained import CARD, TEXT, load_pretrained, read_card
 
-__all__ = ["TOLERANCE", "write_onnx"]
-
 #: How far onnxruntime's outputs may lie from torch's.
 TOLERANCE = 1e-4
 _OF_ANY_LENGTH = ("input_ids", "attention_mask")

@@ -19,8 +19,6 @@ from unimedi_components.networks.unified_vit import UnifiedViT
 from unimedi_components.networks.unimedi import UniMedI
 from unimedi_components.networks.weights import load_strict, read_state_dict
 
-__all__ = ["Pretrained", "load_encoder", "load_pretrained", "make_card", "read_card", "student_state", "untrained"]
-
 CARD = "model.json"
 FULL = "unimedi.pt"
 TEXT = "report_encoder"

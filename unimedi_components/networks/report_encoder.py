@@ -15,8 +15,6 @@ from transformers.utils import logging as transformers_logging
 
 from unimedi_components.errors import CheckpointError, ConfigError
 
-__all__ = ["ReportEncoder", "load_tokenizer"]
-
 
 def _source(name_or_path: str | Path) -> tuple[str, dict[str, bool]]:
     """A local folder, never sought on the network, or the name of a model on the hub."""

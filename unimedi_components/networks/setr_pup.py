@@ -20,8 +20,6 @@ from unimedi_components.networks.shared_norm import SharedBatchNorm2d
 from unimedi_components.networks.task_network import TaskNetwork
 from unimedi_components.networks.unified_vit import UnifiedViT
 
-__all__ = ["SETRPUP", "upsampling_factors"]
-
 VARIANTS = ("mgca", "original")
 _AUXILIARY_WIDTH = 256
 

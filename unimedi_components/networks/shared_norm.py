@@ -8,8 +8,6 @@ from torch import Tensor, nn
 
 from unimedi_components.distributed import all_reduce_sum_with_grad, is_distributed
 
-__all__ = ["SharedBatchNorm2d"]
-
 
 class SharedBatchNorm2d(nn.BatchNorm2d):
     """`nn.BatchNorm2d` that in training on several ranks normalises by the statistics of all ranks' images.

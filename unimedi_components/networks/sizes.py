@@ -13,8 +13,6 @@ from torch import Tensor
 from unimedi_components.errors import CheckpointError, ConfigError
 from unimedi_components.networks.unified_vit import UnifiedViT
 
-__all__ = ["SHAPES", "SIZES", "check_size", "encoder_sizes", "size_name", "sizes_of_state"]
-
 _VIT_16 = {"img_size": 224, "vol_size": (32, 128, 128), "patch_size": 16, "patch_size_3d": (4, 16, 16), "depth": 12}
 #: Size -> arguments of `UnifiedViT`: the embedded default, ViT-S/16, and the paper's ViT-B/16.
 SIZES: dict[str, dict[str, Any]] = {

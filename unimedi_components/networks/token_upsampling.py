@@ -12,8 +12,6 @@ from typing import Any
 from monai.networks.blocks.dynunet_block import UnetBasicBlock, UnetResBlock, get_conv_layer
 from torch import Tensor, nn
 
-__all__ = ["Stride", "TokenUpsampling", "upsampling_strides"]
-
 Stride = tuple[int, ...]
 
 

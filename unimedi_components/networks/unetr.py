@@ -21,8 +21,6 @@ from unimedi_components.networks.task_network import TaskNetwork
 from unimedi_components.networks.token_upsampling import TokenUpsampling, upsampling_strides
 from unimedi_components.networks.unified_vit import UnifiedViT
 
-__all__ = ["UnifiedUNETR", "resize_positions_3d"]
-
 
 def resize_positions_3d(encoder: UnifiedViT, vol_size: Sequence[int]) -> UnifiedViT:
     """Make an encoder's 3D tables for another size of volume, so that training at that size has its own positions.

@@ -25,8 +25,6 @@ from unimedi_components.networks.hub import HubEncoder
 from unimedi_components.networks.layers import Block, init_vit_weights
 from unimedi_components.networks.output import EncoderOutput
 
-__all__ = ["UnifiedViT", "compiled_forward"]
-
 
 class UnifiedViT(HubEncoder):
     """Vision transformer with tokenizers T_2D and T_3D over one shared backbone (sections 3.1 to 3.3).

@@ -24,8 +24,6 @@ from unimedi_components.networks.output import EncoderOutput, ImageFeatures, Uni
 from unimedi_components.networks.report_encoder import ReportEncoder
 from unimedi_components.networks.unified_vit import UnifiedViT, compiled_forward
 
-__all__ = ["UniMedI"]
-
 
 @dataclass(frozen=True)
 class _View:

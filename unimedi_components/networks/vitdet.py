@@ -19,8 +19,6 @@ from unimedi_components.networks.feature_pyramid import SimpleFeaturePyramid
 from unimedi_components.networks.task_network import TaskNetwork
 from unimedi_components.networks.unified_vit import UnifiedViT
 
-__all__ = ["ViTDet"]
-
 Targets = Sequence[Mapping[str, Tensor]]
 OCTAVES = (1.0, 2 ** (1 / 3), 2 ** (2 / 3))
 

@@ -22,8 +22,6 @@ from unimedi_components.networks.foreign import Family, adapt_vit_state, layers_
 from unimedi_components.networks.sizes import SHAPES, SIZES, check_size, encoder_sizes, sizes_of_state
 from unimedi_components.networks.unified_vit import UnifiedViT
 
-__all__ = ["create_encoder", "load_strict", "load_weights", "read_state_dict"]
-
 logger = logging.getLogger(__name__)
 
 NESTED = ("state_dict", "model", "teacher", "student", "network")

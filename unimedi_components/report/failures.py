@@ -18,8 +18,6 @@ from unimedi_components.retrieval.pretraining import ct_views
 from unimedi_components.retrieval.recall import first_correct_rank
 from unimedi_components.retrieval.slices import is_focal, lesion_mask
 
-__all__ = ["FAILURES", "MISSED", "lowest_retrievals", "missed_studies", "write_failures"]
-
 Studies = Mapping[str, Mapping[str, Any]]
 
 MISSED, FAILURES = "missed_lesions.png", "failures.json"

@@ -17,8 +17,6 @@ from sklearn.manifold import TSNE
 
 from unimedi_components.figures.curves import save_png
 
-__all__ = ["draw_bars", "draw_curves", "draw_tsne"]
-
 Array = npt.NDArray[Any]
 
 _SIZE, _DPI = (4.8, 3.9), 150

@@ -17,8 +17,6 @@ from unimedi_components.report.figures import CT, XRAY, Array, draw_bars, draw_c
 from unimedi_components.report.sources import Experiment, Run, read_curves
 from unimedi_components.report.tables import COLUMNS, SHARES, boxed_table
 
-__all__ = ["Gallery"]
-
 _COMMON = (
     "Each point is a held-out study; the number is the distance of the 2D and 3D centroids over the spread within."
 )

@@ -12,8 +12,6 @@ from unimedi_components.report.sources import Experiment
 from unimedi_components.report.statistics import Comparison, compare
 from unimedi_components.report.tables import COLUMNS, SHARES, boxed_table
 
-__all__ = ["Ordering", "orderings", "orderings_html"]
-
 _DISTANCE = "centroid_distance_cls"
 _WORDS = {
     "holds": "holds",

@@ -25,8 +25,6 @@ from unimedi_components.report.tables import (
     paper_tables,
 )
 
-__all__ = ["report"]
-
 Section = tuple[str, str, str]
 
 _DATA = (

@@ -14,8 +14,6 @@ import numpy.typing as npt
 
 from unimedi_components.errors import DataError
 
-__all__ = ["Experiment", "Run", "collect", "read_curves"]
-
 SUMMARY = "experiment.json"
 Curves = dict[str, tuple[list[int], list[float]]]
 

@@ -8,8 +8,6 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["Comparison", "compare", "summarise", "t_interval"]
-
 # Student's t, two-sided 95%, by degrees of freedom; the normal's beyond
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 _NORMAL = 1.96

@@ -14,8 +14,6 @@ from typing import Any
 from unimedi_components.engines.target_information import COLLAPSED
 from unimedi_components.report.sources import Experiment
 
-__all__ = ["ablation_table", "anchor", "boxed_table", "measure_tables", "paper_table", "paper_tables"]
-
 Rows = list[dict[str, str]]
 
 #: Measure without its share of the labels -> data set, metric, and the variant that its dimension alone trains.

@@ -22,20 +22,6 @@ from unimedi_components.retrieval.features import Paired
 from unimedi_components.retrieval.prompts import PromptSet
 from unimedi_components.retrieval.recall import group_index, precision_at_k
 
-__all__ = [
-    "KS",
-    "NOT_MENTIONED",
-    "Studies",
-    "class_precision",
-    "class_search",
-    "common_findings",
-    "gather_studies",
-    "label_table",
-    "queries_by_finding",
-    "same_findings",
-    "same_findings_precision",
-]
-
 Array = npt.NDArray[Any]
 Values = dict[str, Any]
 

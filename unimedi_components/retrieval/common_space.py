@@ -26,8 +26,6 @@ from unimedi_components.retrieval.features import Features, extract_features
 from unimedi_components.retrieval.probe import linear_probe
 from unimedi_components.retrieval.recall import first_correct_rank, precision_at_k, recall_chance
 
-__all__ = ["cross_search_metrics", "paired_search_metrics", "separation_metrics"]
-
 Array = npt.NDArray[Any]
 Studies = Mapping[str, Mapping[str, Any]]
 

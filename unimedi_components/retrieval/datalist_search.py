@@ -30,8 +30,6 @@ from unimedi_components.retrieval.protocols import exclusive_sample, protocol_me
 from unimedi_components.retrieval.zero_shot import ZeroShot, zero_shot_scores
 from unimedi_components.tasks.writer import write_csv
 
-__all__ = ["HEADLINE", "evaluate_search", "headline"]
-
 Array = npt.NDArray[Any]
 Values = dict[str, Any]
 

@@ -29,8 +29,6 @@ from unimedi_components.networks.output import ImageFeatures
 from unimedi_components.networks.pretrained import Pretrained, load_pretrained, read_card
 from unimedi_components.retrieval.embeddings import Embeddings, entry_of
 
-__all__ = ["Embedder", "check_punct", "load_trained", "make_dataset", "model_hash"]
-
 _BATCH = 64
 
 

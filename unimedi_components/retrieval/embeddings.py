@@ -16,8 +16,6 @@ import numpy.typing as npt
 from unimedi_components.errors import DataError
 from unimedi_components.files import replacing
 
-__all__ = ["KINDS", "Embeddings"]
-
 Array = npt.NDArray[Any]
 
 KINDS = ("image", "report")

@@ -20,8 +20,6 @@ from unimedi_components.networks.pretrained import Pretrained, load_pretrained, 
 from unimedi_components.retrieval.features import extract_features
 from unimedi_components.retrieval.measuring import all_metrics
 
-__all__ = ["HEADLINE", "evaluate", "heldout_items", "summary"]
-
 Line = tuple[str, str, tuple[str, ...]]
 
 

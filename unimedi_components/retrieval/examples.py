@@ -17,8 +17,6 @@ from unimedi_components.retrieval.embedder import Embedder, make_dataset
 from unimedi_components.retrieval.index import EmbeddingIndex, Hit
 from unimedi_components.retrieval.prompts import load_prompt_sets
 
-__all__ = ["draw_examples"]
-
 _Row = tuple[int, dict[str, Any]]
 
 

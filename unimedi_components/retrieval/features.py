@@ -17,8 +17,6 @@ from unimedi_components.networks.output import ImageFeatures
 from unimedi_components.networks.pretrained import Pretrained
 from unimedi_components.retrieval.embedder import Embedder, make_dataset
 
-__all__ = ["Features", "Paired", "extract_features", "features_of_all_ranks", "pool"]
-
 
 @dataclass(frozen=True)
 class Paired:

@@ -18,8 +18,6 @@ import torch
 from unimedi_components.errors import ConfigError, DataError
 from unimedi_components.retrieval.embeddings import KINDS, Embeddings
 
-__all__ = ["Approximate", "EmbeddingIndex", "Exact", "Hit", "make_neighbours"]
-
 Array = npt.NDArray[Any]
 
 BACKENDS = ("exact", "faiss")

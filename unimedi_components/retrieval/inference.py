@@ -33,8 +33,6 @@ from unimedi_components.retrieval.prompts import load_prompt_sets
 from unimedi_components.retrieval.zero_shot import ZeroShot
 from unimedi_components.tasks.writer import PredictionWriter, check_finite
 
-__all__ = ["SaveEmbeddings", "SaveNeighbours", "attention_in_file_geometry", "embed_batch", "finish_embedding"]
-
 logger = logging.getLogger(__name__)
 Array = npt.NDArray[Any]
 

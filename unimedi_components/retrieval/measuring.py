@@ -28,15 +28,6 @@ from unimedi_components.retrieval.self_distillation import self_distillation_met
 from unimedi_components.retrieval.slices import slice_metrics
 from unimedi_components.retrieval.xray_attention import xray_attention_metrics
 
-__all__ = [
-    "all_metrics",
-    "collapse_metrics",
-    "network_metrics",
-    "probe_metrics",
-    "retrieval_metrics",
-    "selection_metrics",
-]
-
 KS = (1, 5, 10)
 Values = dict[str, Any]
 

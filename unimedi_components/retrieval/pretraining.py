@@ -22,8 +22,6 @@ from unimedi_components.retrieval.features import Features, extract_features, fe
 from unimedi_components.retrieval.measuring import all_metrics
 from unimedi_components.retrieval.slices import is_focal, lesion_mask
 
-__all__ = ["after_training", "ct_views", "evaluate_datalist", "xray_views"]
-
 Array = npt.NDArray[Any]
 Datalist = dict[str, Any]
 Studies = Mapping[str, Mapping[str, Any]]

@@ -20,8 +20,6 @@ from threadpoolctl import threadpool_limits
 
 from unimedi_components.metrics.bootstrap import resampled_auroc
 
-__all__ = ["STRENGTHS", "Fold", "LogisticProbe", "ProbeResult", "linear_probe", "transfer_scores"]
-
 Array = npt.NDArray[Any]
 
 #: Inverse strengths of the L2 penalty that a probe chooses from.

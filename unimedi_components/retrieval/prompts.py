@@ -14,8 +14,6 @@ from typing import Any
 from unimedi_components.data.sources import nearest_hint
 from unimedi_components.errors import ConfigError, DataError
 
-__all__ = ["SIDES", "PromptSet", "load_prompt_sets", "load_prompts", "shipped_prompts"]
-
 SIDES = ("positive", "negative")
 _FORMAT = 1
 _KEYS = ("format", "name", "dim", "findings")

@@ -25,8 +25,6 @@ from unimedi_components.retrieval.embedder import Embedder
 from unimedi_components.retrieval.embeddings import Embeddings
 from unimedi_components.retrieval.prompts import PromptSet
 
-__all__ = ["PROTOCOLS", "ClassSample", "exclusive_sample", "protocol_metrics"]
-
 logger = logging.getLogger(__name__)
 Array = npt.NDArray[Any]
 

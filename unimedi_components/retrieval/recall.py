@@ -20,17 +20,6 @@ from unimedi_components.distributed import all_reduce_sum, gather_with_grad
 from unimedi_components.losses.contrastive import contrastive_loss
 from unimedi_components.networks.output import UniMediOutput
 
-__all__ = [
-    "ContrastiveLossMetric",
-    "RetrievalRecall",
-    "chance_of_hit",
-    "first_correct_rank",
-    "group_index",
-    "precision_at_k",
-    "recall_at_k",
-    "recall_chance",
-]
-
 # Cosines in float64 that differ by less are the same number: equal rows may round differently in a matrix
 # product.
 _TIE = 1e-9

@@ -10,8 +10,6 @@ from unimedi_components.data.sources import read_source
 from unimedi_components.data.text import clean_report
 from unimedi_components.errors import DataError
 
-__all__ = ["read_reports"]
-
 _DIMS = {"2": 2, "3": 3}
 
 

@@ -25,8 +25,6 @@ from unimedi_components.networks.unimedi import UniMedI
 from unimedi_components.networks.weights import load_strict
 from unimedi_components.retrieval.embedder import make_dataset
 
-__all__ = ["Teacher", "load_teacher", "self_distillation_metrics"]
-
 
 @dataclass(frozen=True)
 class Teacher:

@@ -28,8 +28,6 @@ from unimedi_components.metrics.slice_choice import (
 )
 from unimedi_components.retrieval.recall import chance_of_hit
 
-__all__ = ["FOCAL_SHARE", "SliceScore", "is_focal", "lesion_mask", "slice_metrics", "slice_score"]
-
 #: A study is focal if its lesions touch some slices, but at most this share of them; in the others chance is
 # high.
 FOCAL_SHARE = 1 / 3

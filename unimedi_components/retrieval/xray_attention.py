@@ -21,8 +21,6 @@ from unimedi_components.networks.pretrained import Pretrained
 from unimedi_components.retrieval.features import Features
 from unimedi_components.retrieval.slices import FOCAL_SHARE
 
-__all__ = ["attention_ratios", "box_cover", "xray_attention_metrics"]
-
 Array = npt.NDArray[Any]
 
 

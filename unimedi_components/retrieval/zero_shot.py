@@ -22,8 +22,6 @@ from unimedi_components.retrieval.embedder import Embedder
 from unimedi_components.retrieval.embeddings import Embeddings
 from unimedi_components.retrieval.prompts import SIDES, PromptSet
 
-__all__ = ["ZeroShot", "zero_shot_scores"]
-
 Array = npt.NDArray[Any]
 
 _SCORES = ("cases", "patients", "positives", "uncertain", "macro_auroc", "auroc", "skipped")

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from unimedi_components.data.boxes import boxes_to_file, boxes_to_image
 from unimedi_components.data.chains import task_transforms
 from unimedi_components.data.roi_boxes import boxes_of_rois, rois_of_boxes
-from unimedi_components.data.transforms import XrayReader
 from unimedi_components.figures.charts import draw_precision_recall
 from unimedi_components.figures.panels import BoxImage, draw_boxes
+from unimedi_components.images.xray import XrayReader
 from unimedi_components.loading import ImageDataset
 from unimedi_components.metrics.boxes import (
     SHOWN,
@@ -33,8 +33,6 @@ from unimedi_components.metrics.boxes import (
 from unimedi_components.tasks.dicom_outputs import write_boxes
 from unimedi_components.tasks.evaluate import Row, TaskEvaluation
 from unimedi_components.tasks.writer import PredictionWriter, check_finite, check_probability
-
-__all__ = ["BoxEvaluation", "RoisOfBoxesd", "SaveBoxes", "ServedDetector", "boxes_in_file", "prepare_boxes"]
 
 Array = npt.NDArray[Any]
 Batch = tuple[Tensor, list[dict[str, Tensor]], tuple[Any, ...], dict[str, Any]]

@@ -23,8 +23,6 @@ from unimedi_components.networks.classifier import ImageClassifier
 from unimedi_components.tasks.evaluate import Row, TaskEvaluation
 from unimedi_components.tasks.writer import PredictionWriter, check_finite, check_probability
 
-__all__ = ["ClassifierEvaluation", "SavePredictions"]
-
 
 def scored_names(card: Mapping[str, Any]) -> list[str]:
     """Labels that have a probability: of a binary task the second class alone."""

@@ -21,8 +21,6 @@ from unimedi_components.files import replacing
 from unimedi_components.images.dicom_stacks import Stack
 from unimedi_components.images.headers import DicomHeader, is_dicom, load_pydicom, read_header
 
-__all__ = ["Boxes", "check_dicom_outputs", "write_boxes", "write_label_map", "write_mask"]
-
 logger = logging.getLogger(__name__)
 
 Array = npt.NDArray[Any]

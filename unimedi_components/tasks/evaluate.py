@@ -24,8 +24,6 @@ from unimedi_components.networks.cards import load_network
 from unimedi_components.provenance import provenance
 from unimedi_components.tasks.writer import write_csv
 
-__all__ = ["TASKS", "TaskEvaluation", "evaluate_task", "measure_run", "split_items"]
-
 Datalist = dict[str, Any]
 Row = dict[str, Any]
 

@@ -32,8 +32,6 @@ from unimedi_components.tasks.dicom_outputs import write_label_map
 from unimedi_components.tasks.evaluate import Row, TaskEvaluation
 from unimedi_components.tasks.writer import PredictionWriter
 
-__all__ = ["OrganEvaluation", "OrganInferer", "SaveOrgans"]
-
 #: Hounsfield units that figures show from black to white: soft tissue.
 DISPLAY_WINDOW = (-175.0, 250.0)
 

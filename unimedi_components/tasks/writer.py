@@ -19,8 +19,6 @@ from unimedi_components.files import ANY_NAME, replacing
 from unimedi_components.loading import ImageDataset
 from unimedi_components.tasks.dicom_outputs import check_dicom_outputs
 
-__all__ = ["PredictionWriter", "check_finite", "check_probability", "write_csv"]
-
 logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]

@@ -16,16 +16,14 @@ from torch import Tensor
 
 from unimedi_components.data.chains import task_transforms
 from unimedi_components.data.roi_boxes import film_affine
-from unimedi_components.data.transforms import XrayReader
 from unimedi_components.figures.panels import MaskView, draw_masks
 from unimedi_components.files import replacing
+from unimedi_components.images.xray import XrayReader
 from unimedi_components.loading import ImageDataset
 from unimedi_components.metrics.masks import mask_counts, mask_metrics, mask_scores
 from unimedi_components.tasks.dicom_outputs import write_mask
 from unimedi_components.tasks.evaluate import Row, TaskEvaluation
 from unimedi_components.tasks.writer import PredictionWriter, check_finite, check_probability
-
-__all__ = ["MaskEvaluation", "SaveMasks", "ServedMaskd"]
 
 # of the images with a mask, from the best Dice to the worst; of those without, by size of the false alarm
 _QUANTILES, _EMPTY = (0.0, 0.25, 0.5, 0.75, 1.0), 3

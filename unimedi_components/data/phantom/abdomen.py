@@ -9,11 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from .abdomen_body import AIR, Trunk, grain, paint_body
-from .abdomen_organs import HOUNSFIELD, ORGANS, paint_organs
+from .abdomen_organs import paint_organs
 from .abdomen_shapes import Canvas, Varied
 from .geometry import Grid
-
-__all__ = ["HOUNSFIELD", "ORGANS", "AbdomenStudy", "make_abdomen"]
 
 _MATRIX = 128
 _THICKNESS = {False: (4.2, 6.0), True: (4.8, 6.0)}

@@ -8,8 +8,6 @@ import numpy as np
 from .abdomen_shapes import Canvas, Varied, inside, wall_depth
 from .geometry import Box, FloatArray, Grid, noise, separable
 
-__all__ = ["AIR", "FAT", "Trunk", "grain", "paint_body"]
-
 AIR, LUNG, FAT, MUSCLE, GAS = -1000.0, -850.0, -100.0, 58.0, -900.0
 _SIDES = (-1.0, 1.0)
 _HEIGHTS = (-210.0, -150.0, -100.0, -50.0, 0.0, 50.0, 100.0, 150.0, 200.0, 250.0)

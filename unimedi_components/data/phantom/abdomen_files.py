@@ -15,8 +15,6 @@ from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, 
 from .abdomen import AbdomenStudy
 from .geometry import Grid
 
-__all__ = ["axis_order", "case_record", "organ_truth", "save_volume", "second_seed"]
-
 _LPS_SHARE = 0.4
 _TURNED = 4
 

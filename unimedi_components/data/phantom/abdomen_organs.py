@@ -8,8 +8,6 @@ import numpy as np
 from .abdomen_body import FAT, Trunk
 from .abdomen_shapes import Canvas, Curve, Varied, inside, rounded
 
-__all__ = ["HOUNSFIELD", "ORGANS", "paint_organs"]
-
 HOUNSFIELD = {
     "spleen": 120.0,
     "right kidney": 180.0,

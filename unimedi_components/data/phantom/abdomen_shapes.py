@@ -10,8 +10,6 @@ import numpy.typing as npt
 
 from .geometry import Box, FloatArray, Grid, separable
 
-__all__ = ["Canvas", "Curve", "Varied", "inside", "rounded", "wall_depth"]
-
 Curve = tuple[tuple[float, ...], ...]
 
 

@@ -15,8 +15,6 @@ from .abdomen_files import axis_order, case_record, organ_truth, save_volume, se
 from .geometry import noise
 from .writer import Layout, PatientRecord, register
 
-__all__ = ["AMOS", "LABELS", "MOST_PATIENTS"]
-
 LABELS = (
     *("spleen", "right kidney", "left kidney", "gall bladder", "esophagus", "liver", "stomach", "aorta"),
     *("postcava", "pancreas", "right adrenal gland", "left adrenal gland", "duodenum", "bladder"),

@@ -10,8 +10,6 @@ import numpy as np
 from .findings import Finding
 from .geometry import FloatArray
 
-__all__ = ["NORMAL_CTR", "SIDES", "Patient", "Profiles", "draw_patient"]
-
 SIDES = {"right": -1.0, "left": 1.0}
 NORMAL_CTR = 0.50
 _CTR = {"small": (0.56, 0.595), "moderate": (0.595, 0.635), "large": (0.635, 0.68)}

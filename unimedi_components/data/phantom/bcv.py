@@ -12,8 +12,6 @@ from .abdomen_files import axis_order, case_record, organ_truth, save_volume, se
 from .abdomen_organs import ORGANS
 from .writer import Layout, PatientRecord, register
 
-__all__ = ["BCV", "LABELS", "case_number"]
-
 LABELS = ORGANS[:13]
 _TRAINING = (*range(1, 11), *range(21, 32))
 _TEST = tuple(range(32, 41))

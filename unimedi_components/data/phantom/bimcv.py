@@ -17,8 +17,6 @@ from .reports import Report, write_report
 from .studies import CTStudy, labels_of, lesion_record, make_ct, make_patient
 from .writer import Layout, PatientRecord, register, write_rows
 
-__all__ = ["BIMCV", "REPORT_COLUMNS"]
-
 REPORT_COLUMNS = (
     *("PatientID", "ReportID", "Report", "Labels", "Localizations", "LabelsLocalizationsBySentence"),
     *("labelCUIS", "LocalizationsCUIS"),

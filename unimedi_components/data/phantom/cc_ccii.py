@@ -20,8 +20,6 @@ from .lesions import Lesion
 from .studies import CTStudy, labels_of, lesion_record, make_ct, make_patient
 from .writer import Layout, PatientRecord, register
 
-__all__ = ["CC_CCII", "WINDOW", "grey_levels"]
-
 #: Hounsfield units that become grey level 0 and 255: a lung window, 1,500 wide around -600.
 WINDOW = (-1350.0, 150.0)
 _CLASSES: tuple[tuple[str, Disease], ...] = (("CP", "pneumonia"), ("NCP", "covid"), ("Normal", "normal"))

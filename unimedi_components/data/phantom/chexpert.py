@@ -14,8 +14,6 @@ from .mimic_cxr import CHEXPERT_OF as COLUMN_OF
 from .studies import XrayStudy, labels_of, make_patient, make_xray
 from .writer import Layout, PatientRecord, register, write_rows
 
-__all__ = ["CHEXPERT", "COLUMNS", "LABELS", "UNCERTAIN_ABSENT", "UNCERTAIN_PRESENT"]
-
 LABELS = (
     *("No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema"),
     *("Consolidation", "Pneumonia", "Atelectasis", "Pneumothorax", "Pleural Effusion", "Pleural Other"),

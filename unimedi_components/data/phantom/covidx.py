@@ -14,8 +14,6 @@ from .findings import Disease, draw_disease
 from .studies import XrayStudy, labels_of, make_patient, make_xray
 from .writer import Layout, PatientRecord, register
 
-__all__ = ["COVIDX", "LIST_NAMES"]
-
 #: The lists' name of each disease, in the order of the labels 0, 1, 2.
 LIST_NAMES: dict[Disease, str] = {"normal": "normal", "pneumonia": "pneumonia", "covid": "COVID-19"}
 SOURCES = ("rsna", "cohen", "fig1")

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import numpy as np
 
-__all__ = ["Tag", "write_dicom"]
-
 Tag = tuple[int, int]
 
 _WRITER = "2.25.305411318937826216457281059428163205714"

@@ -8,8 +8,6 @@ from typing import Literal
 
 import numpy as np
 
-__all__ = ["FINDINGS", "FOCAL", "SEVERITIES", "ZONES", "Disease", "Finding", "draw_disease", "draw_findings"]
-
 FINDINGS = (
     "nodule",
     "consolidation",

@@ -9,8 +9,6 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Box", "FloatArray", "Grid", "ellipsoid", "mix", "noise", "separable", "soft", "splat"]
-
 FloatArray = npt.NDArray[np.float32]
 Box = tuple[slice, slice, slice]
 

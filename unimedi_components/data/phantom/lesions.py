@@ -13,8 +13,6 @@ from .geometry import Box
 from .organs import LUNG, Scene
 from .painters import PAINTERS, Part
 
-__all__ = ["VISIBLE_HU", "Lesion", "paint_lesions"]
-
 VISIBLE_HU = 80.0
 """A voxel belongs to a lesion if the lesion changes it by at least this much."""
 _MIN_AREA = 60.0

@@ -12,8 +12,6 @@ from .nodules import DIAMETERS, NoduleStudy, make_nodule_ct
 from .studies import make_patient
 from .writer import Layout, PatientRecord, register, write_rows
 
-__all__ = ["LUNA16", "save_metaimage"]
-
 _COLUMNS = ("seriesuid", "coordX", "coordY", "coordZ")
 _SUBSETS = 10
 _FLIPPED_SHARE = 0.3

@@ -15,8 +15,6 @@ from .reports import Report, write_report
 from .studies import labels_of, make_patient, make_xray
 from .writer import Layout, PatientRecord, register, write_rows
 
-__all__ = ["CHEXPERT_LABELS", "CHEXPERT_OF", "METADATA_COLUMNS", "MIMIC_CXR", "format_report"]
-
 METADATA_COLUMNS = (
     *("dicom_id", "subject_id", "study_id", "PerformedProcedureStepDescription", "ViewPosition", "Rows"),
     *("Columns", "StudyDate", "StudyTime", "ProcedureCodeSequence_CodeMeaning"),

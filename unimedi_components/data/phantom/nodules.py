@@ -11,8 +11,6 @@ from .anatomy import Patient
 from .geometry import FloatArray, Grid, noise
 from .organs import Scene, paint_patient
 
-__all__ = ["DIAMETERS", "PADDING_HU", "Nodule", "NoduleStudy", "make_nodule_ct"]
-
 DIAMETERS = (3.0, 30.0)
 PADDING_HU = -3024
 _SHAPE = (72, 144, 144)

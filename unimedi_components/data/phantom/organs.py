@@ -12,8 +12,6 @@ from .geometry import Box, FloatArray, Grid, ellipsoid, mix, noise, separable, s
 from .skeleton import paint_skeleton
 from .vessels import airway_points, vessel_points
 
-__all__ = ["AIR", "BLOOD", "FAT", "LUNG", "MUSCLE", "Scene", "paint_patient"]
-
 AIR, LUNG, FAT, MUSCLE, BLOOD, LIVER = -1000.0, -850.0, -90.0, 45.0, 42.0, 58.0
 
 

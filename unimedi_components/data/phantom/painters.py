@@ -13,8 +13,6 @@ from .geometry import Box, FloatArray, ellipsoid, noise, separable, soft
 from .organs import Scene
 from .vessels import hilum
 
-__all__ = ["PAINTERS", "Part"]
-
 Part = tuple[Box, FloatArray, float]
 
 

@@ -16,8 +16,6 @@ from ...files import replacing
 from .studies import make_patient, make_xray
 from .writer import LAYOUTS
 
-__all__ = ["PAIRED", "write_paired_xray"]
-
 PAIRED = ("bimcv",)
 """Layouts of CT whose truth lists one study for each patient, in their order, drawn by `make_patient` as it is."""
 

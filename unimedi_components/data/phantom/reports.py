@@ -15,8 +15,6 @@ import numpy as np
 from .anatomy import Patient
 from .findings import FINDINGS, Finding
 
-__all__ = ["Report", "write_report"]
-
 # Templates per finding, and what is said beside the findings. Slots: {sev} severity word, {side}, {where} (side and
 # zone as a place), {size}, {nodule} and {nodular} (a mass above 3 cm), and for number {a}, {s}, {y}, {is}, {verb} (the
 # s of a verb); a finding on both sides is worded in the plural. X-ray and CT differ in places, in style and in what

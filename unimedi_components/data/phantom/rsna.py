@@ -21,8 +21,6 @@ from .findings import FINDINGS, ZONES, Finding, draw_findings
 from .studies import XrayStudy, labels_of, lesion_record, make_patient, make_xray
 from .writer import Layout, PatientRecord, register, write_rows
 
-__all__ = ["CLASSES", "OPACITIES", "RSNA", "SIDE"]
-
 SIDE = 256
 """Pixels per side of the square films; the real ones have 1024."""
 CLASSES = ("Normal", "No Lung Opacity / Not Normal", "Lung Opacity")

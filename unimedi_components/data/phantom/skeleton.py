@@ -9,8 +9,6 @@ from .anatomy import SIDES, Patient, Profiles
 from .geometry import Box, FloatArray, Grid, ellipsoid, mix, separable, soft, splat
 from .vessels import tube
 
-__all__ = ["RIB_THICKNESS", "paint_ribs", "paint_skeleton", "rib_profile"]
-
 RIB_THICKNESS = 7.0
 _DISC = 25.0
 

@@ -17,8 +17,6 @@ from .organs import paint_patient
 from .skeleton import paint_ribs
 from .xray import develop, enlarge, path_length, rib_shadow
 
-__all__ = ["CTStudy", "XrayStudy", "labels_of", "lesion_record", "make_ct", "make_patient", "make_xray"]
-
 CT_SHAPE = (48, 128, 128)
 XRAY_SHAPE = (128, 40, 128)
 

@@ -14,8 +14,6 @@ import numpy.typing as npt
 from ...errors import DataError
 from .paired import PAIRED
 
-__all__ = ["labels_of", "load_truth"]
-
 _TRUTH = "truth.json"
 
 

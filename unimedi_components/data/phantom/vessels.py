@@ -8,9 +8,6 @@ import numpy as np
 from .anatomy import SIDES, Patient
 from .geometry import FloatArray, Grid
 
-__all__ = ["airway_points", "hilum", "tube", "vessel_points"]
-
-
 _FAN = (
     (0.95, 0.10, 0.35),
     (0.75, -0.45, 0.65),

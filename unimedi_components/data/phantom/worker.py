@@ -9,8 +9,6 @@ from pathlib import Path
 
 from . import patient_record
 
-__all__ = ["main"]
-
 
 def main(job: str) -> None:
     """Write patients first, first + step, ... below stop.

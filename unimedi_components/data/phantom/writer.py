@@ -21,19 +21,6 @@ from ...errors import DataError
 from ...files import replacing
 from .findings import FINDINGS
 
-__all__ = [
-    "LAYOUTS",
-    "TRUTH",
-    "VERSION",
-    "Layout",
-    "PatientRecord",
-    "PhantomFolder",
-    "patient_record",
-    "register",
-    "write_phantom",
-    "write_rows",
-]
-
 TRUTH = "truth.json"
 VERSION = 1
 _PARTIAL = ".phantom-partial.json"

@@ -10,8 +10,6 @@ from .anatomy import Patient, Profiles
 from .geometry import FloatArray, Grid, noise
 from .skeleton import RIB_THICKNESS, rib_profile
 
-__all__ = ["MU_WATER", "attenuation", "develop", "enlarge", "path_length", "rib_shadow"]
-
 MU_WATER = 0.019
 """Linear attenuation of water in 1/mm for a chest exposure (about 70 keV)."""
 _BONE_GAIN = 0.8
