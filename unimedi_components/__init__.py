@@ -5,8 +5,6 @@ Importing the package is cheap: names and subpackages are loaded when they are f
 ``"$import unimedi_components"`` costs nothing and ``$unimedi_components.bundle_root('pretrain')`` just works.
 """
 
-from __future__ import annotations
-
 import importlib
 from typing import Any
 

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line: ``python -m unimedi_components COMMAND`` (or ``unimedi COMMAND``)."""
 
-from __future__ import annotations
-
 import difflib
 import sys
 from collections.abc import Callable, Sequence

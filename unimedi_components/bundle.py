@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a bundle's config asks of the command line: where the bundle is, and whether all is spelled right."""
 
-from __future__ import annotations
-
 import errno
 import json
 import logging

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command `cache`: prepare all images of a config ahead, in parallel, so that no step of any rank waits for one."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import time

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What ``COMMAND --help`` prints: usage, arguments, further options and an example, from the docstrings."""
 
-from __future__ import annotations
-
 import inspect
 import re
 import textwrap

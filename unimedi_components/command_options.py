@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks of what the command line is given, before a command works for minutes."""
 
-from __future__ import annotations
-
 import difflib
 import inspect
 import os

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Find the config keys, overrides, references and arguments that nothing defines; MONAI ignores most."""
 
-from __future__ import annotations
-
 import difflib
 import inspect
 import re

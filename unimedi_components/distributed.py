@@ -7,8 +7,6 @@ optimises by averaging gradients, so a loss that is equal on every rank yields t
 joint batch.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterable
 from datetime import timedelta

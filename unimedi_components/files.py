@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files that are written whole or not at all, and names of them that any stream can show."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Iterator

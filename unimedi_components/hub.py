@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A hub folder with `transformers`: the encoder as a model, and files to its input."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -5,8 +5,6 @@ Pre-training is counted by hand: matrix products (a multiply-add is two FLOPs), 
 Rows are patch tokens that the self-distillation compares. Of a task, torch counts a step, see `plan_task`.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the training of a task needs: its own step, run on tensors without values and counted by torch."""
 
-from __future__ import annotations
-
 from copy import deepcopy
 from pydoc import locate
 from typing import Any

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a number came from: command, commit or version of the package, machine."""
 
-from __future__ import annotations
-
 import os
 import platform
 import shlex

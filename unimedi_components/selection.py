@@ -4,8 +4,6 @@
 Letters: B batch, P patch tokens, S slabs (token layers along depth), N tokens per slab, k slices chosen.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -5,8 +5,6 @@ MONAI hands the expressions of a config neither the config's file nor the purpos
 the calls that lead here, for which MONAI is pinned below 1.7.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import shlex

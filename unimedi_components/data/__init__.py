@@ -4,8 +4,6 @@
 Names are loaded when first used: the phantom writers' processes need neither torch nor MONAI.
 """
 
-from __future__ import annotations
-
 import importlib
 from typing import Any
 

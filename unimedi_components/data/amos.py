@@ -6,8 +6,6 @@ Layout read: ``dataset.json`` with lists ``training``, ``validation`` and ``test
 image's path alone) and the organs' names in ``labels``.
 """
 
-from __future__ import annotations
-
 import gzip
 import json
 import posixpath

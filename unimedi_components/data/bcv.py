@@ -5,8 +5,6 @@ Layout read: ``RawData/Training/img/img0001.nii.gz`` with ``RawData/Training/lab
 ``imagesTr`` and ``labelsTr`` as MONAI renames them. ``Testing/img`` (``imagesTs``) comes without labels.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

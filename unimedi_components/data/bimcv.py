@@ -7,8 +7,6 @@ part archives unpack into, with DICOM tags in a ``.json`` of the same stem, repo
 belongs to a session by ``ReportID`` and ``PatientID``.
 """
 
-from __future__ import annotations
-
 import ast
 import json
 import re

@@ -4,8 +4,6 @@
 MONAI's boxes name the first axis of the image, its rows, x; boxes here are [x0, y0, x1, y1] with x along the columns.
 """
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Mapping
 from typing import Any
 

@@ -8,8 +8,6 @@ to date: row and column *index* of the image to row and column index of the file
 `XrayReader`, whose affine starts as the identity.
 """
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Mapping
 from typing import Any
 

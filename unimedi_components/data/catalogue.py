@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """All data sets that can be prepared, and their description as text."""
 
-from __future__ import annotations
-
 import textwrap
 
 from unimedi_components.data import amos, bcv, bimcv, cc_ccii, chexpert, covidx, luna16, mimic_cxr, rsna, table

@@ -9,8 +9,6 @@ order of the body: 98 scans are stored upside down and 61 with blocks out of pla
 ``CT_cleaned_v2.csv`` there), which the lists undo.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Transform chains by name, so that a config and a trained network's card name the same preparation of images."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any

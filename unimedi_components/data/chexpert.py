@@ -9,8 +9,6 @@ tables and ``valid/``, and the patients of ``train/`` straight in ``CheXpert-v1.
 ``train.csv``.
 """
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -7,8 +7,6 @@ for in all three. A line of a list is ``patient file class source`` without a he
 up to V5 and a part of V7A have no source.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import zlib

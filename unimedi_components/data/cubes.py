@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cubes around places in a CT volume: LUNA16's candidates."""
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 

@@ -8,8 +8,6 @@ a label map), ``"boxes"`` ([[x0, y0, x1, y1], ...] in pixels of the file, x1 and
 never share a patient. ``monai.data.load_decathlon_datalist`` reads the same file.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import metadata

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """X-rays with what lies where in them: the way from files to network input with masks or boxes, and back."""
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any

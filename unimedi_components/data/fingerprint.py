@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a chain of transforms computes, as a hash: the part of a cache key that follows its parameters."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import json

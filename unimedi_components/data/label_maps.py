@@ -5,8 +5,6 @@ A label map is a volume of integers on the voxels of its image: 0 is background,
 set's list of organs. Both files must agree in shape and affine, since the label of a voxel is found by index.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path

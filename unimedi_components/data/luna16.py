@@ -8,8 +8,6 @@ or in parts. Coordinates are ITK's, LPS in mm; voxel indices follow from the fil
 ``TransformMatrix``, which turns x and y around in some scans.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple

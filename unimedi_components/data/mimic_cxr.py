@@ -7,8 +7,6 @@ Layout read: ``mimic-cxr-2.*-{metadata,split}.csv[.gz]``, optional ``-chexpert.c
 ``physionet.org/files/mimic-cxr-jpg/2.1.0/`` and ``physionet.org/files/mimic-cxr/2.1.0/``.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable
 from pathlib import Path

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """``prepare``: a data set in its own layout to a datalist, with an account of what was kept and dropped."""
 
-from __future__ import annotations
-
 import inspect
 import math
 import os

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a pre-training run reads: one datalist over an X-ray and a CT data set, and a tokenizer for their reports."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

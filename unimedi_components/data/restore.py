@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The way back from the network's grid to the voxels and pixels of the file."""
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Mapping, Sequence
 from copy import deepcopy
 from typing import Any

@@ -8,8 +8,6 @@ Slicer read it from the file. A PNG or JPG has spacing 1 and origin 0, so that t
 film without a position has origin 0 and its pixel spacing.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path

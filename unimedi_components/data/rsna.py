@@ -8,8 +8,6 @@ folder of its own name. The official files hold
 30,227 rows of 26,684 patients, 6,012 of them positive (the paper's "29,700" is an error).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """CT volumes with label maps of organs: the way from files to network input, and back for predictions."""
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 

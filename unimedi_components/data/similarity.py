@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random rotation and scale of an image and its mask, with one scale factor for all axes."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

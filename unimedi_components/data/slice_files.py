@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Folders of slice images: which file is which slice, and which slices stand for the whole scan."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Sequence

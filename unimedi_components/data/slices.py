@@ -5,8 +5,6 @@ Such images hold grey levels and no Hounsfield units: intensity / 255 is all tha
 spacing nor direction is stored. What the first slice shows is therefore said by the caller.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reading the tables and folders that data sets ship: csv and tsv, plain or gzipped."""
 
-from __future__ import annotations
-
 import codecs
 import difflib
 import gzip

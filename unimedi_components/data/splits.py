@@ -6,8 +6,6 @@ the machine or on a random generator's version, and a smaller fraction is always
 fraction takes patients of every label in turn, so that even a small one keeps the labels' proportions.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence

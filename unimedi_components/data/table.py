@@ -7,8 +7,6 @@ absolute or relative to the csv's folder. Several csv files make one datalist, f
 CTs in the other.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The datalist of a task bundle: phantoms where asked for, then the data set's own converter."""
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Sequence

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Radiology reports: sections, sentences, cleaning and a language check."""
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from typing import NamedTuple

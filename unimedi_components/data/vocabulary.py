@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """WordPiece vocabulary of the training reports, for the small report encoder that is trained from scratch."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -7,8 +7,6 @@ search across X-rays and volumes takes for likeness. Statistics measured anew on
 "precise batch normalisation", Wu and Johnson, "Rethinking 'Batch' in BatchNorm", arXiv 2105.07576).
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator
 from itertools import islice

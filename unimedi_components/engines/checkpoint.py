@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints of training runs: written whole or not at all, and resumed bit for bit."""
 
-from __future__ import annotations
-
 import copy
 import logging
 import math

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Early stopping whose state outlives an interruption."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ignite handlers beyond MONAI's: EMA teacher, epoch seeds, gradient care, history."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Mapping, Sequence

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Parameter groups of the optimizer, schedules of the learning rate, and the type of mixed precision."""
 
-from __future__ import annotations
-
 import functools
 import logging
 import math

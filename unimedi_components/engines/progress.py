@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The progress bar of a training run."""
 
-from __future__ import annotations
-
 import sys
 from contextlib import ExitStack
 from typing import Any, TextIO

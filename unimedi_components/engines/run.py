@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """All that a training run does beside its schedule and its validation, as one handler."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A sample of a data set for what is computed once from real images."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

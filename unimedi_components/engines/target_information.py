@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Watches in training whether the self-distillation targets tell images apart."""
 
-from __future__ import annotations
-
 import logging
 from typing import Any
 

@@ -9,8 +9,6 @@ directions that hold only noise to the size of all others, and what segmentation
 drowns in it.
 """
 
-from __future__ import annotations
-
 import logging
 from typing import Any
 

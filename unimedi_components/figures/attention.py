@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Figures of what the network looked at: selected slices, attention, report (the paper's Fig. 5)."""
 
-from __future__ import annotations
-
 import math
 import textwrap
 from collections.abc import Sequence

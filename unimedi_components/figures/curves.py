@@ -4,8 +4,6 @@
 Drawn on matplotlib's Agg canvas directly, so that neither a display nor the caller's settings matter.
 """
 
-from __future__ import annotations
-
 import io
 from collections.abc import Mapping, Sequence
 from itertools import pairwise

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Panels of predictions: images with masks, boxes, organs, or attention and probabilities."""
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass

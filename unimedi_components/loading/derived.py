@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Data sets over a data set: features of a frozen encoder in place of its images, and its items several times over."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 from typing import Any

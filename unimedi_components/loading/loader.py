@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Batches of images, the same for any number of workers."""
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import multiprocessing

@@ -5,8 +5,6 @@ A store is a folder. Each process that adds images appends them to a shard of it
 record of 32 bytes to `<name>.index`: no locks, and what was half written when a process died has no record.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What goes with an image: its report, label, mask or boxes, in items of datalists and of MONAI Label."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path

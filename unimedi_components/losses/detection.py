@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The loss of detectors: a weighted sum of what the detector returns in training."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -6,8 +6,6 @@ Here each chunk of rows is scored, differentiated and forgotten, so what grows w
 alone.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import Any
 

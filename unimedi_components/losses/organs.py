@@ -4,8 +4,6 @@
 Letters: B batch, C classes with the background.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

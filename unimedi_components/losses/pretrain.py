@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """UniMedI's training objective: L = L_vl + L_icl + L_pcl (paper, section 3.4)."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loss of the X-ray segmentation bundle: ten times the focal loss plus the Dice loss (S7.2)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

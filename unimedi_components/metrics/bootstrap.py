@@ -4,8 +4,6 @@
 Letters: N cases, C yes-or-no questions, K decisions, R resamples.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 

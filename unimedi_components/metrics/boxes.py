@@ -4,8 +4,6 @@
 Letters: N images, n boxes of an image, T IoU thresholds.
 """
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -4,8 +4,6 @@
 Letters: N cases, C classes or findings.
 """
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial

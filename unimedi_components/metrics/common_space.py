@@ -4,8 +4,6 @@
 Letters: N X-rays, M volumes, D width of the features, F findings, R resamples.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

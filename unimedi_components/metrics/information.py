@@ -6,8 +6,6 @@ distributions differ between samples: where all samples get the same one, the st
 tell apart is the mutual information of sample and prototype, H(mean distribution) - mean H(distribution).
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

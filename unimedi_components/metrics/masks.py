@@ -4,8 +4,6 @@
 Letters: N images, R resamples of the patients.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

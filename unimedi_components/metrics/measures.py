@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an evaluation collects: values by key, their intervals over patients, and what is left without the case."""
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Sequence
 from typing import Any
 

@@ -4,8 +4,6 @@
 Letters: N cases, O organs (the labels without the background), R resamples of the patients.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -6,8 +6,6 @@ become slices, see `selection.select_slices`: "centre" takes the centre of each 
 whole slabs, best first, and of the last one the lowest slices.
 """
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Sequence
 from typing import Any
 

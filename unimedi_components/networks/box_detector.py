@@ -7,8 +7,6 @@ GPU wait dozens of times; matches and losses are the same.
 Letters: B images, A anchors of an image, K classes, n boxes of the image that has most.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any

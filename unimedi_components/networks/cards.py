@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The card of a task's network: what `model.json` says, and how the network is built from it again."""
 
-from __future__ import annotations
-
 import importlib
 import json
 from collections.abc import Mapping, Sequence

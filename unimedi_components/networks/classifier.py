@@ -4,8 +4,6 @@
 Letters: B batch, D width, C classes, k slices.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

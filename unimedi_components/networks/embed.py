@@ -4,8 +4,6 @@
 Letters: B batch, P patches, D width; h, w (and d) the token grid.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """TorchScript of a network whose own code `torch.jit.script` cannot read, for `monai.bundle ckpt_export`."""
 
-from __future__ import annotations
-
 import copy
 import warnings
 from collections.abc import Sequence

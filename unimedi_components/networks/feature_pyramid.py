@@ -4,8 +4,6 @@
 Letters: B batch, D width of the encoder, C width of the pyramid, h and w rows and columns of the encoder's map.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from torch import Tensor, nn

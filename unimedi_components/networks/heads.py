@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Heads on top of the encoders: MGCA's projection for L_vl and DINO's head for the self-distillation."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 
 import torch

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The encoder as a folder in the Hugging Face hub's form: weights, config, input preparation, card, loading code."""
 
-from __future__ import annotations
-
 import copy
 import json
 import re

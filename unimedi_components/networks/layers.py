@@ -4,8 +4,6 @@
 Letters: B batch, N tokens (1 CLS + P patches), H heads, C channels per head, D = H * C.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The student's masked pass, and which tokens of the teacher stand against it (section 3.4)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """An encoder's pass over a large batch in the memory of a small one (GradCache, Gao et al., arXiv 2101.06983)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar

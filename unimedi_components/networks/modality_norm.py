@@ -5,8 +5,6 @@ This is ours, not the paper's: X-rays' and volumes' features differ by far more 
 statistics the contrastive loss first learns the modality, and training both from scratch stays on a plateau.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

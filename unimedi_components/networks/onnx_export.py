@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """ONNX files of a trained network: its encoder and both towers, or a task's network, each checked as it is written."""
 
-from __future__ import annotations
-
 import logging
 import shutil
 import warnings

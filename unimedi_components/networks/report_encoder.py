@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """E_l, the report encoder: any `transformers` text encoder, or a small BERT from a dict."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Mapping
 from pathlib import Path

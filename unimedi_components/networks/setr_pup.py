@@ -7,8 +7,6 @@ in the form that MGCA gave it, which the paper follows (S7.2), or in its own.
 Letters: B batch, D width, C classes, h and w rows and columns of tokens.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import zip_longest
 

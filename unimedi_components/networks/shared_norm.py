@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Batch normalisation of feature maps with the statistics of all ranks' images, on CPU too."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Named sizes of the vision encoder: `--size tiny | vit_s16 | vit_b16`, or arguments of `UnifiedViT` as a dict."""
 
-from __future__ import annotations
-
 import difflib
 import inspect
 from collections.abc import Mapping, Sequence

@@ -4,8 +4,6 @@
 Letters: B batch, D width of the tokens.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

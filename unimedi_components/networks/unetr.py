@@ -4,8 +4,6 @@
 Letters: B batch, D width of the tokens, C classes; n stages of upsampling, from the token grid to the voxels.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

@@ -4,8 +4,6 @@
 Letters: B batch, P patch tokens, N = 1 + P, D width, k slices, S slabs.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -4,8 +4,6 @@
 Letters: B2 X-rays, B3 volumes, B = B2 + B3, P patch tokens, k slices, D width, b DINO bottleneck.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Mapping

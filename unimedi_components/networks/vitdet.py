@@ -4,8 +4,6 @@
 Letters: B images, D width of the encoder, A anchors per place, K classes, n boxes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

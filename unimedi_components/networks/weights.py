@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights in: files read without running code, and loaded strictly with one message."""
 
-from __future__ import annotations
-
 import argparse
 import logging
 import math

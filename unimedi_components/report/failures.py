@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where a network fails: CT studies whose lesions its selection missed, reports that it ranks last."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path

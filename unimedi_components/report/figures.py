@@ -4,8 +4,6 @@
 Panels are 4.8 inches wide, so that their labels can be read on a telephone too.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

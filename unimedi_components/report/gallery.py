@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The page's figures of an experiment and of runs: drawn or copied to one folder, with captions and alt texts."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Mapping, Sequence

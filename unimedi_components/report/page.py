@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The page: one static HTML file with its figures, from runs and experiments."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Mapping, Sequence
 from html import escape

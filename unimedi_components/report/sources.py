@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the page is made of: runs of bundles, and experiments of cells."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

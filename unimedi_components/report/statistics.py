@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mean, deviation and interval over training seeds, and whether two variants differ."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Mapping, Sequence

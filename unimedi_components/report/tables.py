@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tables of the page, as HTML: the paper's beside ours, the ablation, and what the method's parts are to move."""
 
-from __future__ import annotations
-
 import csv
 import json
 import statistics

@@ -4,8 +4,6 @@
 Names are loaded when first used: a search needs nothing of what measures.
 """
 
-from __future__ import annotations
-
 import importlib
 from typing import Any
 

@@ -5,8 +5,6 @@ Within and across X-rays, CT volumes and their reports, whatever their data sets
 Letters: N queries, M candidates, E width of the common space, F findings.
 """
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

@@ -4,8 +4,6 @@
 Letters: N X-rays, M volumes, F findings.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -5,8 +5,6 @@ The paper claims retrieval and prints no table: R@K and P@K by class are CLIP's,
 a finding's name says what belongs together.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

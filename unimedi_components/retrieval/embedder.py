@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images and sentences to vectors of the space that they share."""
 
-from __future__ import annotations
-
 import hashlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence

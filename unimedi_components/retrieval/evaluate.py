@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command `evaluate`: a checkpoint on held-out phantoms, beside the same network untrained."""
 
-from __future__ import annotations
-
 import math
 import tempfile
 from collections.abc import Callable, Mapping

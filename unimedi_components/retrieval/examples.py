@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A figure of searches across dimensions: X-rays and the volumes nearest to them, volumes and the nearest X-rays."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any

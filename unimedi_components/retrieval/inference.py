@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Inference: what an `Embedder` makes of images, batch by batch in MONAI's engine, and what is written of it."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path

@@ -4,8 +4,6 @@
 A measure adds to the `Measures` that it is given first, with intervals over patients where that has resamples.
 """
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path

@@ -5,8 +5,6 @@ Measured are P@K by class, and the class by its prompts. The sets are drawn anew
 the published lists of image names are those papers' own.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

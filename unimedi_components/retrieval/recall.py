@@ -5,8 +5,6 @@ The paper claims retrieval and prints no table; R@1/5/10 over all candidates is 
 ConVIRT).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reports without images, from a table, for an index of texts."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the targets of a run's self-distillation tell apart, measured with its teacher on images of a datalist."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path

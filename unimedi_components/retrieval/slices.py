@@ -8,8 +8,6 @@ fill at least half of what it covers; where no slice reaches half, as with a thi
 those that come closest are.
 """
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

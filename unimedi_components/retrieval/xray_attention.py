@@ -4,8 +4,6 @@
 Letters: N X-rays, P patch tokens.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -4,8 +4,6 @@
 Letters: N images, F findings, E width of the common space.
 """
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Sequence
 from typing import Any
 

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Classification of images: how a classifier is measured, and the files that are written of its predictions."""
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@
 Masks and label maps become a Segmentation (PS3.3 A.51), boxes a Comprehensive SR with a measurement report (TID 1500).
 """
 
-from __future__ import annotations
-
 import logging
 import re
 from collections.abc import Sequence

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measure a task's trained network over a split of a datalist: metrics, a table of the cases, and figures."""
 
-from __future__ import annotations
-
 import importlib
 import inspect
 from abc import ABC, abstractmethod

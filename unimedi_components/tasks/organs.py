@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Organs of CT volumes: how a segmenter is measured on the files' voxels, and the files written of its predictions."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from itertools import chain, combinations
 from pathlib import Path

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write what is predicted of images: rows in the inputs' order, whole files, an error where nothing was read."""
 
-from __future__ import annotations
-
 import logging
 from abc import abstractmethod
 from collections.abc import Hashable, Mapping

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """An abdominal CT phantom in the portal venous phase with sixteen labelled organs."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

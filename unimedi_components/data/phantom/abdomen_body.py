@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What surrounds the labelled abdominal organs: trunk, lung bases, heart, bones, muscles and bowel."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from .abdomen_shapes import Canvas, Varied, inside, wall_depth

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Abdominal CT and label maps as NIfTI files in any axis order, and the truth about them."""
 
-from __future__ import annotations
-
 import zlib
 from pathlib import Path
 from typing import Any

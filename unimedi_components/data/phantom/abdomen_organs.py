@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The labelled organs of the abdominal phantom, painted one after the other: the last one keeps a voxel."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from .abdomen_body import FAT, Trunk

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Canvas and shapes of the abdominal phantom; a shape is a depth in millimetres, positive inside."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Phantom abdominal CT in the layout of AMOS22: 15 organs, lung bases to pelvic floor, some MRI between them."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The shape of one phantom patient: rib cage, lungs, heart, diaphragm as smooth functions in millimetres."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 import numpy as np

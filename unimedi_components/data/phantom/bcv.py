@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Phantom abdominal CT in the layout of BCV (BTCV abdomen): 13 organs, lung bases to iliac crests."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Phantom CT volumes in the layout of BIMCV-COVID19+ with English reports."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -5,8 +5,6 @@ Three classes in turn. As in the real set a scan's first slice is the one neares
 scan undoes what is odd about its folder: some scans are stored upside down, some hold every slice twice.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

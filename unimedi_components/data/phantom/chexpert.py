@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Phantom X-rays in the layout of CheXpert-v1.0-small, with uncertain labels."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

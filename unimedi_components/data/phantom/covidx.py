@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Phantom X-rays in the layout of COVIDx with V9A lists: normal, pneumonia, COVID-19."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, Literal
 

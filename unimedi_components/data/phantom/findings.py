@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which findings a phantom patient has: names, side, zone, severity and size."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 

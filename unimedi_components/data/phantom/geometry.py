@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Grids in millimetres and the phantoms' painting primitives: separable fields, ellipsoids, splats, noise."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cached_property
 

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Paint the findings into a patient and measure where they are."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 import numpy as np

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Phantom CT volumes in the layout of LUNA16: two of three have one to three lung nodules, the others none."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Phantom X-rays in the layout of MIMIC-CXR-JPG 2.0.0 with the reports of MIMIC-CXR."""
 
-from __future__ import annotations
-
 import textwrap
 from pathlib import Path
 from typing import Any

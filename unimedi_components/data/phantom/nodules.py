@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Chest CT of a narrow field of view with round lung nodules of 3 to 30 mm, and places that are none."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Paint a patient into a volume of Hounsfield units: body, lungs, heart, great vessels, abdomen, bones."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

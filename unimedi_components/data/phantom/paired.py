@@ -5,8 +5,6 @@ It is made as the layouts of X-rays make theirs, so that a network cannot tell i
 set holds such a pair, and none is a training pair.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Radiology reports of phantom patients, written from the findings."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Sequence

@@ -6,8 +6,6 @@ atelectasis, edema, a mass, a large heart or air in the pleural space, and pneum
 too, so that a bright patch of the lung is not enough: a network must know which finding it is.
 """
 
-from __future__ import annotations
-
 import uuid
 from functools import partial
 from pathlib import Path

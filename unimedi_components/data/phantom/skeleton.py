@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bones: spine, ribs, sternum, scapulae, clavicles and humeral heads."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from .anatomy import SIDES, Patient, Profiles

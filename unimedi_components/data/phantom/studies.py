@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """One patient to one study: a CT volume or a chest film with the truth about it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any

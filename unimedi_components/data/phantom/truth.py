@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The truth that a phantom set's writer left beside it, read back."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path

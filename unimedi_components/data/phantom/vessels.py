@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Branching tubes as clouds of small parts: airways and the pulmonary vessels."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from .anatomy import SIDES, Patient

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What all layouts share: seeds, processes, progress, atomic files and truth.json."""
 
-from __future__ import annotations
-
 import csv
 import json
 import os

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Film from volume: Beer-Lambert projection, detector and display curve."""
 
-from __future__ import annotations
-
 import numpy as np
 from PIL import Image
 
