@@ -15,11 +15,7 @@ DATASETS: dict[str, Dataset] = {module.DATASET.name: module.DATASET for module i
 
 
 def find_dataset(name: str) -> Dataset:
-    """Return a data set by name.
-
-    Raises:
-        ConfigError: no data set has this name; the nearest one is given.
-    """
+    """Return a data set by name. Raises ConfigError: no data set has this name; the nearest one is given."""
     if name not in DATASETS:
         hint = nearest_hint(str(name), DATASETS)
         raise ConfigError(f"unknown data set {name!r}. {hint}Data sets: {', '.join(DATASETS)}.")

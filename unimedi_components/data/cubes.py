@@ -53,11 +53,7 @@ class LoadCubed(MapTransform):
         self.spacing = None if spacing is None else tuple(float(step) for step in spacing)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Load.
-
-        Raises:
-            DataError: the item has no place, or it lies outside the volume.
-        """
+        """Load. Raises DataError: the item has no place, or it lies outside the volume."""
         found = dict(data)
         center = found.get(self.center_key)
         for key in self.key_iterator(found):

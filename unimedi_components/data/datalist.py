@@ -81,11 +81,7 @@ class DatalistBuilder:
             self.drop(fault[0], item["id"], fault[1])
 
     def drop(self, reason: str, item_id: str, detail: str = "") -> None:
-        """Count an item that is left out.
-
-        Raises:
-            DataError: the reason is a fault and the builder is strict.
-        """
+        """Count an item that is left out. Raises DataError: the reason is a fault and the builder is strict."""
         if self.strict and reason in FAULT_REASONS:
             raise DataError(
                 f"{reason}: {(detail or item_id).rstrip('.')}. "

@@ -66,11 +66,7 @@ def slice_files(folder: str | Path, slices: Sequence[str] | None = None, first_s
 
 
 def checked_end(first_slice: str) -> str:
-    """Return `first_slice` if it is one of `FIRST_SLICES`.
-
-    Raises:
-        DataError: it is neither.
-    """
+    """Return `first_slice` if it is one of `FIRST_SLICES`. Raises DataError: it is neither."""
     if first_slice not in FIRST_SLICES:
         raise DataError(f"first_slice {first_slice!r} is unknown. Use one of {', '.join(FIRST_SLICES)}.")
     return first_slice

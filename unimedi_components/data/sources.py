@@ -54,11 +54,7 @@ def check_choice(option: str, value: Any, known: Iterable[str], hint: bool = Fal
 
 
 def existing_root(root: str | Path, dataset: str) -> Path:
-    """Return ``root`` as a path.
-
-    Raises:
-        DataError: the folder does not exist or is a file.
-    """
+    """Return ``root`` as a path. Raises DataError: the folder does not exist or is a file."""
     path = Path(root).expanduser()
     if not path.exists():
         raise DataError(f"{path}: no such folder. Give the folder that holds the {dataset} data as ROOT.")

@@ -270,11 +270,7 @@ def _film_values(preprocessing: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _read_training_state(path: Path) -> dict[str, Any]:
-    """Read `last.pt`.
-
-    Raises:
-        CheckpointError: damaged, or something else.
-    """
+    """Read `last.pt`. Raises CheckpointError: damaged, or something else."""
     remedy = "name the run's own ckpt_dir, or start anew without --resume"
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)

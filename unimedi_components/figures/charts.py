@@ -83,11 +83,7 @@ def _label(curve: RocCurve) -> str:
 
 
 def draw_precision_recall(curves: Mapping[str, tuple[Array, Array]], path: str | Path, title: str = "") -> Path:
-    """Draw precision over recall.
-
-    Args:
-        curves: legend -> (recall, precision), from the highest score to the lowest.
-    """
+    """Draw precision over recall. ``curves``: legend -> (recall, precision), from the highest score to the lowest."""
     figure = Figure(figsize=(7.2, 5.2), dpi=DPI, layout="constrained", facecolor="white")
     axes = figure.subplots()
     for label, (recall, precision) in curves.items():

@@ -267,11 +267,7 @@ class DetectionLossMetric(_PerImage):
         self.rows += [float(row["loss"]) for row in output[0]]
 
     def compute(self) -> float:
-        """The mean, equal on all ranks.
-
-        Raises:
-            NotComputableError: no image came in.
-        """
+        """The mean, equal on all ranks. Raises NotComputableError: no image came in."""
         return float(np.mean(self._all()))
 
 
@@ -292,11 +288,7 @@ class DetectionScore(_PerImage):
             self.rows.append(tuple(tensor.detach().float().cpu().numpy() for tensor in tensors))
 
     def compute(self) -> float:
-        """The value, equal on all ranks.
-
-        Raises:
-            NotComputableError: no image came in.
-        """
+        """The value, equal on all ranks. Raises NotComputableError: no image came in."""
         boxes, scores, truth = zip(*self._all(), strict=True)
         finite = all(np.isfinite(part).all() for row in (*boxes, *scores) for part in (row,))
         if not finite or not any(len(part) for part in truth):

@@ -240,11 +240,7 @@ class ClassificationScore(EpochMetric):
         super().__init__(partial(_score, task=task), _logits_and_label, check_compute_fn=False)
 
     def compute(self) -> float:
-        """The score, equal on all ranks.
-
-        Raises:
-            NotComputableError: no case came in.
-        """
+        """The score, equal on all ranks. Raises NotComputableError: no case came in."""
         # Objects, since tensors of ranks with different numbers of cases cannot be gathered.
         parts: list[Any] = gather_objects((self._predictions, self._targets))
         logits, labels = ([rows for part in parts for rows in part[i]] for i in range(2))

@@ -67,11 +67,7 @@ class TargetInformation:
         self.count += len(rows)
 
     def result(self) -> Information:
-        """The values over all samples added.
-
-        Raises:
-            ValueError: none was added.
-        """
+        """The values over all samples added. Raises ValueError: none was added."""
         if self._total is None or self._entropy is None:
             raise ValueError("no targets were added")
         mean = self._total / self.count

@@ -131,11 +131,7 @@ class MaskScore(Metric):
 
     @sync_all_reduce("_total", "_images")
     def compute(self) -> float:
-        """The mean.
-
-        Raises:
-            NotComputableError: there was no image.
-        """
+        """The mean. Raises NotComputableError: there was no image."""
         if not int(self._images):
             raise NotComputableError("no image was evaluated")
         return float(self._total) / float(self._images)
@@ -168,11 +164,7 @@ class MaskLossMetric(Metric):
 
     @sync_all_reduce("_sums")
     def compute(self) -> float:
-        """The loss.
-
-        Raises:
-            NotComputableError: there was no image.
-        """
+        """The loss. Raises NotComputableError: there was no image."""
         if not float(self._sums[0]):
             raise NotComputableError("no image was evaluated")
         return float(self.loss.from_sums(self._sums))

@@ -189,11 +189,7 @@ class OrganDice(Metric):
 
     @sync_all_reduce("_total", "_count")
     def compute(self) -> float:
-        """The mean.
-
-        Raises:
-            NotComputableError: no case has an organ.
-        """
+        """The mean. Raises NotComputableError: no case has an organ."""
         present = self._count > 0
         if not bool(present.any()):
             raise NotComputableError("no case with an organ was evaluated")

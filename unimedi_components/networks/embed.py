@@ -46,11 +46,7 @@ class PatchEmbed(nn.Module):
         nn.init.zeros_(self.proj.bias)
 
     def grid(self, size: Sequence[int]) -> tuple[int, ...]:
-        """Token grid of an image of this spatial size.
-
-        Raises:
-            ValueError: the patch does not divide the size.
-        """
+        """Token grid of an image of this spatial size. Raises ValueError: the patch does not divide the size."""
         if len(size) != len(self.patch_size):
             raise ValueError(
                 f"expected {len(self.patch_size)} spatial axes for patch {self.patch_size}, got {tuple(size)}"

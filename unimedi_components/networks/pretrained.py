@@ -133,11 +133,7 @@ def _build(card: Mapping[str, Any]) -> UniMedI:
 
 
 def read_card(checkpoint: Path) -> dict[str, Any]:
-    """Read `model.json` beside a checkpoint.
-
-    Raises:
-        CheckpointError: missing, damaged, or of another format.
-    """
+    """Read `model.json` beside a checkpoint. Raises CheckpointError: missing, damaged, or of another format."""
     path = checkpoint.with_name(CARD)
     kept = f"keep {CARD} beside {checkpoint.name}, it says how the network is built"
     card = read_json(path, kept, "copy it again from the training run")

@@ -29,11 +29,7 @@ _KNOWN = {
 
 
 class Gallery:
-    """Figures of one page.
-
-    Args:
-        folder: of the page; PNG files go to `figures` in it.
-    """
+    """Figures of one page. ``folder``: of the page; PNG files go to `figures` in it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -88,11 +88,7 @@ class Embeddings:
 
     @classmethod
     def load(cls, path: str | Path) -> Embeddings:
-        """Read what `save` wrote.
-
-        Raises:
-            DataError: missing, damaged, or something else.
-        """
+        """Read what `save` wrote. Raises DataError: missing, damaged, or something else."""
         try:
             with np.load(path, allow_pickle=False) as content:
                 texts = {name: json.loads(str(content[name])) for name in ("entries", "card", "skipped", "model")}

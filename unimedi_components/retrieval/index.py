@@ -33,11 +33,7 @@ class Hit(NamedTuple):
 
 
 class Exact:
-    """One matrix product and the K largest.
-
-    Args:
-        rows: (N, E) float32.
-    """
+    """One matrix product and the K largest. ``rows``: (N, E) float32."""
 
     def __init__(self, rows: Array) -> None:
         # in this layout the product for one query is fastest
@@ -185,11 +181,7 @@ class EmbeddingIndex:
         return hits[:k]
 
     def check_model(self, model: str) -> None:
-        """Pass where the weights are those that the index was made with.
-
-        Raises:
-            ConfigError: they are others.
-        """
+        """Pass where the weights are those that the index was made with. Raises ConfigError: they are others."""
         if model != self.model:
             raise ConfigError(
                 f"the index was made with model {self.model[:12]}, the query with {model[:12]}; embed the query with "

@@ -185,11 +185,7 @@ class RetrievalRecall(Metric):
         self._rows.append(torch.cat([F.normalize(embed.detach().float(), dim=-1) for embed in embeds], dim=1))
 
     def compute(self) -> float:
-        """Recall over all pairs of all ranks.
-
-        Raises:
-            ValueError: no batch came in.
-        """
+        """Recall over all pairs of all ranks. Raises ValueError: no batch came in."""
         if not self._rows:
             raise ValueError("RetrievalRecall saw no batch; is the validation split empty?")
         with torch.no_grad():
@@ -222,11 +218,7 @@ class ContrastiveLossMetric(Metric):
         self._sums.append(torch.stack([loss.float() * rows, loss.new_tensor(rows, dtype=torch.float32)]))
 
     def compute(self) -> float:
-        """Mean over all ranks.
-
-        Raises:
-            ValueError: no batch came in.
-        """
+        """Mean over all ranks. Raises ValueError: no batch came in."""
         if not self._sums:
             raise ValueError("ContrastiveLossMetric saw no batch; is the validation split empty?")
         total, rows = all_reduce_sum(torch.stack(self._sums).sum(0)).tolist()

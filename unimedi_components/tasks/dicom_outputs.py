@@ -38,11 +38,7 @@ _ON_SLICE = 0.5
 
 
 def check_dicom_outputs() -> None:
-    """Pass where highdicom is installed.
-
-    Raises:
-        ConfigError: it is not.
-    """
+    """Pass where highdicom is installed. Raises ConfigError: it is not."""
     try:
         import highdicom  # noqa: F401
     except ImportError:

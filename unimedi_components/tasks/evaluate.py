@@ -80,11 +80,7 @@ class TaskEvaluation(ABC):
         """Write the figures."""
 
     def finite(self, values: Tensor) -> Tensor:
-        """The values of the network.
-
-        Raises:
-            CheckpointError: one is not finite.
-        """
+        """The values of the network. Raises CheckpointError: one is not finite."""
         if not torch.isfinite(values).all():
             raise CheckpointError("gives values that are not finite; its training diverged, train again")
         return values

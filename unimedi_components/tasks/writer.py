@@ -97,21 +97,13 @@ class PredictionWriter(Transform):
 
 
 def check_finite(name: str, values: Any, what: str = "probabilities") -> None:
-    """Let finite predictions of an image pass.
-
-    Raises:
-        CheckpointError: one is not.
-    """
+    """Let finite predictions of an image pass. Raises CheckpointError: one is not."""
     if not torch.isfinite(torch.as_tensor(values)).all():
         raise CheckpointError(f"{name}: {what} that are not finite; the network diverged, train it again")
 
 
 def check_probability(threshold: float) -> float:
-    """The threshold.
-
-    Raises:
-        ValueError: it is no probability.
-    """
+    """The threshold. Raises ValueError: it is no probability."""
     if not 0 <= threshold <= 1:
         raise ValueError(f"threshold must be a probability from 0 to 1, not {threshold!r}")
     return threshold

@@ -116,11 +116,7 @@ TUBES: tuple[tuple[str, tuple[float, float, float], float, bool, Curve, Curve | 
 
 
 def paint_organs(canvas: Canvas, trunk: Trunk, varied: Varied, sex: str) -> None:
-    """Paint all organs over the body.
-
-    Args:
-        sex: ``M`` paints a prostate, ``F`` a uterus.
-    """
+    """Paint all organs over the body. ``sex``: ``M`` paints a prostate, ``F`` a uterus."""
     blood = varied.factor(0.06)
     for paint in (_liver, _spleen, _stomach, _kidneys):
         paint(canvas, trunk, varied)

@@ -21,11 +21,7 @@ XRAY_SHAPE = (128, 40, 128)
 
 @dataclass
 class CTStudy:
-    """A CT volume.
-
-    Args:
-        hu: (nz, ny, nx) int16 Hounsfield units; z to the head, y to the back, x to the left.
-    """
+    """A CT volume. ``hu``: (nz, ny, nx) int16 Hounsfield units; z to the head, y to the back, x to the left."""
 
     patient: Patient
     hu: np.ndarray

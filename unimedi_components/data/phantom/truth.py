@@ -55,11 +55,7 @@ def _read_truth(path: Path) -> dict[str, Any]:
 
 
 def labels_of(items: Sequence[Mapping[str, Any]], studies: Mapping[str, Mapping[str, Any]]) -> npt.NDArray[np.int64]:
-    """True labels of datalist items, (N, F).
-
-    Raises:
-        DataError: an item is not in the truth file.
-    """
+    """True labels of datalist items, (N, F). Raises DataError: an item is not in the truth file."""
     missing = [item["id"] for item in items if item["id"] not in studies]
     if missing:
         raise DataError(f"truth.json does not know {missing[0]} ({len(missing)} such); write the phantoms again")
