@@ -162,11 +162,7 @@ def _is_below(name: str) -> bool:
 
 
 def _check_labels(labels: Any, path: Path) -> None:
-    """Compare the file's organs, ``{"1": "spleen", ...}`` or ``{"spleen": 1, ...}``, with the expected ones.
-
-    Raises:
-        DataError: a name stands at another index, is unknown, or is missing: the label maps mean other organs.
-    """
+    """Compare the file's organs, ``{"1": "spleen", ...}`` or ``{"spleen": 1, ...}``, with the expected ones."""
     if labels is None:
         return
     if not isinstance(labels, dict):

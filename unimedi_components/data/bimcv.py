@@ -221,17 +221,7 @@ def _prefixed(name: str, prefix: str) -> str:
 
 
 def _read_labels(tables: Sequence[Path]) -> tuple[list[str], dict[_Session, list[int]], Path | None]:
-    """Read the findings of all sessions from the first table that has them.
-
-    A cell that is no list of names leaves its session without labels; one warning counts them.
-
-    Args:
-        tables: csv or tsv files; their column Labels holds Python lists such as ``['pneumonia', 'pleural effusion']``.
-
-    Returns:
-        the names in alphabetical order, for each labelled session (its first row) 1 or 0 for each name, and the
-        table; nothing, and None, where no table has the column.
-    """
+    """Read the findings of all sessions from the first table that has them."""
     for path in tables:
         frame = read_source(path, ("PatientID", "ReportID"), "\t" if ".tsv" in path.name else ",")
         if LABEL_COLUMN not in frame.columns:

@@ -134,11 +134,7 @@ def _check_options(findings: str, uncertain: str, validation_images: int) -> Non
 
 
 def _on_disk(base: Path, home: Path, images: pd.Series, check: str) -> pd.Series:
-    """Return paths below ``base`` of images ``train/patient00001/...``, which lie beside the tables or in batches.
-
-    Raises:
-        DataError: neither a folder of the split nor a batch with patients is there.
-    """
+    """Return paths below ``base`` of images ``train/patient00001/...``, which lie beside the tables or in batches."""
     prefix = os.path.relpath(home, base).replace(os.sep, "/")
     plain = images if prefix == "." else prefix + "/" + images
     split = images.str.split("/").str[0]

@@ -105,11 +105,7 @@ def collect(
 
 
 def _on_disk(builder: DatalistBuilder, base: Path, frame: pd.DataFrame, check: str) -> list[str]:
-    """Return the images' paths below ``base``: in the folder of their list, or in the one that holds the name.
-
-    Raises:
-        DataError: no folder of images is there.
-    """
+    """Return the images' paths below ``base``: in the folder of their list, or in the one that holds the name."""
     plain = (frame["kind"] + "/" + frame["id"]).tolist()
     if check == "none":
         return plain

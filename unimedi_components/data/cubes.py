@@ -115,8 +115,6 @@ def luna_cube_transforms(
     """Transforms of one candidate {"image": file, "center": [x, y, z]} to "image", (1, D, H, W) in [-1, 1].
 
     Args:
-        size: D, H, W in voxels.
-        window: Hounsfield units that become -1 and 1; values beyond are clipped.
         spacing: mm along D, H, W to resample to; None keeps the file's voxels.
     """
     return [

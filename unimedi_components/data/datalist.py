@@ -104,11 +104,7 @@ class DatalistBuilder:
             taken |= {item["patient"] for item in self.items[split]}
 
     def build(self) -> dict[str, Any]:
-        """Return the datalist with its ``meta`` block; items are sorted by id within a split.
-
-        Raises:
-            DataError: ids repeat or a patient is in two splits.
-        """
+        """Return the datalist with its ``meta`` block; items are sorted by id within a split."""
         splits = {split: sorted(items, key=lambda item: item["id"]) for split, items in self.items.items()}
         listed = {reason: [drop["id"] for drop in drops[:LISTED_DROPS]] for reason, drops in self.dropped.items()}
         datalist: dict[str, Any] = {
@@ -217,9 +213,6 @@ def load_datalist(
             must exist.
         required: keys that every item must have; add ``"report"`` for image-report training.
 
-    Returns:
-        The datalist with all three splits present.
-
     Raises:
         DataError: the file is missing, not JSON, or fails :func:`validate_datalist`, or images are not below
             ``root``.
@@ -259,7 +252,6 @@ def select(datalist: dict[str, Any], split: str, dims: Iterable[int] | int | Non
     """Return the items of a split.
 
     Args:
-        split: ``"training"``, ``"validation"`` or ``"test"``.
         dims: 2, 3 or several of them; None keeps both.
 
     Raises:

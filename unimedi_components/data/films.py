@@ -50,7 +50,6 @@ class FilmMaskd(Transform):
 
         Raises:
             DataError: there is neither a mask file nor a list of boxes, or the mask has other pixels than the film.
-            OSError: the mask file cannot be read.
         """
         if data.get(self.mask) is None:
             if data.get(self.boxes) is None:

@@ -56,13 +56,8 @@ def add_cases(
 
     Args:
         builder: gets items ``{"id", "patient", "image", "mask", "dim": 3}``, the task and the label names.
-        root: folder that the paths are relative to.
         organs: names of the labels 1, 2, ... in order.
         check: see :func:`pair_fault`.
-
-    Raises:
-        ConfigError: ``check`` is unknown.
-        DataError: a fault under ``strict``.
     """
     names = [BACKGROUND, *organs]
     builder.meta |= {"task": "segmentation", "label_names": names}
@@ -101,15 +96,11 @@ def pair_fault(
         check: ``"quick"`` reads the headers, some slices of the image (Hounsfield units) and the whole label
             map; ``"full"`` reads every voxel of the image too; ``"exists"`` only asks whether the files are
             there; ``"none"`` does not look at all.
-        hounsfield: whether the image must be in Hounsfield units.
 
     Returns:
         None when sound, otherwise ``(reason, detail)``. Reasons: those of
         :func:`~unimedi_components.images.checks.check_ct`, ``missing mask``, ``unreadable mask``, ``mask and
         image differ in geometry`` and ``unknown label values``.
-
-    Raises:
-        ConfigError: ``check`` is none of the four.
     """
     check_choice("check_images", check, IMAGE_CHECKS)
     if check == "none":
@@ -174,12 +165,6 @@ def geometry_difference(
     image_shape: Sequence[int], image_affine: Any, mask_shape: Sequence[int], mask_affine: Any
 ) -> str:
     """Say how the voxels of a label map lie elsewhere than those of its image.
-
-    Args:
-        image_shape: voxels along the three axes of the image.
-        image_affine: its affine (4, 4) to mm; it must be regular.
-        mask_shape: voxels along the three axes of the label map.
-        mask_affine: its affine (4, 4) to mm.
 
     Returns:
         An empty string when shapes agree and corners lie within a tenth of a voxel; otherwise both geometries.

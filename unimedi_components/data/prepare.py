@@ -92,9 +92,6 @@ def prepare(
 
 def _plain_value(place: str, parameter: inspect.Parameter, value: Any) -> Any:
     """Return an option's value, checked by the type of its default; the command line reads a folder 2024 as a number.
-
-    Raises:
-        ConfigError: the value is of another type.
     """
     default = parameter.default
     if isinstance(default, bool):

@@ -30,8 +30,6 @@ def pretraining_datalist(
         phantoms: number of phantom patients to write for each source first, where they are not there yet; None or
             empty expects real data.
         phantom_seed: seed of the phantoms.
-        sources: layouts to join.
-        options: passed to the converters, for example `min_sentences`.
 
     Returns:
         path of `<dataset_dir>/pretrain.json`.

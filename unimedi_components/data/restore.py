@@ -20,7 +20,6 @@ class Restored(Transform):
     one class at a time, so that memory holds two classes of the file's size; linear, so that outlines stay smooth.
 
     Args:
-        transform: the preparation that the image went through.
         labels: give the class of the highest score, uint8 (1, ...), in place of the scores, float32 (C, ...).
         keys: of the scores, (C, H, W) or (C, D, H, W), which the result replaces.
         orig_keys: of the prepared image, a MetaTensor.

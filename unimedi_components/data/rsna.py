@@ -187,13 +187,6 @@ def paper_split(patients: Sequence[str], task: str) -> dict[str, str]:
     segmentation and detection, where MGCA holds out 2 x 5,337, which is 40%. Other numbers of patients are
     split by the same shares.
 
-    Args:
-        patients: all patients of the table, also those that are dropped later.
-        task: one of :data:`TASKS`.
-
-    Returns:
-        patient -> split.
-
     Raises:
         DataError: there are too few patients for three splits.
     """

@@ -29,8 +29,6 @@ class CheckLabelMapd(Transform):
     The same affine on both keeps differences of rounding out of the resampling that follows.
 
     Args:
-        image: key of the image.
-        mask: key of the label map.
         num_classes: number of labels with the background; None allows any up to 255.
     """
 

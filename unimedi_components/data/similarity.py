@@ -24,13 +24,8 @@ class RandSimilarityd(RandAffined):
     Args:
         keys: of images and masks (C, *size), all moved alike.
         scale_range: (min, max); 1 is added. Above 0 the content shrinks, since it scales the sampling grid.
-        rotate_range: as of RandAffined, in radians.
         prob: of a drawn transform for a case.
         mode: interpolation, for each key.
-        padding_mode: what lies outside, for each key.
-
-    Raises:
-        ValueError: `scale_range` is not a pair.
     """
 
     def __init__(

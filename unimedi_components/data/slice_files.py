@@ -50,7 +50,6 @@ def slice_files(folder: str | Path, slices: Sequence[str] | None = None, first_s
     Args:
         slices: the names that make up the volume, in the scan's order; None takes every image of the folder by
             number.
-        first_slice: end of the patient that the first slice shows, ``"head"`` or ``"foot"``.
 
     Raises:
         DataError: there is no folder, or no slice in it.

@@ -29,9 +29,7 @@ class ChooseSlicesd(MapTransform):
     every image of the folder counts, by number.
 
     Args:
-        keys: keys of folders.
         depth: number of slices; None takes all of them.
-        first_slice: end of the patient that the first slice shows, ``"head"`` or ``"foot"``.
 
     Raises:
         DataError: `first_slice` is neither, or `depth` is below 1.
@@ -140,7 +138,6 @@ def slice_volume_transforms(
 
     Args:
         spatial_size: D, H, W of the result.
-        first_slice: end of the patient that the first slice shows, ``"head"`` or ``"foot"``.
         grey_window: Hounsfield units that black and white stand for, where that is known: the volume then looks to
             the network as :func:`~unimedi_components.data.transforms.ct_transforms` would show it. None maps black
             to -1 and white to 1.

@@ -29,9 +29,6 @@ _NOT_DATA = ("__MACOSX",)
 def nearest_hint(name: str, known: Iterable[str]) -> str:
     """Say which known name an unknown one resembles most.
 
-    Returns:
-        ``"did you mean 'report'? "`` or, when nothing is similar, an empty string.
-
     Example:
         >>> nearest_hint("reports", ["image", "report"])
         "did you mean 'report'? "
@@ -93,7 +90,6 @@ def folders_below(root: Path, depth: int, closed: Callable[[Path], bool]) -> lis
     """Return ``root`` and the folders below it, the nearer first: archives unpack into folders of their own.
 
     Args:
-        root: where to start; always looked into.
         depth: how many levels to go down.
         closed: folders of which it is true are returned, but not looked into.
     """

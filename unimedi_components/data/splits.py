@@ -41,7 +41,6 @@ def hold_out(images: Mapping[str, int], count: int, seed: int) -> set[str]:
     """Choose patients that have a given number of images together.
 
     Args:
-        images: patient -> number of images.
         seed: seed of the order. Patients are taken in that order; one whose images would exceed the number is
             passed over.
 
@@ -65,8 +64,6 @@ def split_patients(
 
     Args:
         strata: patient -> group; each group is split by itself, so that X-rays and CTs reach every split.
-        validation_fraction: share of the patients for validation, in [0, 1).
-        test_fraction: share of the patients for test, in [0, 1).
 
     Returns:
         patient -> split. A group of three or more has at least one patient in each split

@@ -50,10 +50,7 @@ class _Row:
 def _find_image(
     path: Path, check: str, limits: CTLimits, assume_hu: bool
 ) -> tuple[dict[str, Any], tuple[str, str] | None]:
-    """The fields of an item that say what an image is, and its fault.
-
-    Content decides; without a look at the images (``check`` "none" or "exists"), the name does.
-    """
+    """The fields of an item that say what an image is, and its fault."""
     if check == "none" or not path.exists() or (check == "exists" and not path.is_dir()):
         dim = 3 if path.name.lower().endswith(VOLUME_ENDINGS) or path.is_dir() else 2
         return {"dim": dim}, None if check == "none" or path.exists() else ("missing image", f"{path}: no such file")
@@ -307,20 +304,7 @@ def _add_labels(
     task: str | None = None,
     label_names: str | Sequence[str] | None = None,
 ) -> None:
-    """Turn label cells into class numbers, 0/1 vectors or mask paths.
-
-    Args:
-        builder: its meta block gets the names and the task.
-        cells: for each item its label cell and the folder of its table; the item gets ``label`` or ``mask``. Several
-            names in a cell are separated by ``|``.
-        base: folder that mask paths are relative to.
-        task: how labels are written; None gives ``[int]`` for numbers and 0/1 vectors over the names otherwise.
-        label_names: classes or findings in order; findings that are not among them do not count.
-
-    Raises:
-        ConfigError: an unknown task, or names without one.
-        DataError: a label is none of the classes.
-    """
+    """Turn label cells into class numbers, 0/1 vectors or mask paths."""
     if task is not None and task not in TASKS:
         raise ConfigError(f"task={task!r} is unknown. Use one of {', '.join(TASKS)}.")
     if label_names is not None and task is None:

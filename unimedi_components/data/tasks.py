@@ -30,15 +30,10 @@ def task_datalist(
     A datalist that this did not make (the command `prepare`, or a person, did) is taken as it is.
 
     Args:
-        dataset: a name of the command `datasets`.
         dataset_dir: folder with the data set in its own layout; image paths are relative to it.
         phantoms: number of phantom patients to write there first, if they are not there yet; None expects real data.
         phantom_seed: seed of the phantoms.
         out: the datalist; by default beside the folder, `<dataset_dir>.json`.
-        options: of the data set's converter, for example `uncertain`.
-
-    Returns:
-        path of the datalist.
 
     Raises:
         DataError: the data set is missing, or nothing in it can be used.
@@ -79,14 +74,9 @@ def load_task(
     """Read a datalist for a task and check that it has what the task needs.
 
     Args:
-        path: the datalist.
         root: folder that its image paths are relative to.
-        dim: 2 or 3; items of the other dimension are left out.
-        task: what the config expects of `meta.task`.
-        label_names: what the config expects of `meta.label_names`.
         label_fraction: share of the patients whose training items are kept, nested over fractions and stratified by
             label.
-        fraction_seed: of their choice.
 
     Raises:
         DataError: unreadable, without items of this dimension, or labelled for another task.

@@ -67,9 +67,6 @@ def split_sections(text: str) -> dict[str, str]:
     does; a report with neither findings nor impression gives ``last_paragraph``, what follows the first blank
     line of its last section.
 
-    Args:
-        text: the whole report.
-
     Returns:
         ``impression``, ``findings``, ``last_paragraph`` and ``comparison``; ``""`` where absent.
 
@@ -107,13 +104,9 @@ def clean_report(text: str, keep_punct: bool = False, min_tokens: int = 2) -> Cl
     (MGCA ``pretrain_dataset.py``; like it, this cuts ``3.5`` in two).
 
     Args:
-        text: report or sections.
         keep_punct: keep the punctuation within sentences and decimal points, and end each sentence with a
             period, as BERT's own training text has it.
         min_tokens: fewest tokens of a piece that is kept.
-
-    Returns:
-        The cleaned text with its number of sentences and of word tokens.
 
     Example:
         >>> clean_report("1. No effusion. 2. Heart\\nis normal.")
@@ -141,7 +134,6 @@ def as_trained(text: str, keep_punct: bool, min_tokens: int = 2) -> str:
     What `clean_report` made with the same `keep_punct` stays as it is; punctuation that it left out does not come back.
 
     Args:
-        text: any text.
         keep_punct: whether the training reports kept their punctuation, see `Pretrained.keep_punct`.
         min_tokens: see `clean_report`; 1 keeps single words, which a query may be.
 
@@ -157,9 +149,6 @@ def as_trained(text: str, keep_punct: bool, min_tokens: int = 2) -> str:
 
 def report_language(text: str) -> str | None:
     """Guess whether a report is English or Spanish from its common words.
-
-    Args:
-        text: the report, any length.
 
     Returns:
         ``"en"``, ``"es"``, or None when the words do not tell (short texts, other languages).

@@ -119,7 +119,6 @@ def xray_transforms(
     repository does.
 
     Args:
-        size: pixels per side of the result.
         long_side: pixels of the padded square; None keeps the ratio of 256 to 224.
         random_crop: crop at a random place (training) instead of the centre.
         jitter: random contrast and brightness (training), as a share and as an offset of at most this much.
@@ -183,7 +182,6 @@ def ct_transforms(
         random_shift: move the volume in the plane by up to this many voxels (training), with air behind it.
         rotate: turn it in the plane by up to this many degrees to either side (training). It is never flipped: the side
             of an organ or a finding is in the reports.
-        jitter: see `xray_transforms`.
     """
     steps: list[Transform] = [
         LoadVolumed("image"),
@@ -245,10 +243,6 @@ class ByDimension(Compose):
     As a `Compose` it holds two transforms: the chains up to their first random transform, and the rest.
     Caching datasets (`monai.data.PersistentDataset`, `CacheDataset`) split it there, so each dimension's
     chain is cached as far as can be.
-
-    Args:
-        two_d: transforms of X-ray items, for example `xray_transforms(...)`; empty when there are none.
-        three_d: transforms of CT items, for example `ct_transforms(...)`; empty when there are none.
 
     Attributes:
         fingerprints: per dimension, a hash of what its deterministic transforms compute, for cache keys.

@@ -36,9 +36,6 @@ def build_wordpiece(
         vocab_size: largest number of tokens, with the five special ones ([PAD] is 0) and the characters.
         lowercase: fold case and strip accents, as BERT's uncased models do.
 
-    Returns:
-        `out_dir` as a string.
-
     Raises:
         DataError: there is no report text, `vocab_size` has no room for words, or `out_dir` holds something
             else.

@@ -29,10 +29,6 @@ class LoadVolumed(MapTransform):
     Each key becomes a MetaTensor (1, X, Y, Z), int16 or float32 as of `read_volume`, in the file's own axes and affine.
     "assume_hu" and "check_hu" of an item say what to make of values that may be no Hounsfield units. What `prepare` and
     `inspect` say of a file is decided by the same readers and checks.
-
-    Args:
-        keys: of paths.
-        allow_missing_keys: pass over keys that an item lacks.
     """
 
     def __init__(self, keys: KeysCollection, allow_missing_keys: bool = False) -> None:
@@ -99,8 +95,6 @@ class Uprightd(MapTransform, InvertibleTransform):
 
     Args:
         keys: of MetaTensors (C, D, H, W) whose first axis runs along the slices.
-        modes: of interpolation, one a key.
-        fill: value outside the field of view, one a key.
     """
 
     def __init__(

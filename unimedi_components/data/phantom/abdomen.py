@@ -20,11 +20,8 @@ class AbdomenStudy:
     """A CT of one patient.
 
     Args:
-        sex: ``F`` or ``M``.
-        age: in years.
         hu: (nz, ny, nx) int16 Hounsfield units; z to the head, y to the back, x to the patient's left.
         organs: (nz, ny, nx) uint8, 0 or 1 + the index of the organ in `ORGANS`.
-        grid: geometry in mm of the patient.
     """
 
     sex: str
@@ -42,7 +39,6 @@ def make_abdomen(seed: np.random.SeedSequence, pelvis: bool, shape: tuple[int, i
     that fill more than half of it. About 2 % of the patients have no gallbladder.
 
     Args:
-        seed: of the patient; the same patient whatever the other arguments are.
         shape: (slices, rows, columns); None for 128 x 128 and slices of 4.2 to 6 mm.
     """
     body, organs, unlabelled, device = (np.random.default_rng(s) for s in seed.spawn(4))

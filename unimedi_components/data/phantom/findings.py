@@ -30,10 +30,7 @@ class Finding:
     """One finding of one patient.
 
     Args:
-        name: one of `FINDINGS`.
         side: ``left``, ``right``, ``bilateral``, or ``None`` for the heart.
-        zone: ``upper``, ``middle``, ``lower``, or ``None`` where it does not apply.
-        severity: ``small``, ``moderate`` or ``large``.
         size: in mm where the report gives a size (diameter of a nodule), else ``None``.
     """
 
@@ -117,9 +114,6 @@ def draw_disease(disease: Disease, rng: np.random.Generator) -> tuple[Finding, .
 
     Common pneumonia is one consolidation of one lung, with a small effusion beside every third; COVID-19 is
     bilateral ground glass of the middle or lower zones, with a consolidation within every fourth.
-
-    Args:
-        disease: which one; ``normal`` has no findings.
     """
     severity = str(rng.choice(("moderate", "large")))
     side = str(rng.choice(("left", "right")))

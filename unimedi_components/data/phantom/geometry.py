@@ -19,8 +19,6 @@ class Grid:
     slice drawn with rows y and columns x is in radiological convention.
 
     Args:
-        shape: number of voxels (nz, ny, nx).
-        spacing: voxel size in mm (dz, dy, dx).
         origin: centre of voxel (0, 0, 0) in mm (z, y, x).
     """
 

@@ -24,7 +24,6 @@ def save_metaimage(
 
     Args:
         hu: int16 volume as stored: the file's x axis is the last one.
-        spacing: mm along the file's x, y and z axes.
         offset: LPS mm of the first voxel (x, y, z).
         flip: True if the file's x runs to the right and its y to the front.
     """

@@ -26,7 +26,6 @@ class Nodule:
 
     Args:
         voxel: centre as continuous index (z, y, x).
-        diameter: in mm.
         slices: first and last slice that it fills by a tenth of a voxel or more.
     """
 
@@ -56,7 +55,6 @@ def make_nodule_ct(
     """CT of a patient who lies on the back, reconstructed close around the rib cage.
 
     Args:
-        diameters: of the nodules in mm.
         n_others: how many places without a nodule to choose.
         padded: fill what lies outside the reconstruction circle with -3024, as some scanners do.
     """

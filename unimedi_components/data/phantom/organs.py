@@ -18,7 +18,6 @@ class Scene:
     """A painted patient.
 
     Args:
-        profiles: outlines per slice of the grid.
         hu: (nz, ny, nx) Hounsfield units without noise.
         chest: index box that holds the rib cage.
         cage: field of the rib cage inside ``chest``, below 1 within.

@@ -23,7 +23,6 @@ def write_paired_xray(path: Path, layout: str, seed: int, index: int) -> Path:
 
     Args:
         path: file to write, whole or not at all.
-        layout: of `PAIRED`.
     """
     if not path.is_file():
         patient, streams = make_patient(np.random.SeedSequence([seed, LAYOUTS[layout].code, index]))

@@ -27,13 +27,7 @@ _UNDENIED = {"edema": ("ground_glass",), "effusion": ("atelectasis",), "pneumoth
 
 @dataclass(frozen=True)
 class Report:
-    """A report of 3 to 10 sentences.
-
-    Args:
-        indication: why the image was taken.
-        findings: sentences of the findings section.
-        impression: sentences of the impression section.
-    """
+    """A report of 3 to 10 sentences."""
 
     indication: str
     findings: tuple[str, ...]

@@ -15,7 +15,6 @@ def rib_profile(patient: Patient, z: FloatArray, angle: FloatArray) -> FloatArra
     """How much bone lies at a height and an angle: 0 between ribs, 0.6 in the marrow, 1 at the cortex.
 
     Args:
-        z: height in mm.
         angle: 0 at the spine, pi at the sternum; broadcast against z.
     """
     fall = patient.rib_drop * angle / np.pi

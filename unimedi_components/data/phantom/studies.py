@@ -37,8 +37,6 @@ class XrayStudy:
         film: (H, W) uint8, the patient's right on the image's left.
         lateral: (H, W) uint8 or None.
         portable: True for an AP film at the bedside, False for PA.
-        lesions: where the findings are, in voxels of ``grid``.
-        grid: the volume that was projected.
     """
 
     patient: Patient
@@ -82,7 +80,6 @@ def make_ct(
     """CT of a patient who lies on the back, arms up.
 
     Args:
-        shape: (slices, rows, columns).
         lesions: False leaves the findings out, all else being equal.
     """
     vessels, places, device = streams[:3]

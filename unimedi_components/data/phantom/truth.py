@@ -18,9 +18,6 @@ _TRUTH = "truth.json"
 def load_truth(root: str | Path) -> dict[str, Any] | None:
     """The truth of the phantom set at `root`, or of those in its folders; None for real data.
 
-    Args:
-        root: a folder with truth.json, or one with a folder per data set, as pre-training's datalist has it.
-
     Returns:
         "findings", the names of the labels, and "studies", by item id: "labels", "findings", and for volumes
         "lesion_slices" (inferior to superior), "n_slices" and, where the patient can be made again for an X-ray,

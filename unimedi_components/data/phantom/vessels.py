@@ -36,7 +36,6 @@ def tube(path: FloatArray, radius: FloatArray | float, step: float) -> tuple[Flo
     Args:
         path: (N, 3) corners (z, y, x) in mm.
         radius: radius in mm at the corners, a number or (N,).
-        step: distance of the parts in mm.
 
     Returns:
         (M, 3) positions and (M,) volumes in cubic mm that add up to the tube's volume.
