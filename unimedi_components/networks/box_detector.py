@@ -93,7 +93,6 @@ class BoxDetector(RetinaNetDetector):
         """MONAI's dict of losses, "classification" and "box_regression", scalars over the batch.
 
         Args:
-            images: (B, 1, H, W); their size is read.
             maps: as `ViTDet.head_maps` returns them.
             targets: of each image "boxes" (n, 4) in pixels and "labels" (n,) from 0 to K - 1.
         """
@@ -139,9 +138,7 @@ class BoxDetector(RetinaNetDetector):
         whose overlap is at least the candidates' mean plus deviation; an anchor for several boxes takes the best.
 
         Args:
-            boxes: (B, n, 4).
             real: False where an image has fewer boxes, (B, n).
-            anchors: (A, 4).
             places: places per map.
 
         Returns:
@@ -176,10 +173,6 @@ class BoxDetector(RetinaNetDetector):
         """Selected boxes of each image: "boxes" (n, 4) clipped to it, "labels" (n,), "scores" (n,), highest first.
 
         They are on the CPU: suppression asks box after box, and each question would make a GPU wait.
-
-        Args:
-            images, maps: see `losses`.
-            lowest_score: for this call in place of the selector's threshold, where it is lower.
         """
         # MONAI's suppression copies the boxes, which those with a history refuse
         rows, anchors, places = self.read(images, {key: [x.detach() for x in value] for key, value in maps.items()})

@@ -30,11 +30,8 @@ def network_card(
     """Describe a task's network, or the one in a distributed wrapper, so that `load_network` can build it.
 
     Args:
-        network: of one of `KINDS`.
-        task: what its outputs are, for example "multiclass" or "segmentation".
         label_names: of its classes, with the background where there is one.
         preprocessing: of its images, see `data.task_transforms`.
-        extra: further entries, which JSON can hold.
     """
     own: Any = getattr(network, "module", network)
     card = {
@@ -53,8 +50,6 @@ def load_network(checkpoint: str | Path, device: str | torch.device = "cpu", kin
     """A task's trained network, in evaluation mode, from `models/model.pt` with `model.json` beside it.
 
     Args:
-        checkpoint: the weights; `model.json` says how to build the network.
-        device: where to put it.
         kind: the one of `KINDS` that is wanted; None takes any.
 
     Returns:

@@ -32,8 +32,6 @@ class PatchEmbed(nn.Module):
 
     Args:
         patch_size: (ph, pw) or (pd, ph, pw).
-        in_chans: image channels.
-        embed_dim: token width D.
     """
 
     def __init__(self, patch_size: Sequence[int], in_chans: int, embed_dim: int) -> None:
@@ -99,8 +97,6 @@ def resample_pos_embed_2d(table: Tensor, old: Sequence[int], new: Sequence[int],
 
     Args:
         table: (1, h * w, D) without the CLS entry.
-        old: grid (h, w) of the table.
-        new: grid wanted.
         antialias: as timm's `resample_abs_pos_embed`; False as `transformers`.
 
     Returns:
@@ -126,7 +122,6 @@ def interpolate_depth(table: Tensor, position: Tensor) -> Tensor:
     """Rows of a depth table at fractional depths, linear between neighbours.
 
     Args:
-        table: (1, S, D).
         position: depth as a fraction of the volume, 0 inferior to 1 superior, (B, k).
 
     Returns:

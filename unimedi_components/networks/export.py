@@ -11,11 +11,7 @@ from torch import Tensor, nn
 
 
 class ScriptableNetwork(nn.Module):
-    """A traced network behind a forward that `torch.jit.script` can compile.
-
-    Args:
-        traced: what `torch.jit.trace` made of the network.
-    """
+    """A traced network behind a forward that `torch.jit.script` can compile."""
 
     def __init__(self, traced: nn.Module) -> None:
         super().__init__()
@@ -27,12 +23,7 @@ class ScriptableNetwork(nn.Module):
 
 
 class ScriptableByDimension(nn.Module):
-    """Two traces of a network that takes X-rays and volumes, behind a forward that `torch.jit.script` can compile.
-
-    Args:
-        two_d: what `torch.jit.trace` made of the network with X-rays.
-        three_d: the same with volumes.
-    """
+    """Two traces of a network that takes X-rays and volumes, behind a forward that `torch.jit.script` can compile."""
 
     def __init__(self, two_d: nn.Module, three_d: nn.Module) -> None:
         super().__init__()

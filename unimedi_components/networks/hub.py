@@ -148,10 +148,8 @@ class HubEncoder(
         """The README of a folder.
 
         Args:
-            args: of the mixin.
             license: of the weights, a name of the hub's; by default Apache-2.0 where the run was on phantoms, else
                 "unknown"; weights that the run started from may have another.
-            kwargs: further values of the template.
         """
         phantoms = self.card.get("phantom_seed") is not None
         info = self._hub_mixin_info
@@ -205,7 +203,6 @@ def read_json(path: Path, missing: str, again: str) -> dict[str, Any]:
     """A JSON object from a file.
 
     Args:
-        path: of the file.
         missing: what to do where there is none.
         again: what to do where it is damaged.
 

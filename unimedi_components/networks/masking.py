@@ -57,12 +57,10 @@ def masked_pass(
         student: runs the encoder.
         inputs: its image, or volume, slices and slice positions.
         keep: patch tokens that stay visible, (B, K).
-        teacher: the teacher's output on all P patch tokens.
         grids: token grid of each segment of the P tokens.
         mask_ratio, block: with which `keep` was chosen, see `selection.keep_tokens`.
         drop: leave masked tokens out (A-CLIP) instead of replacing them by the mask token (iBOT).
         loss_on: with the mask token, the patch tokens that are compared: "all", "masked" or "visible".
-        segment: let the student see this segment alone; None for all.
 
     Returns:
         the student's output and the teacher's on the patch tokens that are compared.
@@ -99,8 +97,6 @@ def compare(compared: Mapping[str, Sequence[Compared]], head: DINOHead, teacher_
 
     Args:
         compared: the masked passes of each of `MODALITIES`.
-        head: of the student.
-        teacher_head: of the teacher; without gradient.
 
     Returns:
         the fields of `UniMediOutput` from `student_cls` to `teacher_prototypes`.

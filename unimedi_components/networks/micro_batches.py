@@ -24,12 +24,8 @@ def in_micro_batches(run: Callable[..., T], parts: int, *inputs: Tensor, **optio
 
     Args:
         run: an encoder whose rows do not depend on each other.
-        parts: number of parts; 1 keeps all activations.
         inputs: tensors of B rows.
         options: keyword arguments of `run`; tensors among them have B rows too.
-
-    Returns:
-        what `run` returns for the whole batch.
     """
     batch = len(inputs[0])
     size = -(-batch // parts)

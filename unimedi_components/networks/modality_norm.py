@@ -20,10 +20,7 @@ class ModalityBatchNorm1d(nn.Module):
     shared.
 
     Args:
-        num_features: width C.
         num_modalities: number of statistics M; 1 is plain synchronised batch normalisation.
-        affine: learn a scale and a shift.
-        eps: added to the variance.
         momentum: weight of the batch in the running statistics.
         scale: divide by the standard deviation; False only takes the mean off.
     """

@@ -28,9 +28,7 @@ class Pretrained:
 
     Args:
         network: in evaluation mode, without teacher.
-        tokenizer: of the report encoder.
         card: how the network was built and how its input was prepared.
-        path: the checkpoint.
     """
 
     network: UniMedI
@@ -71,10 +69,6 @@ def load_encoder(checkpoint: str | Path, device: str | torch.device = "cpu") -> 
 
     Args:
         checkpoint: `models/model.pt` with `model.json` beside it.
-        device: where to put it.
-
-    Raises:
-        CheckpointError: a file is missing or does not fit.
     """
     path = Path(checkpoint)
     card = read_card(path)
@@ -90,7 +84,6 @@ def load_pretrained(checkpoint: str | Path, device: str | torch.device = "cpu") 
     Args:
         checkpoint: `model.pt`, `model_best.pt` or `unimedi.pt`. The first two hold the vision encoder alone; the
             report side is taken from the `unimedi.pt` beside them.
-        device: where to put the network.
 
     Raises:
         CheckpointError: a file is missing or does not fit.

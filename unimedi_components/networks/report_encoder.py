@@ -173,15 +173,7 @@ class ReportEncoder(nn.Module):
             module.requires_grad_(False)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """CLS feature of the last layer; padding does not change it.
-
-        Args:
-            input_ids: (B, T).
-            attention_mask: 1 for tokens and 0 for padding, (B, T).
-
-        Returns:
-            (B, width).
-        """
+        """CLS feature of the last layer, (B, width), of `input_ids` (B, T); padding does not change it."""
         if self.model.config.model_type == "bert" and self.model.config._attn_implementation == "sdpa":
             # transformers would ask the GPU whether anything is padded before it makes this of a 2D mask
             attention_mask = attention_mask[:, None, None, :].bool()
@@ -190,9 +182,6 @@ class ReportEncoder(nn.Module):
 
 def load_tokenizer(name_or_path: str | Path) -> Any:
     """The fast tokenizer of a folder (vocab.txt or tokenizer.json with its config) or of a hub model.
-
-    Args:
-        name_or_path: as for `ReportEncoder`.
 
     Raises:
         CheckpointError: the folder has no tokenizer, or the hub model cannot be reached.

@@ -25,9 +25,6 @@ _AUXILIARY_WIDTH = 256
 def upsampling_factors(patch_size: Sequence[int]) -> list[tuple[int, int]]:
     """Stages (rows, columns) of upsampling from tokens to pixels, factors of 3 before those of 2.
 
-    Args:
-        patch_size: rows and columns of a patch.
-
     Raises:
         ValueError: a patch size that is no product of 2s and 3s.
 
@@ -133,15 +130,10 @@ class SETRPUP(TaskNetwork):
         return [self.on_grid(found, image) for found in tokens]
 
     def forward(self, image: Tensor) -> Tensor | list[Tensor]:
-        """Segment X-rays.
-
-        Args:
-            image: (B, 1, H, W) in [-1, 1], each size a multiple of the patch's.
-
-        Returns:
+        """Segment X-rays (B, 1, H, W) in [-1, 1], each side a multiple of the patch's.
+        // Returns:
             logits (B, C, H, W); in training with auxiliary heads a list of them, the auxiliary ones last.
-
-        Raises:
+        // Raises:
             ValueError: not a batch of 2D images, or a size that the patch does not divide.
         """
         if image.ndim != 4:

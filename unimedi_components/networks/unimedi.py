@@ -43,10 +43,6 @@ class UniMedI(nn.Module):
     jointly without slices (Fig. 2b); 2D only and 3D only are a matter of the batches.
 
     Args:
-        encoder: the student E_v.
-        report_encoder: E_l.
-        image_projection: projection head of the image CLS.
-        text_projection: projection head of the report CLS.
         dino_head: head shared by CLS and patch tokens; None only without self-distillation.
         num_slices: k of section 3.2.
         selector: "teacher", "student" or "random".
@@ -191,7 +187,6 @@ class UniMedI(nn.Module):
         """Features of whole, unmasked images, with the student as the selector.
 
         Args:
-            image: X-rays (B, C, H, W) or volumes (B, C, D, H, W).
             use_slices: let a volume's selected slices join it, as in pre-training; False encodes the volume alone.
         """
         volume = image.ndim == 5

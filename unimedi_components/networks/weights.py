@@ -51,7 +51,6 @@ def create_encoder(
     Args:
         weights: what `load_weights` reads; None or "none" is random initialisation.
         size: a name in `SIZES`, or a dict of arguments of `UnifiedViT`; None leaves the class's own.
-        **kwargs: arguments of `UnifiedViT` that go before those of the size.
 
     Raises:
         CheckpointError: the weights are missing, do not fit, or are of another size than the config asks for; both are
@@ -94,9 +93,6 @@ def load_weights(encoder: UnifiedViT, source: str | Path) -> UnifiedViT:
         encoder: network to fill, in place; the epsilon of its norms stays its own.
         source: a local file (.pt, .pth, .safetensors), `timm:<model name>` (extra `[timm]`) or
             `hf:<owner>/<repo>/<file>`. The last two reach the network, as they name a remote model.
-
-    Returns:
-        the encoder.
 
     Raises:
         CheckpointError: file or model not found, not a state dict, what `UnifiedViT` cannot compute, or tensors that do

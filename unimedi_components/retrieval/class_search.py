@@ -42,13 +42,9 @@ def class_precision(
     """P@K by finding: queries that have it, and the share of their K nearest candidates that have it.
 
     Args:
-        query: (N, E), normalised here.
-        candidates: (M, E), normalised here.
         query_labels: 1 present, 0 absent, -1 uncertain, below -1 not mentioned, (N, F).
         candidate_labels: the same of the candidates, (M, F). Uncertain ones are no candidates for that finding; not
             mentioned counts as absent.
-        query_groups: patients of the queries; candidates of the query's own patient are left out. None: none is.
-        candidate_groups: patients of the candidates, given with `query_groups`.
         ks: the K; one that exceeds the candidates of a query is left out.
 
     Returns:
@@ -70,9 +66,6 @@ def same_findings_precision(
 ) -> Values:
     """P@K where a candidate is right if it has exactly the query's findings; queries without a right one are left out.
 
-    Args:
-        query, candidates, query_labels, candidate_labels: as of `class_precision`; all but 1 counts as absent.
-
     Returns:
         "precision_at_K" and "precision_at_K_chance"; empty where no query has a right candidate.
     """
@@ -82,11 +75,7 @@ def same_findings_precision(
 
 
 def queries_by_finding(query_labels: Array, candidate_labels: Array) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
-    """For each finding that a query and a candidate have: its column, the queries that have it, and the candidates.
-
-    Yields:
-        column, indices of the queries, indices of the candidates whose label is certain, and which of these have it.
-    """
+    """For each finding that a query and a candidate have: its column, the queries that have it, and the candidates."""
     for column in range(query_labels.shape[1]):
         asked = torch.from_numpy(np.flatnonzero(query_labels[:, column] == PRESENT))
         known = torch.from_numpy(np.flatnonzero(candidate_labels[:, column] != UNCERTAIN))
@@ -223,7 +212,6 @@ def label_table(items: Sequence[Mapping[str, Any]], meta: Mapping[str, Any]) -> 
     """Labels of items by finding.
 
     Args:
-        items: of a datalist; "label" is one number for each label name, or the index of a class.
         meta: of the datalist: "label_names", of all items or by source for a joined datalist, whose patients are called
             SOURCE-PATIENT.
 

@@ -93,9 +93,6 @@ def cross_search_metrics(
 ) -> None:
     """X-ray to CT search and back by images alone, after projection and on the CLS, centred per modality there.
 
-    Args:
-        ks: the K; one that exceeds the candidates is left out.
-
     Keeps:
         for QUERY "xray_to_ct", "ct_to_xray", "xray_to_ct_cls" and "ct_to_xray_cls", each also with "_chance":
         "QUERY_precision_at_K", where a candidate is correct that has exactly the query's findings, over the queries for
@@ -163,10 +160,8 @@ def paired_search_metrics(
     """Does the X-ray of a phantom patient find that patient's own CT among all? Ray-summed for this, never trained on.
 
     Args:
-        volumes: features of CT volumes.
         studies: truth by item id, with "phantom" where it is known how to make the patient again.
         folder: for the X-rays, reused if they are there.
-        options: of `extract_features`.
 
     Keeps:
         "drr_to_ct_recall_at_K" after projection and "drr_to_ct_cls_recall_at_K" on the CLS, X-rays and volumes each

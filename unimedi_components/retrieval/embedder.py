@@ -41,11 +41,7 @@ def model_hash(network: torch.nn.Module) -> str:
 
 
 def check_punct(pretrained: Pretrained, lists: Mapping[str, Any]) -> None:
-    """Warn where a datalist's reports lack the punctuation that the network's training reports had.
-
-    Args:
-        lists: the datalist; those of before meta.keep_punct pass.
-    """
+    """Warn where a datalist's reports lack the punctuation that the network's training reports had."""
     meta = lists.get("meta", {})
     if pretrained.keep_punct and meta.get("keep_punct") is False:
         warnings.warn(
@@ -62,12 +58,7 @@ def make_dataset(
     cache_dir: str | Path | None = None,
     strict: bool = False,
 ) -> ImageDataset:
-    """The items as the network was trained to see them, by its card, reports as well, without random transforms.
-
-    Args:
-        pretrained: its card holds "preprocessing": arguments of `xray_transforms` and `ct_transforms`, and
-            "keep_punct".
-    """
+    """The items as the network was trained to see them, by its card, reports as well, without random transforms."""
     whole = []
     for item in items:
         text = as_trained(item.get("report") or "", pretrained.keep_punct)
@@ -161,9 +152,6 @@ class Embedder(nn.Module):
     ) -> Iterator[tuple[dict[str, Any], Tensor, ImageFeatures]]:
         """Go through a data set.
 
-        Args:
-            dataset: of `make_dataset`.
-
         Yields:
             batches of `ImageLoader`, their images and what `encode` makes of them, both on the network's device; first
             the X-rays.
@@ -192,11 +180,7 @@ class Embedder(nn.Module):
         Args:
             inputs: files, DICOM folders, folders and patterns, see `find_images`.
             root: folder of relative inputs.
-            batch_2d: X-rays at a time.
-            batch_3d: volumes at a time.
-            num_workers: loading processes.
             strict: an unreadable file is an error; otherwise it is left out and listed under `skipped`.
-            progress: show a progress bar.
             assume_hu: take CT values for Hounsfield units that do not say how they are rescaled.
 
         Returns:
@@ -302,8 +286,6 @@ class Embedder(nn.Module):
 
         Args:
             root: folder that its image paths are relative to.
-            split: "training", "validation", "test", or "all" of them.
-            options: as of `images`.
 
         Raises:
             DataError: the datalist cannot be used, the split is empty, or not one image could be read.
@@ -331,9 +313,6 @@ def load_trained(checkpoint: str | Path) -> nn.Module:
 
     Returns:
         a task's network as of `load_network`, or an `Embedder` of what pre-training left.
-
-    Raises:
-        CheckpointError: a file is missing or does not fit.
     """
     path = Path(checkpoint)
     return load_network(path) if KINDS.keys() & read_card(path) else Embedder(path, "cpu")

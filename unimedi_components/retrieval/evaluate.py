@@ -177,8 +177,6 @@ def heldout_items(
 
     Args:
         dim: 2 for X-rays in MIMIC-CXR-JPG's layout, 3 for CT in BIMCV's.
-        folder: the phantoms go into a folder of the layout's name in it.
-        patients, seed, workers, progress: as in `evaluate`.
         keep_punct: of the reports, as the network's training had it.
 
     Returns:

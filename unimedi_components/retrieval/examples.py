@@ -31,13 +31,10 @@ def draw_examples(
     """Draw searches across dimensions with the findings that both data sets label; on rank 0 alone.
 
     Args:
-        embedder: the network that the index was made with.
         index: npz of images of the datalist.
-        datalist: file with the images' labels.
         dataset_dir: folder that its image paths are relative to.
         prompts: sets whose aliases say which findings of two data sets are the same.
         queries: of each dimension, the first images whose findings differ.
-        neighbours: of each query.
 
     Returns:
         the path; None where the index holds images of one dimension alone, and on other ranks.

@@ -149,9 +149,7 @@ class EmbeddingIndex:
         Args:
             vectors: (Q, E) of unit norm, or one such array for each dimension, as sentences have.
             model: hash of the model that made them.
-            k: neighbours wanted; fewer come where there are fewer.
             kind: "image" or "report" alone.
-            dim: 2 or 3 alone: X-rays and their reports, or volumes and theirs.
             exclude: an id for each query that its result must not hold, such as the query's own; with it goes
                 everything of this id, image and report.
 
@@ -209,10 +207,5 @@ class EmbeddingIndex:
 
     @classmethod
     def load(cls, path: str | Path, backend: str = "exact", **options: Any) -> EmbeddingIndex:
-        """Read what `save` or `Embeddings.save` wrote; `backend` and `options` as of the class.
-
-        Raises:
-            ConfigError: see the class.
-            DataError: missing or damaged.
-        """
+        """Read what `save` or `Embeddings.save` wrote; `backend` and `options` as of the class."""
         return cls(Embeddings.load(path), backend, **options)

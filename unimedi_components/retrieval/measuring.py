@@ -44,7 +44,6 @@ def all_metrics(
         truth: of `load_truth`, or None: then without what needs labels, boxes or lesions.
         films: folder for the X-rays of the volumes' patients, reused if they are there; None for a temporary one.
         untrained: the network has random weights: its run's self-distillation and the input's own probe are left out.
-        options: of `extract_features`, for these X-rays.
     """
     kept = Measures(PatientResamples(patient for part in features.values() for patient in part.patients))
     for dim in (2, 3):
@@ -80,7 +79,6 @@ def retrieval_metrics(kept: Measures, features: Mapping[int, Paired]) -> None:
 
     A report that is word for word the right one counts as right; "_strict" keys count the image's own report
     alone.
-
 
     Keeps:
         "report_recall_at_K" (image to report, both dimensions pooled), "image_recall_at_K" (report to image),
@@ -173,7 +171,6 @@ def probe_metrics(
     """Linear probes of the CLS, and of the input itself beside them, cross-validated on the same splits.
 
     Args:
-        truth: of `load_truth`.
         pixels: probe the averaged input too, `Features.pooled`.
 
     Keeps:

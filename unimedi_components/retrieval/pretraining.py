@@ -39,11 +39,7 @@ def evaluate_datalist(
     """Measure a network on one split: retrieval, collapse, and where the truth is known all else.
 
     Args:
-        datalist: file or parsed.
-        root: folder that its image paths are relative to.
         truth: folder with the phantoms' truth, `root` by default; real data have none.
-        split: "test", "validation" or "training".
-        options: of `extract_features`.
 
     Returns:
         the values of `measuring.all_metrics`, with "split"; a split without items gives its name and counts of
@@ -76,10 +72,7 @@ def after_training(
 
     Args:
         checkpoint: `models/model.pt` of the run.
-        datalist: file or parsed.
-        root: folder that its image paths are relative to.
         history: one dict per iteration, see `draw_loss_curves`.
-        options: of `extract_features`.
 
     Returns:
         the content of `metrics.json`; empty on other ranks.
@@ -142,11 +135,7 @@ def ct_views(
     studies: Studies | None = None,
     count: int = _CT_STUDIES,
 ) -> list[CTView]:
-    """The first studies to draw; where lesions are known, the first focal ones.
-
-    Args:
-        studies: truth by item id, or None.
-    """
+    """The first studies to draw; where lesions are known, the first focal ones."""
     truths = [(studies or {}).get(item["id"], {}) for item in features.items]
     rows = range(len(truths))
     focal = [i for i in rows if is_focal(truths[i].get("lesion_slices", ()), truths[i].get("n_slices", 0))]

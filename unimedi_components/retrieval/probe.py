@@ -36,9 +36,6 @@ class LogisticProbe:
     Args:
         strengths: values of C to choose from, ascending; of a single one nothing is chosen.
         folds: inner folds; a patient's rows stay in one.
-
-    Attributes:
-        c: what was chosen.
     """
 
     def __init__(self, strengths: Sequence[float] = STRENGTHS, folds: int = 3, seed: int = 0) -> None:
@@ -114,9 +111,7 @@ class Fold:
     """What a probe says of the rows of one fold, on which it was not fitted.
 
     Args:
-        rows: their indices, (n,).
         scores: decision values, (n,).
-        truth: 0 or 1, (n,).
     """
 
     rows: Array
@@ -181,15 +176,11 @@ def linear_probe(
     different folds come from different models, and pooling them into one curve biases it downwards.
 
     Args:
-        features: (N, D).
         labels: 0 or 1 for each finding, (N, F); other values mean "not known" and leave the row out for that
             finding.
         groups: patients, (N,); a patient's rows stay in one fold.
         folds: folds; a finding needs this many patients with and without it.
         strengths: values of C, see `LogisticProbe`.
-
-    Returns:
-        `ProbeResult`; equal input gives equal output.
 
     Raises:
         ValueError: shapes that do not fit together, or features that are not finite.
@@ -243,9 +234,7 @@ def transfer_scores(
 
     Args:
         train: features to train on, (N, D); they alone set standardisation and penalty.
-        labels: 0 or 1 for each finding, (N, F).
         test: features to score, (M, D).
-        strengths: values of C, see `LogisticProbe`.
 
     Returns:
         (M, F); a finding that the N images all have or all lack scores 0 everywhere, an AUROC of 0.5.

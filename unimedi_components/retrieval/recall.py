@@ -31,8 +31,6 @@ def first_correct_rank(query: Tensor, candidates: Tensor, groups: Sequence[Hasha
     therefore finds nothing instead of everything.
 
     Args:
-        query: (N, E), normalised here.
-        candidates: (N, E), normalised here.
         groups: N keys; every candidate with the query's key is correct. None: only its own.
 
     Returns:
@@ -63,16 +61,12 @@ def recall_at_k(
     """Share of queries with a correct candidate among the K most similar.
 
     Args:
-        image_embed: (N, E).
         text_embed: (N, E), row i is the report of image i.
         groups: see `first_correct_rank`; give the report texts, so that word-for-word equal reports all count
             as correct, since nothing in the image can tell them apart.
 
     Returns:
         "image_to_report_at_K" and "report_to_image_at_K" for each K.
-
-    Raises:
-        ValueError: as `first_correct_rank`.
 
     Example:
         >>> recall_at_k(torch.eye(3), torch.eye(3), ks=(1,))
@@ -96,9 +90,6 @@ def chance_of_hit(correct: int, total: int, draws: int) -> float:
 def recall_chance(n: int, ks: Sequence[int] = (1, 5, 10), groups: Sequence[Hashable] | None = None) -> dict[int, float]:
     """Exact expectation of Recall@K over random orders of `n` candidates, the same in both directions.
 
-    Args:
-        groups: as given to `recall_at_k`.
-
     Returns:
         the expectation for each K; K / n without groups.
     """
@@ -114,8 +105,6 @@ def precision_at_k(
     """Share of correct ones among the K candidates most similar to each query (the terms of GLoRIA's and MGCA's P@K).
 
     Args:
-        query: (N, E), normalised here.
-        candidates: (M, E), normalised here.
         correct: which candidates are correct for which query, bool (N, M).
         k: candidates looked at; at most M. Ties count against the query.
         excluded: which candidates a query does not look at, such as itself, bool (N, M); at least `k` must be left.
@@ -162,13 +151,6 @@ class RetrievalRecall(Metric):
 
     As MONAI's `key_val_metric` it needs no report texts, so only a query's own candidate counts as correct.
     Over several ranks, each must see its own share of the items.
-
-    Args:
-        k: candidates looked at.
-        output_transform: engine output to `UniMediOutput`; MONAI's evaluators keep it under "pred".
-
-    Example:
-        >>> handlers = {"val_recall_at_5": RetrievalRecall(k=5)}
     """
 
     def __init__(self, k: int = 5, output_transform: Callable[[Any], Any] = lambda output: output["pred"]) -> None:
@@ -198,9 +180,6 @@ class ContrastiveLossMetric(Metric):
     """Mean of L_vl over the batches of an evaluator run on all ranks, weighted by their rows.
 
     Each batch is its own pool, as in training on one rank; the value depends on the batch size.
-
-    Args:
-        output_transform: engine output to `UniMediOutput`.
     """
 
     def __init__(self, output_transform: Callable[[Any], Any] = lambda output: output["pred"]) -> None:

@@ -16,7 +16,6 @@ def read_reports(path: str | Path, dim: int | None = None, keep_punct: bool = Tr
 
     Args:
         dim: what all reports are about, 2 for X-rays or 3 for volumes; a column dim comes first.
-        keep_punct: of the reports, as the network's training had it.
 
     Returns:
         {"id", "dim", "report"} of each row that has a report, cleaned as `prepare` cleans them.

@@ -37,9 +37,6 @@ class Teacher:
     def targets(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Targets of whole images.
 
-        Args:
-            image: X-rays (B, C, H, W) or volumes (B, C, D, H, W).
-
         Returns:
             of the CLS tokens, (B, K), and of the patch tokens of X-ray or volume, (B, P, K).
         """
@@ -98,10 +95,6 @@ def self_distillation_metrics(
     pretrained: Pretrained, items: Sequence[dict[str, Any]], root: str | Path, cache_dir: str | Path | None = None
 ) -> dict[str, Any]:
     """Information of the self-distillation targets on a datalist's images, in nats; see `metrics.information`.
-
-    Args:
-        pretrained: the network; its teacher is read from the `last.pt` beside its checkpoint.
-        items: datalist items of one or both dimensions.
 
     Returns:
         for CLS and patch tokens and each dimension "sd_cls_information_2d" (for patches given the position, which

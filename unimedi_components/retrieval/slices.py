@@ -58,11 +58,6 @@ def is_focal(lesion_slices: Sequence[int], n_slices: int) -> bool:
 def lesion_mask(lesion_slices: Sequence[int], n_slices: int, depth: int) -> npt.NDArray[np.bool_]:
     """Which slices of the network's input are lesion slices, bool (D,).
 
-    Args:
-        lesion_slices: indices in the file, inferior to superior.
-        n_slices: slices of the file, n.
-        depth: slices of the input, D.
-
     Raises:
         DataError: an index outside the file.
     """
@@ -91,10 +86,6 @@ def slice_score(
 
     Args:
         selected: k chosen slices of the input.
-        lesion_slices: true lesion slices in the file, at least one.
-        n_slices: slices of the file.
-        depth: slices of the input, D.
-        patch_depth: slices per slab.
         expand: how slabs became slices, see `selection.select_slices`; it decides what chance can choose
             from.
 
@@ -152,11 +143,8 @@ def slice_metrics(
     """Means over the focal studies, beside what other ways to choose would reach on them.
 
     Args:
-        selected: the chosen slices of each study.
         truths: "lesion_slices" and "n_slices" of each study, and "findings" where they are to be told apart, or None
             where they are not known.
-        depth, patch_depth, expand: as in `slice_score`.
-        patients: of the studies; None: every study is of a patient of its own.
         spacing: mm between the slices of each study's file; None measures no distance.
 
     Keeps:
@@ -226,10 +214,7 @@ def _other_choices(
 def _scores_of(
     values: npt.NDArray[Any], choices: npt.NDArray[Any], patients: Sequence[Hashable], kind: str
 ) -> npt.NDArray[Any]:
-    """Mean or smallest value of each study's chosen slices, (N,): values (N, D), choices (N, C, k).
-
-    With N choices, choice j is that of study j, and what counts is the mean over the other patients'.
-    """
+    """Mean or smallest value of each study's chosen slices, (N,): values (N, D), choices (N, C, k)."""
     taken = values[np.arange(len(values))[:, None, None], choices]
     scores = taken.mean(2) if kind == "mean" else taken.min(2)
     return scores[:, 0] if scores.shape[1] == 1 else others_mean(scores, patients)

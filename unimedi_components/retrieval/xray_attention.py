@@ -54,7 +54,6 @@ def attention_ratios(attention: Array, cover: Array) -> Array:
     """Share of the attention of image j inside the boxes of image i, over the boxes' share of the image, (N, N).
 
     Args:
-        attention: Eq. 1's **v**, (N, P).
         cover: share of each patch that the boxes cover, (N, P); some of it in each row.
     """
     share = attention / attention.sum(1, keepdims=True)
@@ -69,9 +68,7 @@ def box_cover(
 
     Args:
         pretrained: its card says how images are resized and cropped.
-        features: whose items' files the boxes belong to.
         boxes: of each X-ray, [x0, y0, x1, y1] in pixels of the file, the last pixel included.
-        rows: places of these X-rays among the features' items.
     """
     options = pretrained.card["preprocessing"]["xray"]
     size = options.get("size", 224)
