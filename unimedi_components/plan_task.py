@@ -20,9 +20,6 @@ from unimedi_components.plan import Needs, StepCost, state_bytes
 class TaskStep:
     """The training step of a task bundle's config, for any number of images.
 
-    Args:
-        config: merged, as `check_config` returns it.
-
     Raises:
         ConfigError: not the config of a task's training.
     """

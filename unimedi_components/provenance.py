@@ -35,9 +35,6 @@ def commit() -> str:
 def provenance(command: Sequence[str] | None = None) -> dict[str, Any]:
     """Where a number comes from.
 
-    Args:
-        command: words of the command line; by default the running program's.
-
     Returns:
         "command", "commit", "machine", "torch".
     """

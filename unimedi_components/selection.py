@@ -71,7 +71,6 @@ def select_slices(scores: Tensor, k: int, patch_depth: int, *, expand: str = "ce
 
     Args:
         scores: slab scores, (B, S).
-        k: slices to choose.
         patch_depth: slices per slab.
         expand: "centre" takes the middle slice of each of the k best slabs; "repeat" ranks raw slices, where all
             slices of a slab share its score, so that the best slabs give runs of neighbours (as in the paper's Fig. 5).
@@ -110,11 +109,6 @@ def _top(scores: Tensor, k: int) -> Tensor:
 
 def take_slices(volume: Tensor, index: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Cut slices out of volumes as 2D images (bilinear resize), with their depth as a fraction.
-
-    Args:
-        volume: (B, C, D, H, W).
-        index: slice indices, (B, k).
-        size: height and width of the images.
 
     Returns:
         slices (B, k, C, *size) and the depth of their centres in [0, 1], (B, k).

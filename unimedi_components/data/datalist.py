@@ -209,13 +209,11 @@ def load_datalist(
     """Read and check a datalist.
 
     Args:
-        root: when given, the folder that image paths are relative to; it and the first image of each split
-            must exist.
+        root: when given, the folder that image paths are relative to; it and the first image of each split must exist.
         required: keys that every item must have; add ``"report"`` for image-report training.
 
     Raises:
-        DataError: the file is missing, not JSON, or fails :func:`validate_datalist`, or images are not below
-            ``root``.
+        DataError: the file is missing, not JSON, or fails :func:`validate_datalist`, or images are not below ``root``.
     """
     path = Path(path).expanduser()
     try:

@@ -48,8 +48,7 @@ def prepare(
     Raises:
         ConfigError: the data set or an option is unknown (the nearest known name is given), an option is of another
             type, or ``out`` is a folder.
-        DataError: a fault of the data set as a whole, nothing was kept, or a fault of one file under
-            ``strict``.
+        DataError: a fault of the data set as a whole, nothing was kept, or a fault of one file under ``strict``.
     """
     collect = find_dataset(dataset).collect
     if Path(out).expanduser().is_dir():
@@ -91,8 +90,7 @@ def prepare(
 
 
 def _plain_value(place: str, parameter: inspect.Parameter, value: Any) -> Any:
-    """Return an option's value, checked by the type of its default; the command line reads a folder 2024 as a number.
-    """
+    """Return an option's value, checked by the type of its default; the command line reads a folder 2024 as a number."""
     default = parameter.default
     if isinstance(default, bool):
         kind, right = "True or False", isinstance(value, bool)

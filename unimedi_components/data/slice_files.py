@@ -48,8 +48,7 @@ def slice_files(folder: str | Path, slices: Sequence[str] | None = None, first_s
     """List the files of a volume from its lowest slice to its highest.
 
     Args:
-        slices: the names that make up the volume, in the scan's order; None takes every image of the folder by
-            number.
+        slices: the names that make up the volume, in the scan's order; None takes every image of the folder by number.
 
     Raises:
         DataError: there is no folder, or no slice in it.

@@ -132,8 +132,7 @@ def read_source(path: Path, required: Sequence[str] = (), sep: str = ",", remedy
         remedy: sentence that ends the message about a missing column.
 
     Raises:
-        DataError: the file is missing, empty, not a table, or lacks a required column (the nearest one is
-            named).
+        DataError: the file is missing, empty, not a table, or lacks a required column (the nearest one is named).
     """
     try:
         frame = _read_cells(path, sep)

@@ -66,8 +66,7 @@ def split_patients(
         strata: patient -> group; each group is split by itself, so that X-rays and CTs reach every split.
 
     Returns:
-        patient -> split. A group of three or more has at least one patient in each split
-        whose share is not 0.
+        patient -> split. A group of three or more has at least one patient in each split whose share is not 0.
 
     Raises:
         DataError: the shares are negative or leave nothing for training.
@@ -98,8 +97,7 @@ def nested_fraction(items: Sequence[dict[str, Any]], fraction: float, seed: int 
     Args:
         fraction: share of the patients in (0, 1], taken among X-ray and among CT patients alike, rounded to
             the nearest number and at least one (20, 40 and 100% of 21 are 4, 8 and 21).
-        seed: seed of the order. With one seed the items of 0.01 are contained in those of 0.1, and these in
-            1.0.
+        seed: seed of the order. With one seed the items of 0.01 are contained in those of 0.1, and these in 1.0.
 
     Returns:
         The kept items in their order. Each label (each combination of labels, where an image has several)

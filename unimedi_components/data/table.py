@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A team's own csv files to a datalist.
 
-Columns ``image`` and ``report``, optional ``patient``, ``split``, ``label``, ``id``. An image is a 2D file
-(jpg, png, dcm, ...) or a CT volume (nii, nii.gz, mhd, nrrd, or the folder of a DICOM series); its path is
-absolute or relative to the csv's folder. Several csv files make one datalist, for example X-rays in one and
-CTs in the other.
+Columns ``image`` and ``report``, optional ``patient``, ``split``, ``label``, ``id``. An image is a 2D file (jpg, png,
+dcm, ...) or a CT volume (nii, nii.gz, mhd, nrrd, or the folder of a DICOM series); its path is absolute or relative to
+the csv's folder. Several csv files make one datalist, for example X-rays in one and CTs in the other.
 """
 
 import os
@@ -113,8 +112,7 @@ def collect(
         validation_fraction: share of the patients for validation, where there is no ``split`` column; X-ray
             and CT patients are split apart, so that both reach every split.
         test_fraction: share of the patients for test, likewise.
-        min_sentences: fewest sentences after cleaning; 1, since captions are short (the paper's data sets use
-            3).
+        min_sentences: fewest sentences after cleaning; 1, since captions are short (the paper's data sets use 3).
         language: ``"en"`` drops reports that are recognisably Spanish, ``"any"`` keeps all.
         check_images: for 2D images ``"full"`` (decode, as every other command does), ``"quick"`` (first and last
             bytes, for a great many), ``"exists"`` or ``"none"``.

@@ -61,11 +61,10 @@ def _section_kind(header: str) -> str:
 def split_sections(text: str) -> dict[str, str]:
     """Cut a MIMIC-CXR report into the four sections that matter.
 
-    Matches the behaviour documented for MIT-LCP's ``create_section_files.py``: a header is ``\\n ([A-Z
-    ()/,-]+):\\s``; of sections with the same name the last counts; ``FINDINGS AND IMPRESSION`` is findings, a
-    header that only names the views (``PA AND LATERAL CHEST:``) stands for findings when no findings header
-    does; a report with neither findings nor impression gives ``last_paragraph``, what follows the first blank
-    line of its last section.
+    Matches the behaviour documented for MIT-LCP's ``create_section_files.py``: a header is ``\\n ([A-Z ()/,-]+):\\s``;
+    of sections with the same name the last counts; ``FINDINGS AND IMPRESSION`` is findings, a header that only names
+    the views (``PA AND LATERAL CHEST:``) stands for findings when no findings header does; a report with neither
+    findings nor impression gives ``last_paragraph``, what follows the first blank line of its last section.
 
     Returns:
         ``impression``, ``findings``, ``last_paragraph`` and ``comparison``; ``""`` where absent.

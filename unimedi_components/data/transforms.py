@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """From files to network input: upright X-rays (1, H, W) and oriented CT volumes (1, D, H, W) in [-1, 1].
 
-The chains are lists of MONAI transforms, so that a config can extend or replace them. `ByDimension` runs the
-chain that fits an item and keeps its random part apart, which is what lets a persistent dataset cache the
-rest.
+The chains are lists of MONAI transforms, so that a config can extend or replace them. `ByDimension` runs the chain that
+fits an item and keeps its random part apart, which is what lets a persistent dataset cache the rest.
 """
 
 from __future__ import annotations
@@ -114,9 +113,8 @@ def xray_transforms(
 ) -> list[Transform]:
     """Transforms of one X-ray item: file to "image", (1, size, size) in [-1, 1], black and padding at -1.
 
-    The long side is resized (area), the short side padded with black on both sides to a square, and a square
-    of `size` cropped. A random crop comes last, so that all before it can be cached. This is what the MGCA
-    repository does.
+    The long side is resized (area), the short side padded with black on both sides to a square, and a square of `size`
+    cropped. A random crop comes last, so that all before it can be cached. This is what the MGCA repository does.
 
     Args:
         long_side: pixels of the padded square; None keeps the ratio of 256 to 224.

@@ -49,10 +49,7 @@ class CalibrateProjection:
     """After the last epoch, before it is validated and saved, calibrate the image projection on training images.
 
     Args:
-        network: `UniMedI`, or its distributed wrapper.
         dataset: training data set; readable images of each dimension, evenly spaced over it, are used.
-        samples: X-rays and volumes to use.
-        batch_size: images at a time.
     """
 
     def __init__(

@@ -56,8 +56,6 @@ class ResumableCheckpoint:
     the subclass: `write_weights` after every epoch, `write_card` at the start.
 
     Args:
-        save_dir: the bundle's `models` folder.
-        network: the network in training, or its distributed wrapper.
         state: further objects with `state_dict`, by name: optimizer, lr_scheduler, loss, history.
         evaluator: validation engine whose key metric decides what is best, or None.
         resume: continue from `last.pt`; False starts anew and says so when an unfinished run is there.
@@ -184,14 +182,7 @@ class TrainingCheckpoint(ResumableCheckpoint):
     tokenizer again.
 
     Args:
-        save_dir: the bundle's `models` folder.
-        network: `UniMedI`, or its distributed wrapper.
-        state: see `ResumableCheckpoint`.
-        preprocessing: for the card, how images are prepared.
         tokenizer: saved once beside the report encoder's config.
-        evaluator: see `ResumableCheckpoint`, as for `resume`.
-        resume: continue an earlier run.
-        card: further entries of the card.
     """
 
     def __init__(
@@ -226,17 +217,9 @@ class TrainingCheckpoint(ResumableCheckpoint):
 
 class TaskCheckpoint(ResumableCheckpoint):
     """Checkpoints of a task's run: `model.pt` is the epoch with the best key metric, `last.ckpt` the newest.
-
-    `model.json` says how to build the network, what its outputs mean and how its input is prepared.
-
-    Args:
-        save_dir: the bundle's `models` folder.
-        network: a task's network, or its distributed wrapper.
-        state: see `ResumableCheckpoint`.
-        card: of `networks.network_card`.
-        evaluator: see `ResumableCheckpoint`, as for the others.
-        resume: continue an earlier run.
-        greater_is_better: False where the key metric is a loss.
+    // `model.json` says how to build the network, what its outputs mean and how its input is prepared.
+    // Args:
+        card: of `networks.network_card`. The others: see `ResumableCheckpoint`.
     """
 
     last = LAST_OF_TASK

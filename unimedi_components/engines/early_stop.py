@@ -13,9 +13,7 @@ class EarlyStop(EarlyStopHandler):
     """MONAI's early stopping by the validation's key metric, with a state that a resumed run takes up.
 
     Args:
-        evaluator: validation engine.
         patience: epochs without a better value after which the run ends; None never ends it.
-        greater_is_better: False where the key metric is a loss.
     """
 
     def __init__(self, evaluator: Engine, patience: int | None, greater_is_better: bool = False) -> None:

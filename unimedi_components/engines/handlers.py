@@ -36,7 +36,6 @@ class EpochSeed:
     Seeds torch, moves the loader's sampler and data set, and the loss's temperature schedule, to the epoch.
 
     Args:
-        seed: the run's seed.
         loader: training loader; its `batch_sampler` and `dataset` are moved with `set_epoch` where they have it.
         loss: training loss with `set_epoch`, or None.
     """
@@ -60,7 +59,6 @@ class TeacherUpdate:
     """Move the EMA teacher after every optimizer step, with a momentum that rises on a cosine (DINO, iBOT, A-CLIP).
 
     Args:
-        network: `UniMedI`, or its distributed wrapper.
         momentum: at the first step.
         momentum_end: at the last step.
         total_steps: optimizer steps of the whole run.
@@ -101,7 +99,6 @@ class GradientCare:
     """Check the loss, clip the gradient, hold the DINO head's prototypes still at first (DINO's `freeze_last_layer`).
 
     Args:
-        network: `UniMedI`, or its distributed wrapper.
         max_norm: largest gradient norm over all parameters; None does not clip.
         freeze_last_layer_epochs: epochs in which the prototypes get no gradient.
     """
@@ -215,11 +212,7 @@ def losses(engine: Engine) -> dict[str, float]:
 
 
 class TensorBoardLosses(TensorBoardStatsHandler):
-    """MONAI's TensorBoard handler with the loss and its parts as one scalar each, from rank 0 alone.
-
-    Args:
-        log_dir: folder of the event files.
-    """
+    """MONAI's TensorBoard handler with the loss and its parts as one scalar each, from rank 0 alone."""
 
     def __init__(self, log_dir: str) -> None:
         # the base class opens an event file at once
@@ -236,7 +229,6 @@ class SkippedStudies:
     """At the end of a run, count the studies that could not be read and list them in `skipped.json`; rank 0's alone.
 
     Args:
-        datasets: of type `ImageDataset`.
         output_dir: folder to write to; a list that an earlier run left there is removed.
     """
 
@@ -272,11 +264,7 @@ class EndWithLoader:
 
 
 class ValidationLog(EndWithLoader):
-    """What a validation says after its epoch, in the log and in TensorBoard, from rank 0 alone; ends with the loader.
-
-    Args:
-        log_dir: folder of the event files.
-    """
+    """What a validation says after its epoch, in the log and in TensorBoard, from rank 0 alone; ends with the loader."""
 
     def __init__(self, log_dir: str) -> None:
         self.parts: list[Any] = []

@@ -20,7 +20,6 @@ class TrainingProgress:
     new state of the bar is printed at most every `interval` seconds.
 
     Args:
-        desc: what runs, shown before the bar.
         interval: seconds between two states of the bar where they pile up in a file.
         file: stream to write to; standard error by default.
     """

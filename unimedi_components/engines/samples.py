@@ -12,8 +12,6 @@ def spread_images(dataset: Any, dim: int, count: int) -> Iterator[Tensor]:
 
     Args:
         dataset: `ImageDataset`, or anything with its `dims` and items.
-        dim: 2 or 3.
-        count: images wanted; all where there are fewer.
 
     Yields:
         (1, H, W) or (1, D, H, W).

@@ -25,7 +25,6 @@ class WatchTargets:
     that say next to nothing after the warm-up are warned of, once.
 
     Args:
-        loss: `UniMediLoss`.
         steps: steps at the end of an epoch that are counted; fewer see less of the teacher's own change.
         warmup_epochs: epochs before the first warning.
     """

@@ -55,9 +55,7 @@ class WhitenTokenizers:
     """Before the first step of a new run, whiten both tokenizers of student and teacher on training images.
 
     Args:
-        network: `UniMedI`, or its distributed wrapper.
         dataset: training data set; the first readable images of each dimension, evenly spaced over it, are used.
-        eps: see `whiten_patch_embed`.
         position_std: standard deviation that the patches' position tables are scaled to: drawn with ViT's usual 0.02
             they would vanish beside the tokens. None leaves them.
     """

@@ -29,8 +29,6 @@ class RocCurve:
 
     Args:
         false_positive, true_positive: rates, from 0 to 1; empty where there is no curve.
-        auroc: None where there is none.
-        interval: its low and high limit, or None.
     """
 
     name: str
@@ -45,9 +43,6 @@ def draw_roc(curves: Sequence[RocCurve], path: str | Path, title: str = "") -> P
 
     Args:
         curves: one line each; those without an AUROC are in the legend alone.
-
-    Raises:
-        ValueError: there is no curve.
     """
     if not curves:
         raise ValueError("no ROC curve to draw")
@@ -102,9 +97,6 @@ def draw_confusion(
 
     Args:
         matrices: (C, C) with true classes in rows and predicted ones in columns, by panel title; "" for none.
-
-    Raises:
-        ValueError: there is no matrix.
     """
     if not matrices:
         raise ValueError("no confusion matrix to draw")

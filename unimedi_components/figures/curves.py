@@ -36,9 +36,6 @@ def draw_loss_curves(history: Rows, path: str | Path) -> Path:
     Args:
         history: one dict per iteration with "iteration", "epoch", "loss", and where there are "vl", "icl",
             "pcl", "lr", and keys that begin with "val_" at the iterations that ended in a validation.
-
-    Raises:
-        ValueError: the history is empty.
     """
     if not history:
         raise ValueError("no iteration to draw; the history is empty")
@@ -115,12 +112,7 @@ def cut(text: str, length: int) -> str:
 
 
 def save_png(figure: Figure, path: str | Path) -> Path:
-    """Write a figure as a PNG, under a temporary name first; coarser colours keep it below 400 kB.
-
-    Args:
-        figure: what to write; no display is needed.
-        path: the file; its folder is made.
-    """
+    """Write a figure as a PNG, under a temporary name first; coarser colours keep it below 400 kB."""
     path = Path(path)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()

@@ -61,10 +61,8 @@ class MaskView:
     """One image with its masks.
 
     Args:
-        image: (H, W).
         found: the predicted mask, bool (H, W).
         truth: the true one, or None where it is not known.
-        note: stands under the prediction, for example its Dice.
     """
 
     name: str
@@ -75,14 +73,7 @@ class MaskView:
 
 
 def draw_masks(views: Sequence[MaskView], path: str | Path, title: str = "") -> Path:
-    """Draw each image plain, with the true mask where one is known, and with the predicted one; two images to a row.
-
-    Args:
-        views: at least one.
-
-    Raises:
-        ValueError: there is no image.
-    """
+    """Draw each image plain, with the true mask where one is known, and with the predicted one; two images to a row."""
     if not views:
         raise ValueError("no image to draw")
     known = any(view.truth is not None for view in views)
@@ -129,7 +120,6 @@ class BoxImage:
     """One image with boxes [x0, y0, x1, y1] in its pixels, x1 and y1 just beyond the box.
 
     Args:
-        image: (H, W).
         found: predicted, (n, 4).
         scores: of them, (n,).
         truth: (m, 4), or None where it is not known.
@@ -143,14 +133,7 @@ class BoxImage:
 
 
 def draw_boxes(images: Sequence[BoxImage], path: str | Path, title: str = "") -> Path:
-    """Draw images in rows of four, true boxes as full green lines and predicted ones as dashed orange, with scores.
-
-    Args:
-        images: at least one.
-
-    Raises:
-        ValueError: there is no image.
-    """
+    """Draw images in rows of four, true boxes as full green lines and predicted ones as dashed orange, with scores."""
     if not images:
         raise ValueError("no image to draw")
     columns = min(_BOXES_PER_ROW, len(images))
@@ -202,7 +185,6 @@ def draw_organs(
     Args:
         image: (D, H, W), D to the head, H to the back, W to the patient's left.
         truth: labels, 0 background and i + 1 for `organs[i]`, or None.
-        prediction: labels as of the truth.
         spacing: mm between slices, rows and columns; sets the height of a slice to its width.
     """
     shown = prediction if truth is None else np.maximum(prediction, truth)
@@ -262,7 +244,6 @@ def draw_prediction(
         image: (H, W), or (D, H, W) of which at most ten slices are shown, each the middle of its slab of tokens.
         attention: Eq. 1's **v** on the token grid, (rows, columns) or (slabs, rows, columns).
         probability: by label.
-        chosen: labels that are predicted.
     """
     count = 2 if image.ndim == 2 else min(len(attention), _MOST_SLICES)
     columns = count if count < 4 else (count + 1) // 2

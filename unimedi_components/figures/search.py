@@ -25,7 +25,6 @@ class Found:
 
     Args:
         image: (H, W).
-        findings: that it is labelled with; None where that is not known.
         similarity: to the query; None for the query itself.
     """
 
@@ -39,12 +38,6 @@ def draw_search(rows: Sequence[tuple[Found, Sequence[Found]]], path: str | Path,
 
     Frames are green where something found shares a finding with the query, or has none as the query has none, grey
     where it does not, and blue where labels are not known.
-
-    Args:
-        rows: a query and what was found for it.
-
-    Raises:
-        ValueError: there is no query.
     """
     if not rows:
         raise ValueError("no query to draw")

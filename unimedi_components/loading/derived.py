@@ -69,13 +69,7 @@ class RepeatedDataset(_Derived):
     checkpoints, the progress bar) is too much for a pass over four cases.
 
     Args:
-        dataset: what is repeated.
         times: at least 1; None repeats it as often as comes closest to `steps` batches of `batch_size` items.
-        steps: of an epoch.
-        batch_size: items per batch.
-
-    Raises:
-        ValueError: less than 1.
     """
 
     def __init__(self, dataset: ImageDataset, times: int | None = None, steps: int = 250, batch_size: int = 1) -> None:
@@ -111,7 +105,6 @@ class FeatureDataset(_Derived):
     Args:
         dataset: the images; with random transforms they pass through, or every epoch would see the same draw.
         network: with `features`; in evaluation mode for the pass.
-        enabled: False passes the images through.
         share: let each rank run the encoder over its share of the items and exchange the features; for items that are
             the same on every rank.
 

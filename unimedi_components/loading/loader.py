@@ -26,17 +26,13 @@ class ImageLoader(DataLoader):
     does not move PyTorch's global random state.
 
     Args:
-        dataset: an `ImageDataset`, `FeatureDataset` or `RepeatedDataset`.
         batch_size: images per batch and rank, or a pair of X-rays and volumes.
         batch_sampler: a `MixedBatchSampler` in place of `batch_size` and `shuffle`.
         collate_fn: a `MixedCollate`; None for the data set's own, `collate`.
-        num_workers: processes that load; 0 loads in this one. Features that are computed once need none.
-        shuffle: reshuffle every epoch.
         seed: of the shuffles and of the loader's generator; give the data set the same to have one seed for a run.
         drop_last: with `shuffle`, leave out an incomplete last batch.
         share: without `shuffle`, give each rank its own part of the items, as validation on several devices wants.
         allow_empty: without `shuffle`, whether there may be no items.
-        kwargs: of `torch.utils.data.DataLoader`.
 
     Raises:
         DataError: there are no items.

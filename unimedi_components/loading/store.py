@@ -97,9 +97,6 @@ class ImageStore:
     """Packed images by a key of 16 bytes, shared by all processes that open the same folder.
 
     The first half of a key says which image it is, the second one of what state of its files.
-
-    Args:
-        folder: made at the first image that is added.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -249,9 +246,6 @@ class ItemList(Sequence[dict[str, Any]]):
 
     Python objects are copied into each forked process as soon as it counts references to them; tensors are not, and go
     to spawned processes through shared memory. Each access gives a new dictionary.
-
-    Args:
-        items: what `pickle` takes.
     """
 
     def __init__(self, items: Sequence[Mapping[str, Any]]) -> None:

@@ -39,9 +39,6 @@ def complete(
 ) -> ImageList:
     """Items with what MONAI Label's lack, an id of their own, "patient" and "dim", and with their targets checked.
 
-    Args:
-        data, target, dim, root, label_names, task: see `ImageDataset`.
-
     Raises:
         DataError: an item has no target, or a label that the task does not know.
     """

@@ -11,10 +11,6 @@ from torch import Tensor, nn
 class DetectionLoss(nn.Module):
     """Weighted sum of a detector's losses; the detector has matched boxes to targets already.
 
-    Args:
-        classification: weight of the focal loss.
-        box_regression: weight of the smooth L1 loss.
-
     Raises:
         ValueError: when called with losses of other names.
 

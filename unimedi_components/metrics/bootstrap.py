@@ -24,11 +24,7 @@ def resample_patients(count: int, resamples: int, rng: np.random.Generator) -> A
 
 
 class PatientResamples:
-    """Resamples of patients, drawn once for many values, so that differences of values are paired.
-
-    Args:
-        patients: of all cases that are to be measured; one that is named again counts once.
-    """
+    """Resamples of patients, drawn once for many values, so that differences of values are paired."""
 
     def __init__(self, patients: Iterable[Hashable], resamples: int = 1000, seed: int = 0) -> None:
         self._column = {patient: column for column, patient in enumerate(dict.fromkeys(patients))}
@@ -63,9 +59,7 @@ def resampled_auroc(scores: Array, truth: Array, weights: Array) -> Array:
     """AUROC under each row of case weights, ties counted half: scikit-learn's with `sample_weight`, in one pass.
 
     Args:
-        scores: (N,).
         truth: 1, 0 or -1 (does not count), (N,).
-        weights: (R, N).
 
     Returns:
         (R,); NaN where a row leaves no positive or no negative case.
@@ -98,7 +92,6 @@ def patient_intervals(
     """Central 95% percentile intervals over resamples of the patients.
 
     Args:
-        scores: (N, C).
         truth: 1, 0 or -1 (does not count), (N, C).
         right: whether a decision is right, bool (N, K).
         known: whether it counts, bool (N, K); accuracy is the mean over the decisions of their shares of right ones.

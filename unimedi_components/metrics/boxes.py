@@ -42,7 +42,6 @@ class Detections:
 
     Args:
         boxes: predicted, (n, 4) of each image.
-        scores: of them, (n,) of each image.
         truth: true boxes, (m, 4) of each image.
         patients: of the images; None: every image is a patient of its own.
     """
@@ -74,19 +73,9 @@ def box_ious(boxes: npt.ArrayLike, truth: npt.ArrayLike) -> Array:
 
 
 def match_boxes(boxes: npt.ArrayLike, scores: npt.ArrayLike, truth: npt.ArrayLike, iou: float) -> Array:
-    """Which true box each predicted one finds, as COCO matches them.
-
-    Boxes take turns by falling score (equal scores in their order); each takes the free true box of highest IoU, if
-    that is at least `iou`.
-
-    Args:
-        boxes: (n, 4).
-        scores: (n,).
-        truth: (m, 4).
-        iou: threshold.
-
-    Returns:
-        index of the true box, -1 for none, int64 (n,).
+    """Which true box each predicted one finds, as COCO matches them: index, -1 for none, int64 (n,).
+    // Boxes (n, 4) take turns by falling score (equal scores in their order); each takes the free true box, of (m, 4),
+    of highest IoU, if that is at least `iou`.
     """
     table = box_ious(boxes, truth)
     found = np.full(len(table), -1)
@@ -121,7 +110,6 @@ def detection_metrics(
 
     Args:
         found: predicted and true boxes of the images; scores above about 0.01, or average precision misses its tail.
-        bootstrap: resamples of the patients, each with all images; 0 gives no intervals.
         ious: thresholds that `map_coco` and `map_mgca` average over.
 
     Returns:
@@ -239,10 +227,7 @@ def _froc(pool: _Pool, row: int) -> dict[str, float]:
 
 
 class _PerImage(Metric):
-    """Keeps a row per image; `compute` sees those of all ranks, which may hold different numbers, or none.
-
-    The engine's output holds predictions "pred" and targets "label", lists of dicts by image.
-    """
+    """Keeps a row per image; `compute` sees those of all ranks, which may hold different numbers, or none."""
 
     def __init__(self) -> None:
         self.rows: list[Any] = []

@@ -67,22 +67,20 @@ def classification_metrics(
         probabilities: (N, C); binary: (N,) or (N, 1), of the positive class.
         labels: multiclass and binary (N,), multilabel (N, C); -1 is uncertain and does not count, and a case
             without any other label is left out.
-        task: "multiclass", "multilabel" or "binary".
         label_names: the C classes or findings; binary: the negative and the positive class.
         patients: of the N cases; None: every case is a patient of its own.
         bootstrap: resamples of the patients; 0 gives no intervals.
         bins: equal bins of the probability for the calibration error.
 
     Returns:
-        plain values for JSON. "auroc" by finding or class (one against the rest; binary: the positive class) and
-        their mean "macro_auroc", None where only one class occurs, with the reason under "skipped". "accuracy" of
-        the likeliest class, or at 0.5 (multilabel: mean over findings, also "accuracy_per_finding").
-        "confusion_matrix", rows true and columns predicted (multilabel: absent and present, by finding).
-        "expected_calibration_error" of the likeliest class, or of the positive one (multilabel: mean over findings,
-        also "..._per_finding"). "intervals": [low, high] of the same keys, 95% percentiles over resamples of the
-        patients, each with all of its cases; resamples where a value is not defined are left out, and
-        "resamples_used" counts the others. "cases", "patients", "positives" (by finding or class) and
-        "uncertain" (multilabel: by finding) are counts.
+        plain values for JSON. "auroc" by finding or class (one against the rest; binary: the positive class) and their
+        mean "macro_auroc", None where only one class occurs, with the reason under "skipped". "accuracy" of the
+        likeliest class, or at 0.5 (multilabel: mean over findings, also "accuracy_per_finding"). "confusion_matrix",
+        rows true and columns predicted (multilabel: absent and present, by finding). "expected_calibration_error" of
+        the likeliest class, or of the positive one (multilabel: mean over findings, also "..._per_finding").
+        "intervals": [low, high] of the same keys, 95% percentiles over resamples of the patients, each with all of its
+        cases; resamples where a value is not defined are left out, and "resamples_used" counts the others. "cases",
+        "patients", "positives" (by finding or class) and "uncertain" (multilabel: by finding) are counts.
 
     Raises:
         ValueError: an unknown task, shapes or labels that do not fit, values that are not finite, or no case that
@@ -225,12 +223,6 @@ class ClassificationScore(EpochMetric):
 
     NaN where it is not defined: only one class occurs, or the logits are not finite. Ranks may hold different
     numbers of cases, or none. The engine's output holds logits "pred" (B, C) and labels "label" (with `decollate` off).
-
-    Args:
-        task: "multiclass", "multilabel" or "binary".
-
-    Raises:
-        ValueError: an unknown task.
     """
 
     def __init__(self, task: str) -> None:
@@ -260,14 +252,7 @@ def _score(logits: Tensor, label: Tensor, task: str) -> float:
 
 
 class ClassificationLossMetric(Loss):
-    """Mean loss over all labels that count, of all batches and ranks of an evaluator run.
-
-    Args:
-        task: "multiclass", "multilabel" or "binary", see `ClassificationLoss`.
-
-    Raises:
-        ValueError: an unknown task.
-    """
+    """Mean `ClassificationLoss` over all labels that count, of all batches and ranks of an evaluator run."""
 
     def __init__(self, task: str) -> None:
         super().__init__(ClassificationLoss(task), _logits_and_label, batch_size=_count_known)

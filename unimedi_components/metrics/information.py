@@ -18,8 +18,6 @@ class Information:
     """What targets carry, in nats.
 
     Args:
-        entropy: mean entropy of a sample's distribution.
-        marginal_entropy: entropy of the mean distribution.
         information: their difference, the mutual information of sample and prototype; at most log of the samples.
         given_position: the same within each position, averaged over the positions: what is left once it is known where
             a patch lies. Equal to `information` for a single position.

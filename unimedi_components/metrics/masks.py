@@ -23,15 +23,7 @@ Array = npt.NDArray[Any]
 
 
 def mask_counts(predicted: Tensor, truth: Tensor) -> Array:
-    """Pixels of the prediction, of the truth and of both, int64 (N, 3).
-
-    Args:
-        predicted: bool (N, 1, H, W).
-        truth: bool, or 0 and 1, of the same shape.
-
-    Raises:
-        ValueError: the shapes differ.
-    """
+    """Pixels of prediction and truth, bool (N, 1, H, W), and of both: int64 (N, 3). ValueError where shapes differ."""
     if predicted.shape != truth.shape:
         raise ValueError(f"prediction {tuple(predicted.shape)} and truth {tuple(truth.shape)} differ in shape")
     found, wanted = (mask.flatten(1).bool() for mask in (predicted, truth))
@@ -47,7 +39,6 @@ def mask_metrics(counts: Array, patients: Sequence[Any], bootstrap: int = 1000, 
 
     Args:
         counts: of `mask_counts`, (N, 3).
-        bootstrap: resamples of the patients, all images of a patient together; 0 gives no intervals.
 
     Returns:
         plain values for JSON: "cases", "patients", "positive" (images with a mask), "dice", "dice_positive", "iou",
@@ -76,11 +67,7 @@ def mask_metrics(counts: Array, patients: Sequence[Any], bootstrap: int = 1000, 
 
 
 def mask_scores(counts: Array) -> dict[str, Array]:
-    """Score of each image (N,) by metric of `mask_metrics`, with its rule for empty masks.
-
-    Args:
-        counts: of `mask_counts`, (N, 3).
-    """
+    """Score of each image (N,) by metric of `mask_metrics`, with its rule for empty masks."""
     predicted, truth, both = np.asarray(counts).T.astype(np.float64)
     union, total = predicted + truth - both, predicted + truth
     dice = np.divide(2 * both, total, out=np.ones(len(counts)), where=total > 0)
@@ -101,9 +88,6 @@ class MaskScore(Metric):
     """Mean Dice per image over all batches and ranks of an evaluator run, empty masks as in `mask_metrics`.
 
     The engine's output holds logits "pred" and labels "label", both (B, 1, H, W).
-
-    Args:
-        threshold: probability from which a pixel belongs to the predicted mask.
 
     Raises:
         ValueError: a threshold that is no probability.
@@ -142,10 +126,6 @@ class MaskLossMetric(Metric):
 
     It is the loss of one batch that holds all images, so that neither the batch size nor the number of ranks changes
     it, and a batch that happens to hold empty masks alone does not disturb it.
-
-    Args:
-        loss: whose weights and form are taken.
-        num_classes: outputs C of the network.
     """
 
     def __init__(self, loss: FocalDiceLoss, num_classes: int = 1) -> None:

@@ -17,10 +17,6 @@ class Measures:
 
     Args:
         resamples: of the patients of all cases; None gives no intervals.
-
-    Attributes:
-        values: by key.
-        intervals: [low, high] by key, for those that have one.
     """
 
     def __init__(self, resamples: PatientResamples | None = None) -> None:

@@ -36,7 +36,6 @@ def organ_scores(
     Args:
         prediction: labels 0 to O, (D, H, W).
         truth: of the same shape.
-        spacing: mm between voxels along the three axes.
         tolerance_mm: distance up to which surfaces agree (surface Dice, also called NSD).
 
     Returns:
@@ -98,10 +97,6 @@ def organ_metrics(
 ) -> dict[str, Any]:
     """Means over cases for each organ, then over organs, with intervals over patients.
 
-    Args:
-        cases: of `organ_scores`, one per case.
-        bootstrap: resamples of the patients, all cases of a patient together; 0 gives no intervals.
-
     Returns:
         plain values for JSON: "cases", "patients", "mean_dice", "mean_surface_dice", "mean_hd95_mm": means over the
         organs that have a value; "dice", "surface_dice", "hd95_mm" by organ, means over the cases that have one, or
@@ -161,9 +156,6 @@ class OrganDice(Metric):
 
     Organs that a case's label map lacks do not count in it, as in `organ_scores`. Ranks may hold different numbers of
     cases, or none. The engine's output holds logits "pred" (B, C, D, H, W) and labels "label" (B, 1, D, H, W).
-
-    Args:
-        num_classes: labels with the background.
     """
 
     def __init__(self, num_classes: int) -> None:

@@ -23,9 +23,7 @@ def best_choice(mask: Array, k: int, patch_depth: int, expand: str = "centre") -
 
     Args:
         mask: lesion slices, bool (D,).
-        k: slices to choose.
         patch_depth: slices per slab, d.
-        expand: see above.
 
     Returns:
         (k,), ascending.
@@ -60,7 +58,6 @@ def fixed_choices(
 
     Args:
         masks: lesion slices, bool (N, D).
-        k, patch_depth, expand: see `best_choice`.
         folds: at most; a patient's volumes stay in one.
 
     Returns:
@@ -97,12 +94,7 @@ def lesion_distance(mask: Array) -> Array:
 
 
 def expected_minimum(values: Array, k: int, patch_depth: int, expand: str = "centre") -> float:
-    """Expectation of the smallest value among the slices chosen at random.
-
-    Args:
-        values: one for each slice, (D,).
-        k, patch_depth, expand: see `best_choice`; each order of the slabs is equally likely.
-    """
+    """Expectation of the smallest value among the slices chosen at random. ``values``: one for each slice, (D,)."""
     by_slab = values.reshape(-1, patch_depth)
     if expand == "centre":
         return _minimum_of(by_slab[:, patch_depth // 2], k)

@@ -14,10 +14,9 @@ from unimedi_components.distributed import gather_with_grad
 class ModalityBatchNorm1d(nn.Module):
     """`nn.BatchNorm1d` that normalises the rows of each modality by their own mean and variance.
 
-    In training the statistics are those of all ranks' rows, whatever each rank holds of a modality, and their
-    gradient crosses ranks as in `nn.SyncBatchNorm`, on CPU too. A modality with fewer than two rows over all
-    ranks has no variance: its running statistics are used for these rows and left as they are. The affine is
-    shared.
+    In training the statistics are those of all ranks' rows, whatever each rank holds of a modality, and their gradient
+    crosses ranks as in `nn.SyncBatchNorm`, on CPU too. A modality with fewer than two rows over all ranks has no
+    variance: its running statistics are used for these rows and left as they are. The affine is shared.
 
     Args:
         num_modalities: number of statistics M; 1 is plain synchronised batch normalisation.

@@ -25,7 +25,6 @@ def missed_studies(features: Features, studies: Studies, depth: int) -> tuple[li
     """Rows of the focal CT studies none of whose selected slices shows a lesion, and how many studies are focal.
 
     Args:
-        features: of volumes, with selected slices.
         depth: slices of the network's input, D.
     """
     assert features.selected is not None

@@ -24,11 +24,8 @@ class Ordering:
     """One "a is better than b" of the paper on one column, as it came out.
 
     Args:
-        step: which place of the paper and what is compared.
-        column: what it is measured on.
         result: the difference over the seeds, positive where it is as in the paper.
         scale: 100 where the measure is shown in percent.
-        why: what is known about a verdict other than "holds"; may be empty.
     """
 
     step: str

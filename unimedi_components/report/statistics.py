@@ -44,11 +44,7 @@ def summarise(values: Mapping[int, float], patients: Sequence[Sequence[float] | 
 
 
 class Comparison:
-    """Two variants' difference over the seeds that both have.
-
-    Args:
-        higher, lower: values by seed of the variant that should be higher, and of the one that should be lower.
-    """
+    """Two variants' difference over the seeds that both have."""
 
     def __init__(self, higher: Mapping[str, float], lower: Mapping[str, float]) -> None:
         self.differences = [higher[seed] - lower[seed] for seed in higher if seed in lower]

@@ -126,7 +126,6 @@ def paper_table(number: str, table: Mapping[str, Any], folder: Path | None) -> s
     """One of the paper's tables with our rows below it, or a row that says how to run what was not run.
 
     Args:
-        table: an entry of `paper_tables`.
         folder: where `make tableN` wrote `tableN.csv`; None leaves our rows out.
     """
     groups = {group["name"]: [f"{share:.0%}" for share in group["fractions"]] for group in table["groups"]}

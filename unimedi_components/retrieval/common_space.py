@@ -41,8 +41,7 @@ def separation_metrics(
     """How far X-rays and volumes lie apart, for SPACE "cls" and "embed" (after projection), L2-normalised.
 
 
-    Keeps:
-        "modality_accuracy_SPACE": balanced accuracy of telling X-rays from volumes by `linear_probe`, and
+    Keeps: "modality_accuracy_SPACE": balanced accuracy of telling X-rays from volumes by `linear_probe`, and
         "modality_accuracy_chance". "centroid_distance_SPACE": mean over the findings of `centroid_distance`, with
         "_per_finding", and "centroid_distance_chance", what two samples of one distribution would have. Empty where a
         dimension is missing.
@@ -93,8 +92,7 @@ def cross_search_metrics(
 ) -> None:
     """X-ray to CT search and back by images alone, after projection and on the CLS, centred per modality there.
 
-    Keeps:
-        for QUERY "xray_to_ct", "ct_to_xray", "xray_to_ct_cls" and "ct_to_xray_cls", each also with "_chance":
+    Keeps: for QUERY "xray_to_ct", "ct_to_xray", "xray_to_ct_cls" and "ct_to_xray_cls", each also with "_chance":
         "QUERY_precision_at_K", where a candidate is correct that has exactly the query's findings, over the queries for
         which there is one; and "QUERY_class_precision_at_K", the mean over the findings of how many of the K have a
         finding that the query has. Chance is the share of correct candidates. Empty where a dimension is missing.
@@ -163,8 +161,7 @@ def paired_search_metrics(
         studies: truth by item id, with "phantom" where it is known how to make the patient again.
         folder: for the X-rays, reused if they are there.
 
-    Keeps:
-        "drr_to_ct_recall_at_K" after projection and "drr_to_ct_cls_recall_at_K" on the CLS, X-rays and volumes each
+    Keeps: "drr_to_ct_recall_at_K" after projection and "drr_to_ct_cls_recall_at_K" on the CLS, X-rays and volumes each
         centred, both with "_chance"; empty where no patient can be made again.
     """
     rows = [i for i, item in enumerate(volumes.items) if "phantom" in studies.get(item["id"], {})]

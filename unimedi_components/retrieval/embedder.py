@@ -180,7 +180,11 @@ class Embedder(nn.Module):
         Args:
             inputs: files, DICOM folders, folders and patterns, see `find_images`.
             root: folder of relative inputs.
+            batch_2d: X-rays at a time.
+            batch_3d: volumes at a time.
+            num_workers: loading processes.
             strict: an unreadable file is an error; otherwise it is left out and listed under `skipped`.
+            progress: show a progress bar.
             assume_hu: take CT values for Hounsfield units that do not say how they are rescaled.
 
         Returns:

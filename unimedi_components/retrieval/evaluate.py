@@ -113,8 +113,7 @@ def evaluate(
 
     Raises:
         CheckpointError: the checkpoint does not load, or diverged in training.
-        ConfigError: the network was trained on phantoms of this seed, or too few patients for
-            cross-validation.
+        ConfigError: the network was trained on phantoms of this seed, or too few patients for cross-validation.
         DataError: `keep` holds something else.
     """
     if patients < 2:

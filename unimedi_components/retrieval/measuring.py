@@ -77,14 +77,12 @@ def all_metrics(
 def retrieval_metrics(kept: Measures, features: Mapping[int, Paired]) -> None:
     """Report retrieval with the reports of both dimensions as candidates, and within each dimension.
 
-    A report that is word for word the right one counts as right; "_strict" keys count the image's own report
-    alone.
+    A report that is word for word the right one counts as right; "_strict" keys count the image's own report alone.
 
-    Keeps:
-        "report_recall_at_K" (image to report, both dimensions pooled), "image_recall_at_K" (report to image),
-        each also with "_strict"; "report_recall_at_K_chance" and "report_recall_at_K_strict_chance", which hold
-        for both ways; the same within one dimension as "report_recall_2d_at_K" and so on; "reports", the number
-        of candidates, and "distinct_reports".
+    Keeps: "report_recall_at_K" (image to report, both dimensions pooled), "image_recall_at_K" (report to image), each
+        also with "_strict"; "report_recall_at_K_chance" and "report_recall_at_K_strict_chance", which hold for both
+        ways; the same within one dimension as "report_recall_2d_at_K" and so on; "reports", the number of candidates,
+        and "distinct_reports".
     """
     pools = {"": list(features.values())}
     if len(features) > 1:
@@ -113,8 +111,7 @@ def collapse_metrics(features: Mapping[int, Features]) -> Values:
 
     Returns:
         "collapse_image_2d", "collapse_text_2d", "collapse_cls_2d" and the same for 3D (effective rank), and
-        "collapse_modality": 1 if X-ray and CT images have one common centre, 0.5 if their centres are
-        orthogonal.
+        "collapse_modality": 1 if X-ray and CT images have one common centre, 0.5 if their centres are orthogonal.
     """
     rank = EmbeddingCollapseMetric(include_indicators=["effective_rank"], reduction="none")
     result: Values = {}
@@ -137,9 +134,8 @@ def _value(score: Tensor | None) -> float | None:
 def network_metrics(kept: Measures, pretrained: Pretrained, features: Mapping[int, Features]) -> None:
     """The temperature of L_vl, and how the CLS attends to a volume and to its slices when both are encoded together.
 
-    Keeps:
-        "temperature"; "cls_attention_3d" and "cls_attention_slices", mean shares of Eq. 1's **v** on the tokens of the
-        volume and of its slices, each with "_uniform", their share of the tokens, where slices join volumes.
+    Keeps: "temperature"; "cls_attention_3d" and "cls_attention_slices", mean shares of Eq. 1's **v** on the tokens of
+        the volume and of its slices, each with "_uniform", their share of the tokens, where slices join volumes.
     """
     kept.add("temperature", 1 / pretrained.network.logit_scale.item())
     if 3 in features and (share := features[3].slice_attention) is not None:
@@ -173,8 +169,7 @@ def probe_metrics(
     Args:
         pixels: probe the averaged input too, `Features.pooled`.
 
-    Keeps:
-        "probe_auroc_2d" and "probe_auroc_3d", each with "_per_finding" and, where findings could not be probed,
+    Keeps: "probe_auroc_2d" and "probe_auroc_3d", each with "_per_finding" and, where findings could not be probed,
         "_skipped"; with `pixels` also "probe_auroc_2d_pixels", "probe_auroc_3d_voxels", and what the features have more
         than these, "probe_minus_pixels_2d" and "..._3d".
     """

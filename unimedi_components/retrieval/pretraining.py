@@ -42,8 +42,7 @@ def evaluate_datalist(
         truth: folder with the phantoms' truth, `root` by default; real data have none.
 
     Returns:
-        the values of `measuring.all_metrics`, with "split"; a split without items gives its name and counts of
-        0.
+        the values of `measuring.all_metrics`, with "split"; a split without items gives its name and counts of 0.
 
     Raises:
         DataError: the datalist or the truth is unreadable, or the split unknown.

@@ -108,11 +108,7 @@ def _score(truth: Array, decision: Array, classes: Array) -> float:
 
 @dataclass(frozen=True)
 class Fold:
-    """What a probe says of the rows of one fold, on which it was not fitted.
-
-    Args:
-        scores: decision values, (n,).
-    """
+    """What a probe says of the rows of one fold, on which it was not fitted. ``scores``: decision values, (n,)."""
 
     rows: Array
     scores: Array
@@ -176,8 +172,7 @@ def linear_probe(
     different folds come from different models, and pooling them into one curve biases it downwards.
 
     Args:
-        labels: 0 or 1 for each finding, (N, F); other values mean "not known" and leave the row out for that
-            finding.
+        labels: 0 or 1 for each finding, (N, F); other values mean "not known" and leave the row out for that finding.
         groups: patients, (N,); a patient's rows stay in one fold.
         folds: folds; a finding needs this many patients with and without it.
         strengths: values of C, see `LogisticProbe`.

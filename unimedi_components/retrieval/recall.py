@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Image-report retrieval: Recall@K both ways, its exact chance level, and metrics for an Ignite evaluator.
 
-The paper claims retrieval and prints no table; R@1/5/10 over all candidates is the usual protocol (CLIP,
-ConVIRT).
+The paper claims retrieval and prints no table; R@1/5/10 over all candidates is the usual protocol (CLIP, ConVIRT).
 """
 
 import math

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Does the selector of Eq. 2 choose the slices that show the lesions? Needs known lesion slices.
 
-The truth counts slices of the file, n from inferior to superior; the selector counts slices of the network's
-input, D from inferior to superior. Resampling spreads both over the same extent, so slice s of D covers the
-file's slices [s n / D, (s + 1) n / D). A slice of the input is a *lesion slice* if lesion slices of the file
-fill at least half of what it covers; where no slice reaches half, as with a thin lesion in a deep volume,
-those that come closest are.
+The truth counts slices of the file, n from inferior to superior; the selector counts slices of the network's input, D
+from inferior to superior. Resampling spreads both over the same extent, so slice s of D covers the file's slices [s n /
+D, (s + 1) n / D). A slice of the input is a *lesion slice* if lesion slices of the file fill at least half of what it
+covers; where no slice reaches half, as with a thin lesion in a deep volume, those that come closest are.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
@@ -37,8 +36,7 @@ class SliceScore:
 
     Args:
         precision: share of the selected slices that are lesion slices.
-        recall: share of the slabs with a lesion slice that are selected. It stays below 1 with more such
-            slabs than k.
+        recall: share of the slabs with a lesion slice that are selected. It stays below 1 with more such slabs than k.
         hit: whether any selected slice is a lesion slice, 0 or 1.
     """
 
@@ -56,11 +54,7 @@ def is_focal(lesion_slices: Sequence[int], n_slices: int) -> bool:
 
 
 def lesion_mask(lesion_slices: Sequence[int], n_slices: int, depth: int) -> npt.NDArray[np.bool_]:
-    """Which slices of the network's input are lesion slices, bool (D,).
-
-    Raises:
-        DataError: an index outside the file.
-    """
+    """Which slices of the network's input are lesion slices, bool (D,). Raises DataError: an index outside the file."""
     lesions = np.zeros(n_slices, dtype=bool)
     index = np.asarray(sorted(set(lesion_slices)), dtype=np.int64)
     if len(index) and not (index[0] >= 0 and index[-1] < n_slices):
@@ -86,8 +80,7 @@ def slice_score(
 
     Args:
         selected: k chosen slices of the input.
-        expand: how slabs became slices, see `selection.select_slices`; it decides what chance can choose
-            from.
+        expand: how slabs became slices, see `selection.select_slices`; it decides what chance can choose from.
 
     Raises:
         DataError: no lesion slice, or an index outside the file.
@@ -147,8 +140,7 @@ def slice_metrics(
             where they are not known.
         spacing: mm between the slices of each study's file; None measures no distance.
 
-    Keeps:
-        "slice_studies", how many studies are focal, and "slice_studies_known", how many have a truth; without focal
+    Keeps: "slice_studies", how many studies are focal, and "slice_studies_known", how many have a truth; without focal
         studies these alone. "slice_precision", "slice_recall" and "slice_hit", each also with "_chance".
         "slice_distance_mm": from the chosen slice that is nearest to a lesion slice to that one. Precision and distance
         also with "_permuted" (the selection of another patient, expectation over all of them), "_fixed" (the same slabs

@@ -47,7 +47,6 @@ class BoxEvaluation(TaskEvaluation):
     `precision_recall.png` and `boxes.png`. The metrics also have the "unit" of the boxes and "lowest_score".
 
     Args:
-        network, device: see `TaskEvaluation`.
         lowest_score: boxes of lower score are not looked at; None: the network's own, as in its validation.
     """
 
@@ -147,14 +146,7 @@ def _examples(rows: Sequence[Row]) -> list[Row]:
 
 
 def boxes_in_file(boxes: Any, affine: Any, width: int, height: int) -> np.ndarray:
-    """Boxes of the network's input in pixels of the file, clipped to it: float64 (n, 4).
-
-    Args:
-        boxes: (n, 4) in pixels of the input.
-        affine: of the input's MetaTensor, see `boxes_to_file`.
-        width: columns of the file.
-        height: rows of the file.
-    """
+    """Boxes of the network's input in pixels of the file, clipped to it: float64 (n, 4)."""
     limits = np.asarray([width, height, width, height], dtype=np.float64)
     return np.clip(boxes_to_file(boxes, affine).numpy(), 0, limits)
 
@@ -171,7 +163,6 @@ class SaveBoxes(PredictionWriter):
 
     Args:
         output_dir, figures: see `PredictionWriter`.
-        network: of `load_network`; its card gives the labels' names.
         threshold: boxes of lower score are left out; None keeps what the network returns.
         dicom: write `<id>.dcm` too, a DICOM structured report, of each DICOM film that has a box.
 
@@ -255,9 +246,6 @@ def prepare_boxes(
 
     Args:
         batchdata: "image" (B, 1, H, W), "boxes": (n, 4) of each image; all boxes are of the first class.
-        device: where they are needed.
-        non_blocking: of `Tensor.to`.
-        kwargs: of `Tensor.to`.
 
     Returns:
         images, targets, and the targets once more for the network's forward; without "boxes" images alone.
@@ -276,7 +264,6 @@ class ServedDetector(nn.Module):
     """A detector as MONAI Label's `BundleInferTask` calls one: it sets `network`, and reads "box" and "label".
 
     Args:
-        network: of `load_network`.
         score_threshold, nms_threshold, max_boxes: see `ViTDet`; `select_boxes` changes them.
     """
 
@@ -292,14 +279,8 @@ class ServedDetector(nn.Module):
         self.selection = (score_threshold, nms_threshold, max_boxes)
 
     def forward(self, image: Tensor, use_inferer: bool = False) -> list[dict[str, Tensor]]:
-        """Detect.
-
-        Args:
-            image: (B, 1, H, W) in [-1, 1].
-            use_inferer: MONAI's detectors have it; films are read whole, without sliding windows.
-
-        Returns:
-            for each image "box" (n, 4) in its pixels, "label" (n,) and "label_scores" (n,).
+        """For each image (B, 1, H, W) in [-1, 1] "box" (n, 4) in its pixels, "label" (n,) and "label_scores" (n,).
+        // MONAI's detectors have `use_inferer`; films are read whole, without sliding windows.
         """
         self.network.select_boxes(*self.selection)
         names = {"boxes": "box", "labels": "label", "scores": "label_scores"}

@@ -34,7 +34,6 @@ class ClassifierEvaluation(TaskEvaluation):
     The figures are `roc.png` and `confusion.png`.
 
     Args:
-        network, device: see `TaskEvaluation`.
         transform: list of transforms; None takes those that the classifier's card describes.
     """
 
@@ -118,7 +117,6 @@ class SavePredictions(PredictionWriter):
 
     Args:
         output_dir, figures: see `PredictionWriter`; for a figure the image goes through the encoder once more.
-        network: of `load_classifier`; its card gives the task and the labels' names.
         threshold: a finding, or the second class of a binary task, is predicted from this probability on.
 
     Raises:

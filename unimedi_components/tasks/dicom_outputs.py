@@ -52,10 +52,7 @@ def write_mask(source: str | Path, mask: Array, label: str, target: str | Path) 
     """Write the mask of a film as a DICOM Segmentation.
 
     Args:
-        source: the film.
         mask: bool (H, W), in the film's own pixels.
-        label: of what is masked.
-        target: the file to write.
 
     Returns:
         `target`; None where the film is no DICOM or lacks its UIDs, or nothing is masked: no Segmentation is empty.
@@ -75,8 +72,6 @@ def write_label_map(stack: Stack, labels: Array, affine: Array, names: Sequence[
         stack: the CT's slices, files of their own or frames of one.
         labels: whole numbers (X, Y, Z), X along the rows' pixels and Y along the columns', as `read_volume` lays them.
         affine: (4, 4) from voxel indices to mm, RAS.
-        names: of the labels, background first.
-        target: the file to write.
 
     Returns:
         `target`; None where no label occurs, or a file lacks its UIDs.
@@ -107,11 +102,6 @@ def write_label_map(stack: Stack, labels: Array, affine: Array, names: Sequence[
 
 def write_boxes(source: str | Path, boxes: Boxes, target: str | Path) -> Path | None:
     """Write the boxes of a film as a DICOM structured report.
-
-    Args:
-        source: the film.
-        boxes: each with its label and its score.
-        target: the file to write.
 
     Returns:
         `target`; None where the film is no DICOM or lacks its UIDs, or there is no box.

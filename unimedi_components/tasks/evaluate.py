@@ -35,12 +35,7 @@ TASKS = {
 
 
 class TaskEvaluation(ABC):
-    """What one task measures: batches to rows, rows to numbers, a table and figures.
-
-    Args:
-        network: of `load_network`, in evaluation mode.
-        device: where it is.
-    """
+    """What one task measures: batches to rows, rows to numbers, a table and figures."""
 
     unit = "image"
     batch_size = 16
@@ -110,16 +105,10 @@ def evaluate_task(
     Args:
         checkpoint: `models/model.pt` of a run, with `model.json` beside it, which says what the task is.
         datalist: file or parsed, with the labels that the network was trained for.
-        dataset_dir: folder that its image paths are relative to.
         output_dir: folder for `metrics.json`, `cases.csv` and the task's figures; None writes nothing.
         split: "test" (or the validation split where there is no test item), "validation" or "training".
-        device: where to run.
         batch_size: images at a time; None for the task's own number. Volumes with organs come one by one.
-        num_workers: loading processes.
-        cache_dir: folder to keep prepared images in.
         bootstrap: resamples of the patients for intervals.
-        seed: of the resamples.
-        options: of the task's class in `TASKS`.
 
     Returns:
         the content of `metrics.json`: "split", "task", "label_names", "checkpoint", "skipped_files" (images that could
@@ -219,14 +208,9 @@ def measure_run(run: Any, datalist_file: str | Path, output_dir: str | Path, **e
     run's own validation items.
 
     Args:
-        run: `engines.TaskRun`, with the training's data sets and history.
         datalist_file: the datalist that the config names; it need not be there.
         output_dir: folder for what `evaluate_task` writes, for `loss_curves.png` and `run.json` (command, commit,
             machine).
-        evaluation: of `evaluate_task`.
-
-    Returns:
-        the content of `metrics.json`; empty on other ranks.
     """
     if rank() != 0:
         return {}

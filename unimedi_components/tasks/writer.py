@@ -29,8 +29,6 @@ class PredictionWriter(Transform):
     written beside it, `tables`. Items without "id" pass untouched: a server's request is no image of a data set.
 
     Args:
-        output_dir: folder to write to; made when missing.
-        figures: write a PNG file of each image.
         dicom: write DICOM objects too, of images that are DICOM.
 
     Raises:
@@ -70,9 +68,6 @@ class PredictionWriter(Transform):
 
     def finish(self, dataset: ImageDataset) -> None:
         """Write `predictions.json` and the tables, and say how many inputs could not be read.
-
-        Args:
-            dataset: what was gone through, with "source" in its items.
 
         Raises:
             DataError: not one input could be read.

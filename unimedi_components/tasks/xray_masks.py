@@ -35,7 +35,6 @@ class MaskEvaluation(TaskEvaluation):
     and false alarms. The metrics also have the "threshold" and the "grid" (pixels per side).
 
     Args:
-        network, device: see `TaskEvaluation`.
         threshold: a pixel belongs to the predicted mask from this probability on.
     """
 
@@ -114,7 +113,6 @@ class SaveMasks(PredictionWriter):
 
     Args:
         output_dir, figures: see `PredictionWriter`.
-        network: of `load_network`; its card names the label.
         threshold: a pixel belongs to the mask from this probability on.
         dicom: write `masks/<id>.dcm` too, a DICOM Segmentation, of each DICOM film.
 
@@ -177,8 +175,6 @@ class ServedMaskd(Transform):
 
     Args:
         image: key of the image, whose "spatial_shape" and "original_affine" MONAI Label gives the mask.
-        pred: key of the mask, (1, H, W).
-        path: key of the film's file, which knows where it lies.
     """
 
     def __init__(self, image: str = "image", pred: str = "pred", path: str = "image_path") -> None:

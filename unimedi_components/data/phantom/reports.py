@@ -37,8 +37,7 @@ class Report:
 def write_report(patient: Patient, modality: str, rng: np.random.Generator) -> Report:
     """Write the report of a patient's study.
 
-    Every finding is named in both sections; an absent one appears in negations only; nothing contradicts the
-    findings.
+    Every finding is named in both sections; an absent one appears in negations only; nothing contradicts the findings.
 
     Args:
         modality: ``xray`` or ``ct``; decides style and places.
