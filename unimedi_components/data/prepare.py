@@ -90,7 +90,7 @@ def prepare(
 
 
 def _plain_value(place: str, parameter: inspect.Parameter, value: Any) -> Any:
-    """Return an option's value, checked by the type of its default; the command line reads a folder 2024 as a number."""
+    """An option's value, checked by the type of its default; the command line reads a folder 2024 as a number."""
     default = parameter.default
     if isinstance(default, bool):
         kind, right = "True or False", isinstance(value, bool)

@@ -264,7 +264,7 @@ class EndWithLoader:
 
 
 class ValidationLog(EndWithLoader):
-    """What a validation says after its epoch, in the log and in TensorBoard, from rank 0 alone; ends with the loader."""
+    """What a validation says after its epoch, in the log and in TensorBoard, from rank 0; ends with the loader."""
 
     def __init__(self, log_dir: str) -> None:
         self.parts: list[Any] = []
