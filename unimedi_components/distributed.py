@@ -128,7 +128,7 @@ class _AllReduceSum(torch.autograd.Function):
 
 
 def all_reduce_sum_with_grad(x: Tensor) -> Tensor:
-    """Sum of `x` over all ranks; its backward sums the ranks' gradients.
+    """Sum of `x`, of one shape on all ranks, over them; its backward sums the ranks' gradients.
 
     `x` must require a gradient on all ranks or on none, because the backward is a collective too.
     """

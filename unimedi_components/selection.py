@@ -110,6 +110,11 @@ def _top(scores: Tensor, k: int) -> Tensor:
 def take_slices(volume: Tensor, index: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Cut slices out of volumes as 2D images (bilinear resize), with their depth as a fraction.
 
+    Args:
+        volume: (B, C, D, H, W).
+        index: slice indices, (B, k).
+        size: height and width of the images.
+
     Returns:
         slices (B, k, C, *size) and the depth of their centres in [0, 1], (B, k).
     """

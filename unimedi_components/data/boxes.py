@@ -45,6 +45,9 @@ def boxes_to_file(boxes: Any, affine: Tensor) -> Tensor:
 
     Returns:
         (N, 4) float64, not clipped to the file's image.
+
+    Raises:
+        DataError: the boxes are not (N, 4), not finite or without area.
     """
     return _map_boxes(_checked(boxes), _plane(affine))
 

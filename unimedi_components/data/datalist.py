@@ -104,7 +104,11 @@ class DatalistBuilder:
             taken |= {item["patient"] for item in self.items[split]}
 
     def build(self) -> dict[str, Any]:
-        """Return the datalist with its ``meta`` block; items are sorted by id within a split."""
+        """Return the datalist with its ``meta`` block; items are sorted by id within a split.
+
+        Raises:
+            DataError: ids repeat or a patient is in two splits.
+        """
         splits = {split: sorted(items, key=lambda item: item["id"]) for split, items in self.items.items()}
         listed = {reason: [drop["id"] for drop in drops[:LISTED_DROPS]] for reason, drops in self.dropped.items()}
         datalist: dict[str, Any] = {

@@ -58,6 +58,10 @@ def add_cases(
         builder: gets items ``{"id", "patient", "image", "mask", "dim": 3}``, the task and the label names.
         organs: names of the labels 1, 2, ... in order.
         check: see :func:`pair_fault`.
+
+    Raises:
+        ConfigError: ``check`` is unknown.
+        DataError: a fault under ``strict``.
     """
     names = [BACKGROUND, *organs]
     builder.meta |= {"task": "segmentation", "label_names": names}
@@ -101,6 +105,9 @@ def pair_fault(
         None when sound, otherwise ``(reason, detail)``. Reasons: those of
         :func:`~unimedi_components.images.checks.check_ct`, ``missing mask``, ``unreadable mask``, ``mask and
         image differ in geometry`` and ``unknown label values``.
+
+    Raises:
+        ConfigError: ``check`` is none of the four.
     """
     check_choice("check_images", check, IMAGE_CHECKS)
     if check == "none":

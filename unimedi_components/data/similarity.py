@@ -26,6 +26,9 @@ class RandSimilarityd(RandAffined):
         scale_range: (min, max); 1 is added. Above 0 the content shrinks, since it scales the sampling grid.
         prob: of a drawn transform for a case.
         mode: interpolation, for each key.
+
+    Raises:
+        ValueError: `scale_range` is not a pair.
     """
 
     def __init__(

@@ -61,6 +61,9 @@ def draw_selection(views: Sequence[CTView], path: str | Path, title: str = "") -
 
     Args:
         views: one row each; at most four slices of a study are shown, the best scored ones.
+
+    Raises:
+        ValueError: there is no study.
     """
     if not views:
         raise ValueError("no CT study to draw")
@@ -150,7 +153,11 @@ def _draw_scores(axes: Axes, view: CTView) -> None:
 
 
 def draw_xrays(views: Sequence[XrayView], path: str | Path, title: str = "") -> Path:
-    """Draw X-rays beside the attention over them and their reports, two studies to a row."""
+    """Draw X-rays beside the attention over them and their reports, two studies to a row.
+
+    Raises:
+        ValueError: there is no study.
+    """
     if not views:
         raise ValueError("no X-ray to draw")
     figure, parts = row_figure([2.45] * math.ceil(len(views) / 2), title)

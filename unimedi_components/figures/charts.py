@@ -43,6 +43,9 @@ def draw_roc(curves: Sequence[RocCurve], path: str | Path, title: str = "") -> P
 
     Args:
         curves: one line each; those without an AUROC are in the legend alone.
+
+    Raises:
+        ValueError: there is no curve.
     """
     if not curves:
         raise ValueError("no ROC curve to draw")
@@ -97,6 +100,9 @@ def draw_confusion(
 
     Args:
         matrices: (C, C) with true classes in rows and predicted ones in columns, by panel title; "" for none.
+
+    Raises:
+        ValueError: there is no matrix.
     """
     if not matrices:
         raise ValueError("no confusion matrix to draw")

@@ -36,6 +36,9 @@ def draw_loss_curves(history: Rows, path: str | Path) -> Path:
     Args:
         history: one dict per iteration with "iteration", "epoch", "loss", and where there are "vl", "icl",
             "pcl", "lr", and keys that begin with "val_" at the iterations that ended in a validation.
+
+    Raises:
+        ValueError: the history is empty.
     """
     if not history:
         raise ValueError("no iteration to draw; the history is empty")

@@ -73,7 +73,11 @@ class MaskView:
 
 
 def draw_masks(views: Sequence[MaskView], path: str | Path, title: str = "") -> Path:
-    """Draw each image plain, with the true mask where one is known, and with the predicted one; two images to a row."""
+    """Draw each image plain, with the true mask where one is known, and with the predicted one; two images to a row.
+
+    Raises:
+        ValueError: there is no image.
+    """
     if not views:
         raise ValueError("no image to draw")
     known = any(view.truth is not None for view in views)
@@ -120,6 +124,7 @@ class BoxImage:
     """One image with boxes [x0, y0, x1, y1] in its pixels, x1 and y1 just beyond the box.
 
     Args:
+        image: (H, W).
         found: predicted, (n, 4).
         scores: of them, (n,).
         truth: (m, 4), or None where it is not known.
@@ -133,7 +138,11 @@ class BoxImage:
 
 
 def draw_boxes(images: Sequence[BoxImage], path: str | Path, title: str = "") -> Path:
-    """Draw images in rows of four, true boxes as full green lines and predicted ones as dashed orange, with scores."""
+    """Draw images in rows of four, true boxes as full green lines and predicted ones as dashed orange, with scores.
+
+    Raises:
+        ValueError: there is no image.
+    """
     if not images:
         raise ValueError("no image to draw")
     columns = min(_BOXES_PER_ROW, len(images))

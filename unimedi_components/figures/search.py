@@ -38,6 +38,9 @@ def draw_search(rows: Sequence[tuple[Found, Sequence[Found]]], path: str | Path,
 
     Frames are green where something found shares a finding with the query, or has none as the query has none, grey
     where it does not, and blue where labels are not known.
+
+    Raises:
+        ValueError: there is no query.
     """
     if not rows:
         raise ValueError("no query to draw")

@@ -70,6 +70,9 @@ class RepeatedDataset(_Derived):
 
     Args:
         times: at least 1; None repeats it as often as comes closest to `steps` batches of `batch_size` items.
+
+    Raises:
+        ValueError: less than 1.
     """
 
     def __init__(self, dataset: ImageDataset, times: int | None = None, steps: int = 250, batch_size: int = 1) -> None:

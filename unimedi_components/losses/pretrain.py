@@ -182,6 +182,7 @@ class UniMediLoss(nn.Module):
 
         Args:
             teacher: bottleneck features of one kind of token, (N, b).
+            prototypes: the teacher's, (K, b).
             group: 0 for X-rays, 1 for volumes, 2 for the patch tokens of slices.
 
         Returns:

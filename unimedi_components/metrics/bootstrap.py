@@ -60,6 +60,7 @@ def resampled_auroc(scores: Array, truth: Array, weights: Array) -> Array:
 
     Args:
         truth: 1, 0 or -1 (does not count), (N,).
+        weights: (R, N).
 
     Returns:
         (R,); NaN where a row leaves no positive or no negative case.

@@ -42,6 +42,7 @@ class Detections:
 
     Args:
         boxes: predicted, (n, 4) of each image.
+        scores: of them, (n,) of each image.
         truth: true boxes, (m, 4) of each image.
         patients: of the images; None: every image is a patient of its own.
     """

@@ -223,6 +223,9 @@ class ClassificationScore(EpochMetric):
 
     NaN where it is not defined: only one class occurs, or the logits are not finite. Ranks may hold different
     numbers of cases, or none. The engine's output holds logits "pred" (B, C) and labels "label" (with `decollate` off).
+
+    Raises:
+        ValueError: an unknown task.
     """
 
     def __init__(self, task: str) -> None:
@@ -252,7 +255,11 @@ def _score(logits: Tensor, label: Tensor, task: str) -> float:
 
 
 class ClassificationLossMetric(Loss):
-    """Mean `ClassificationLoss` over all labels that count, of all batches and ranks of an evaluator run."""
+    """Mean `ClassificationLoss` over all labels that count, of all batches and ranks of an evaluator run.
+
+    Raises:
+        ValueError: an unknown task.
+    """
 
     def __init__(self, task: str) -> None:
         super().__init__(ClassificationLoss(task), _logits_and_label, batch_size=_count_known)

@@ -93,6 +93,7 @@ class BoxDetector(RetinaNetDetector):
         """MONAI's dict of losses, "classification" and "box_regression", scalars over the batch.
 
         Args:
+            images: (B, 1, H, W); their size is read.
             maps: as `ViTDet.head_maps` returns them.
             targets: of each image "boxes" (n, 4) in pixels and "labels" (n,) from 0 to K - 1.
         """
@@ -138,7 +139,9 @@ class BoxDetector(RetinaNetDetector):
         whose overlap is at least the candidates' mean plus deviation; an anchor for several boxes takes the best.
 
         Args:
+            boxes: (B, n, 4).
             real: False where an image has fewer boxes, (B, n).
+            anchors: (A, 4).
             places: places per map.
 
         Returns:

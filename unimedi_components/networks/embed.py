@@ -122,6 +122,7 @@ def interpolate_depth(table: Tensor, position: Tensor) -> Tensor:
     """Rows of a depth table at fractional depths, linear between neighbours.
 
     Args:
+        table: (1, S, D).
         position: depth as a fraction of the volume, 0 inferior to 1 superior, (B, k).
 
     Returns:

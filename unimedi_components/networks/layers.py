@@ -40,6 +40,7 @@ class Attention(nn.Module):
         """Attend over all tokens.
 
         Args:
+            x: tokens with CLS first, (B, N, D).
             return_attention: also return this layer's term of Eq. 1.
 
         Returns:

@@ -58,7 +58,9 @@ class UniMediOutput:
 
     Args:
         image_embed: projected image CLS, (B, E), not normalised.
+        text_embed: projected report CLS, (B, E), not normalised.
         logit_scale: exponentiated learnable temperature's inverse, scalar.
+        modality: 0 for 2D rows and 1 for 3D rows, (B,).
         student_cls, teacher_cls: unit-norm DINO bottleneck features of the CLS tokens, (B, b); None without
             self-distillation.
         student_patches, teacher_patches: the same for the patch tokens in the loss, flattened over batch, (N, b).

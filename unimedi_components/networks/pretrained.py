@@ -69,6 +69,9 @@ def load_encoder(checkpoint: str | Path, device: str | torch.device = "cpu") -> 
 
     Args:
         checkpoint: `models/model.pt` with `model.json` beside it.
+
+    Raises:
+        CheckpointError: a file is missing or does not fit.
     """
     path = Path(checkpoint)
     card = read_card(path)

@@ -187,6 +187,7 @@ class UniMedI(nn.Module):
         """Features of whole, unmasked images, with the student as the selector.
 
         Args:
+            image: X-rays (B, C, H, W) or volumes (B, C, D, H, W).
             use_slices: let a volume's selected slices join it, as in pre-training; False encodes the volume alone.
         """
         volume = image.ndim == 5

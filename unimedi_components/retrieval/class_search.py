@@ -42,6 +42,8 @@ def class_precision(
     """P@K by finding: queries that have it, and the share of their K nearest candidates that have it.
 
     Args:
+        query: (N, E), normalised here.
+        candidates: (M, E), normalised here.
         query_labels: 1 present, 0 absent, -1 uncertain, below -1 not mentioned, (N, F).
         candidate_labels: the same of the candidates, (M, F). Uncertain ones are no candidates for that finding; not
             mentioned counts as absent.

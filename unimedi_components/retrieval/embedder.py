@@ -317,6 +317,9 @@ def load_trained(checkpoint: str | Path) -> nn.Module:
 
     Returns:
         a task's network as of `load_network`, or an `Embedder` of what pre-training left.
+
+    Raises:
+        CheckpointError: a file is missing or does not fit.
     """
     path = Path(checkpoint)
     return load_network(path) if KINDS.keys() & read_card(path) else Embedder(path, "cpu")

@@ -207,5 +207,10 @@ class EmbeddingIndex:
 
     @classmethod
     def load(cls, path: str | Path, backend: str = "exact", **options: Any) -> EmbeddingIndex:
-        """Read what `save` or `Embeddings.save` wrote; `backend` and `options` as of the class."""
+        """Read what `save` or `Embeddings.save` wrote; `backend` and `options` as of the class.
+
+        Raises:
+            ConfigError: see the class.
+            DataError: missing or damaged.
+        """
         return cls(Embeddings.load(path), backend, **options)

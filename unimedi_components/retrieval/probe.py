@@ -108,7 +108,12 @@ def _score(truth: Array, decision: Array, classes: Array) -> float:
 
 @dataclass(frozen=True)
 class Fold:
-    """What a probe says of the rows of one fold, on which it was not fitted. ``scores``: decision values, (n,)."""
+    """What a probe says of the rows of one fold, on which it was not fitted. ``scores``: decision values, (n,).
+
+    Args:
+        rows: their indices, (n,).
+        truth: 0 or 1, (n,).
+    """
 
     rows: Array
     scores: Array
@@ -172,6 +177,7 @@ def linear_probe(
     different folds come from different models, and pooling them into one curve biases it downwards.
 
     Args:
+        features: (N, D).
         labels: 0 or 1 for each finding, (N, F); other values mean "not known" and leave the row out for that finding.
         groups: patients, (N,); a patient's rows stay in one fold.
         folds: folds; a finding needs this many patients with and without it.
@@ -229,6 +235,7 @@ def transfer_scores(
 
     Args:
         train: features to train on, (N, D); they alone set standardisation and penalty.
+        labels: 0 or 1 for each finding, (N, F).
         test: features to score, (M, D).
 
     Returns:

@@ -30,6 +30,8 @@ def first_correct_rank(query: Tensor, candidates: Tensor, groups: Sequence[Hasha
     therefore finds nothing instead of everything.
 
     Args:
+        query: (N, E), normalised here.
+        candidates: (N, E), normalised here.
         groups: N keys; every candidate with the query's key is correct. None: only its own.
 
     Returns:
@@ -60,12 +62,16 @@ def recall_at_k(
     """Share of queries with a correct candidate among the K most similar.
 
     Args:
+        image_embed: (N, E).
         text_embed: (N, E), row i is the report of image i.
         groups: see `first_correct_rank`; give the report texts, so that word-for-word equal reports all count
             as correct, since nothing in the image can tell them apart.
 
     Returns:
         "image_to_report_at_K" and "report_to_image_at_K" for each K.
+
+    Raises:
+        ValueError: as `first_correct_rank`.
 
     Example:
         >>> recall_at_k(torch.eye(3), torch.eye(3), ks=(1,))
@@ -104,6 +110,8 @@ def precision_at_k(
     """Share of correct ones among the K candidates most similar to each query (the terms of GLoRIA's and MGCA's P@K).
 
     Args:
+        query: (N, E), normalised here.
+        candidates: (M, E), normalised here.
         correct: which candidates are correct for which query, bool (N, M).
         k: candidates looked at; at most M. Ties count against the query.
         excluded: which candidates a query does not look at, such as itself, bool (N, M); at least `k` must be left.

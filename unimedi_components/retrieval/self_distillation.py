@@ -37,6 +37,9 @@ class Teacher:
     def targets(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Targets of whole images.
 
+        Args:
+            image: X-rays (B, C, H, W) or volumes (B, C, D, H, W).
+
         Returns:
             of the CLS tokens, (B, K), and of the patch tokens of X-ray or volume, (B, P, K).
         """

@@ -53,6 +53,7 @@ def attention_ratios(attention: Array, cover: Array) -> Array:
     """Share of the attention of image j inside the boxes of image i, over the boxes' share of the image, (N, N).
 
     Args:
+        attention: Eq. 1's **v**, (N, P).
         cover: share of each patch that the boxes cover, (N, P); some of it in each row.
     """
     share = attention / attention.sum(1, keepdims=True)

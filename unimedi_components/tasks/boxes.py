@@ -146,7 +146,11 @@ def _examples(rows: Sequence[Row]) -> list[Row]:
 
 
 def boxes_in_file(boxes: Any, affine: Any, width: int, height: int) -> np.ndarray:
-    """Boxes of the network's input in pixels of the file, clipped to it: float64 (n, 4)."""
+    """Boxes of the network's input in pixels of the file, clipped to it: float64 (n, 4).
+
+    Args:
+        boxes: (n, 4) in pixels of the input.
+    """
     limits = np.asarray([width, height, width, height], dtype=np.float64)
     return np.clip(boxes_to_file(boxes, affine).numpy(), 0, limits)
 

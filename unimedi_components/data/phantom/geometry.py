@@ -19,6 +19,7 @@ class Grid:
     slice drawn with rows y and columns x is in radiological convention.
 
     Args:
+        shape: number of voxels (nz, ny, nx).
         origin: centre of voxel (0, 0, 0) in mm (z, y, x).
     """
 

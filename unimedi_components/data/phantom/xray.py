@@ -26,6 +26,7 @@ def path_length(hu: FloatArray, grid: Grid, axis: int = 1) -> FloatArray:
     """Line integral P of the attenuation along parallel rays, as in Beer-Lambert's law I = I0 exp(-P).
 
     Args:
+        hu: (nz, ny, nx) Hounsfield units.
         axis: 1 for a frontal film (rays from front to back), 2 for a lateral one.
 
     Returns:
