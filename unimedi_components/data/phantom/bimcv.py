@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Phantom CT volumes in the layout of BIMCV-COVID19+ with English reports."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -16,8 +14,6 @@ from .lesions import Lesion
 from .reports import Report, write_report
 from .studies import CTStudy, labels_of, lesion_record, make_ct, make_patient
 from .writer import Layout, PatientRecord, register, write_rows
-
-__all__ = ["BIMCV", "REPORT_COLUMNS"]
 
 REPORT_COLUMNS = (
     *("PatientID", "ReportID", "Report", "Labels", "Localizations", "LabelsLocalizationsBySentence"),
@@ -44,9 +40,7 @@ def _write_patient(root: Path, index: int, seed: np.random.SeedSequence) -> Pati
         z, y, x = study.grid.spacing
         gap = z * float(few[1] - few[0])
         grid = Grid(
-            (_SCOUT_SLICES, *study.hu.shape[1:]),
-            (gap, y, x),
-            (float(study.grid.z[few[0]]), *study.grid.origin[1:]),
+            (_SCOUT_SLICES, *study.hu.shape[1:]), (gap, y, x), (float(study.grid.z[few[0]]), *study.grid.origin[1:])
         )
         _save_series(folder, stem.replace("run-1", "run-2"), study.hu[few], grid, lps, patient, date)
     report = write_report(patient, "ct", np.random.default_rng(seed.spawn(1)[0]))
