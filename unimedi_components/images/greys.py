@@ -175,7 +175,7 @@ def _finish(greys: Array, padding: Array | None, inverted: bool) -> Array:
 
 def _fits(greys: Array, padding: Array | None) -> bool:
     shown = greys if padding is None else greys[~padding]
-    clipped = np.mean((shown <= 0) | (shown >= 1)) if shown.size else 1.0
+    clipped = np.count_nonzero((shown <= 0) | (shown >= 1)) / shown.size if shown.size else 1.0
     return bool(clipped <= _CLIPPED and shown.min() < shown.max())
 
 
@@ -222,5 +222,8 @@ def _window(values: Array, centre: float, width: float, function: str) -> Array:
     elif width <= 1:
         greys = (values > centre - 0.5).astype(np.float64)
     else:
-        greys = (values - (centre - 0.5)) / (width - 1) + 0.5
-    return np.clip(greys, 0, 1).astype(np.float32)
+        # in place, since films are large
+        greys = values - (centre - 0.5)
+        greys /= width - 1
+        greys += 0.5
+    return np.clip(greys, 0, 1, out=greys).astype(np.float32)
