@@ -139,9 +139,9 @@ def _dicom_study(files: Sequence[Received], archive: str, notes: Sequence[str], 
     received = {file.path: file for file in files}
     headers: list[DicomHeader] = []
     damaged: list[UploadError] = []
-    for file in files:
+    for upload in files:
         try:
-            headers.append(_header(file))
+            headers.append(_header(upload))
         except UploadError as error:
             damaged.append(error)
     if not headers:
