@@ -36,6 +36,8 @@ DEVICE = torch.device(os.environ.get("UNIMEDI_TEST_DEVICE", "cpu"))
 SIZES: dict[str, Any] = {"img_size": 32, "vol_size": (8, 32, 32), "embed_dim": 24, "depth": 2, "num_heads": 2}
 WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "unique_dim", "_unique2", "bincount"}
 INDEXED = {"index", "index_put_", "_index_put_impl_"}
+#: Ahead of what takes their mean away, so that they change nothing.
+NULL = ("dino_head.mlp.4.bias", "_projection.hidden.bias", "_projection.output.bias")
 Case = tuple[nn.Module, Callable[[], Tensor]]
 
 
@@ -167,11 +169,16 @@ def test_a_step_waits_for_nothing(name: str) -> None:
     assert [x for x in names if x != "copy_"] == ["_local_scalar_dense"] * looks and len(names) <= 1.2 * looks
 
 
+#: What bfloat16 leaves of the gradients' direction in chains of narrow convolutions, whose bundles train in float16.
+DECODERS = {"xray_segmentation": 0.96, "ct_segmentation": 0.93, "detection_of_four": 0.96}
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", [name for name in CASES if name not in ("detection", "pretraining_in_parts")])
-def test_half_precision_keeps_the_gradients(name: str, dtype: torch.dtype) -> None:
-    # bfloat16 has 8 bits: they add up in UNETR's chains of narrow convolutions, each with its norm
-    least = 0.97 if (name, dtype) == ("ct_segmentation", torch.bfloat16) else 0.98
+def test_half_precision_keeps_every_gradient(name: str, dtype: torch.dtype) -> None:
+    least = DECODERS.get(name, 0.98) if dtype == torch.bfloat16 else 0.98
+    # as GradScaler does, lest float16 loses what is small
+    scale = 2.0**14
     gradients = []
     for enabled in (False, True):
         torch.manual_seed(0)
@@ -180,17 +187,15 @@ def test_half_precision_keeps_the_gradients(name: str, dtype: torch.dtype) -> No
         torch.manual_seed(1)
         with torch.autocast(DEVICE.type, dtype=dtype, enabled=enabled):
             value = loss()
-        value.float().backward()
+        (value.float() * scale).backward()
         assert torch.isfinite(value).all()
-        gradients.append({key: x.grad.cpu().flatten() for key, x in network.named_parameters() if x.grad is not None})
+        found = {key: x.grad for key, x in network.named_parameters() if x.grad is not None}
+        gradients.append({key: x.cpu().flatten() / scale for key, x in found.items()})
     full, half = gradients
     assert full.keys() == half.keys() and full
     assert all(torch.isfinite(x).all() for x in half.values())
-    whole = torch.cosine_similarity(torch.cat([*full.values()]), torch.cat([*half.values()]), dim=0)
-    assert whole >= (least + 1) / 2
     largest = max(x.norm() for x in full.values())
-    # what a norm behind it cancels, such as a bias, has a gradient of rounding alone
-    for share, bar in ((1e-2, least), (2e-3, 0.98 if dtype == torch.float16 else 0.95)):
-        kept = [key for key, x in full.items() if x.norm() > share * largest]
-        cosines = {key: float(torch.cosine_similarity(full[key], half[key], dim=0)) for key in kept}
-        assert min(cosines.values()) >= bar, cosines
+    # what a norm behind it cancels, such as a bias, has a gradient of rounding alone, in float32 too
+    kept = [key for key, x in full.items() if x.norm() > 1e-8 * largest and not key.endswith(NULL)]
+    cosines = {key: float(torch.cosine_similarity(full[key], half[key], dim=0)) for key in kept}
+    assert min(cosines.values()) >= least, sorted(cosines.items(), key=lambda item: item[1])[:5]
