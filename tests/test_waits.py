@@ -79,6 +79,14 @@ def counter() -> Any:
     return counted()
 
 
+def differing(count: int, *size: int) -> Tensor:
+    """Images that a network tells apart: of noise alone all features are alike, but for rounding, which the
+    normalisation over a small batch of them would bring to unit variance."""
+    return torch.randn(count, 1, *size) + 2 * torch.randn(count, 1, *[4] * len(size)).repeat(
+        1, 1, *(side // 4 for side in size)
+    )
+
+
 def pretraining(
     mask_mode: str = "drop", selector: str = "teacher", targets: str = "sinkhorn", accumulation: int = 1
 ) -> Case:
@@ -95,10 +103,10 @@ def pretraining(
         accumulation=accumulation,
     ).to(DEVICE)
     objective = UniMediLoss(out_dim=64, targets=targets, within_modality=True).to(DEVICE)
-    mask = torch.ones(7, 9, dtype=torch.int64)
+    mask = torch.ones(20, 9, dtype=torch.int64)
     mask[2:, 6:] = 0
-    batch = {"image2d": torch.randn(4, 1, 32, 32), "image3d": torch.randn(3, 1, 8, 32, 32)}
-    batch |= {"input_ids": torch.randint(0, 50, (7, 9)), "attention_mask": mask}
+    batch = {"image2d": differing(12, 32, 32), "image3d": differing(8, 8, 32, 32)}
+    batch |= {"input_ids": torch.randint(0, 50, (20, 9)), "attention_mask": mask}
     batch = {key: value.to(DEVICE) for key, value in batch.items()}
     return network, lambda: objective(network(batch))
 
@@ -149,6 +157,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "ct_segmentation": ct_segmentation,
     "detection": lambda: detection(1),
     "detection_of_four": lambda: detection(4),
+    "detection_of_sixteen": lambda: detection(16),
 }
 
 
@@ -169,16 +178,18 @@ def test_a_step_waits_for_nothing(name: str) -> None:
     assert [x for x in names if x != "copy_"] == ["_local_scalar_dense"] * looks and len(names) <= 1.2 * looks
 
 
+#: Cases whose gradients are those of another one.
+LIKE_ANOTHER = ("detection", "detection_of_sixteen", "pretraining_in_parts")
 #: What bfloat16 leaves of the gradients' direction in chains of narrow convolutions, whose bundles train in float16.
 DECODERS = {"xray_segmentation": 0.96, "ct_segmentation": 0.93, "detection_of_four": 0.96}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("name", [name for name in CASES if name not in ("detection", "pretraining_in_parts")])
+@pytest.mark.parametrize("name", [name for name in CASES if name not in LIKE_ANOTHER])
 def test_half_precision_keeps_every_gradient(name: str, dtype: torch.dtype) -> None:
     least = DECODERS.get(name, 0.98) if dtype == torch.bfloat16 else 0.98
     # as GradScaler does, lest float16 loses what is small
-    scale = 2.0**14
+    scale = 2.0 ** (8 if name.startswith("pretraining") else 14)
     gradients = []
     for enabled in (False, True):
         torch.manual_seed(0)
