@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from unimedi_components import selection
 from unimedi_components.engines import build_optimizer
 from unimedi_components.losses import DetectionLoss, UniMediLoss
 from unimedi_components.losses.organs import OrganLoss
@@ -178,6 +180,17 @@ def test_a_step_waits_for_nothing(name: str) -> None:
     assert [x for x in names if x != "copy_"] == ["_local_scalar_dense"] * looks and len(names) <= 1.2 * looks
 
 
+def kept(made: list[Tensor], choose: Callable[..., Tensor], *args: Any, **options: Any) -> Tensor:
+    """A choice, added to those made."""
+    made.append(choose(*args, **options))
+    return made[-1]
+
+
+def repeated(made: list[Tensor], *_: Any, **__: Any) -> Tensor:
+    """The next of the choices made."""
+    return made.pop(0)
+
+
 #: Cases whose gradients are those of another one.
 LIKE_ANOTHER = ("detection", "detection_of_sixteen", "pretraining_in_parts")
 #: What bfloat16 leaves of the gradients' direction in chains of narrow convolutions, whose bundles train in float16.
@@ -186,12 +199,17 @@ DECODERS = {"xray_segmentation": 0.96, "ct_segmentation": 0.93, "detection_of_fo
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", [name for name in CASES if name not in LIKE_ANOTHER])
-def test_half_precision_keeps_every_gradient(name: str, dtype: torch.dtype) -> None:
+def test_half_precision_keeps_every_gradient(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     least = DECODERS.get(name, 0.98) if dtype == torch.bfloat16 else 0.98
     # as GradScaler does, lest float16 loses what is small
     scale = 2.0 ** (8 if name.startswith("pretraining") else 14)
+    # slices and masked tokens of nearly the same score may change places: the first pass chooses for both
+    chosen: dict[str, list[Tensor]] = {"select_slices": [], "keep_tokens": []}
     gradients = []
     for enabled in (False, True):
+        for key, made in chosen.items():
+            choose = getattr(selection, key)
+            monkeypatch.setattr(selection, key, partial(repeated if enabled else kept, made, choose))
         torch.manual_seed(0)
         network, loss = CASES[name]()
         network.train()
@@ -207,6 +225,6 @@ def test_half_precision_keeps_every_gradient(name: str, dtype: torch.dtype) -> N
     assert all(torch.isfinite(x).all() for x in half.values())
     largest = max(x.norm() for x in full.values())
     # what a norm behind it cancels, such as a bias, has a gradient of rounding alone, in float32 too
-    kept = [key for key, x in full.items() if x.norm() > 1e-8 * largest and not key.endswith(NULL)]
-    cosines = {key: float(torch.cosine_similarity(full[key], half[key], dim=0)) for key in kept}
+    counted = [key for key, x in full.items() if x.norm() > 1e-8 * largest and not key.endswith(NULL)]
+    cosines = {key: float(torch.cosine_similarity(full[key], half[key], dim=0)) for key in counted}
     assert min(cosines.values()) >= least, sorted(cosines.items(), key=lambda item: item[1])[:5]
