@@ -4,8 +4,8 @@
 Run from the repository's root: `python -m benchmarks.resume WORK --json results/resume.json`. ViT-B with a BERT of
 BioClinicalBERT's size, both with random weights, on phantoms in the layouts of MIMIC-CXR and BIMCV, by the line of
 `docs/multi-gpu.md`: two gloo processes with 2 X-rays and 1 volume each, by default four epochs of five steps. The
-second run gets SIGKILL in the third epoch and goes on with `--resume True`. It takes two cores half an hour, 14 GiB of
-memory, and 8 GB of disk. The bar: values of `last.pt` (weights, teacher, optimizer, generators) and metrics that differ.
+second run gets SIGKILL in the third epoch and goes on with `--resume True`. The bar: values of `last.pt`
+(weights, teacher, optimizer, generators) and metrics that differ.
 """
 
 from __future__ import annotations
@@ -37,11 +37,7 @@ from unimedi_components.provenance import provenance
 REPOSITORY = Path(__file__).resolve().parents[1]
 _STEP = re.compile(r"Epoch: (\d+)/\d+, Iter: (\d+)/(\d+) -- loss: (\S+)")
 #: Each step's loss in the log, by which the kill is timed.
-_TALKATIVE = {
-    "_target_": "monai.handlers.StatsHandler",
-    "tag_name": "loss",
-    "output_transform": "$lambda x: x['loss']",
-}
+_TALKATIVE = {"_target_": "monai.handlers.StatsHandler", "tag_name": "loss", "output_transform": "$lambda x: x['loss']"}
 
 
 def resume(
@@ -67,8 +63,7 @@ def resume(
     states["resumed"] = _state(folder)
     keys = states["whole"].keys() | states["resumed"].keys()
     differ = sorted(key for key in keys if states["whole"].get(key) != states["resumed"].get(key))
-    losses = {name: [[*map(int, step[:2]), float(step[3])] for step in _STEP.findall(text)] for name, text in
-              (("whole", log), ("resumed", said))}  # fmt: skip
+    losses = {"whole": _losses(log), "resumed": _losses(said)}
     result = {
         **provenance(),
         "steps": len(losses["whole"]),
@@ -132,9 +127,8 @@ def _train(
     paths = os.pathsep.join(filter(None, (str(REPOSITORY), os.getenv("PYTHONPATH"))))
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
     with open(log, "wb") as stream:
-        process = subprocess.Popen(
-            _words(folder, epochs, quick, **changes), stdout=stream, stderr=subprocess.STDOUT, cwd=REPOSITORY, env=variables
-        )  # fmt: skip
+        words = _words(folder, epochs, quick, **changes)
+        process = subprocess.Popen(words, stdout=stream, stderr=subprocess.STDOUT, cwd=REPOSITORY, env=variables)
         while process.poll() is None:
             time.sleep(0.2)
             steps = [tuple(map(int, step[:2])) for step in _STEP.findall(log.read_text(errors="replace"))]
@@ -146,6 +140,11 @@ def _train(
     if process.returncode != (0 if kill is None else -signal.SIGKILL):
         raise SystemExit(f"{name} ended with {process.returncode}, see {log}:\n{said[-2000:]}")
     return round(time.monotonic() - begun, 1), said
+
+
+def _losses(log: str) -> list[list[float]]:
+    """Epoch, step and loss of each step."""
+    return [[int(epoch), int(step), float(loss)] for epoch, step, _, loss in _STEP.findall(log)]
 
 
 def _children(pid: int) -> list[int]:
