@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Find the config keys, overrides, references and arguments that nothing defines; MONAI ignores most."""
 
-from __future__ import annotations
-
 import difflib
 import inspect
 import re
@@ -25,8 +23,6 @@ from monai.bundle.utils import merge_kv
 from monai.utils import BundlePropertyConfig
 
 from unimedi_components.errors import ConfigError
-
-__all__ = ["check_config", "check_workflow"]
 
 _SEP = ReferenceResolver.sep
 _COMPONENT_KEYS = frozenset(ConfigComponent.non_arg_keys)

@@ -5,8 +5,6 @@ Layout read: ``RawData/Training/img/img0001.nii.gz`` with ``RawData/Training/lab
 ``imagesTr`` and ``labelsTr`` as MONAI renames them. ``Testing/img`` (``imagesTs``) comes without labels.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 
@@ -16,8 +14,6 @@ from unimedi_components.data.registry import Dataset
 from unimedi_components.data.sources import check_choice, existing_root, undoubled
 from unimedi_components.data.splits import split_patients
 from unimedi_components.errors import DataError
-
-__all__ = ["OFFICIAL_SPLITS", "ORGANS", "collect"]
 
 #: Names of the labels 1 to 13.
 ORGANS = (
