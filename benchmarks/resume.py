@@ -8,8 +8,6 @@ second run gets SIGKILL in the third epoch and goes on with `--resume True`. The
 (weights, teacher, optimizer, generators) and metrics that differ.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json as json_module
 import os
