@@ -32,12 +32,8 @@ _READ_BY_MONAI = frozenset(
     (
         *("imports", "initialize", "run", "finalize", "_meta_", "output_dir", "network"),
         *(
-            "displayable_configs",
-            "detector",
-            "detector_ops",
-            "pre_transforms",
-            "post_transforms",
-            "save_execute_config",
+            *("displayable_configs", "detector", "detector_ops", "pre_transforms"),
+            *("post_transforms", "save_execute_config"),
         ),
     )
 )

@@ -22,21 +22,8 @@ from unimedi_components.errors import DataError
 
 #: Names of the labels 1 to 15.
 ORGANS = (
-    "spleen",
-    "right kidney",
-    "left kidney",
-    "gall bladder",
-    "esophagus",
-    "liver",
-    "stomach",
-    "aorta",
-    "postcava",
-    "pancreas",
-    "right adrenal gland",
-    "left adrenal gland",
-    "duodenum",
-    "bladder",
-    "prostate/uterus",
+    *("spleen", "right kidney", "left kidney", "gall bladder", "esophagus", "liver", "stomach", "aorta", "postcava"),
+    *("pancreas", "right adrenal gland", "left adrenal gland", "duodenum", "bladder", "prostate/uterus"),
 )
 #: The data set's own spelling of some names.
 OWN_SPELLING = {"arota": "aorta"}

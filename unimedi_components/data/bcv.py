@@ -17,19 +17,8 @@ from unimedi_components.errors import DataError
 
 #: Names of the labels 1 to 13.
 ORGANS = (
-    "spleen",
-    "right kidney",
-    "left kidney",
-    "gallbladder",
-    "esophagus",
-    "liver",
-    "stomach",
-    "aorta",
-    "inferior vena cava",
-    "portal and splenic veins",
-    "pancreas",
-    "right adrenal gland",
-    "left adrenal gland",
+    *("spleen", "right kidney", "left kidney", "gallbladder", "esophagus", "liver", "stomach", "aorta"),
+    *("inferior vena cava", "portal and splenic veins", "pancreas", "right adrenal gland", "left adrenal gland"),
 )
 #: Split option -> the split of every official case number: CoTr's splits_final.pkl, MONAI's dataset_0.json.
 OFFICIAL_SPLITS = {

@@ -33,14 +33,9 @@ Values = dict[str, Any]
 
 #: Keys that every evaluation has; null where there was nothing to measure them on.
 HEADLINE = (
-    "report_recall_at_5",
-    "report_recall_at_5_chance",
-    "xray_to_ct_precision_at_10",
-    "xray_to_ct_precision_at_10_chance",
-    "ct_to_xray_precision_at_10",
-    "ct_to_xray_precision_at_10_chance",
-    "zero_shot_auroc_2d",
-    "zero_shot_auroc_3d",
+    *("report_recall_at_5", "report_recall_at_5_chance", "xray_to_ct_precision_at_10"),
+    *("xray_to_ct_precision_at_10_chance", "ct_to_xray_precision_at_10", "ct_to_xray_precision_at_10_chance"),
+    *("zero_shot_auroc_2d", "zero_shot_auroc_3d"),
 )
 
 

@@ -31,14 +31,8 @@ PROTOCOLS: Mapping[str, tuple[str, ...]] = {
     "5x200": ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion"),
     # ConVIRT (2020)
     "8x200": (
-        "No Finding",
-        "Cardiomegaly",
-        "Edema",
-        "Pneumonia",
-        "Atelectasis",
-        "Pneumothorax",
-        "Pleural Effusion",
-        "Fracture",
+        *("No Finding", "Cardiomegaly", "Edema", "Pneumonia", "Atelectasis", "Pneumothorax"),
+        *("Pleural Effusion", "Fracture"),
     ),
 }
 
