@@ -141,8 +141,9 @@ def _train(
 
 
 def _losses(log: str) -> list[list[float]]:
-    """Epoch, step and loss of each step."""
-    return [[int(epoch), int(step), float(loss)] for epoch, step, _, loss in _STEP.findall(log)]
+    """Epoch, step and loss of each step, which both ranks say."""
+    said = {(int(epoch), int(step), float(loss)) for epoch, step, _, loss in _STEP.findall(log)}
+    return [list(step) for step in sorted(said)]
 
 
 def _children(pid: int) -> list[int]:
