@@ -159,7 +159,7 @@ def _state(folder: Path) -> dict[str, Any]:
 
 def _leaves(value: Any, place: str) -> Iterator[tuple[str, Any]]:
     if isinstance(value, torch.Tensor):
-        raw = value.detach().contiguous().view(-1).view(torch.uint8).numpy()
+        raw = value.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
         yield place, [str(value.dtype), list(value.shape), hashlib.blake2b(raw).hexdigest()]
     elif isinstance(value, dict | list | tuple):
         pairs = value.items() if isinstance(value, dict) else enumerate(value)
