@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from unimedi_components import selection
 from unimedi_components.engines import build_optimizer
 from unimedi_components.losses import DetectionLoss, UniMediLoss
 from unimedi_components.losses.organs import OrganLoss
@@ -36,6 +38,8 @@ DEVICE = torch.device(os.environ.get("UNIMEDI_TEST_DEVICE", "cpu"))
 SIZES: dict[str, Any] = {"img_size": 32, "vol_size": (8, 32, 32), "embed_dim": 24, "depth": 2, "num_heads": 2}
 WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "unique_dim", "_unique2", "bincount"}
 INDEXED = {"index", "index_put_", "_index_put_impl_"}
+#: Ahead of what takes their mean away, so that they change nothing.
+NULL = ("dino_head.mlp.4.bias", "_projection.hidden.bias", "_projection.output.bias")
 Case = tuple[nn.Module, Callable[[], Tensor]]
 
 
@@ -77,6 +81,14 @@ def counter() -> Any:
     return counted()
 
 
+def differing(count: int, *size: int) -> Tensor:
+    """Images that a network tells apart: of noise alone all features are alike, but for rounding, which the
+    normalisation over a small batch of them would bring to unit variance."""
+    return torch.randn(count, 1, *size) + 2 * torch.randn(count, 1, *[4] * len(size)).repeat(
+        1, 1, *(side // 4 for side in size)
+    )
+
+
 def pretraining(
     mask_mode: str = "drop", selector: str = "teacher", targets: str = "sinkhorn", accumulation: int = 1
 ) -> Case:
@@ -93,10 +105,10 @@ def pretraining(
         accumulation=accumulation,
     ).to(DEVICE)
     objective = UniMediLoss(out_dim=64, targets=targets, within_modality=True).to(DEVICE)
-    mask = torch.ones(7, 9, dtype=torch.int64)
+    mask = torch.ones(20, 9, dtype=torch.int64)
     mask[2:, 6:] = 0
-    batch = {"image2d": torch.randn(4, 1, 32, 32), "image3d": torch.randn(3, 1, 8, 32, 32)}
-    batch |= {"input_ids": torch.randint(0, 50, (7, 9)), "attention_mask": mask}
+    batch = {"image2d": differing(12, 32, 32), "image3d": differing(8, 8, 32, 32)}
+    batch |= {"input_ids": torch.randint(0, 50, (20, 9)), "attention_mask": mask}
     batch = {key: value.to(DEVICE) for key, value in batch.items()}
     return network, lambda: objective(network(batch))
 
@@ -147,6 +159,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "ct_segmentation": ct_segmentation,
     "detection": lambda: detection(1),
     "detection_of_four": lambda: detection(4),
+    "detection_of_sixteen": lambda: detection(16),
 }
 
 
@@ -167,30 +180,51 @@ def test_a_step_waits_for_nothing(name: str) -> None:
     assert [x for x in names if x != "copy_"] == ["_local_scalar_dense"] * looks and len(names) <= 1.2 * looks
 
 
+def kept(made: list[Tensor], choose: Callable[..., Tensor], *args: Any, **options: Any) -> Tensor:
+    """A choice, added to those made."""
+    made.append(choose(*args, **options))
+    return made[-1]
+
+
+def repeated(made: list[Tensor], *_: Any, **__: Any) -> Tensor:
+    """The next of the choices made."""
+    return made.pop(0)
+
+
+#: Cases whose gradients are those of another one.
+LIKE_ANOTHER = ("detection", "detection_of_sixteen", "pretraining_in_parts")
+#: What bfloat16 leaves of the gradients' direction in chains of narrow convolutions, whose bundles train in float16.
+DECODERS = {"xray_segmentation": 0.96, "ct_segmentation": 0.93, "detection_of_four": 0.96}
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("name", [name for name in CASES if name not in ("detection", "pretraining_in_parts")])
-def test_half_precision_keeps_the_gradients(name: str, dtype: torch.dtype) -> None:
-    # bfloat16 has 8 bits: they add up in UNETR's chains of narrow convolutions, each with its norm
-    least = 0.97 if (name, dtype) == ("ct_segmentation", torch.bfloat16) else 0.98
+@pytest.mark.parametrize("name", [name for name in CASES if name not in LIKE_ANOTHER])
+def test_half_precision_keeps_every_gradient(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    least = DECODERS.get(name, 0.98) if dtype == torch.bfloat16 else 0.98
+    # as GradScaler does, lest float16 loses what is small
+    scale = 2.0 ** (8 if name.startswith("pretraining") else 14)
+    # slices and masked tokens of nearly the same score may change places: the first pass chooses for both
+    chosen: dict[str, list[Tensor]] = {"select_slices": [], "keep_tokens": []}
     gradients = []
     for enabled in (False, True):
+        for key, made in chosen.items():
+            choose = getattr(selection, key)
+            monkeypatch.setattr(selection, key, partial(repeated if enabled else kept, made, choose))
         torch.manual_seed(0)
         network, loss = CASES[name]()
         network.train()
         torch.manual_seed(1)
         with torch.autocast(DEVICE.type, dtype=dtype, enabled=enabled):
             value = loss()
-        value.float().backward()
+        (value.float() * scale).backward()
         assert torch.isfinite(value).all()
-        gradients.append({key: x.grad.cpu().flatten() for key, x in network.named_parameters() if x.grad is not None})
+        found = {key: x.grad for key, x in network.named_parameters() if x.grad is not None}
+        gradients.append({key: x.cpu().flatten() / scale for key, x in found.items()})
     full, half = gradients
     assert full.keys() == half.keys() and full
     assert all(torch.isfinite(x).all() for x in half.values())
-    whole = torch.cosine_similarity(torch.cat([*full.values()]), torch.cat([*half.values()]), dim=0)
-    assert whole >= (least + 1) / 2
     largest = max(x.norm() for x in full.values())
-    # what a norm behind it cancels, such as a bias, has a gradient of rounding alone
-    for share, bar in ((1e-2, least), (2e-3, 0.98 if dtype == torch.float16 else 0.95)):
-        kept = [key for key, x in full.items() if x.norm() > share * largest]
-        cosines = {key: float(torch.cosine_similarity(full[key], half[key], dim=0)) for key in kept}
-        assert min(cosines.values()) >= bar, cosines
+    # what a norm behind it cancels, such as a bias, has a gradient of rounding alone, in float32 too
+    counted = [key for key, x in full.items() if x.norm() > 1e-8 * largest and not key.endswith(NULL)]
+    cosines = {key: float(torch.cosine_similarity(full[key], half[key], dim=0)) for key in counted}
+    assert min(cosines.values()) >= least, sorted(cosines.items(), key=lambda item: item[1])[:5]

@@ -292,7 +292,8 @@ def _report_user_faults() -> None:
         if message is None:
             shown(kind, error, trace)
             return
-        print(f"error: {message}", file=sys.stderr)
+        # under torchrun PyTorch's own hook calls this one, and keeps what goes to sys.stderr until it returns
+        print(f"error: {message}", file=sys.__stderr__)
         raise SystemExit(2)
 
     sys.excepthook = report

@@ -137,6 +137,15 @@ def test_two_nodes_of_slurm_train_as_two_ranks_of_one(
     assert checkpoint_differences(run.last(), whole.last()) == []
 
 
+@pytest.mark.slow
+def test_a_fault_behind_the_start_is_one_line(trained: Any, command: Any, configs: Path, tmp_path: Path) -> None:
+    changes = {**trained.overrides, **trained.folders, "ckpt_dir": str(tmp_path), "img_size": 33}
+    result = command(overlaid(configs), changes, tmp_path, (*TORCHRUN[:-1], "--nproc_per_node=1"))
+    assert result.returncode != 0
+    (line,) = (line for line in result.stderr.splitlines() if line.startswith("error: "))
+    assert "an image of 33x33 cannot be cut into patches of" in line and "config_parser.py" not in result.stderr
+
+
 def test_without_torchrun_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)

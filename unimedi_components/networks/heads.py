@@ -152,8 +152,22 @@ class DINOHead(nn.Module):
         Returns:
             (..., bottleneck_dim), rows of unit norm, in fp32 at least.
         """
-        x = self.mlp(x)
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        x = self._bottleneck(x)
         if self.center is not None:
             x = self.center(x, kind)
         return F.normalize(x, dim=-1)
+
+    def _bottleneck(self, x: Tensor) -> Tensor:
+        """`mlp`; under autocast with fp32 between its products.
+
+        What is behind it centers the features, so that the gradients of its biases nearly cancel over the tokens:
+        rounded to bfloat16 before they are added up, little but the rounding would be left.
+        """
+        if not torch.is_autocast_enabled(x.device.type):
+            x = self.mlp(x)
+            return x.to(torch.promote_types(x.dtype, torch.float32))
+        *hidden, last = self.mlp if isinstance(self.mlp, nn.Sequential) else [self.mlp]
+        for layer in hidden:
+            x = F.linear(x, layer.weight).float() + layer.bias if isinstance(layer, nn.Linear) else layer(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return last(x.float())
