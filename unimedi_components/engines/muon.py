@@ -59,9 +59,7 @@ class MuonAdamW(torch.optim.Optimizer):
         kwargs: further arguments of `torch.optim.AdamW`.
     """
 
-    def __init__(
-        self, groups: Sequence[Mapping[str, Any]], lr: float, momentum: float = 0.95, **kwargs: Any
-    ) -> None:
+    def __init__(self, groups: Sequence[Mapping[str, Any]], lr: float, momentum: float = 0.95, **kwargs: Any) -> None:
         rest = [dict(group) for group in groups if not group.get("muon")]
         self._adamw = torch.optim.AdamW(rest, lr=lr, **kwargs)
         hidden = [dict(group) for group in groups if group.get("muon")]
