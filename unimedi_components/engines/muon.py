@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Muon for the matrices inside a network beside AdamW for all else; why it is the default, docs/paper.md says."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
