@@ -47,6 +47,19 @@ def test_groups_by_name() -> None:
     assert all(name.endswith(("weight", "weight_v")) for name in decayed)
 
 
+def test_only_linear_layers_inside_the_network_go_to_muon() -> None:
+    model = network()
+    optimizer = build_optimizer(model, lr=0.01, weight_decay=0.05, muon_lr=0.03, fused=True)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    *others, hidden = [{names[id(p)] for p in group["params"]} for group in optimizer.param_groups]
+    layers = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    assert {f"encoder.blocks.0.{layer}.weight" for layer in layers} <= hidden
+    assert "report_encoder.model.encoder.layer.0.attention.self.query.weight" in hidden
+    assert not any(word in name for name in hidden for word in ("embed", "dino_head", "teacher", "bias"))
+    assert sorted([*hidden, *set().union(*others)]) == sorted(n for n, p in model.named_parameters() if p.requires_grad)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.01, 0.01, 0.03]
+
+
 def test_weight_decay_moves_matrices_alone() -> None:
     model = nn.Linear(2, 2)
     start = {name: p.detach().clone() for name, p in model.named_parameters()}

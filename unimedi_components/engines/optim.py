@@ -12,6 +12,7 @@ from monai.optimizers import WarmupCosineSchedule
 from torch import nn
 
 from unimedi_components.distributed import rank, unwrap
+from unimedi_components.engines.muon import MuonAdamW, hidden_matrices
 from unimedi_components.errors import ConfigError
 
 NO_DECAY = (
@@ -99,8 +100,9 @@ def build_optimizer(
     lr_batch: int | None = None,
     lr_rule: str = "none",
     encoder_lr: float | None = None,
+    muon_lr: float | None = None,
     **kwargs: Any,
-) -> torch.optim.AdamW:
+) -> torch.optim.Optimizer:
     """AdamW with weight decay on matrices alone: not on biases, norms, tokens, position tables and temperature.
 
     A learnable temperature is clamped after every step, as in CLIP.
@@ -110,9 +112,11 @@ def build_optimizer(
         sampler, lr_batch, lr_rule: see `scaled_lr`; without `lr_batch` the learning rate stays as it is.
         encoder_lr: of a task's `encoder`, which pre-training has taught and which learns more slowly than its new
             decoder; None takes `lr`.
+        muon_lr: peak learning rate of `MuonAdamW` for `hidden_matrices`, scaled as `lr` is; None is AdamW for all.
         kwargs: further arguments of `torch.optim.AdamW`, such as `betas` or `fused`.
     """
-    lr = lr if lr_batch is None else scaled_lr(lr, sampler, lr_batch, lr_rule)
+    scale = 1.0 if lr_batch is None else scaled_lr(lr, sampler, lr_batch, lr_rule) / lr
+    lr *= scale
     decay: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
     for name, parameter in network.named_parameters():
@@ -131,7 +135,16 @@ def build_optimizer(
             for inside, rate in ((False, lr), (True, encoder_lr))
         ]
         groups = [group for group in split if group["params"]]
-    optimizer = torch.optim.AdamW(groups, lr=lr, **kwargs)
+    optimizer: torch.optim.Optimizer
+    if muon_lr is None:
+        optimizer = torch.optim.AdamW(groups, lr=lr, **kwargs)
+    else:
+        matrices = hidden_matrices(network)
+        inside = {*map(id, matrices)}
+        for group in groups:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in inside]
+        groups.append({"params": matrices, "lr": muon_lr * scale, "weight_decay": weight_decay, "muon": True})
+        optimizer = MuonAdamW(groups, lr=lr, **kwargs)
     clamp = getattr(unwrap(network), "clamp_temperature", None)
     if clamp is not None:
         optimizer.register_step_post_hook(lambda *_: clamp())
