@@ -38,8 +38,8 @@ from torch.nn.functional import adaptive_avg_pool3d
 
 from unimedi_components.data.fingerprint import fingerprint
 from unimedi_components.data.volume_loading import LoadVolumed, Uprightd
+from unimedi_components.data.xray_loading import LoadXrayd
 from unimedi_components.errors import DataError
-from unimedi_components.images.xray import LoadXrayd
 
 # nibabel's letter pairs, spelled out because MONAI otherwise follows each reader's own `space`
 RAS_LABELS = (("L", "R"), ("P", "A"), ("I", "S"))
