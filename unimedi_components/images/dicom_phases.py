@@ -105,6 +105,8 @@ def _running_through(group: list[DicomSlice]) -> list[tuple[str, list[DicomSlice
             return list(zip(labels, parts, strict=True))
     normal = group[0].normal
     for name in (*_TIMES, "InstanceNumber"):
+        if group[0].value(name) == group[1].value(name):
+            continue
         values = {id(one): _natural(one.value(name)) for one in group}
         if len(set(values.values())) < len(group):
             continue
