@@ -302,7 +302,7 @@ def test_a_mark_without_its_preamble(tmp_path: Path) -> None:
 ELEMENTS: list[tuple[str, str, bytes, str, tuple[float, ...] | None]] = [
     ("SliceThickness", "DS", b" 1.50 ", "1.50", (1.5,)),
     ("SliceThickness", "DS", b"-1.5E-3\0", "-1.5E-3", (-0.0015,)),
-    ("SliceThickness", "DS", b"1,5 ", "", None),
+    ("SliceThickness", "DS", b"1,5 ", "1,5", None),
     ("SliceThickness", "DS", b"", "", None),
     ("SliceThickness", "DS", b"inf ", "inf", None),
     ("SliceThickness", "LO", b"2.5 ", "2.5", (2.5,)),
