@@ -117,6 +117,8 @@ def _load(encoder: UnifiedViT, state: dict[str, Tensor], family: Family | None, 
             f"{source}: tokens are {width} wide, the network's embed_dim is {encoder.embed_dim}; give the "
             f"weights' size with {_size_option(width)}"
         )
+    elif family.rope and encoder.rope_periods is None:
+        raise CheckpointError(f"{source}: has rotary positions; build the network with --network_def#encoder#rope True")
     else:
         # of models with registers every forward resamples with antialiasing
         state = adapt_vit_state(state, encoder, family.antialias or "reg_token" in state)
