@@ -6,8 +6,10 @@ from __future__ import annotations
 import argparse
 import logging
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -449,7 +451,9 @@ TIMM = {
     "vit_base_patch14_reg4_dinov2": {"init_values": 0.5},
     "deit_base_distilled_patch16_224": {"what": "a distillation token"},
     "vit_base_patch16_clip_224": {},
-    "vit_small_patch16_dinov3": {"what": "no position table"},
+    "vit_base_patch16_clip_quickgelu_224": {},
+    "vit_small_patch16_dinov3": {},
+    "vit_small_patch16_dinov3_qkvb": {},
     "vit_base_patch16_siglip_224": {"what": "has no cls_token"},
 }
 
@@ -468,12 +472,25 @@ def test_features_are_those_of_timm(name: str, tmp_path: Path) -> None:
     if what is not None:
         assert what in refused(state, tmp_path)
         return
-    torch.save(state, tmp_path / "timm.pt")
+    torch.save(state, tmp_path / f"{name}.pt")
     image = torch.randn(2, 3, SIDE, SIDE)
     with torch.no_grad():
         tokens = model.forward_features(image)
     tokens = torch.cat([tokens[:, :1], tokens[:, model.num_prefix_tokens :]], 1)
-    close(create_encoder(tmp_path / "timm.pt", **{**SIZES, "mlp_ratio": 4.0}), image, tokens)
+    close(create_encoder(tmp_path / f"{name}.pt", **{**SIZES, "mlp_ratio": 4.0}), image, tokens)
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch16_rope_ape_224", "eva02_enormous_patch14_clip_224"])
+def test_timm_s_models_whose_names_hide_what_they_compute(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class BlockPostNorm(nn.Module):
+        pass
+
+    rope, block = (nn.Identity(), nn.Module()) if "rope" in name else (None, BlockPostNorm())
+    model = SimpleNamespace(rope=rope, pos_embed=torch.zeros(1), blocks=[block])
+    monkeypatch.setitem(sys.modules, "timm", SimpleNamespace(create_model=lambda name, pretrained: model))
+    what = "rotary positions beside its table" if "rope" in name else "norms after its layers"
+    with pytest.raises(CheckpointError, match=f"timm:{name}: has {what}, which UnifiedViT has not"):
+        load_weights(UnifiedViT(**SIZES), f"timm:{name}")
 
 
 def test_features_are_those_of_torchvision_s_own_code(tmp_path: Path) -> None:
