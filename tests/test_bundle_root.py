@@ -91,10 +91,7 @@ def test_not_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_in_a_config(monkeypatch: pytest.MonkeyPatch) -> None:
     run_from(monkeypatch, REPOSITORY)
-    config = {
-        "imports": ["$import unimedi_components"],
-        "bundle_root": "$unimedi_components.bundle_root('pretrain')",
-    }
+    config = {"imports": ["$import unimedi_components"], "bundle_root": "$unimedi_components.bundle_root('pretrain')"}
     parser = ConfigParser(config)
     assert parser.get_parsed_content("bundle_root") == str(REPOSITORY / "bundles" / "pretrain")
 

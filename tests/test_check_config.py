@@ -27,11 +27,7 @@ BASE: dict[str, Any] = {
     "note": "plain words",
     "dataset_dir": "data",
     "network_def": {"_target_": "torch.nn.Linear", "in_features": 4, "out_features": 2},
-    "optimizer": {
-        "_target_": "torch.optim.AdamW",
-        "params": "$@network_def.parameters()",
-        "lr": "@learning_rate",
-    },
+    "optimizer": {"_target_": "torch.optim.AdamW", "params": "$@network_def.parameters()", "lr": "@learning_rate"},
     "train": {
         "sizes": [4, 8],
         "dataset": {"_target_": "monai.data.Dataset", "data": "$list(@train#sizes)"},
@@ -156,10 +152,7 @@ def test_unused_key_of_a_section() -> None:
 
 def test_relative_reference_and_macro_count_as_use() -> None:
     config = changed(
-        extra=[1],
-        train__copy="%extra",
-        train__length="$len(@#copy)",
-        train__dataloader__batch_size="@##length",
+        extra=[1], train__copy="%extra", train__length="$len(@#copy)", train__dataloader__batch_size="@##length"
     )
     assert check_config(config)["train"]["copy"] == "%extra"
 
@@ -234,10 +227,7 @@ def test_overlay_may_add_what_it_refers_to() -> None:
             "'unimedi_components.search.Embedder' at 'network_def' is now unimedi_components.retrieval.Embedder",
         ),
         (
-            {
-                "optimizer__lr": "@lerning_rate",
-                "run": ["$@train#trainer, @learning_rate, @note, @dataset_dir"],
-            },
+            {"optimizer__lr": "@lerning_rate", "run": ["$@train#trainer, @learning_rate, @note, @dataset_dir"]},
             "'optimizer#lr' refers to '@lerning_rate', which nothing defines; did you mean '@learning_rate'?",
         ),
         (
@@ -290,17 +280,7 @@ def test_message_names_the_overlay_file(tmp_path: Path) -> None:
 
 def test_parse_run_call(tmp_path: Path) -> None:
     words = ["run", "sanity", "--config_file", "['a.json','b.json']", "--train#trainer#max_epochs", "2"]
-    words += [
-        "--lr=1e-4",
-        "--amp",
-        "--device",
-        "cpu",
-        "--shift",
-        "-1",
-        "--tracking",
-        "mlflow",
-        "--run_name=x",
-    ]
+    words += ["--lr=1e-4", "--amp", "--device", "cpu", "--shift", "-1", "--tracking", "mlflow", "--run_name=x"]
     call = parse_run_call([MONAI_MAIN, *words])
     assert call == RunCall(
         ["a.json", "b.json"],

@@ -94,10 +94,7 @@ def test_commands_pass_their_arguments_on(calls: list[tuple[Any, ...]]) -> None:
         ),
         (["phantom", "all", "o", "0"], "--patients must be a whole number of at least 1, got 0"),
         (["phantom", "all", "o", "few"], "--patients must be a whole number of at least 1, got 'few'"),
-        (
-            ["phantom", "all", "o", "--seed", "-1"],
-            "--seed must be a whole number of at least 0, got -1",
-        ),
+        (["phantom", "all", "o", "--seed", "-1"], "--seed must be a whole number of at least 0, got -1"),
         (["prepare", "table", "r", "o", "--fraction", "10"], "--fraction must be in (0, 1], got 10"),
         (
             ["prepare", "table", "r", "o", "--strickt"],

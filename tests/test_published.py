@@ -35,8 +35,7 @@ def test_documents_quote_what_was_published(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(
-    ("stale", "fresh"),
-    [("0.832", "0.831"), ("0.9", "0.8"), ("83.2%", "83.1%"), ("80%", "83%"), ("-1.25", "0.83")],
+    ("stale", "fresh"), [("0.832", "0.831"), ("0.9", "0.8"), ("83.2%", "83.1%"), ("80%", "83%"), ("-1.25", "0.83")]
 )
 def test_a_number_keeps_its_decimals(folder: Path, stale: str, fresh: str) -> None:
     note = "<!-- published: experiment_small.json#variants/ours/a/mean -->"

@@ -96,9 +96,7 @@ Config = Mapping[str, Any] | str | Path
 
 
 def check_config(
-    config: Config | Sequence[Config],
-    overrides: Mapping[str, Any] | None = None,
-    run_ids: Iterable[str] = (),
+    config: Config | Sequence[Config], overrides: Mapping[str, Any] | None = None, run_ids: Iterable[str] = ()
 ) -> dict[str, Any]:
     """Check a bundle's config, with its overlays and overrides, without running any of it.
 

@@ -25,12 +25,7 @@ from unimedi_components.selection import Grid, kept_counts
 __all__ = ["GPUS", "Needs", "StepCost", "describe", "network_of_config", "state_bytes", "step_cost"]
 
 #: Name -> memory in GiB, and peak of dense matrix products in TFLOP/s, half precision and float32 (data sheets, SXM).
-GPUS = {
-    "v100-32": (32, 125, 15.7),
-    "a100-40": (40, 312, 19.5),
-    "a100-80": (80, 312, 19.5),
-    "h100-80": (80, 989, 67),
-}
+GPUS = {"v100-32": (32, 125, 15.7), "a100-40": (40, 312, 19.5), "a100-80": (80, 312, 19.5), "h100-80": (80, 989, 67)}
 GIB = 2**30
 # of the card's memory; the rest is left to CUDA, cuDNN and fragments
 _USABLE = 0.9
@@ -85,13 +80,7 @@ class _Stack:
 
 
 def step_cost(
-    network: UniMedI,
-    batch_2d: int,
-    batch_3d: int,
-    text_tokens: int,
-    *,
-    rounds: int = 3,
-    amp: bool = True,
+    network: UniMedI, batch_2d: int, batch_3d: int, text_tokens: int, *, rounds: int = 3, amp: bool = True
 ) -> StepCost:
     """Cost of one step of `UniMedI` with its loss on one rank.
 

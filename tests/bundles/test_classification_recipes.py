@@ -25,14 +25,7 @@ from unimedi_components.data.transforms import ByDimension
 
 BUNDLES = Path(__file__).resolve().parents[2] / "bundles"
 XRAY, CT = "chest_xray_classification", "chest_ct_classification"
-OVERLAYS = {
-    "chexpert": XRAY,
-    "rsna": XRAY,
-    "covidx": XRAY,
-    "cc_ccii": CT,
-    "luna16": CT,
-    "luna16_candidates": CT,
-}
+OVERLAYS = {"chexpert": XRAY, "rsna": XRAY, "covidx": XRAY, "cc_ccii": CT, "luna16": CT, "luna16_candidates": CT}
 STEPS = 100
 # learning rate, weight decay, batch size, epochs
 PROBES = {

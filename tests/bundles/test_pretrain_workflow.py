@@ -41,7 +41,7 @@ def test_train_as_a_workflow(configs: Path, new_run: Any) -> None:
     train.run()
     train.finalize()
     assert {path.name for path in new_run.models.iterdir()} == {
-        *("model.pt", "model_best.pt", "unimedi.pt", "last.pt", "model.json", "report_encoder", "vocabulary"),
+        *("model.pt", "model_best.pt", "unimedi.pt", "last.pt", "model.json", "report_encoder", "vocabulary")
     }
     assert new_run.last()["epoch"] == 1
 

@@ -76,10 +76,7 @@ def test_evaluation_and_search(evaluated: Path, heldout: Path, trained: Any, tmp
     assert [Path(record["file"]).name for record in found["skipped"]] == ["broken.png"]
     rows = {Path(row["source"]).name: row for row in found["predictions"]}
     embedder = Embedder(trained.models / "model.pt", "cpu")
-    for name, own, kind, prompts in (
-        ("film.jpg", film, "xray", "chest_xray"),
-        ("scan.nii.gz", scan, "ct", "chest_ct"),
-    ):
+    for name, own, kind, prompts in (("film.jpg", film, "xray", "chest_xray"), ("scan.nii.gz", scan, "ct", "chest_ct")):
         row = rows[name]
         # it is its own nearest neighbour
         assert row["neighbours"][kind][0]["id"] == own["id"]

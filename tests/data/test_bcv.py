@@ -165,10 +165,7 @@ def test_faults(tmp_path):
         "--check_images full leaves such images out."
     ]
     full = DATASET.convert(tmp_path, check_images="full", num_workers=1)
-    assert full["meta"]["dropped_items"] == {
-        **datalist["meta"]["dropped_items"],
-        "not Hounsfield units": ["img0010"],
-    }
+    assert full["meta"]["dropped_items"] == {**datalist["meta"]["dropped_items"], "not Hounsfield units": ["img0010"]}
     assert "not_hounsfield_units" not in full["meta"]
     shape, affine = (drop["detail"] for drop in builder.dropped["mask and image differ in geometry"])
     assert "label0006.nii.gz: shape 12x10x7 where the image has 12x10x8" in shape

@@ -146,11 +146,7 @@ def test_a_box_in_every_place_of_a_crop():
 
 @pytest.mark.parametrize(
     ("boxes", "fault"),
-    [
-        ([[1, 2, 3]], r"shape \(1, 3\)"),
-        ([[5, 1, 5, 9]], "x1 beyond x0"),
-        ([[1, 1, float("nan"), 9]], "finite"),
-    ],
+    [([[1, 2, 3]], r"shape \(1, 3\)"), ([[5, 1, 5, 9]], "x1 beyond x0"), ([[1, 1, float("nan"), 9]], "finite")],
 )
 def test_bad_boxes(boxes, fault):
     with pytest.raises(DataError, match=fault):

@@ -52,12 +52,7 @@ def test_sound_volume(tmp_path, name):
     path = save(tmp_path / name, body())
     assert check_ct(path, SMALL) is None
     header = read_volume_header(path)
-    assert (header.shape, header.spacing, header.voxel_bytes, header.num_slices) == (
-        (24, 24, 22),
-        (1, 1, 2),
-        2,
-        22,
-    )
+    assert (header.shape, header.spacing, header.voxel_bytes, header.num_slices) == ((24, 24, 22), (1, 1, 2), 2, 22)
 
 
 def test_trailing_axis_and_slices_along_the_axial_axis(tmp_path):
@@ -145,10 +140,7 @@ def test_scaled_nifti_and_padding_are_hounsfield(tmp_path):
     nib.save(image, tmp_path / "scaled.nii.gz")
     stored = nib.load(tmp_path / "scaled.nii.gz")
     if float(stored.dataobj.inter) == 0:  # nibabel chose its own scaling: write the fields themselves
-        nib.save(
-            nib.Nifti1Image((body() + 1024).astype(np.int16), np.diag([1, 1, 2, 1.0])),
-            tmp_path / "scaled.nii",
-        )
+        nib.save(nib.Nifti1Image((body() + 1024).astype(np.int16), np.diag([1, 1, 2, 1.0])), tmp_path / "scaled.nii")
         patch(tmp_path / "scaled.nii", {112: ("ff", (1.0, -1024.0))})
         assert reason(tmp_path / "scaled.nii") is None
     crop = np.random.default_rng(0).normal(45, 20, (20, 20, 20))

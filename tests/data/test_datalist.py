@@ -87,10 +87,7 @@ def test_missing_splits_become_empty(tmp_path, datalist):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            lambda d: d["validation"].append(item("e", "p1")),
-            r"patient 'p1' is in two splits, training and validation",
-        ),
+        (lambda d: d["validation"].append(item("e", "p1")), r"patient 'p1' is in two splits, training and validation"),
         (lambda d: d["test"].append(item("a", "p9")), r"test\[1\]: the id 'a' is used twice"),
         (lambda d: d["test"][0].update(dim=4), r"test\[0\] \(id d\) has dim 4; it must be 2 or 3"),
         (lambda d: d["training"][1].pop("image"), r"training\[1\] has no 'image'"),
@@ -183,13 +180,7 @@ def test_datalists_are_written_an_item_per_line(tmp_path):
     path = write_datalist(lists, tmp_path / "l.json")
     assert json.loads(path.read_text(encoding="utf-8")) == lists
     lines = path.read_text(encoding="utf-8").splitlines()
-    assert lines[:5] == [
-        "{",
-        ' "training": [',
-        '  {"id": "ä", "label": [1, 0]},',
-        '  {"id": "b"}',
-        " ],",
-    ]
+    assert lines[:5] == ["{", ' "training": [', '  {"id": "ä", "label": [1, 0]},', '  {"id": "b"}', " ],"]
     assert json.loads(write_datalist({}, tmp_path / "empty.json").read_text()) == {}
 
 

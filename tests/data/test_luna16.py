@@ -155,14 +155,7 @@ def test_smallest_diameter_decides_about_the_label(root):
 
 def candidate(uid, row, subset, label, center, voxel):
     place = {"center": center, "voxel": voxel}
-    return {
-        "id": f"{uid}_{row:06d}",
-        "patient": uid,
-        "image": f"{subset}/{uid}.mhd",
-        "dim": 3,
-        "label": label,
-        **place,
-    }
+    return {"id": f"{uid}_{row:06d}", "patient": uid, "image": f"{subset}/{uid}.mhd", "dim": 3, "label": label, **place}
 
 
 def test_candidates_by_hand(root):

@@ -34,10 +34,7 @@ STUDIES = {
     ("10000032", "50000002"): "\n IMPRESSION: Edema is mild. Effusion is small. Tube in place.\n",
     ("10000764", "50000003"): "\n FINDINGS: Clear. Heart is normal. No effusion.\n",
     # 50000004 has no report file
-    (
-        "11000011",
-        "50000005",
-    ): "\n INDICATION: Cough\n \n One finding here. Two findings here. Three findings here.\n",
+    ("11000011", "50000005"): "\n INDICATION: Cough\n \n One finding here. Two findings here. Three findings here.\n",
     ("11000011", "50000006"): f"\n FINDINGS: {THREE}\n",
     ("11000011", "50000007"): f"\n FINDINGS: {THREE}\n",
     ("11000011", "50000008"): "\n IMPRESSION: Clear.\n",
@@ -122,11 +119,7 @@ def test_conversion_by_hand(tmp_path, compress):
     assert meta["dropped_items"]["unreadable image"] == ["cb-1"]
     assert meta["dropped_items"]["missing report"] == ["bb-1"]
     assert meta["label_names"] == LABELS
-    assert sorted(name.split("-")[-1].split(".")[0] for name in meta["sources"]) == [
-        "chexpert",
-        "metadata",
-        "split",
-    ]
+    assert sorted(name.split("-")[-1].split(".")[0] for name in meta["sources"]) == ["chexpert", "metadata", "split"]
 
 
 def test_options(tmp_path):

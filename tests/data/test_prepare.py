@@ -72,11 +72,7 @@ def test_fractions_are_nested_and_leave_the_other_splits(tmp_path):
     [
         ("mimc", {}, "unknown data set 'mimc'. did you mean 'mimic_cxr'"),
         ("BIMCV", {}, "did you mean 'bimcv'"),
-        (
-            "table",
-            {"min_sentence": 1},
-            "prepare table: unknown option 'min_sentence'. did you mean 'min_sentences'",
-        ),
+        ("table", {"min_sentence": 1}, "prepare table: unknown option 'min_sentence'. did you mean 'min_sentences'"),
         ("mimic_cxr", {"fractoin": 1}, "did you mean 'fraction'"),
     ],
 )

@@ -131,8 +131,7 @@ def test_several_tables_share_a_root_and_split_by_patient_and_kind(tmp_path):
         ct(tmp_path / "ct" / f"{index}.nii")
     # patients 0 and 1 of the X-rays share a file's patient; every CT is its own
     first = write(
-        tmp_path / "xr" / "x.csv",
-        ["image,report,patient", *(f"img/{i}.jpg,{REPORT},p{max(i, 1)}" for i in range(10))],
+        tmp_path / "xr" / "x.csv", ["image,report,patient", *(f"img/{i}.jpg,{REPORT},p{max(i, 1)}" for i in range(10))]
     )
     second = write(tmp_path / "ct" / "c.csv", ["image,report", *(f"{i}.nii,{REPORT}" for i in range(10))])
     datalist = DATASET.convert(f"{first},{second}")
@@ -180,10 +179,7 @@ def test_dicom_series_folder(tmp_path):
             ["image,report,patient,split", f"a.png,{REPORT},p7,train", f"b.png,{REPORT},p7,test"],
             r"row 3: patient 'p7' is in two splits, training \(.*row 2\) and test\. Put all rows",
         ),
-        (
-            ["image,report,split", f"a.png,{REPORT},trainig"],
-            "split 'trainig' is unknown. did you mean 'training'",
-        ),
+        (["image,report,split", f"a.png,{REPORT},trainig"], "split 'trainig' is unknown. did you mean 'training'"),
     ],
 )
 def test_bad_tables(tmp_path, lines, message):
@@ -210,8 +206,7 @@ def test_language_column_names_and_partial_splits(tmp_path):
         xray(tmp_path / f"{name}.png")
     spanish = "Derrame pleural en ambos pulmones."
     table = write(
-        tmp_path / "t.csv",
-        ["file,text,split", f"a.png,{REPORT},train", f"b.png,{spanish},train", f"c.png,{REPORT},"],
+        tmp_path / "t.csv", ["file,text,split", f"a.png,{REPORT},train", f"b.png,{spanish},train", f"c.png,{REPORT},"]
     )
     names = {"image_column": "file", "report_column": "text"}
     datalist = DATASET.convert(table, **names)
@@ -227,10 +222,7 @@ def test_real_tables(tmp_path, capsys):
     prepare("table", tables, tmp_path / "own.json", strict=True)
     datalist = json.loads((tmp_path / "own.json").read_text())
     dims = {split: [item["dim"] for item in datalist[split]] for split in ("training", "validation", "test")}
-    assert (sum(own.count(2) for own in dims.values()), sum(own.count(3) for own in dims.values())) == (
-        173,
-        11,
-    )
+    assert (sum(own.count(2) for own in dims.values()), sum(own.count(3) for own in dims.values())) == (173, 11)
     assert all(own.count(2) > 0 and own.count(3) > 0 for own in dims.values())
     assert datalist["meta"]["dropped"] == {}
     crops = [item["patient"] for own in dims for item in datalist[own] if item["id"].startswith("ct3d/lidc_0314")]

@@ -54,12 +54,7 @@ def test_the_second_call_finds_the_first_ones_datalist(root, prepared):
     assert (before.st_mtime_ns, before.st_ino) == (after.st_mtime_ns, after.st_ino)
     datalist = json.loads(root.with_name("covidx.json").read_text())
     assert [len(datalist[split]) for split in ("training", "validation", "test")] == [54, 6, 6]
-    assert datalist["meta"]["recipe"] == {
-        "dataset": "covidx",
-        "options": {},
-        "phantoms": None,
-        "phantom_seed": 0,
-    }
+    assert datalist["meta"]["recipe"] == {"dataset": "covidx", "options": {}, "phantoms": None, "phantom_seed": 0}
 
 
 def test_a_changed_option_prepares_again(root, prepared, tmp_path):

@@ -14,18 +14,7 @@ from tests.common import digests
 from unimedi_components.data.vocabulary import SPECIAL_TOKENS, build_wordpiece
 from unimedi_components.errors import DataError
 
-WORDS = [
-    "pleural",
-    "effusion",
-    "left",
-    "right",
-    "no",
-    "pneumothorax",
-    "cardiomegaly",
-    "base",
-    "upper",
-    "lobe",
-]
+WORDS = ["pleural", "effusion", "left", "right", "no", "pneumothorax", "cardiomegaly", "base", "upper", "lobe"]
 
 
 def make_reports(n: int = 120) -> list[str]:

@@ -77,12 +77,7 @@ class Run:
         self.optimizer = build_optimizer(self.network, lr=1e-3, weight_decay=0.05)
         self.schedule = warmup_cosine(self.optimizer, STEPS, total, 0.5, start_lr=1e-5)
         self.history = History(self.optimizer)
-        state = {
-            "optimizer": self.optimizer,
-            "lr_scheduler": self.schedule,
-            "loss": self.loss,
-            "history": self.history,
-        }
+        state = {"optimizer": self.optimizer, "lr_scheduler": self.schedule, "loss": self.loss, "history": self.history}
         self.evaluator = Validation(list(metrics)) if metrics else None
         tokenizer = BertTokenizer(vocab={word: i for i, word in enumerate(("[PAD]", "[UNK]", "[CLS]", "[SEP]", "a"))})
         self.checkpoint = TrainingCheckpoint(

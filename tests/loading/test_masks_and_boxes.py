@@ -96,11 +96,7 @@ def test_boxes_of_all_lengths(films):
     items = [items[0], {**items[1], "boxes": []}, {**items[2], "boxes": [[0, 0, 4, 4], [8, 8, 16, 12]]}]
     dataset = dataset_of(items, film_transforms(2 * SIDE, target="boxes"), root, "boxes")
     (batch,) = ImageLoader(dataset, 3)
-    assert [boxes.tolist() for boxes in batch["boxes"]] == [
-        [[0, 4, 12, 16]],
-        [],
-        [[0, 0, 8, 8], [16, 16, 32, 24]],
-    ]
+    assert [boxes.tolist() for boxes in batch["boxes"]] == [[[0, 4, 12, 16]], [], [[0, 0, 8, 8], [16, 16, 32, 24]]]
     assert batch["boxes"][1].shape == (0, 4) and "label" not in batch
     assert torch.allclose(batch["affine"][0, :2, :2], torch.eye(2) / 2)
 

@@ -15,12 +15,7 @@ from monai.apps.detection.metrics.matching import matching_batch
 from monai.data.box_utils import box_iou
 
 from unimedi_components.metrics import DetectionLossMetric, Detections, DetectionScore, detection_metrics
-from unimedi_components.metrics.boxes import (
-    IOUS,
-    box_ious,
-    match_boxes,
-    precision_recall,
-)
+from unimedi_components.metrics.boxes import IOUS, box_ious, match_boxes, precision_recall
 
 
 def test_ious_by_hand() -> None:

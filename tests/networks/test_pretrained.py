@@ -19,13 +19,7 @@ from unimedi_components.__main__ import main
 from unimedi_components.engines.checkpoint import TrainingCheckpoint
 from unimedi_components.errors import CheckpointError
 from unimedi_components.networks import DINOHead, ProjectionHead, ReportEncoder, UnifiedViT, UniMedI
-from unimedi_components.networks.pretrained import (
-    load_encoder,
-    load_pretrained,
-    make_card,
-    student_state,
-    untrained,
-)
+from unimedi_components.networks.pretrained import load_encoder, load_pretrained, make_card, student_state, untrained
 
 TEXT = {"hidden_size": 16, "num_hidden_layers": 1, "vocab_size": 30, "num_attention_heads": 2}
 PREPROCESSING = {"xray": {"size": 16}, "ct": {"spatial_size": [8, 16, 16], "window": [-1000, 400]}, "max_length": 9}

@@ -7,14 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import (
-    BertConfig,
-    BertForMaskedLM,
-    BertModel,
-    BertTokenizer,
-    DistilBertConfig,
-    DistilBertModel,
-)
+from transformers import BertConfig, BertForMaskedLM, BertModel, BertTokenizer, DistilBertConfig, DistilBertModel
 
 from unimedi_components.errors import CheckpointError, ConfigError
 from unimedi_components.networks.report_encoder import ReportEncoder, load_tokenizer

@@ -110,12 +110,7 @@ def test_position_table_follows_other_sizes():
 
 
 def test_vol_size_of_the_task_is_kept_in_the_files(tmp_path):
-    network = small(
-        vol_size=(16, 36, 24),
-        deep_supervision=True,
-        residual_scores=True,
-        background_prior=0.9,
-    )
+    network = small(vol_size=(16, 36, 24), deep_supervision=True, residual_scores=True, background_prior=0.9)
     card = network_card(network, "segmentation", list("abcde"), {"organs": {}})
     torch.save(network.state_dict(), tmp_path / "model.pt")
     (tmp_path / "model.json").write_text(json.dumps(card))

@@ -20,10 +20,7 @@ from unimedi_components.losses import UniMediLoss
 from unimedi_components.networks import DINOHead, ProjectionHead, ReportEncoder, UnifiedViT, UniMedI
 
 # X-rays and volumes of the joint batch that each rank takes; a rank may lack a dimension.
-SHARES = {
-    "both": (((0, 1), (0,)), ((2,), (1, 2, 3))),
-    "one dimension each": (((0, 1, 2), ()), ((), (0, 1, 2, 3))),
-}
+SHARES = {"both": (((0, 1), (0,)), ((2,), (1, 2, 3))), "one dimension each": (((0, 1, 2), ()), ((), (0, 1, 2, 3)))}
 JOINT = ((0, 1, 2), (0, 1, 2, 3))
 
 

@@ -67,11 +67,7 @@ def result(checkpoint, folder, tmp_path_factory):
 def test_evaluate_writes_what_others_rely_on(result):
     assert set(HEADLINE) <= result.keys()
     assert (result["patients"], result["seed"], result["training_phantom_seed"]) == (PATIENTS, SEED, 5)
-    assert (result["studies_2d"], result["studies_3d"], result["reports"]) == (
-        PATIENTS,
-        PATIENTS,
-        2 * PATIENTS,
-    )
+    assert (result["studies_2d"], result["studies_3d"], result["reports"]) == (PATIENTS, PATIENTS, 2 * PATIENTS)
     unbounded = ("slice_distance_mm", "centroid_distance", "xray_attention_ratio", "probe_minus")
     for key, value in result.items():
         if isinstance(value, float) and not key.startswith(unbounded):

@@ -12,11 +12,7 @@ NAMES = ["No Finding", "Cardiomegaly", "Edema", "Consolidation", "Atelectasis", 
 
 
 def item(number, patient, **labels):
-    return {
-        "id": f"i{number}",
-        "patient": patient,
-        "label": [labels.get(name.replace(" ", "_"), -2) for name in NAMES],
-    }
+    return {"id": f"i{number}", "patient": patient, "label": [labels.get(name.replace(" ", "_"), -2) for name in NAMES]}
 
 
 @pytest.fixture

@@ -72,8 +72,7 @@ def all_choices(slabs, patch_depth, k, expand):
 
 
 @pytest.mark.parametrize(
-    ("expand", "k"),
-    [("centre", 1), ("centre", 3), ("repeat", 2), ("repeat", 4), ("repeat", 6), ("repeat", 15)],
+    ("expand", "k"), [("centre", 1), ("centre", 3), ("repeat", 2), ("repeat", 4), ("repeat", 6), ("repeat", 15)]
 )
 @pytest.mark.parametrize("lesions", [[6], [0, 1, 2], [3, 4, 9, 10, 11], list(range(20))])
 def test_chance_equals_brute_force(expand, k, lesions):

@@ -37,17 +37,7 @@ __all__ = ["collect"]
 
 LABEL_TABLES = ("derivatives/labels/labels_covid19_posi.tsv", "derivatives/labels/labels_covid_posi.tsv")
 TEXT_COLUMNS = ("English", "Report_en", "report_en", "Report", "report", "text", "Text")
-PATH_COLUMNS = (
-    "path",
-    "Path",
-    "file",
-    "filename",
-    "file_name",
-    "image",
-    "image_path",
-    "ImagePath",
-    "nii_path",
-)
+PATH_COLUMNS = ("path", "Path", "file", "filename", "file_name", "image", "image_path", "ImagePath", "nii_path")
 LABEL_COLUMN = "Labels"
 NOT_ENGLISH = "report not English"
 #: How deep the part archives' folders may lie below ROOT, and what is not looked into.

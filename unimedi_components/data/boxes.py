@@ -15,9 +15,7 @@ from typing import Any
 
 import torch
 from monai.data import MetaTensor
-from monai.transforms import (
-    MapTransform,
-)
+from monai.transforms import MapTransform
 from torch import Tensor
 
 from unimedi_components.errors import DataError

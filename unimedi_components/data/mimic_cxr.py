@@ -144,10 +144,7 @@ def _frontal_images(builder: DatalistBuilder, root: Path) -> pd.DataFrame:
     builder.drop_many("no official split", frame.loc[frontal & frame["split"].isna(), "dicom_id"])
     frame = frame.loc[frontal & frame["split"].notna(), ["dicom_id", "subject_id", "study_id", "split"]]
     subject = "p" + frame["subject_id"].str.strip().str.removeprefix("p")
-    frame["subject_id"], frame["study_id"] = (
-        subject,
-        "s" + frame["study_id"].str.strip().str.removeprefix("s"),
-    )
+    frame["subject_id"], frame["study_id"] = (subject, "s" + frame["study_id"].str.strip().str.removeprefix("s"))
     return frame.reset_index(drop=True)
 
 
@@ -258,12 +255,7 @@ def _chexpert_labels(builder: DatalistBuilder, root: Path) -> dict[str, list[int
     if not values.isin((1, 0, -1, LABEL_MISSING)).all(axis=None):
         warnings.warn(f"{path}: labels other than 1, 0, -1 and empty; they are kept as they are.", stacklevel=2)
     builder.meta["label_names"] = names
-    builder.meta["label_values"] = {
-        "1": "positive",
-        "0": "negative",
-        "-1": "uncertain",
-        str(LABEL_MISSING): "missing",
-    }
+    builder.meta["label_values"] = {"1": "positive", "0": "negative", "-1": "uncertain", str(LABEL_MISSING): "missing"}
     study = "s" + frame["study_id"].str.strip().str.removeprefix("s")
     return dict(zip(study, values.to_numpy().tolist(), strict=True))
 

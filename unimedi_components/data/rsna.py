@@ -32,11 +32,7 @@ from unimedi_components.errors import DataError
 __all__ = ["SPLIT_SOURCES", "TASKS", "collect", "paper_split"]
 
 #: Task -> its name in the meta block, share of the patients held out for validation and test together.
-TASKS = {
-    "classification": ("binary", 0.3),
-    "segmentation": ("segmentation", 0.4),
-    "detection": ("detection", 0.4),
-}
+TASKS = {"classification": ("binary", 0.3), "segmentation": ("segmentation", 0.4), "detection": ("detection", 0.4)}
 SPLIT_SOURCES = ("paper", "lovt")
 BOX_COLUMNS = ("x", "y", "width", "height")
 IMAGES = "stage_2_train_images"

@@ -16,14 +16,7 @@ import numpy as np
 import torch
 from monai.config import KeysCollection
 from monai.data import ImageReader
-from monai.transforms import (
-    EnsureChannelFirstd,
-    EnsureTyped,
-    MapTransform,
-    Resized,
-    ScaleIntensityRanged,
-    Transform,
-)
+from monai.transforms import EnsureChannelFirstd, EnsureTyped, MapTransform, Resized, ScaleIntensityRanged, Transform
 from PIL import Image
 
 from unimedi_components.data.slice_files import IMAGE_ENDINGS, checked_end, evenly_spread, slice_files

@@ -236,15 +236,7 @@ def _read_rows(table: Path, image_column: str, report_column: str, label_column:
         place = f"{table}, row {number}"
         labels = cell(record, label_column.lower())
         rows.append(
-            _Row(
-                place,
-                image,
-                record.get(report_column),
-                patient,
-                cell(record, "split"),
-                labels,
-                cell(record, "id"),
-            )
+            _Row(place, image, record.get(report_column), patient, cell(record, "split"), labels, cell(record, "id"))
         )
     return rows
 

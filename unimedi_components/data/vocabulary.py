@@ -113,9 +113,7 @@ def _run_trainer(texts: Sequence[str], vocab_size: int, lowercase: bool, first: 
 
 def _write(folder: Path, vocab: list[str], lowercase: bool, record: dict) -> None:
     tokenizer = BertTokenizer(
-        vocab={token: i for i, token in enumerate(vocab)},
-        do_lower_case=lowercase,
-        model_max_length=_MAX_LENGTH,
+        vocab={token: i for i, token in enumerate(vocab)}, do_lower_case=lowercase, model_max_length=_MAX_LENGTH
     )
     tokenizer.save_pretrained(folder)
     (folder / "vocab.txt").write_text("\n".join(vocab) + "\n", encoding="utf-8")

@@ -16,13 +16,7 @@ from monai.data.utils import compute_shape_offset
 from monai.transforms import InvertibleTransform, MapTransform, SpatialResample
 
 from unimedi_components.errors import DataError
-from unimedi_components.images.checks import (
-    NOT_FINITE,
-    SAMPLED_SLICES,
-    CTLimits,
-    header_fault,
-    refused_values,
-)
+from unimedi_components.images.checks import NOT_FINITE, SAMPLED_SLICES, CTLimits, header_fault, refused_values
 from unimedi_components.images.itk_volumes import AIR_HU
 from unimedi_components.images.volume import VolumeHeader, read_volume
 

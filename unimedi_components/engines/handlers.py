@@ -36,10 +36,7 @@ logger = logging.getLogger(__name__)
 
 
 def prepare_mixed_batch(
-    batchdata: Mapping[str, Any],
-    device: torch.device | str | None = None,
-    non_blocking: bool = False,
-    **kwargs: Any,
+    batchdata: Mapping[str, Any], device: torch.device | str | None = None, non_blocking: bool = False, **kwargs: Any
 ) -> tuple[dict[str, Any], None]:
     """MONAI's `prepare_batch` for a mixed batch: its tensors on the device; the loss needs no target."""
     moved = {
@@ -62,12 +59,7 @@ class EpochSeed:
 
     def __init__(self, seed: int, loader: Any, loss: Any = None) -> None:
         self.seed = seed
-        self.targets = [
-            loader,
-            getattr(loader, "batch_sampler", None),
-            getattr(loader, "dataset", None),
-            loss,
-        ]
+        self.targets = [loader, getattr(loader, "batch_sampler", None), getattr(loader, "dataset", None), loss]
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.EPOCH_STARTED, self)
@@ -90,13 +82,7 @@ class TeacherUpdate:
         total_steps: optimizer steps of the whole run.
     """
 
-    def __init__(
-        self,
-        network: nn.Module,
-        momentum: float,
-        total_steps: int,
-        momentum_end: float = 1.0,
-    ) -> None:
+    def __init__(self, network: nn.Module, momentum: float, total_steps: int, momentum_end: float = 1.0) -> None:
         self.network = unwrap(network)
         self.momentum, self.momentum_end, self.total_steps = momentum, momentum_end, total_steps
 

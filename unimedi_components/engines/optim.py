@@ -16,15 +16,7 @@ from torch import nn
 from unimedi_components.distributed import rank, unwrap
 from unimedi_components.errors import ConfigError
 
-__all__ = [
-    "amp_dtype",
-    "build_optimizer",
-    "choose_recipe",
-    "scaled_lr",
-    "use_amp",
-    "warmup_cosine",
-    "warmup_poly",
-]
+__all__ = ["amp_dtype", "build_optimizer", "choose_recipe", "scaled_lr", "use_amp", "warmup_cosine", "warmup_poly"]
 
 NO_DECAY = (
     "cls_token",

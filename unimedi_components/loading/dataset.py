@@ -18,14 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from monai.data import MetaTensor, PersistentDataset, get_track_meta, set_track_meta
-from monai.transforms import (
-    CenterSpatialCropd,
-    DeleteItemsd,
-    EnsureTyped,
-    Resized,
-    ScaleIntensityRanged,
-    SpatialPadd,
-)
+from monai.transforms import CenterSpatialCropd, DeleteItemsd, EnsureTyped, Resized, ScaleIntensityRanged, SpatialPadd
 from torch import Tensor
 
 from unimedi_components.data.roi_boxes import boxes_of_rois

@@ -24,12 +24,7 @@ from unimedi_components.distributed import gather_objects
 from unimedi_components.losses.classification import TASKS, UNCERTAIN, ClassificationLoss
 from unimedi_components.metrics.bootstrap import patient_intervals
 
-__all__ = [
-    "ClassificationLossMetric",
-    "ClassificationScore",
-    "classification_metrics",
-    "predicted_labels",
-]
+__all__ = ["ClassificationLossMetric", "ClassificationScore", "classification_metrics", "predicted_labels"]
 
 Array = npt.NDArray[Any]
 

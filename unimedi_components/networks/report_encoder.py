@@ -101,12 +101,7 @@ def _load_pretrained(name: str, where: dict[str, bool], config: PretrainedConfig
     transformers_logging.set_verbosity_error()
     try:
         model, info = cls.from_pretrained(
-            name,
-            config=config,
-            dtype=torch.float32,
-            output_loading_info=True,
-            **where,
-            **_without_pooler(cls),
+            name, config=config, dtype=torch.float32, output_loading_info=True, **where, **_without_pooler(cls)
         )
     except OSError as error:
         raise _unreachable(name, bool(where), error) from error

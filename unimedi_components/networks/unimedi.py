@@ -120,12 +120,7 @@ class UniMedI(nn.Module):
         self.report_encoder = report_encoder
         self.image_projection = image_projection
         self.text_projection = text_projection
-        self.num_slices, self.selector, self.expand, self.pseudo_pairs = (
-            num_slices,
-            selector,
-            expand,
-            pseudo_pairs,
-        )
+        self.num_slices, self.selector, self.expand, self.pseudo_pairs = (num_slices, selector, expand, pseudo_pairs)
         self.self_distillation = self_distillation
         self.mask_ratio, self.mask_mode, self.mask_block = mask_ratio, mask_mode, mask_block
         self.patch_loss_on, self.segment_dropout, self.vl_on_full = patch_loss_on, segment_dropout, vl_on_full

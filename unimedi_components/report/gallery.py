@@ -13,14 +13,7 @@ from typing import Any
 import numpy as np
 
 from unimedi_components.metrics.common_space import centroid_distance
-from unimedi_components.report.figures import (
-    CT,
-    XRAY,
-    Array,
-    draw_bars,
-    draw_curves,
-    draw_tsne,
-)
+from unimedi_components.report.figures import CT, XRAY, Array, draw_bars, draw_curves, draw_tsne
 from unimedi_components.report.sources import Experiment, Run, read_curves
 from unimedi_components.report.tables import COLUMNS, SHARES, boxed_table
 
@@ -30,11 +23,7 @@ _COMMON = (
     "Each point is a held-out study; the number is the distance of the 2D and 3D centroids over the spread within."
 )
 #: Heading, and whose X-ray and CT features are shown, of Fig. 2 and 7.
-_METHODS = (
-    ("separate", "2d_only", "3d_only"),
-    ("joint", "joint", "joint"),
-    ("UniMedI", "ours", "ours"),
-)
+_METHODS = (("separate", "2d_only", "3d_only"), ("joint", "joint", "joint"), ("UniMedI", "ours", "ours"))
 _KNOWN = {
     "slice_selection.png": "CT studies: the selected slices with CLS attention, a true lesion slice, the slab scores",
     "xray_attention.png": "X-rays beside the CLS attention over them",

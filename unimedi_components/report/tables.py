@@ -245,10 +245,7 @@ def ablation_table(experiment: Experiment) -> str:
             cells = [_summary_cell(experiment, variant, f"{p}_{share}", 100, 1) for p in prefixes for share in SHARES]
             label = _label(experiment, variant)
         else:
-            label, cells = (
-                f"<th>{_NAMES[variant]}</th>",
-                [f'<td colspan="{3 * max(len(prefixes), 1)}">not run</td>'],
-            )
+            label, cells = (f"<th>{_NAMES[variant]}</th>", [f'<td colspan="{3 * max(len(prefixes), 1)}">not run</td>'])
         body.append(f'<tr class="ours">{label}{"".join(cells)}</tr>')
     return boxed_table(_head({name: list(SHARES.values()) for name in prefixes.values()}, "Variant"), body)
 

@@ -93,10 +93,7 @@ def _balanced_accuracy(kept: Measures, key: str, right: Array, truth: Array, pat
 
 
 def cross_search_metrics(
-    kept: Measures,
-    features: Mapping[int, Features],
-    studies: Studies,
-    ks: Sequence[int] = (5, 10),
+    kept: Measures, features: Mapping[int, Features], studies: Studies, ks: Sequence[int] = (5, 10)
 ) -> None:
     """X-ray to CT search and back by images alone, after projection and on the CLS, centred per modality there.
 

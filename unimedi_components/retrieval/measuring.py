@@ -163,10 +163,7 @@ def network_metrics(kept: Measures, pretrained: Pretrained, features: Mapping[in
 
 
 def selection_metrics(
-    kept: Measures,
-    pretrained: Pretrained,
-    features: Mapping[int, Features],
-    studies: Mapping[str, Mapping[str, Any]],
+    kept: Measures, pretrained: Pretrained, features: Mapping[int, Features], studies: Mapping[str, Mapping[str, Any]]
 ) -> None:
     """Slice selection against the true lesion slices of the focal CT studies, see `slices.slice_metrics`."""
     part, network = features.get(3), pretrained.network
@@ -182,10 +179,7 @@ def selection_metrics(
 
 
 def probe_metrics(
-    kept: Measures,
-    features: Mapping[int, Features],
-    truth: Mapping[str, Any],
-    pixels: bool = True,
+    kept: Measures, features: Mapping[int, Features], truth: Mapping[str, Any], pixels: bool = True
 ) -> None:
     """Linear probes of the CLS, and of the input itself beside them, cross-validated on the same splits.
 

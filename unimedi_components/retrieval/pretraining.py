@@ -114,9 +114,7 @@ def after_training(
         draw_selection(views, out / "slice_selection.png", f"Slices selected by CLS attention ({shown[0]} split)")
     if shown := _shown(pretrained, lists, root, 2, split, features, studies, options):
         draw_xrays(
-            xray_views(pretrained, shown[1], root),
-            out / "xray_attention.png",
-            f"CLS attention ({shown[0]} split)",
+            xray_views(pretrained, shown[1], root), out / "xray_attention.png", f"CLS attention ({shown[0]} split)"
         )
     return values
 

@@ -71,10 +71,7 @@ def first_correct_rank(query: Tensor, candidates: Tensor, groups: Sequence[Hasha
 
 
 def recall_at_k(
-    image_embed: Tensor,
-    text_embed: Tensor,
-    ks: Sequence[int] = (1, 5, 10),
-    groups: Sequence[Hashable] | None = None,
+    image_embed: Tensor, text_embed: Tensor, ks: Sequence[int] = (1, 5, 10), groups: Sequence[Hashable] | None = None
 ) -> dict[str, float]:
     """Share of queries with a correct candidate among the K most similar.
 

@@ -27,10 +27,7 @@ Array = npt.NDArray[Any]
 
 
 def xray_attention_metrics(
-    kept: Measures,
-    pretrained: Pretrained,
-    features: Features,
-    studies: Mapping[str, Mapping[str, Any]],
+    kept: Measures, pretrained: Pretrained, features: Features, studies: Mapping[str, Mapping[str, Any]]
 ) -> None:
     """Attention inside the true boxes of the X-rays whose boxes fill at most a third of what the network sees.
 

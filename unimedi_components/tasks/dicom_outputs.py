@@ -159,9 +159,7 @@ def write_boxes(source: str | Path, boxes: Boxes, target: str | Path) -> Path | 
             )
         )
     report = sr.MeasurementReport(
-        observation_context=context,
-        procedure_reported=_concept("Chest X-ray"),
-        imaging_measurements=groups,
+        observation_context=context, procedure_reported=_concept("Chest X-ray"), imaging_measurements=groups
     )
     file = sr.ComprehensiveSR(
         evidence=[film],

@@ -47,10 +47,7 @@ def test_slices_and_boxes_equal_the_difference_to_the_lesion_free_volume(name, s
 @pytest.mark.parametrize("name", [n for n in PAINTED if n != "edema"])
 def test_lesion_keeps_to_its_side(name):
     for side in ("left", "right"):
-        study, clean = (
-            make(make_ct, name, "moderate", side=side),
-            make(make_ct, name, "moderate", False, side),
-        )
+        study, clean = (make(make_ct, name, "moderate", side=side), make(make_ct, name, "moderate", False, side))
         change = (study.hu.astype(int) - clean.hu)[:, :, ::1]
         left = study.grid.x > study.patient.shift
         inside, outside = change[:, :, left], change[:, :, ~left]

@@ -107,14 +107,7 @@ TUBES: tuple[tuple[str, tuple[float, float, float], float, bool, Curve, Curve | 
         ),
         None,
     ),
-    (
-        "gallbladder",
-        (5.0, 4.0, 4.0),
-        0.14,
-        False,
-        ((112, -26, -46, 6.5), (98, -42, -56, 13), (80, -58, -62, 17)),
-        None,
-    ),
+    ("gallbladder", (5.0, 4.0, 4.0), 0.14, False, ((112, -26, -46, 6.5), (98, -42, -56, 13), (80, -58, -62, 17)), None),
     (
         "esophagus",
         (0.0, 1.0, 2.0),

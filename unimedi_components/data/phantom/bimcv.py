@@ -44,9 +44,7 @@ def _write_patient(root: Path, index: int, seed: np.random.SeedSequence) -> Pati
         z, y, x = study.grid.spacing
         gap = z * float(few[1] - few[0])
         grid = Grid(
-            (_SCOUT_SLICES, *study.hu.shape[1:]),
-            (gap, y, x),
-            (float(study.grid.z[few[0]]), *study.grid.origin[1:]),
+            (_SCOUT_SLICES, *study.hu.shape[1:]), (gap, y, x), (float(study.grid.z[few[0]]), *study.grid.origin[1:])
         )
         _save_series(folder, stem.replace("run-1", "run-2"), study.hu[few], grid, lps, patient, date)
     report = write_report(patient, "ct", np.random.default_rng(seed.spawn(1)[0]))

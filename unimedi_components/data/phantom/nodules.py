@@ -55,11 +55,7 @@ class NoduleStudy:
 
 
 def make_nodule_ct(
-    patient: Patient,
-    streams: list[np.random.Generator],
-    diameters: list[float],
-    n_others: int,
-    padded: bool,
+    patient: Patient, streams: list[np.random.Generator], diameters: list[float], n_others: int, padded: bool
 ) -> NoduleStudy:
     """CT of a patient who lies on the back, reconstructed close around the rib cage.
 

@@ -95,11 +95,7 @@ def _paint_body(patient: Patient, grid: Grid, profiles: Profiles) -> FloatArray:
     if patient.breast:
         radius = patient.breast
         for sign in SIDES.values():
-            centre = (
-                0.10 * patient.lung_height,
-                10.0 - float(profiles.body_b.max()),
-                sign * 0.50 * patient.cage[0],
-            )
+            centre = (0.10 * patient.lung_height, 10.0 - float(profiles.body_b.max()), sign * 0.50 * patient.cage[0])
             part, breast = ellipsoid(grid, centre, (1.9 * radius, 0.62 * radius, 1.25 * radius))
             below = grid.z[part[0]] < centre[0]
             breast[below] += 3.0 * ((grid.z[part[0]][below] - centre[0]) / (1.9 * radius))[:, None, None] ** 2

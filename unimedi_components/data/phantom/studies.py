@@ -65,12 +65,7 @@ class XrayStudy:
         nz, _, nx = self.grid.shape
         rows, columns = self.film.shape[0] / nz, self.film.shape[1] / nx
         return [
-            [
-                int(x0 * columns),
-                int((nz - 1 - z1) * rows),
-                int((x1 + 1) * columns - 1),
-                int((nz - z0) * rows - 1),
-            ]
+            [int(x0 * columns), int((nz - 1 - z1) * rows), int((x1 + 1) * columns - 1), int((nz - z0) * rows - 1)]
             for (z0, z1), _, (x0, x1) in lesion.boxes
         ]
 
@@ -82,8 +77,7 @@ def labels_of(findings: tuple[Finding, ...]) -> list[int]:
 
 
 def make_patient(
-    seed: np.random.SeedSequence,
-    draw: Callable[[np.random.Generator], tuple[Finding, ...]] = draw_findings,
+    seed: np.random.SeedSequence, draw: Callable[[np.random.Generator], tuple[Finding, ...]] = draw_findings
 ) -> tuple[Patient, list[np.random.Generator]]:
     """The patient of a seed and independent streams for vessels, lesions, acquisition and text."""
     streams = [np.random.default_rng(s) for s in seed.spawn(6)]
@@ -91,10 +85,7 @@ def make_patient(
 
 
 def make_ct(
-    patient: Patient,
-    streams: list[np.random.Generator],
-    shape: tuple[int, int, int] = CT_SHAPE,
-    lesions: bool = True,
+    patient: Patient, streams: list[np.random.Generator], shape: tuple[int, int, int] = CT_SHAPE, lesions: bool = True
 ) -> CTStudy:
     """CT of a patient who lies on the back, arms up.
 

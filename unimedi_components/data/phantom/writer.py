@@ -93,12 +93,7 @@ def _key(layout: str, patients: int, seed: int) -> dict[str, Any]:
 
 
 def write_phantom(
-    layout: str,
-    out: str | Path,
-    patients: int = 200,
-    seed: int = 0,
-    workers: int | None = None,
-    progress: bool = True,
+    layout: str, out: str | Path, patients: int = 200, seed: int = 0, workers: int | None = None, progress: bool = True
 ) -> PhantomFolder:
     """Write a phantom data set in a real data set's own layout; the same arguments give the same bytes.
 
