@@ -233,12 +233,7 @@ class UnifiedViT(HubEncoder):
         return resample_pos_embed_2d(self.pos_embed[:, 1:], self.grid_2d, self.patch_embed.grid(size))
 
     def _encode(
-        self,
-        x: Tensor,
-        first: int,
-        rope: tuple[Tensor, Tensor] | None,
-        return_attention: bool,
-        wanted: set[int],
+        self, x: Tensor, first: int, rope: tuple[Tensor, Tensor] | None, return_attention: bool, wanted: set[int]
     ) -> EncoderOutput:
         def without_registers(x: Tensor) -> Tensor:
             return x if first == 1 else torch.cat([x[:, :1], x[:, first:]], 1)
