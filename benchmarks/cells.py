@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from monai.bundle import ConfigParser, ConfigWorkflow
 
+from benchmarks.failures import write_failures
 from unimedi_components.data.datalist import write_json
 from unimedi_components.data.phantom import LAYOUTS
 from unimedi_components.data.phantom.truth import labels_of, load_truth
@@ -30,7 +31,6 @@ from unimedi_components.data.splits import nested_fraction
 from unimedi_components.metrics.bootstrap import patient_intervals
 from unimedi_components.networks.pretrained import Pretrained, load_pretrained
 from unimedi_components.provenance import commit, provenance
-from unimedi_components.report.failures import write_failures
 from unimedi_components.retrieval.evaluate import evaluate, heldout_items
 from unimedi_components.retrieval.features import Features, extract_features
 from unimedi_components.retrieval.probe import linear_probe, transfer_scores

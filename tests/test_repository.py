@@ -189,14 +189,14 @@ def test_make_pretrain_runs_the_users_own_line() -> None:
 # room -> the other rooms of the package that it may import
 ARROWS = {
     "images": {"errors", "images"},
-    "data": {"command_options", "data", "distributed", "errors", "files", "images", "networks", "workflow"},
+    "data": {"command_options", "data", "distributed", "errors", "files", "images", "lazy", "networks", "workflow"},
     "loading": {"data", "distributed", "errors", "images", "loading"},
     "networks": {"errors", "networks", "selection", "distributed"},
     "losses": {"errors", "losses", "networks", "distributed"},
     "metrics": {"distributed", "errors", "losses", "metrics"},
     "retrieval": {
         *("data", "distributed", "engines", "errors", "figures", "files", "images", "loading", "losses", "metrics"),
-        *("networks", "provenance", "retrieval", "tasks"),
+        *("lazy", "networks", "provenance", "retrieval", "tasks"),
     },
     "selection": set(),
     "distributed": {"errors"},

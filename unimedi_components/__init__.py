@@ -5,68 +5,30 @@ Importing the package is cheap: names and subpackages are loaded when they are f
 ``"$import unimedi_components"`` costs nothing and ``$unimedi_components.bundle_root('pretrain')`` just works.
 """
 
-from __future__ import annotations
-
-import importlib
 from typing import Any
+
+from unimedi_components.lazy import import_lazily
 
 __version__ = "0.1.0"
 
-_EXPORTS = {
-    "UniMedI": "networks.unimedi",
-    "UniMediImageProcessor": "hub",
-    "UnifiedViT": "networks.unified_vit",
-    "bundle_root": "bundle",
-    "check_config": "config_check",
-    "check_run": "bundle",
-    "data_dir": "bundle",
-    "encoder_weights": "bundle",
-    "load_classifier": "networks.classifier",
-    "load_encoder": "networks.pretrained",
-    "load_network": "networks.cards",
-    "load_pretrained": "networks.pretrained",
+_HOMES = {
+    "": "data distributed engines errors loading losses metrics networks retrieval selection tasks",
+    "bundle": "bundle_root check_run data_dir encoder_weights",
+    "config_check": "check_config",
+    "hub": "UniMediImageProcessor",
+    "networks.cards": "load_network",
+    "networks.classifier": "load_classifier",
+    "networks.pretrained": "load_encoder load_pretrained",
+    "networks.unified_vit": "UnifiedViT",
+    "networks.unimedi": "UniMedI",
 }
-_SUBPACKAGES = (
-    "data",
-    "distributed",
-    "engines",
-    "errors",
-    "loading",
-    "losses",
-    "metrics",
-    "networks",
-    "retrieval",
-    "selection",
-    "tasks",
-)
 
-__all__ = [
-    "UniMedI",
-    "UniMediImageProcessor",
-    "UnifiedViT",
-    "__version__",
-    "bundle_root",
-    "check_config",
-    "check_run",
-    "data_dir",
-    "encoder_weights",
-    "load_classifier",
-    "load_encoder",
-    "load_network",
-    "load_pretrained",
-]
+__all__ = ["__version__", *" ".join(names for home, names in _HOMES.items() if home).split()]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _EXPORTS:
-        value = getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)
-    elif name in _SUBPACKAGES:
-        value = importlib.import_module(f"{__name__}.{name}")
-    else:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = value
-    return value
+    return import_lazily(globals(), _HOMES, name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_SUBPACKAGES})
+    return sorted({*globals(), *__all__, *_HOMES[""].split()})

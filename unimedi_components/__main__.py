@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line: ``python -m unimedi_components COMMAND`` (or ``unimedi COMMAND``)."""
 
-from __future__ import annotations
-
 import difflib
 import sys
 from collections.abc import Callable, Sequence
@@ -20,8 +18,6 @@ from unimedi_components.inspect_command import inspect
 from unimedi_components.search_commands import embed, index, search
 from unimedi_components.serve_command import serve
 from unimedi_components.zero_shot_command import zero_shot
-
-__all__ = ["main"]
 
 
 def phantom(layout: str, out: str, patients: int = 200, seed: int = 0, workers: int | None = None) -> None:

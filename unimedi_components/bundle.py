@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a bundle's config asks of the command line: where the bundle is, and whether all is spelled right."""
 
-from __future__ import annotations
-
 import errno
 import json
 import logging
@@ -20,8 +18,6 @@ from unimedi_components.command_options import loses_hash
 from unimedi_components.errors import CheckpointError, ConfigError, DataError
 from unimedi_components.files import show_any_name
 from unimedi_components.workflow import fit_workflow, folders_in_use, keep_log, log_fault, workflow_in_use
-
-__all__ = ["RunCall", "bundle_root", "check_run", "data_dir", "encoder_weights", "parse_run_call", "user_fault"]
 
 logger = logging.getLogger(__name__)
 

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command `cache`: prepare all images of a config ahead, in parallel, so that no step of any rank waits for one."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import time
@@ -16,8 +14,6 @@ from tqdm import tqdm
 
 from unimedi_components.errors import ConfigError, DataError
 from unimedi_components.loading.store import older_entries
-
-__all__ = ["fill_cache", "remove_older"]
 
 _SPLITS = {"training": "train#dataset", "validation": "validate#dataset"}
 

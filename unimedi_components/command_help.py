@@ -1,15 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What ``COMMAND --help`` prints: usage, arguments, further options and an example, from the docstrings."""
 
-from __future__ import annotations
-
 import inspect
 import re
 import textwrap
 from collections.abc import Callable, Mapping
 from typing import Any
-
-__all__ = ["command_help", "overview", "prepare_help"]
 
 _PROGRAM = "python -m unimedi_components"
 _WIDTH = 110

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks of what the command line is given, before a command works for minutes."""
 
-from __future__ import annotations
-
 import difflib
 import inspect
 import os
@@ -12,8 +10,6 @@ from typing import Any
 from fire.parser import DefaultParseValue
 
 from unimedi_components.errors import ConfigError
-
-__all__ = ["CHECKPOINT", "check_options", "exact_words", "loses_hash", "path_names", "whole_number"]
 
 #: Where the default pre-training run leaves its weights.
 CHECKPOINT = "bundles/pretrain/models/model.pt"

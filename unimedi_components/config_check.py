@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Find the config keys, overrides, references and arguments that nothing defines; MONAI ignores most."""
 
-from __future__ import annotations
-
 import difflib
 import inspect
 import re
@@ -26,8 +24,6 @@ from monai.utils import BundlePropertyConfig
 
 from unimedi_components.errors import ConfigError
 
-__all__ = ["check_config", "check_workflow"]
-
 _SEP = ReferenceResolver.sep
 _COMPONENT_KEYS = frozenset(ConfigComponent.non_arg_keys)
 _PROPERTY_IDS = frozenset(str(p[BundlePropertyConfig.ID]) for p in (TrainProperties | InferProperties).values())
@@ -36,12 +32,8 @@ _READ_BY_MONAI = frozenset(
     (
         *("imports", "initialize", "run", "finalize", "_meta_", "output_dir", "network"),
         *(
-            "displayable_configs",
-            "detector",
-            "detector_ops",
-            "pre_transforms",
-            "post_transforms",
-            "save_execute_config",
+            *("displayable_configs", "detector", "detector_ops", "pre_transforms"),
+            *("post_transforms", "save_execute_config"),
         ),
     )
 )

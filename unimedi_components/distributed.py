@@ -1,13 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Collectives that carry gradients, for losses and statistics over all ranks.
 
-Without an initialised process group each function returns its input, at no cost. Gradients follow one
-convention: the objective is the mean over ranks of the ranks' losses, which is what `DistributedDataParallel`
-optimises by averaging gradients, so a loss that is equal on every rank yields the one-process gradient of the
-joint batch.
+Without an initialised process group each function returns its input, at no cost. Gradients follow one convention: the
+objective is the mean over ranks of the ranks' losses, which is what `DistributedDataParallel` optimises by averaging
+gradients, so a loss that is equal on every rank yields the one-process gradient of the joint batch.
 """
-
-from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
@@ -19,22 +16,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from unimedi_components.errors import ConfigError
-
-__all__ = [
-    "all_reduce_sum",
-    "all_reduce_sum_with_grad",
-    "broadcast",
-    "first_rank_first",
-    "gather_objects",
-    "gather_with_grad",
-    "is_distributed",
-    "local_device",
-    "rank",
-    "start",
-    "unwrap",
-    "wait_for_ranks",
-    "world_size",
-]
 
 T = TypeVar("T")
 
@@ -127,11 +108,7 @@ def broadcast(tensors: Iterable[Tensor]) -> None:
 
 
 def all_reduce_sum(x: Tensor) -> Tensor:
-    """Sum of `x` over all ranks, without gradient; `x` itself is left as it is.
-
-    Args:
-        x: any shape, equal on all ranks.
-    """
+    """Sum of `x`, of one shape on all ranks, without gradient; `x` itself is left as it is."""
     x = x.detach()
     if not is_distributed():
         return x
@@ -151,12 +128,9 @@ class _AllReduceSum(torch.autograd.Function):
 
 
 def all_reduce_sum_with_grad(x: Tensor) -> Tensor:
-    """Sum of `x` over all ranks; its backward sums the ranks' gradients.
+    """Sum of `x`, of one shape on all ranks, over them; its backward sums the ranks' gradients.
 
     `x` must require a gradient on all ranks or on none, because the backward is a collective too.
-
-    Args:
-        x: any shape, equal on all ranks.
     """
     return _AllReduceSum.apply(x) if is_distributed() else x
 

@@ -1,10 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The project's exceptions. Each message names the file or key, the fault and the remedy."""
 
-from __future__ import annotations
-
-__all__ = ["CheckpointError", "ConfigError", "DataError"]
-
 
 class DataError(ValueError):
     """A data set, file or datalist is missing, unreadable or inconsistent."""

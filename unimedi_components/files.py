@@ -1,15 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files that are written whole or not at all, and names of them that any stream can show."""
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-__all__ = ["ANY_NAME", "replacing", "show_any_name"]
 
 #: How text with names of files is encoded: bytes of a name that are no UTF-8 as an escape, which JSON reads back.
 ANY_NAME = "backslashreplace"

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A hub folder with `transformers`: the encoder as a model, and files to its input."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,8 +17,6 @@ from unimedi_components.errors import CheckpointError, DataError
 from unimedi_components.images.find import image_at, image_items
 from unimedi_components.networks.hub import MODEL_TYPE, PROCESSOR_FILE, hub_folder, read_hub_json
 from unimedi_components.networks.unified_vit import UnifiedViT
-
-__all__ = ["UniMediConfig", "UniMediImageProcessor", "UniMediVisionModel"]
 
 logger = logging.getLogger(__name__)
 

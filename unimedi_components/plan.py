@@ -5,8 +5,6 @@ Pre-training is counted by hand: matrix products (a multiply-add is two FLOPs), 
 Rows are patch tokens that the self-distillation compares. Of a task, torch counts a step, see `plan_task`.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,8 +19,6 @@ from unimedi_components.command_options import whole_number
 from unimedi_components.errors import ConfigError
 from unimedi_components.networks import DINOHead, ProjectionHead, ReportEncoder, UnifiedViT, UniMedI, encoder_sizes
 from unimedi_components.selection import Grid, kept_counts
-
-__all__ = ["GPUS", "Needs", "StepCost", "describe", "network_of_config", "state_bytes", "step_cost"]
 
 #: Name -> memory in GiB, and peak of dense matrix products in TFLOP/s, half precision and float32 (data sheets, SXM).
 GPUS = {"v100-32": (32, 125, 15.7), "a100-40": (40, 312, 19.5), "a100-80": (80, 312, 19.5), "h100-80": (80, 989, 67)}

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the training of a task needs: its own step, run on tensors without values and counted by torch."""
 
-from __future__ import annotations
-
 from copy import deepcopy
 from pydoc import locate
 from typing import Any
@@ -18,14 +16,9 @@ from unimedi_components.errors import ConfigError
 from unimedi_components.networks import UnifiedViT, encoder_sizes
 from unimedi_components.plan import Needs, StepCost, state_bytes
 
-__all__ = ["TaskStep", "task_needs"]
-
 
 class TaskStep:
     """The training step of a task bundle's config, for any number of images.
-
-    Args:
-        config: merged, as `check_config` returns it.
 
     Raises:
         ConfigError: not the config of a task's training.

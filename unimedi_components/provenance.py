@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a number came from: command, commit or version of the package, machine."""
 
-from __future__ import annotations
-
 import os
 import platform
 import shlex
@@ -13,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-__all__ = ["commit", "provenance"]
 
 
 def commit() -> str:
@@ -38,9 +34,6 @@ def commit() -> str:
 
 def provenance(command: Sequence[str] | None = None) -> dict[str, Any]:
     """Where a number comes from.
-
-    Args:
-        command: words of the command line; by default the running program's.
 
     Returns:
         "command", "commit", "machine", "torch".

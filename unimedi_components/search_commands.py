@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from unimedi_components.retrieval.embeddings import Embeddings
     from unimedi_components.retrieval.index import Hit
 
-__all__ = ["embed", "index", "print_skipped", "search"]
-
 _WORDS = 60
 # what nobody means as a sentence: no blank, and a slash or an ending
 _PATH_LIKE = re.compile(r"\S*/\S*|\S+\.\w+")

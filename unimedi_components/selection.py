@@ -4,25 +4,11 @@
 Letters: B batch, P patch tokens, S slabs (token layers along depth), N tokens per slab, k slices chosen.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-
-__all__ = [
-    "Grid",
-    "cls_attention",
-    "keep_tokens",
-    "kept_counts",
-    "random_scores",
-    "select_slices",
-    "slab_to_slices",
-    "slice_scores",
-    "take_slices",
-]
 
 Grid = tuple[int, int, int]
 
@@ -85,7 +71,6 @@ def select_slices(scores: Tensor, k: int, patch_depth: int, *, expand: str = "ce
 
     Args:
         scores: slab scores, (B, S).
-        k: slices to choose.
         patch_depth: slices per slab.
         expand: "centre" takes the middle slice of each of the k best slabs; "repeat" ranks raw slices, where all
             slices of a slab share its score, so that the best slabs give runs of neighbours (as in the paper's Fig. 5).

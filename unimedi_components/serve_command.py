@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from unimedi_components.command_options import CHECKPOINT, whole_number
 from unimedi_components.errors import ConfigError
 
-__all__ = ["serve"]
-
 _NEEDS = ("fastapi", "uvicorn", "python_multipart")
 
 

@@ -5,8 +5,6 @@ MONAI hands the expressions of a config neither the config's file nor the purpos
 the calls that lead here, for which MONAI is pinned below 1.7.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import shlex
@@ -19,8 +17,6 @@ from typing import Any
 
 from unimedi_components.errors import ConfigError
 from unimedi_components.files import ANY_NAME
-
-__all__ = ["fit_workflow", "folders_in_use", "keep_log", "log_fault", "only_a_network_is_wanted", "workflow_in_use"]
 
 _SCRIPTS = "monai.bundle.scripts"
 _NETWORK_CALLS = ("load", "verify_net_in_out", "ckpt_export", "onnx_export", "trt_export")

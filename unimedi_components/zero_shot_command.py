@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from unimedi_components.images.find import ImageList
     from unimedi_components.retrieval.prompts import PromptSet
 
-__all__ = ["zero_shot"]
-
 _LINE = 110
 
 

@@ -12,8 +12,8 @@ import pytest
 from sklearn.model_selection import train_test_split
 
 from unimedi_components.data.rsna import DATASET, collect
-from unimedi_components.data.transforms import XrayReader
 from unimedi_components.errors import ConfigError, DataError
+from unimedi_components.images.xray import XrayReader
 
 # byte-order mark, CRLF, blanks, "nan", whole numbers with and without ".0", rows of a patient apart
 LABELS = """\

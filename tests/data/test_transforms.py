@@ -13,8 +13,9 @@ from monai.data import CacheDataset, MetaTensor, PersistentDataset
 from monai.transforms import Compose, RandFlipd, Resized, ScaleIntensityRanged
 from PIL import Image
 
-from unimedi_components.data.transforms import ByDimension, WindowAread, XrayReader, ct_transforms, xray_transforms
+from unimedi_components.data.transforms import ByDimension, WindowAread, ct_transforms, xray_transforms
 from unimedi_components.errors import DataError
+from unimedi_components.images.xray import XrayReader
 
 RNG = np.random.default_rng(3)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from unimedi_components.report.failures import lowest_retrievals, missed_studies
+from benchmarks.failures import lowest_retrievals, missed_studies
 from unimedi_components.retrieval.features import Features
 
 REPORTS = ["effusion", "nodule", "edema", "normal"]

@@ -4,38 +4,26 @@
 Names are loaded when first used: the phantom writers' processes need neither torch nor MONAI.
 """
 
-from __future__ import annotations
-
-import importlib
 from typing import Any
 
-_EXPORTS = {
-    "ByDimension": "transforms",
-    "RandSimilarityd": "similarity",
-    "Restored": "restore",
-    "RowsFirstBoxesd": "box_augment",
-    "ToInputBoxesd": "box_augment",
-    "ct_transforms": "transforms",
-    "film_transforms": "films",
-    "find_images": "inputs",
-    "load_datalist": "datalist",
-    "load_task": "tasks",
-    "pretraining_datalist": "pretraining",
-    "report_tokenizer": "pretraining",
-    "segmentation_transforms": "segmentation",
-    "select": "datalist",
-    "task_datalist": "tasks",
-    "task_transforms": "chains",
-    "write_json": "datalist",
-    "xray_transforms": "transforms",
+from unimedi_components.lazy import import_lazily
+
+_HOMES = {
+    "box_augment": "RowsFirstBoxesd ToInputBoxesd",
+    "chains": "task_transforms",
+    "datalist": "load_datalist select write_json",
+    "films": "film_transforms",
+    "inputs": "find_images",
+    "pretraining": "pretraining_datalist report_tokenizer",
+    "restore": "Restored",
+    "segmentation": "segmentation_transforms",
+    "similarity": "RandSimilarityd",
+    "tasks": "load_task task_datalist",
+    "transforms": "ByDimension ct_transforms xray_transforms",
 }
 
-__all__ = sorted(_EXPORTS)
+__all__ = sorted(" ".join(_HOMES.values()).split())
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _EXPORTS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)
-    globals()[name] = value
-    return value
+    return import_lazily(globals(), _HOMES, name)

@@ -6,8 +6,6 @@ Layout read: ``dataset.json`` with lists ``training``, ``validation`` and ``test
 image's path alone) and the organs' names in ``labels``.
 """
 
-from __future__ import annotations
-
 import gzip
 import json
 import posixpath
@@ -22,25 +20,10 @@ from unimedi_components.data.registry import Dataset
 from unimedi_components.data.sources import check_choice, existing_root, find_source
 from unimedi_components.errors import DataError
 
-__all__ = ["ORGANS", "collect"]
-
 #: Names of the labels 1 to 15.
 ORGANS = (
-    "spleen",
-    "right kidney",
-    "left kidney",
-    "gall bladder",
-    "esophagus",
-    "liver",
-    "stomach",
-    "aorta",
-    "postcava",
-    "pancreas",
-    "right adrenal gland",
-    "left adrenal gland",
-    "duodenum",
-    "bladder",
-    "prostate/uterus",
+    *("spleen", "right kidney", "left kidney", "gall bladder", "esophagus", "liver", "stomach", "aorta", "postcava"),
+    *("pancreas", "right adrenal gland", "left adrenal gland", "duodenum", "bladder", "prostate/uterus"),
 )
 #: The data set's own spelling of some names.
 OWN_SPELLING = {"arota": "aorta"}
@@ -166,11 +149,7 @@ def _is_below(name: str) -> bool:
 
 
 def _check_labels(labels: Any, path: Path) -> None:
-    """Compare the file's organs, ``{"1": "spleen", ...}`` or ``{"spleen": 1, ...}``, with the expected ones.
-
-    Raises:
-        DataError: a name stands at another index, is unknown, or is missing: the label maps mean other organs.
-    """
+    """Compare the file's organs, ``{"1": "spleen", ...}`` or ``{"spleen": 1, ...}``, with the expected ones."""
     if labels is None:
         return
     if not isinstance(labels, dict):

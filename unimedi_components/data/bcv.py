@@ -5,8 +5,6 @@ Layout read: ``RawData/Training/img/img0001.nii.gz`` with ``RawData/Training/lab
 ``imagesTr`` and ``labelsTr`` as MONAI renames them. ``Testing/img`` (``imagesTs``) comes without labels.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 
@@ -17,23 +15,10 @@ from unimedi_components.data.sources import check_choice, existing_root, undoubl
 from unimedi_components.data.splits import split_patients
 from unimedi_components.errors import DataError
 
-__all__ = ["OFFICIAL_SPLITS", "ORGANS", "collect"]
-
 #: Names of the labels 1 to 13.
 ORGANS = (
-    "spleen",
-    "right kidney",
-    "left kidney",
-    "gallbladder",
-    "esophagus",
-    "liver",
-    "stomach",
-    "aorta",
-    "inferior vena cava",
-    "portal and splenic veins",
-    "pancreas",
-    "right adrenal gland",
-    "left adrenal gland",
+    *("spleen", "right kidney", "left kidney", "gallbladder", "esophagus", "liver", "stomach", "aorta"),
+    *("inferior vena cava", "portal and splenic veins", "pancreas", "right adrenal gland", "left adrenal gland"),
 )
 #: Split option -> the split of every official case number: CoTr's splits_final.pkl, MONAI's dataset_0.json.
 OFFICIAL_SPLITS = {

@@ -7,8 +7,6 @@ part archives unpack into, with DICOM tags in a ``.json`` of the same stem, repo
 belongs to a session by ``ReportID`` and ``PatientID``.
 """
 
-from __future__ import annotations
-
 import ast
 import json
 import re
@@ -32,8 +30,6 @@ from unimedi_components.data.text import clean_report, report_language
 from unimedi_components.errors import DataError
 from unimedi_components.images.checks import CTLimits, Fault, check_ct
 from unimedi_components.images.volume import read_volume_header
-
-__all__ = ["collect"]
 
 LABEL_TABLES = ("derivatives/labels/labels_covid19_posi.tsv", "derivatives/labels/labels_covid_posi.tsv")
 TEXT_COLUMNS = ("English", "Report_en", "report_en", "Report", "report", "text", "Text")
@@ -225,17 +221,7 @@ def _prefixed(name: str, prefix: str) -> str:
 
 
 def _read_labels(tables: Sequence[Path]) -> tuple[list[str], dict[_Session, list[int]], Path | None]:
-    """Read the findings of all sessions from the first table that has them.
-
-    A cell that is no list of names leaves its session without labels; one warning counts them.
-
-    Args:
-        tables: csv or tsv files; their column Labels holds Python lists such as ``['pneumonia', 'pleural effusion']``.
-
-    Returns:
-        the names in alphabetical order, for each labelled session (its first row) 1 or 0 for each name, and the
-        table; nothing, and None, where no table has the column.
-    """
+    """Read the findings of all sessions from the first table that has them."""
     for path in tables:
         frame = read_source(path, ("PatientID", "ReportID"), "\t" if ".tsv" in path.name else ",")
         if LABEL_COLUMN not in frame.columns:

@@ -4,16 +4,12 @@
 MONAI's boxes name the first axis of the image, its rows, x; boxes here are [x0, y0, x1, y1] with x along the columns.
 """
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Mapping
 from typing import Any
 
 import torch
 from monai.transforms import MapTransform
 from torch import Tensor
-
-__all__ = ["RowsFirstBoxesd", "ToInputBoxesd"]
 
 
 class RowsFirstBoxesd(MapTransform):

@@ -8,8 +8,6 @@ to date: row and column *index* of the image to row and column index of the file
 `XrayReader`, whose affine starts as the identity.
 """
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Mapping
 from typing import Any
 
@@ -19,8 +17,6 @@ from monai.transforms import MapTransform
 from torch import Tensor
 
 from unimedi_components.errors import DataError
-
-__all__ = ["BoxesToImaged", "BoxesToMaskd", "boxes_to_file", "boxes_to_image"]
 
 
 def boxes_to_image(boxes: Any, affine: Tensor) -> Tensor:

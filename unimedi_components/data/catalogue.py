@@ -1,16 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """All data sets that can be prepared, and their description as text."""
 
-from __future__ import annotations
-
 import textwrap
 
 from unimedi_components.data import amos, bcv, bimcv, cc_ccii, chexpert, covidx, luna16, mimic_cxr, rsna, table
 from unimedi_components.data.registry import Dataset
 from unimedi_components.data.sources import nearest_hint
 from unimedi_components.errors import ConfigError
-
-__all__ = ["DATASETS", "describe", "find_dataset"]
 
 _MODULES = (mimic_cxr, bimcv, chexpert, rsna, covidx, cc_ccii, luna16, bcv, amos, table)
 
@@ -19,11 +15,7 @@ DATASETS: dict[str, Dataset] = {module.DATASET.name: module.DATASET for module i
 
 
 def find_dataset(name: str) -> Dataset:
-    """Return a data set by name.
-
-    Raises:
-        ConfigError: no data set has this name; the nearest one is given.
-    """
+    """Return a data set by name. Raises ConfigError: no data set has this name; the nearest one is given."""
     if name not in DATASETS:
         hint = nearest_hint(str(name), DATASETS)
         raise ConfigError(f"unknown data set {name!r}. {hint}Data sets: {', '.join(DATASETS)}.")

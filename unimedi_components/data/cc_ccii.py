@@ -9,8 +9,6 @@ order of the body: 98 scans are stored upside down and 61 with blocks out of pla
 ``CT_cleaned_v2.csv`` there), which the lists undo.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -33,8 +31,6 @@ from unimedi_components.data.sources import (
 from unimedi_components.data.splits import split_patients, strata_by_label
 from unimedi_components.errors import DataError
 from unimedi_components.images.xray_checks import IMAGE_CHECKS, xray_fault
-
-__all__ = ["CLASSES", "collect"]
 
 #: Class folders in the order of their labels: common pneumonia 0, novel coronavirus pneumonia 1, normal 2.
 CLASSES = ("CP", "NCP", "Normal")

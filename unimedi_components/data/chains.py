@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Transform chains by name, so that a config and a trained network's card name the same preparation of images."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +14,6 @@ from unimedi_components.data.slice_files import IMAGE_ENDINGS
 from unimedi_components.data.slices import slice_volume_transforms
 from unimedi_components.data.transforms import ct_transforms, xray_transforms
 from unimedi_components.errors import ConfigError
-
-__all__ = ["CHAINS", "BySource", "task_transforms"]
 
 CHAINS: dict[str, Callable[..., list[Transform]]] = {
     "xray": xray_transforms,

@@ -2,14 +2,11 @@
 """CheXpert v1.0 to a multi-label datalist (S4.2.1: five findings of frontal views).
 
 Layout read: ``CheXpert-v1.0[-small]/{train,valid}.csv[.gz]`` whose column ``Path`` reads
-``CheXpert-v1.0-small/train/patient00001/study1/view1_frontal.jpg``; the first folder of it is replaced by the one
-that the csv lies in. Or the original release as it is handed out: ``CheXpert-v1.0 batch 1 (validate & csv)`` with both
+``CheXpert-v1.0-small/train/patient00001/study1/view1_frontal.jpg``; the first folder of it is replaced by the one that
+the csv lies in. Or the original release as it is handed out: ``CheXpert-v1.0 batch 1 (validate & csv)`` with both
 tables and ``valid/``, and the patients of ``train/`` straight in ``CheXpert-v1.0 batch 2 (train 1)`` to ``batch 4
-(train 3)``. The 202 frontal images of ``valid.csv`` are the test set; validation comes out of
-``train.csv``.
+(train 3)``. The 202 frontal images of ``valid.csv`` are the test set; validation comes out of ``train.csv``.
 """
-
-from __future__ import annotations
 
 import os
 from pathlib import Path
@@ -30,24 +27,11 @@ from unimedi_components.data.sources import (
 from unimedi_components.data.splits import hold_out
 from unimedi_components.errors import ConfigError, DataError
 
-__all__ = ["COMPETITION", "FINDINGS", "UNCERTAIN_ONES", "collect"]
-
 #: The 14 findings in the order of the csv's columns.
 FINDINGS = (
-    "No Finding",
-    "Enlarged Cardiomediastinum",
-    "Cardiomegaly",
-    "Lung Opacity",
-    "Lung Lesion",
-    "Edema",
-    "Consolidation",
-    "Pneumonia",
-    "Atelectasis",
-    "Pneumothorax",
-    "Pleural Effusion",
-    "Pleural Other",
-    "Fracture",
-    "Support Devices",
+    *("No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema"),
+    *("Consolidation", "Pneumonia", "Atelectasis", "Pneumothorax", "Pleural Effusion", "Pleural Other"),
+    *("Fracture", "Support Devices"),
 )
 #: The five findings of the CheXpert competition, the paper's task.
 COMPETITION = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion")
@@ -138,11 +122,7 @@ def _check_options(findings: str, uncertain: str, validation_images: int) -> Non
 
 
 def _on_disk(base: Path, home: Path, images: pd.Series, check: str) -> pd.Series:
-    """Return paths below ``base`` of images ``train/patient00001/...``, which lie beside the tables or in batches.
-
-    Raises:
-        DataError: neither a folder of the split nor a batch with patients is there.
-    """
+    """Return paths below ``base`` of images ``train/patient00001/...``, which lie beside the tables or in batches."""
     prefix = os.path.relpath(home, base).replace(os.sep, "/")
     plain = images if prefix == "." else prefix + "/" + images
     split = images.str.split("/").str[0]

@@ -7,8 +7,6 @@ for in all three. A line of a list is ``patient file class source`` without a he
 up to V5 and a part of V7A have no source.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import zlib
@@ -21,8 +19,6 @@ from unimedi_components.data.registry import Dataset
 from unimedi_components.data.sources import existing_root, nearest_hint, read_text, xray_faults
 from unimedi_components.data.splits import split_patients, strata_by_label
 from unimedi_components.errors import ConfigError, DataError
-
-__all__ = ["CLASSES", "collect"]
 
 #: Class names of both tasks in the order of their labels.
 CLASSES = {"three": ("normal", "pneumonia", "COVID-19"), "two": ("negative", "positive")}
@@ -109,11 +105,7 @@ def collect(
 
 
 def _on_disk(builder: DatalistBuilder, base: Path, frame: pd.DataFrame, check: str) -> list[str]:
-    """Return the images' paths below ``base``: in the folder of their list, or in the one that holds the name.
-
-    Raises:
-        DataError: no folder of images is there.
-    """
+    """Return the images' paths below ``base``: in the folder of their list, or in the one that holds the name."""
     plain = (frame["kind"] + "/" + frame["id"]).tolist()
     if check == "none":
         return plain

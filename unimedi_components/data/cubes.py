@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cubes around places in a CT volume: LUNA16's candidates."""
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -23,8 +21,6 @@ from unimedi_components.images.itk_volumes import (
     read_geometry,
     world_to_voxel,
 )
-
-__all__ = ["LoadCubed", "luna_cube_transforms"]
 
 _AXCODES = ("S", "P", "L")
 
@@ -57,11 +53,7 @@ class LoadCubed(MapTransform):
         self.spacing = None if spacing is None else tuple(float(step) for step in spacing)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Load.
-
-        Raises:
-            DataError: the item has no place, or it lies outside the volume.
-        """
+        """Load. Raises DataError: the item has no place, or it lies outside the volume."""
         found = dict(data)
         center = found.get(self.center_key)
         for key in self.key_iterator(found):
@@ -123,8 +115,6 @@ def luna_cube_transforms(
     """Transforms of one candidate {"image": file, "center": [x, y, z]} to "image", (1, D, H, W) in [-1, 1].
 
     Args:
-        size: D, H, W in voxels.
-        window: Hounsfield units that become -1 and 1; values beyond are clipped.
         spacing: mm along D, H, W to resample to; None keeps the file's voxels.
     """
     return [

@@ -8,8 +8,6 @@ a label map), ``"boxes"`` ([[x0, y0, x1, y1], ...] in pixels of the file, x1 and
 never share a patient. ``monai.data.load_decathlon_datalist`` reads the same file.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
@@ -19,17 +17,6 @@ from typing import Any
 from unimedi_components.data.sources import sha256_of
 from unimedi_components.errors import DataError
 from unimedi_components.files import ANY_NAME, replacing
-
-__all__ = [
-    "FAULT_REASONS",
-    "SPLITS",
-    "DatalistBuilder",
-    "load_datalist",
-    "select",
-    "validate_datalist",
-    "write_datalist",
-    "write_json",
-]
 
 SPLITS = ("training", "validation", "test")
 REQUIRED_KEYS = ("id", "patient", "image", "dim")
@@ -94,11 +81,7 @@ class DatalistBuilder:
             self.drop(fault[0], item["id"], fault[1])
 
     def drop(self, reason: str, item_id: str, detail: str = "") -> None:
-        """Count an item that is left out.
-
-        Raises:
-            DataError: the reason is a fault and the builder is strict.
-        """
+        """Count an item that is left out. Raises DataError: the reason is a fault and the builder is strict."""
         if self.strict and reason in FAULT_REASONS:
             raise DataError(
                 f"{reason}: {(detail or item_id).rstrip('.')}. "
@@ -230,16 +213,11 @@ def load_datalist(
     """Read and check a datalist.
 
     Args:
-        root: when given, the folder that image paths are relative to; it and the first image of each split
-            must exist.
+        root: when given, the folder that image paths are relative to; it and the first image of each split must exist.
         required: keys that every item must have; add ``"report"`` for image-report training.
 
-    Returns:
-        The datalist with all three splits present.
-
     Raises:
-        DataError: the file is missing, not JSON, or fails :func:`validate_datalist`, or images are not below
-            ``root``.
+        DataError: the file is missing, not JSON, or fails :func:`validate_datalist`, or images are not below ``root``.
     """
     path = Path(path).expanduser()
     try:
@@ -276,7 +254,6 @@ def select(datalist: dict[str, Any], split: str, dims: Iterable[int] | int | Non
     """Return the items of a split.
 
     Args:
-        split: ``"training"``, ``"validation"`` or ``"test"``.
         dims: 2, 3 or several of them; None keeps both.
 
     Raises:

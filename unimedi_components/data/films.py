@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """X-rays with what lies where in them: the way from files to network input with masks or boxes, and back."""
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,8 +26,6 @@ from unimedi_components.images.dicom import is_dicom, modality_values, read_head
 from unimedi_components.images.itk_loading import load_itk
 from unimedi_components.images.xray import LoadXrayd
 
-__all__ = ["TARGETS", "FilmMaskd", "film_transforms"]
-
 TARGETS = ("mask", "boxes")
 
 
@@ -54,7 +50,6 @@ class FilmMaskd(Transform):
 
         Raises:
             DataError: there is neither a mask file nor a list of boxes, or the mask has other pixels than the film.
-            OSError: the mask file cannot be read.
         """
         if data.get(self.mask) is None:
             if data.get(self.boxes) is None:

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a chain of transforms computes, as a hash: the part of a cache key that follows its parameters."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import json
@@ -17,8 +15,6 @@ import monai
 import numpy as np
 import torch
 from torch import Tensor
-
-__all__ = ["VERSION", "describe", "fingerprint"]
 
 #: Raise it when a transform of this package changes what it computes from the same parameters.
 VERSION = 2

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whatever a user names, files, folders or patterns, as items that a trained network can read."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,8 +11,6 @@ from unimedi_components.data.datalist import load_datalist, select
 from unimedi_components.data.slice_files import IMAGE_ENDINGS
 from unimedi_components.errors import DataError
 from unimedi_components.images import find
-
-__all__ = ["find_images"]
 
 logger = logging.getLogger(__name__)
 

@@ -5,8 +5,6 @@ A label map is a volume of integers on the voxels of its image: 0 is background,
 set's list of organs. Both files must agree in shape and affine, since the label of a voxel is found by index.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,8 +18,6 @@ from unimedi_components.data.sources import check_choice, progress_map
 from unimedi_components.images.checks import CTLimits, check_ct
 from unimedi_components.images.volume import read_volume_header
 from unimedi_components.images.xray_checks import IMAGE_CHECKS
-
-__all__ = ["Case", "add_cases", "geometry_difference", "pair_fault", "unknown_labels"]
 
 BACKGROUND = "background"
 #: Header fields are rounded differently by each tool; by more than this share of a voxel two grids differ.
@@ -60,7 +56,6 @@ def add_cases(
 
     Args:
         builder: gets items ``{"id", "patient", "image", "mask", "dim": 3}``, the task and the label names.
-        root: folder that the paths are relative to.
         organs: names of the labels 1, 2, ... in order.
         check: see :func:`pair_fault`.
 
@@ -105,7 +100,6 @@ def pair_fault(
         check: ``"quick"`` reads the headers, some slices of the image (Hounsfield units) and the whole label
             map; ``"full"`` reads every voxel of the image too; ``"exists"`` only asks whether the files are
             there; ``"none"`` does not look at all.
-        hounsfield: whether the image must be in Hounsfield units.
 
     Returns:
         None when sound, otherwise ``(reason, detail)``. Reasons: those of
@@ -178,12 +172,6 @@ def geometry_difference(
     image_shape: Sequence[int], image_affine: Any, mask_shape: Sequence[int], mask_affine: Any
 ) -> str:
     """Say how the voxels of a label map lie elsewhere than those of its image.
-
-    Args:
-        image_shape: voxels along the three axes of the image.
-        image_affine: its affine (4, 4) to mm; it must be regular.
-        mask_shape: voxels along the three axes of the label map.
-        mask_affine: its affine (4, 4) to mm.
 
     Returns:
         An empty string when shapes agree and corners lie within a tenth of a voxel; otherwise both geometries.

@@ -8,8 +8,6 @@ or in parts. Coordinates are ITK's, LPS in mm; voxel indices follow from the fil
 ``TransformMatrix``, which turns x and y around in some scans.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,8 +22,6 @@ from unimedi_components.errors import ConfigError, DataError
 from unimedi_components.images.checks import Fault, check_metaimage
 from unimedi_components.images.itk_volumes import VolumeGeometry, world_to_voxel
 from unimedi_components.images.xray_checks import IMAGE_CHECKS
-
-__all__ = ["LABEL_NAMES", "collect"]
 
 #: Class names by mode, in label order.
 LABEL_NAMES = {"volume": ["normal", "nodule"], "candidates": ["no nodule", "nodule"]}

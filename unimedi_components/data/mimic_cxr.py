@@ -7,8 +7,6 @@ Layout read: ``mimic-cxr-2.*-{metadata,split}.csv[.gz]``, optional ``-chexpert.c
 ``physionet.org/files/mimic-cxr-jpg/2.1.0/`` and ``physionet.org/files/mimic-cxr/2.1.0/``.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -27,8 +25,6 @@ from unimedi_components.data.sources import (
 )
 from unimedi_components.data.text import clean_report, split_sections
 from unimedi_components.errors import DataError
-
-__all__ = ["LABEL_MISSING", "collect"]
 
 SPLIT_NAMES = {"train": "training", "validate": "validation", "test": "test"}
 FRONTAL_VIEWS = ("PA", "AP")
@@ -68,17 +64,14 @@ def collect(
         min_sentences: fewest sentences after cleaning (the paper's three).
         fallback_sections: where a report has neither impression nor findings take its last paragraph or,
             without one, its comparison; otherwise such studies are dropped.
-        labels: add the 14 CheXpert labels if ``-chexpert.csv`` is there: 1, 0, -1 uncertain, -2 not
-            mentioned.
-        reports_root: folder with ``p10/p10000032/s50414267.txt`` (or with ``files/`` over it) if it is
-            elsewhere.
+        labels: add the 14 CheXpert labels if ``-chexpert.csv`` is there: 1, 0, -1 uncertain, -2 not mentioned.
+        reports_root: folder with ``p10/p10000032/s50414267.txt`` (or with ``files/`` over it) if it is elsewhere.
         sectioned_csv: MIT-LCP's ``mimic_cxr_sectioned.csv``, used instead of the report files.
 
     Returns:
-        The builder. Drop reasons: ``not a frontal view``, ``no view position``, ``duplicate id``, ``no
-        official split``, ``missing report``, ``unreadable report``, ``no findings or impression``, ``fewer
-        than N sentences``, ``fewer than N tokens``, ``missing image``, ``unreadable image``, ``patient in
-        another split``.
+        The builder. Drop reasons: ``not a frontal view``, ``no view position``, ``duplicate id``, ``no official
+        split``, ``missing report``, ``unreadable report``, ``no findings or impression``, ``fewer than N sentences``,
+        ``fewer than N tokens``, ``missing image``, ``unreadable image``, ``patient in another split``.
 
     Raises:
         DataError: a table is missing or lacks a column, or a fault under ``strict``.

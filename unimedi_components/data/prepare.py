@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """``prepare``: a data set in its own layout to a datalist, with an account of what was kept and dropped."""
 
-from __future__ import annotations
-
 import inspect
 import math
 import os
@@ -22,8 +20,6 @@ from unimedi_components.data.datalist import (
 from unimedi_components.data.sources import nearest_hint
 from unimedi_components.data.splits import nested_fraction
 from unimedi_components.errors import ConfigError, DataError
-
-__all__ = ["merge_datalists", "prepare"]
 
 EXAMPLES = 3
 
@@ -52,8 +48,7 @@ def prepare(
     Raises:
         ConfigError: the data set or an option is unknown (the nearest known name is given), an option is of another
             type, or ``out`` is a folder.
-        DataError: a fault of the data set as a whole, nothing was kept, or a fault of one file under
-            ``strict``.
+        DataError: a fault of the data set as a whole, nothing was kept, or a fault of one file under ``strict``.
     """
     collect = find_dataset(dataset).collect
     if Path(out).expanduser().is_dir():
@@ -95,11 +90,7 @@ def prepare(
 
 
 def _plain_value(place: str, parameter: inspect.Parameter, value: Any) -> Any:
-    """Return an option's value, checked by the type of its default; the command line reads a folder 2024 as a number.
-
-    Raises:
-        ConfigError: the value is of another type.
-    """
+    """An option's value, checked by the type of its default; the command line reads a folder 2024 as a number."""
     default = parameter.default
     if isinstance(default, bool):
         kind, right = "True or False", isinstance(value, bool)

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a pre-training run reads: one datalist over an X-ray and a CT data set, and a tokenizer for their reports."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +12,6 @@ from unimedi_components.data.vocabulary import build_wordpiece
 from unimedi_components.distributed import first_rank_first
 from unimedi_components.errors import DataError
 from unimedi_components.workflow import only_a_network_is_wanted
-
-__all__ = ["pretraining_datalist", "report_tokenizer"]
 
 SOURCES = ("mimic_cxr", "bimcv")
 
@@ -34,8 +30,6 @@ def pretraining_datalist(
         phantoms: number of phantom patients to write for each source first, where they are not there yet; None or
             empty expects real data.
         phantom_seed: seed of the phantoms.
-        sources: layouts to join.
-        options: passed to the converters, for example `min_sentences`.
 
     Returns:
         path of `<dataset_dir>/pretrain.json`.

@@ -1,15 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is known of each data set: the command ``datasets`` prints it, ``prepare`` calls its converter."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from unimedi_components.data.datalist import DatalistBuilder
-
-__all__ = ["OPTIONS", "Dataset"]
 
 #: Options that converters share; a docstring describes the others, and those that mean something else there.
 OPTIONS = {

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The way back from the network's grid to the voxels and pixels of the file."""
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
@@ -14,8 +12,6 @@ from monai.transforms.utils import allow_missing_keys_mode
 
 from unimedi_components.errors import DataError
 
-__all__ = ["Restored"]
-
 
 class Restored(Transform):
     """Bring scores on the network's grid back to the geometry of the image's file.
@@ -24,7 +20,6 @@ class Restored(Transform):
     one class at a time, so that memory holds two classes of the file's size; linear, so that outlines stay smooth.
 
     Args:
-        transform: the preparation that the image went through.
         labels: give the class of the highest score, uint8 (1, ...), in place of the scores, float32 (C, ...).
         keys: of the scores, (C, H, W) or (C, D, H, W), which the result replaces.
         orig_keys: of the prepared image, a MetaTensor.

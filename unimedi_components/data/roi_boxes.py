@@ -8,8 +8,6 @@ Slicer read it from the file. A PNG or JPG has spacing 1 and origin 0, so that t
 film without a position has origin 0 and its pixel spacing.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +19,6 @@ from PIL import Image, ImageOps
 from unimedi_components.errors import DataError
 from unimedi_components.images.headers import DicomHeader, is_dicom, read_header
 from unimedi_components.images.itk_loading import load_itk
-
-__all__ = ["boxes_of_rois", "film_affine", "rois_of_boxes"]
 
 Array = npt.NDArray[np.float64]
 

@@ -1,14 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """RSNA Pneumonia Detection Challenge, stage 2, to a datalist of labels, masks or boxes (S4.2.1).
 
-Layout read: ``stage_2_train_labels.csv[.gz]`` {patientId, x, y, width, height, Target} with one row per box,
-optional ``stage_2_detailed_class_info.csv[.gz]`` {patientId, class}, and
-``stage_2_train_images/PATIENT_ID.dcm``, one film of 1024 x 1024 pixels per patient; each archive may be unpacked into a
-folder of its own name. The official files hold
+Layout read: ``stage_2_train_labels.csv[.gz]`` {patientId, x, y, width, height, Target} with one row per box, optional
+``stage_2_detailed_class_info.csv[.gz]`` {patientId, class}, and ``stage_2_train_images/PATIENT_ID.dcm``, one film of
+1024 x 1024 pixels per patient; each archive may be unpacked into a folder of its own name. The official files hold
 30,227 rows of 26,684 patients, 6,012 of them positive (the paper's "29,700" is an error).
 """
-
-from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,8 +25,6 @@ from unimedi_components.data.sources import (
     xray_faults,
 )
 from unimedi_components.errors import DataError
-
-__all__ = ["SPLIT_SOURCES", "TASKS", "collect", "paper_split"]
 
 #: Task -> its name in the meta block, share of the patients held out for validation and test together.
 TASKS = {"classification": ("binary", 0.3), "segmentation": ("segmentation", 0.4), "detection": ("detection", 0.4)}
@@ -65,11 +60,10 @@ def collect(
             ids are used.
 
     Returns:
-        The builder. Drop reasons: ``no patient id``, ``duplicate row`` (a box that stands twice), ``target and
-        boxes disagree`` (target neither 0 nor 1, or not the same in all rows; 1 without or 0 with a box),
-        ``unusable box`` (missing, negative or non-numeric values, no area), ``no official split``,
-        ``patient in another split``, ``listed but not in the labels`` (the last three with LoVT's lists),
-        ``missing image``, ``unreadable image``.
+        The builder. Drop reasons: ``no patient id``, ``duplicate row`` (a box that stands twice), ``target and boxes
+        disagree`` (target neither 0 nor 1, or not the same in all rows; 1 without or 0 with a box), ``unusable box``
+        (missing, negative or non-numeric values, no area), ``no official split``, ``patient in another split``,
+        ``listed but not in the labels`` (the last three with LoVT's lists), ``missing image``, ``unreadable image``.
 
     Raises:
         ConfigError: an option has an unknown value.
@@ -185,18 +179,10 @@ def _classes(builder: DatalistBuilder, folder: Path, base: Path) -> dict[str, st
 def paper_split(patients: Sequence[str], task: str) -> dict[str, str]:
     """Split as the MGCA repository does, whose numbers the paper reports: at random, not stratified.
 
-    scikit-learn's ``train_test_split`` with ``random_state=0`` on the sorted patients, twice: the first part
-    is for training, and of the rest the first half for test and the second for validation. 26,684 patients
-    give 18,678 / 4,003 / 4,003 (training / validation / test) for classification; 16,010 / 5,337 / 5,337 for
-    segmentation and detection, where MGCA holds out 2 x 5,337, which is 40%. Other numbers of patients are
-    split by the same shares.
-
-    Args:
-        patients: all patients of the table, also those that are dropped later.
-        task: one of :data:`TASKS`.
-
-    Returns:
-        patient -> split.
+    scikit-learn's ``train_test_split`` with ``random_state=0`` on the sorted patients, twice: the first part is for
+    training, and of the rest the first half for test and the second for validation. 26,684 patients give 18,678 / 4,003
+    / 4,003 (training / validation / test) for classification; 16,010 / 5,337 / 5,337 for segmentation and detection,
+    where MGCA holds out 2 x 5,337, which is 40%. Other numbers of patients are split by the same shares.
 
     Raises:
         DataError: there are too few patients for three splits.

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """CT volumes with label maps of organs: the way from files to network input, and back for predictions."""
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -24,8 +22,6 @@ from unimedi_components.data.volume_loading import LoadVolumed, Uprightd
 from unimedi_components.errors import DataError
 from unimedi_components.images.itk_loading import load_imaged
 
-__all__ = ["CheckLabelMapd", "segmentation_transforms"]
-
 
 class CheckLabelMapd(Transform):
     """Let a label map pass that has its image's voxels and whole numbers; give it the image's affine.
@@ -33,8 +29,6 @@ class CheckLabelMapd(Transform):
     The same affine on both keeps differences of rounding out of the resampling that follows.
 
     Args:
-        image: key of the image.
-        mask: key of the label map.
         num_classes: number of labels with the background; None allows any up to 255.
     """
 

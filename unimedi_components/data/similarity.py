@@ -1,16 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random rotation and scale of an image and its mask, with one scale factor for all axes."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
 from monai.config import KeysCollection
 from monai.transforms import RandAffined
 from monai.transforms.spatial.array import RandAffineGrid
-
-__all__ = ["RandSimilarityd"]
 
 
 class _OneScaleGrid(RandAffineGrid):
@@ -28,10 +24,8 @@ class RandSimilarityd(RandAffined):
     Args:
         keys: of images and masks (C, *size), all moved alike.
         scale_range: (min, max); 1 is added. Above 0 the content shrinks, since it scales the sampling grid.
-        rotate_range: as of RandAffined, in radians.
         prob: of a drawn transform for a case.
         mode: interpolation, for each key.
-        padding_mode: what lies outside, for each key.
 
     Raises:
         ValueError: `scale_range` is not a pair.

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Folders of slice images: which file is which slice, and which slices stand for the whole scan."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Sequence
@@ -10,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from unimedi_components.errors import DataError
-
-__all__ = ["FIRST_SLICES", "IMAGE_ENDINGS", "checked_end", "evenly_spread", "in_slice_order", "slice_files"]
 
 FIRST_SLICES = ("head", "foot")
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
@@ -52,9 +48,7 @@ def slice_files(folder: str | Path, slices: Sequence[str] | None = None, first_s
     """List the files of a volume from its lowest slice to its highest.
 
     Args:
-        slices: the names that make up the volume, in the scan's order; None takes every image of the folder by
-            number.
-        first_slice: end of the patient that the first slice shows, ``"head"`` or ``"foot"``.
+        slices: the names that make up the volume, in the scan's order; None takes every image of the folder by number.
 
     Raises:
         DataError: there is no folder, or no slice in it.
@@ -70,11 +64,7 @@ def slice_files(folder: str | Path, slices: Sequence[str] | None = None, first_s
 
 
 def checked_end(first_slice: str) -> str:
-    """Return `first_slice` if it is one of `FIRST_SLICES`.
-
-    Raises:
-        DataError: it is neither.
-    """
+    """Return `first_slice` if it is one of `FIRST_SLICES`. Raises DataError: it is neither."""
     if first_slice not in FIRST_SLICES:
         raise DataError(f"first_slice {first_slice!r} is unknown. Use one of {', '.join(FIRST_SLICES)}.")
     return first_slice

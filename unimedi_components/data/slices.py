@@ -5,8 +5,6 @@ Such images hold grey levels and no Hounsfield units: intensity / 255 is all tha
 spacing nor direction is stored. What the first slice shows is therefore said by the caller.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
@@ -23,8 +21,6 @@ from unimedi_components.data.slice_files import IMAGE_ENDINGS, checked_end, even
 from unimedi_components.errors import DataError
 from unimedi_components.images.itk_loading import load_imaged
 
-__all__ = ["ChooseSlicesd", "SliceFolderReader", "slice_volume_transforms"]
-
 
 class ChooseSlicesd(MapTransform):
     """Replace a folder by the files of a number of its slices, spread evenly, from the lowest to the highest.
@@ -33,9 +29,7 @@ class ChooseSlicesd(MapTransform):
     every image of the folder counts, by number.
 
     Args:
-        keys: keys of folders.
         depth: number of slices; None takes all of them.
-        first_slice: end of the patient that the first slice shows, ``"head"`` or ``"foot"``.
 
     Raises:
         DataError: `first_slice` is neither, or `depth` is below 1.
@@ -144,7 +138,6 @@ def slice_volume_transforms(
 
     Args:
         spatial_size: D, H, W of the result.
-        first_slice: end of the patient that the first slice shows, ``"head"`` or ``"foot"``.
         grey_window: Hounsfield units that black and white stand for, where that is known: the volume then looks to
             the network as :func:`~unimedi_components.data.transforms.ct_transforms` would show it. None maps black
             to -1 and white to 1.

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reading the tables and folders that data sets ship: csv and tsv, plain or gzipped."""
 
-from __future__ import annotations
-
 import codecs
 import difflib
 import gzip
@@ -24,30 +22,12 @@ from tqdm import tqdm
 from unimedi_components.errors import ConfigError, DataError
 from unimedi_components.images.xray_checks import xray_fault
 
-__all__ = [
-    "check_choice",
-    "existing_root",
-    "find_source",
-    "first_source",
-    "folders_below",
-    "nearest_hint",
-    "progress_map",
-    "read_source",
-    "read_text",
-    "sha256_of",
-    "undoubled",
-    "xray_faults",
-]
-
 # what macOS leaves beside the files of an archive
 _NOT_DATA = ("__MACOSX",)
 
 
 def nearest_hint(name: str, known: Iterable[str]) -> str:
     """Say which known name an unknown one resembles most.
-
-    Returns:
-        ``"did you mean 'report'? "`` or, when nothing is similar, an empty string.
 
     Example:
         >>> nearest_hint("reports", ["image", "report"])
@@ -71,11 +51,7 @@ def check_choice(option: str, value: Any, known: Iterable[str], hint: bool = Fal
 
 
 def existing_root(root: str | Path, dataset: str) -> Path:
-    """Return ``root`` as a path.
-
-    Raises:
-        DataError: the folder does not exist or is a file.
-    """
+    """Return ``root`` as a path. Raises DataError: the folder does not exist or is a file."""
     path = Path(root).expanduser()
     if not path.exists():
         raise DataError(f"{path}: no such folder. Give the folder that holds the {dataset} data as ROOT.")
@@ -114,7 +90,6 @@ def folders_below(root: Path, depth: int, closed: Callable[[Path], bool]) -> lis
     """Return ``root`` and the folders below it, the nearer first: archives unpack into folders of their own.
 
     Args:
-        root: where to start; always looked into.
         depth: how many levels to go down.
         closed: folders of which it is true are returned, but not looked into.
     """
@@ -157,8 +132,7 @@ def read_source(path: Path, required: Sequence[str] = (), sep: str = ",", remedy
         remedy: sentence that ends the message about a missing column.
 
     Raises:
-        DataError: the file is missing, empty, not a table, or lacks a required column (the nearest one is
-            named).
+        DataError: the file is missing, empty, not a table, or lacks a required column (the nearest one is named).
     """
     try:
         frame = _read_cells(path, sep)

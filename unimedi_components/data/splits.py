@@ -6,16 +6,12 @@ the machine or on a random generator's version, and a smaller fraction is always
 fraction takes patients of every label in turn, so that even a small one keeps the labels' proportions.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from unimedi_components.errors import DataError
-
-__all__ = ["hold_out", "nested_fraction", "patient_order", "split_patients", "strata_by_dim", "strata_by_label"]
 
 _RARE = 10
 
@@ -45,7 +41,6 @@ def hold_out(images: Mapping[str, int], count: int, seed: int) -> set[str]:
     """Choose patients that have a given number of images together.
 
     Args:
-        images: patient -> number of images.
         seed: seed of the order. Patients are taken in that order; one whose images would exceed the number is
             passed over.
 
@@ -69,12 +64,9 @@ def split_patients(
 
     Args:
         strata: patient -> group; each group is split by itself, so that X-rays and CTs reach every split.
-        validation_fraction: share of the patients for validation, in [0, 1).
-        test_fraction: share of the patients for test, in [0, 1).
 
     Returns:
-        patient -> split. A group of three or more has at least one patient in each split
-        whose share is not 0.
+        patient -> split. A group of three or more has at least one patient in each split whose share is not 0.
 
     Raises:
         DataError: the shares are negative or leave nothing for training.
@@ -105,8 +97,7 @@ def nested_fraction(items: Sequence[dict[str, Any]], fraction: float, seed: int 
     Args:
         fraction: share of the patients in (0, 1], taken among X-ray and among CT patients alike, rounded to
             the nearest number and at least one (20, 40 and 100% of 21 are 4, 8 and 21).
-        seed: seed of the order. With one seed the items of 0.01 are contained in those of 0.1, and these in
-            1.0.
+        seed: seed of the order. With one seed the items of 0.01 are contained in those of 0.1, and these in 1.0.
 
     Returns:
         The kept items in their order. Each label (each combination of labels, where an image has several)

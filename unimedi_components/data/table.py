@@ -1,13 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A team's own csv files to a datalist.
 
-Columns ``image`` and ``report``, optional ``patient``, ``split``, ``label``, ``id``. An image is a 2D file
-(jpg, png, dcm, ...) or a CT volume (nii, nii.gz, mhd, nrrd, or the folder of a DICOM series); its path is
-absolute or relative to the csv's folder. Several csv files make one datalist, for example X-rays in one and
-CTs in the other.
+Columns ``image`` and ``report``, optional ``patient``, ``split``, ``label``, ``id``. An image is a 2D file (jpg, png,
+dcm, ...) or a CT volume (nii, nii.gz, mhd, nrrd, or the folder of a DICOM series); its path is absolute or relative to
+the csv's folder. Several csv files make one datalist, for example X-rays in one and CTs in the other.
 """
-
-from __future__ import annotations
 
 import os
 from collections.abc import Sequence
@@ -25,8 +22,6 @@ from unimedi_components.images.checks import ASSUME_HU, CTLimits, check_ct, shor
 from unimedi_components.images.find import VOLUME_ENDINGS, image_at
 from unimedi_components.images.identify import PICTURES, VOLUMES, content_fault, identify
 from unimedi_components.images.xray_checks import IMAGE_CHECKS, xray_fault
-
-__all__ = ["collect"]
 
 SPLIT_NAMES = {
     **dict.fromkeys(("training", "train", "tr"), "training"),
@@ -54,10 +49,7 @@ class _Row:
 def _find_image(
     path: Path, check: str, limits: CTLimits, assume_hu: bool
 ) -> tuple[dict[str, Any], tuple[str, str] | None]:
-    """The fields of an item that say what an image is, and its fault.
-
-    Content decides; without a look at the images (``check`` "none" or "exists"), the name does.
-    """
+    """The fields of an item that say what an image is, and its fault."""
     if check == "none" or not path.exists() or (check == "exists" and not path.is_dir()):
         dim = 3 if path.name.lower().endswith(VOLUME_ENDINGS) or path.is_dir() else 2
         return {"dim": dim}, None if check == "none" or path.exists() else ("missing image", f"{path}: no such file")
@@ -120,8 +112,7 @@ def collect(
         validation_fraction: share of the patients for validation, where there is no ``split`` column; X-ray
             and CT patients are split apart, so that both reach every split.
         test_fraction: share of the patients for test, likewise.
-        min_sentences: fewest sentences after cleaning; 1, since captions are short (the paper's data sets use
-            3).
+        min_sentences: fewest sentences after cleaning; 1, since captions are short (the paper's data sets use 3).
         language: ``"en"`` drops reports that are recognisably Spanish, ``"any"`` keeps all.
         check_images: for 2D images ``"full"`` (decode, as every other command does), ``"quick"`` (first and last
             bytes, for a great many), ``"exists"`` or ``"none"``.
@@ -311,20 +302,7 @@ def _add_labels(
     task: str | None = None,
     label_names: str | Sequence[str] | None = None,
 ) -> None:
-    """Turn label cells into class numbers, 0/1 vectors or mask paths.
-
-    Args:
-        builder: its meta block gets the names and the task.
-        cells: for each item its label cell and the folder of its table; the item gets ``label`` or ``mask``. Several
-            names in a cell are separated by ``|``.
-        base: folder that mask paths are relative to.
-        task: how labels are written; None gives ``[int]`` for numbers and 0/1 vectors over the names otherwise.
-        label_names: classes or findings in order; findings that are not among them do not count.
-
-    Raises:
-        ConfigError: an unknown task, or names without one.
-        DataError: a label is none of the classes.
-    """
+    """Turn label cells into class numbers, 0/1 vectors or mask paths."""
     if task is not None and task not in TASKS:
         raise ConfigError(f"task={task!r} is unknown. Use one of {', '.join(TASKS)}.")
     if label_names is not None and task is None:

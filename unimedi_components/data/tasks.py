@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The datalist of a task bundle: phantoms where asked for, then the data set's own converter."""
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Sequence
@@ -15,8 +13,6 @@ from unimedi_components.data.prepare import prepare
 from unimedi_components.data.splits import nested_fraction
 from unimedi_components.distributed import first_rank_first
 from unimedi_components.errors import DataError
-
-__all__ = ["load_task", "task_datalist"]
 
 logger = logging.getLogger(__name__)
 
@@ -34,15 +30,10 @@ def task_datalist(
     A datalist that this did not make (the command `prepare`, or a person, did) is taken as it is.
 
     Args:
-        dataset: a name of the command `datasets`.
         dataset_dir: folder with the data set in its own layout; image paths are relative to it.
         phantoms: number of phantom patients to write there first, if they are not there yet; None expects real data.
         phantom_seed: seed of the phantoms.
         out: the datalist; by default beside the folder, `<dataset_dir>.json`.
-        options: of the data set's converter, for example `uncertain`.
-
-    Returns:
-        path of the datalist.
 
     Raises:
         DataError: the data set is missing, or nothing in it can be used.
@@ -83,14 +74,9 @@ def load_task(
     """Read a datalist for a task and check that it has what the task needs.
 
     Args:
-        path: the datalist.
         root: folder that its image paths are relative to.
-        dim: 2 or 3; items of the other dimension are left out.
-        task: what the config expects of `meta.task`.
-        label_names: what the config expects of `meta.label_names`.
         label_fraction: share of the patients whose training items are kept, nested over fractions and stratified by
             label.
-        fraction_seed: of their choice.
 
     Raises:
         DataError: unreadable, without items of this dimension, or labelled for another task.

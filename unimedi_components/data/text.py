@@ -1,13 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Radiology reports: sections, sentences, cleaning and a language check."""
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from typing import NamedTuple
-
-__all__ = ["CleanReport", "as_trained", "clean_report", "report_language", "split_sections"]
 
 # A header starts a line after one blank and ends with a colon (the layout of MIMIC-CXR 2.0.0 report files).
 _HEADER = re.compile(r"\n ([A-Z ()/,-]+):\s")
@@ -65,14 +61,10 @@ def _section_kind(header: str) -> str:
 def split_sections(text: str) -> dict[str, str]:
     """Cut a MIMIC-CXR report into the four sections that matter.
 
-    Matches the behaviour documented for MIT-LCP's ``create_section_files.py``: a header is ``\\n ([A-Z
-    ()/,-]+):\\s``; of sections with the same name the last counts; ``FINDINGS AND IMPRESSION`` is findings, a
-    header that only names the views (``PA AND LATERAL CHEST:``) stands for findings when no findings header
-    does; a report with neither findings nor impression gives ``last_paragraph``, what follows the first blank
-    line of its last section.
-
-    Args:
-        text: the whole report.
+    Matches the behaviour documented for MIT-LCP's ``create_section_files.py``: a header is ``\\n ([A-Z ()/,-]+):\\s``;
+    of sections with the same name the last counts; ``FINDINGS AND IMPRESSION`` is findings, a header that only names
+    the views (``PA AND LATERAL CHEST:``) stands for findings when no findings header does; a report with neither
+    findings nor impression gives ``last_paragraph``, what follows the first blank line of its last section.
 
     Returns:
         ``impression``, ``findings``, ``last_paragraph`` and ``comparison``; ``""`` where absent.
@@ -111,13 +103,9 @@ def clean_report(text: str, keep_punct: bool = False, min_tokens: int = 2) -> Cl
     (MGCA ``pretrain_dataset.py``; like it, this cuts ``3.5`` in two).
 
     Args:
-        text: report or sections.
         keep_punct: keep the punctuation within sentences and decimal points, and end each sentence with a
             period, as BERT's own training text has it.
         min_tokens: fewest tokens of a piece that is kept.
-
-    Returns:
-        The cleaned text with its number of sentences and of word tokens.
 
     Example:
         >>> clean_report("1. No effusion. 2. Heart\\nis normal.")
@@ -145,7 +133,6 @@ def as_trained(text: str, keep_punct: bool, min_tokens: int = 2) -> str:
     What `clean_report` made with the same `keep_punct` stays as it is; punctuation that it left out does not come back.
 
     Args:
-        text: any text.
         keep_punct: whether the training reports kept their punctuation, see `Pretrained.keep_punct`.
         min_tokens: see `clean_report`; 1 keeps single words, which a query may be.
 
@@ -161,9 +148,6 @@ def as_trained(text: str, keep_punct: bool, min_tokens: int = 2) -> str:
 
 def report_language(text: str) -> str | None:
     """Guess whether a report is English or Spanish from its common words.
-
-    Args:
-        text: the report, any length.
 
     Returns:
         ``"en"``, ``"es"``, or None when the words do not tell (short texts, other languages).

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """From files to network input: upright X-rays (1, H, W) and oriented CT volumes (1, D, H, W) in [-1, 1].
 
-The chains are lists of MONAI transforms, so that a config can extend or replace them. `ByDimension` runs the
-chain that fits an item and keeps its random part apart, which is what lets a persistent dataset cache the
-rest.
+The chains are lists of MONAI transforms, so that a config can extend or replace them. `ByDimension` runs the chain that
+fits an item and keeps its random part apart, which is what lets a persistent dataset cache the rest.
 """
 
 from __future__ import annotations
@@ -40,18 +39,7 @@ from torch.nn.functional import adaptive_avg_pool3d
 from unimedi_components.data.fingerprint import fingerprint
 from unimedi_components.data.volume_loading import LoadVolumed, Uprightd
 from unimedi_components.errors import DataError
-from unimedi_components.images.xray import LoadXrayd, XrayReader
-
-__all__ = [
-    "ByDimension",
-    "CheckVolumed",
-    "LoadVolumed",
-    "WindowAread",
-    "XrayReader",
-    "ct_transforms",
-    "input_transforms",
-    "xray_transforms",
-]
+from unimedi_components.images.xray import LoadXrayd
 
 # nibabel's letter pairs, spelled out because MONAI otherwise follows each reader's own `space`
 RAS_LABELS = (("L", "R"), ("P", "A"), ("I", "S"))
@@ -125,12 +113,10 @@ def xray_transforms(
 ) -> list[Transform]:
     """Transforms of one X-ray item: file to "image", (1, size, size) in [-1, 1], black and padding at -1.
 
-    The long side is resized (area), the short side padded with black on both sides to a square, and a square
-    of `size` cropped. A random crop comes last, so that all before it can be cached. This is what the MGCA
-    repository does.
+    The long side is resized (area), the short side padded with black on both sides to a square, and a square of `size`
+    cropped. A random crop comes last, so that all before it can be cached. This is what the MGCA repository does.
 
     Args:
-        size: pixels per side of the result.
         long_side: pixels of the padded square; None keeps the ratio of 256 to 224.
         random_crop: crop at a random place (training) instead of the centre.
         jitter: random contrast and brightness (training), as a share and as an offset of at most this much.
@@ -194,7 +180,6 @@ def ct_transforms(
         random_shift: move the volume in the plane by up to this many voxels (training), with air behind it.
         rotate: turn it in the plane by up to this many degrees to either side (training). It is never flipped: the side
             of an organ or a finding is in the reports.
-        jitter: see `xray_transforms`.
     """
     steps: list[Transform] = [
         LoadVolumed("image"),
@@ -256,10 +241,6 @@ class ByDimension(Compose):
     As a `Compose` it holds two transforms: the chains up to their first random transform, and the rest.
     Caching datasets (`monai.data.PersistentDataset`, `CacheDataset`) split it there, so each dimension's
     chain is cached as far as can be.
-
-    Args:
-        two_d: transforms of X-ray items, for example `xray_transforms(...)`; empty when there are none.
-        three_d: transforms of CT items, for example `ct_transforms(...)`; empty when there are none.
 
     Attributes:
         fingerprints: per dimension, a hash of what its deterministic transforms compute, for cache keys.

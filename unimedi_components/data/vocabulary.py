@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """WordPiece vocabulary of the training reports, for the small report encoder that is trained from scratch."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -16,8 +14,6 @@ from transformers.models.bert.tokenization_bert import BertTokenizer
 
 from unimedi_components.errors import DataError
 
-__all__ = ["SPECIAL_TOKENS", "build_wordpiece"]
-
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _MIN_FREQUENCY = 2
 _MAX_LENGTH = 512
@@ -29,23 +25,17 @@ def build_wordpiece(
 ) -> str:
     """Learn a WordPiece vocabulary and save it as a tokenizer folder of `transformers`.
 
-    The folder is written whole or not at all, and equal reports give equal bytes. A folder that was built
-    from the same reports with the same settings is left as it is, so this may run at the start of every
-    training, on every rank. Pass the reports of the training split only: words of the held-out reports must
-    not leak into the vocabulary.
+    The folder is written whole or not at all, and equal reports give equal bytes. A folder that was built from the same
+    reports with the same settings is left as it is, so this may run at the start of every training, on every rank. Pass
+    the reports of the training split only: words of the held-out reports must not leak into the vocabulary.
 
     Args:
-        out_dir: folder to make; `transformers.AutoTokenizer.from_pretrained(out_dir)` loads it without a
-            network.
+        out_dir: folder to make; `transformers.AutoTokenizer.from_pretrained(out_dir)` loads it without a network.
         vocab_size: largest number of tokens, with the five special ones ([PAD] is 0) and the characters.
         lowercase: fold case and strip accents, as BERT's uncased models do.
 
-    Returns:
-        `out_dir` as a string.
-
     Raises:
-        DataError: there is no report text, `vocab_size` has no room for words, or `out_dir` holds something
-            else.
+        DataError: there is no report text, `vocab_size` has no room for words, or `out_dir` holds something else.
     """
     texts = [text for text in reports if text and text.strip()]
     if not texts:

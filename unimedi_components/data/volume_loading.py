@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Volumes from files into transform chains, and upright where a gantry was tilted."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
@@ -20,8 +18,6 @@ from unimedi_components.images.checks import NOT_FINITE, SAMPLED_SLICES, CTLimit
 from unimedi_components.images.itk_volumes import AIR_HU
 from unimedi_components.images.volume import VolumeHeader, read_volume
 
-__all__ = ["LoadVolumed", "Uprightd", "part_of", "with_part"]
-
 _GEOMETRY = CTLimits(min_slices=2, min_megabytes=0.0)
 # axes that are further from right angles than this (a tilt of 0.1 degrees) are resampled
 _SHEAR = 1.7e-3
@@ -33,10 +29,6 @@ class LoadVolumed(MapTransform):
     Each key becomes a MetaTensor (1, X, Y, Z), int16 or float32 as of `read_volume`, in the file's own axes and affine.
     "assume_hu" and "check_hu" of an item say what to make of values that may be no Hounsfield units. What `prepare` and
     `inspect` say of a file is decided by the same readers and checks.
-
-    Args:
-        keys: of paths.
-        allow_missing_keys: pass over keys that an item lacks.
     """
 
     def __init__(self, keys: KeysCollection, allow_missing_keys: bool = False) -> None:
@@ -103,8 +95,6 @@ class Uprightd(MapTransform, InvertibleTransform):
 
     Args:
         keys: of MetaTensors (C, D, H, W) whose first axis runs along the slices.
-        modes: of interpolation, one a key.
-        fill: value outside the field of view, one a key.
     """
 
     def __init__(

@@ -7,8 +7,6 @@ search across X-rays and volumes takes for likeness. Statistics measured anew on
 "precise batch normalisation", Wu and Johnson, "Rethinking 'Batch' in BatchNorm", arXiv 2105.07576).
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterator
 from itertools import islice
@@ -22,8 +20,6 @@ from unimedi_components.distributed import broadcast, rank, unwrap
 from unimedi_components.engines.samples import spread_images
 from unimedi_components.networks.heads import ProjectionHead
 from unimedi_components.networks.modality_norm import ModalityBatchNorm1d
-
-__all__ = ["CalibrateProjection", "calibrate_projection"]
 
 logger = logging.getLogger(__name__)
 
@@ -53,10 +49,7 @@ class CalibrateProjection:
     """After the last epoch, before it is validated and saved, calibrate the image projection on training images.
 
     Args:
-        network: `UniMedI`, or its distributed wrapper.
         dataset: training data set; readable images of each dimension, evenly spaced over it, are used.
-        samples: X-rays and volumes to use.
-        batch_size: images at a time.
     """
 
     def __init__(

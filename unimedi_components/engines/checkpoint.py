@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints of training runs: written whole or not at all, and resumed bit for bit."""
 
-from __future__ import annotations
-
 import copy
 import logging
 import math
@@ -21,8 +19,6 @@ from unimedi_components.errors import CheckpointError
 from unimedi_components.images.greys import FILM_VALUES
 from unimedi_components.networks.pretrained import CARD, FULL, TEXT, make_card, student_state
 from unimedi_components.networks.weights import load_strict
-
-__all__ = ["ResumableCheckpoint", "TaskCheckpoint", "TrainingCheckpoint", "atomic_save"]
 
 LAST = "last.pt"
 # MONAI Label offers every *.pt of a models folder as a model, and takes the first one
@@ -60,8 +56,6 @@ class ResumableCheckpoint:
     the subclass: `write_weights` after every epoch, `write_card` at the start.
 
     Args:
-        save_dir: the bundle's `models` folder.
-        network: the network in training, or its distributed wrapper.
         state: further objects with `state_dict`, by name: optimizer, lr_scheduler, loss, history.
         evaluator: validation engine whose key metric decides what is best, or None.
         resume: continue from `last.pt`; False starts anew and says so when an unfinished run is there.
@@ -188,14 +182,7 @@ class TrainingCheckpoint(ResumableCheckpoint):
     tokenizer again.
 
     Args:
-        save_dir: the bundle's `models` folder.
-        network: `UniMedI`, or its distributed wrapper.
-        state: see `ResumableCheckpoint`.
-        preprocessing: for the card, how images are prepared.
         tokenizer: saved once beside the report encoder's config.
-        evaluator: see `ResumableCheckpoint`, as for `resume`.
-        resume: continue an earlier run.
-        card: further entries of the card.
     """
 
     def __init__(
@@ -230,17 +217,9 @@ class TrainingCheckpoint(ResumableCheckpoint):
 
 class TaskCheckpoint(ResumableCheckpoint):
     """Checkpoints of a task's run: `model.pt` is the epoch with the best key metric, `last.ckpt` the newest.
-
-    `model.json` says how to build the network, what its outputs mean and how its input is prepared.
-
-    Args:
-        save_dir: the bundle's `models` folder.
-        network: a task's network, or its distributed wrapper.
-        state: see `ResumableCheckpoint`.
-        card: of `networks.network_card`.
-        evaluator: see `ResumableCheckpoint`, as for the others.
-        resume: continue an earlier run.
-        greater_is_better: False where the key metric is a loss.
+    // `model.json` says how to build the network, what its outputs mean and how its input is prepared.
+    // Args:
+        card: of `networks.network_card`. The others: see `ResumableCheckpoint`.
     """
 
     last = LAST_OF_TASK
@@ -274,11 +253,7 @@ def _film_values(preprocessing: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _read_training_state(path: Path) -> dict[str, Any]:
-    """Read `last.pt`.
-
-    Raises:
-        CheckpointError: damaged, or something else.
-    """
+    """Read `last.pt`. Raises CheckpointError: damaged, or something else."""
     remedy = "name the run's own ckpt_dir, or start anew without --resume"
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Early stopping whose state outlives an interruption."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -10,16 +8,12 @@ from typing import Any
 from ignite.engine import Engine
 from monai.handlers import EarlyStopHandler
 
-__all__ = ["EarlyStop"]
-
 
 class EarlyStop(EarlyStopHandler):
     """MONAI's early stopping by the validation's key metric, with a state that a resumed run takes up.
 
     Args:
-        evaluator: validation engine.
         patience: epochs without a better value after which the run ends; None never ends it.
-        greater_is_better: False where the key metric is a loss.
     """
 
     def __init__(self, evaluator: Engine, patience: int | None, greater_is_better: bool = False) -> None:

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Ignite handlers beyond MONAI's: EMA teacher, epoch seeds, gradient care, history."""
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Mapping, Sequence
@@ -17,20 +15,6 @@ from torch import Tensor, nn
 
 from unimedi_components.data.datalist import write_json
 from unimedi_components.distributed import rank, unwrap
-
-__all__ = [
-    "EndWithLoader",
-    "EpochSeed",
-    "GradientCare",
-    "History",
-    "SkippedStudies",
-    "TeacherUpdate",
-    "TensorBoardLosses",
-    "ValidationLog",
-    "defined_handler",
-    "losses",
-    "prepare_mixed_batch",
-]
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +36,6 @@ class EpochSeed:
     Seeds torch, moves the loader's sampler and data set, and the loss's temperature schedule, to the epoch.
 
     Args:
-        seed: the run's seed.
         loader: training loader; its `batch_sampler` and `dataset` are moved with `set_epoch` where they have it.
         loss: training loss with `set_epoch`, or None.
     """
@@ -76,7 +59,6 @@ class TeacherUpdate:
     """Move the EMA teacher after every optimizer step, with a momentum that rises on a cosine (DINO, iBOT, A-CLIP).
 
     Args:
-        network: `UniMedI`, or its distributed wrapper.
         momentum: at the first step.
         momentum_end: at the last step.
         total_steps: optimizer steps of the whole run.
@@ -117,7 +99,6 @@ class GradientCare:
     """Check the loss, clip the gradient, hold the DINO head's prototypes still at first (DINO's `freeze_last_layer`).
 
     Args:
-        network: `UniMedI`, or its distributed wrapper.
         max_norm: largest gradient norm over all parameters; None does not clip.
         freeze_last_layer_epochs: epochs in which the prototypes get no gradient.
     """
@@ -231,11 +212,7 @@ def losses(engine: Engine) -> dict[str, float]:
 
 
 class TensorBoardLosses(TensorBoardStatsHandler):
-    """MONAI's TensorBoard handler with the loss and its parts as one scalar each, from rank 0 alone.
-
-    Args:
-        log_dir: folder of the event files.
-    """
+    """MONAI's TensorBoard handler with the loss and its parts as one scalar each, from rank 0 alone."""
 
     def __init__(self, log_dir: str) -> None:
         # the base class opens an event file at once
@@ -252,7 +229,6 @@ class SkippedStudies:
     """At the end of a run, count the studies that could not be read and list them in `skipped.json`; rank 0's alone.
 
     Args:
-        datasets: of type `ImageDataset`.
         output_dir: folder to write to; a list that an earlier run left there is removed.
     """
 
@@ -288,11 +264,7 @@ class EndWithLoader:
 
 
 class ValidationLog(EndWithLoader):
-    """What a validation says after its epoch, in the log and in TensorBoard, from rank 0 alone; ends with the loader.
-
-    Args:
-        log_dir: folder of the event files.
-    """
+    """What a validation says after its epoch, in the log and in TensorBoard, from rank 0; ends with the loader."""
 
     def __init__(self, log_dir: str) -> None:
         self.parts: list[Any] = []

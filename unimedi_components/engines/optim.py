@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Parameter groups of the optimizer, schedules of the learning rate, and the type of mixed precision."""
 
-from __future__ import annotations
-
 import functools
 import logging
 import math
@@ -15,8 +13,6 @@ from torch import nn
 
 from unimedi_components.distributed import rank, unwrap
 from unimedi_components.errors import ConfigError
-
-__all__ = ["amp_dtype", "build_optimizer", "choose_recipe", "scaled_lr", "use_amp", "warmup_cosine", "warmup_poly"]
 
 NO_DECAY = (
     "cls_token",
@@ -107,8 +103,6 @@ def build_optimizer(
 
     Args:
         network: its trainable parameters are optimised; the teacher has none.
-        lr: peak learning rate.
-        weight_decay: of the decayed group.
         sampler, lr_batch, lr_rule: see `scaled_lr`; without `lr_batch` the learning rate stays as it is.
         encoder_lr: of a task's `encoder`, which pre-training has taught and which learns more slowly than its new
             decoder; None takes `lr`.
@@ -151,11 +145,6 @@ def warmup_cosine(
     """Linear warm-up from `start_lr`, then a cosine to `end_lr`, per optimizer step (section 4.1.2; MGCA's schedule).
 
     Args:
-        optimizer: its learning rate is the peak.
-        steps_per_epoch: optimizer steps in an epoch.
-        epochs: length of the whole schedule.
-        warmup_epochs: length of the warm-up.
-        start_lr: learning rate of the first step.
         end_lr: floor of the cosine.
 
     Raises:
@@ -179,8 +168,6 @@ def warmup_poly(
     """Linear warm-up, then polynomial decay to zero (nnU-Net's and UniMiSS's schedule), per optimizer step.
 
     Args:
-        optimizer: its learning rates are the peaks.
-        total_iters: steps of the whole run.
         power: of the decay; 0 keeps the peak.
         warmup_iters: steps of the warm-up; at most half of the run.
     """

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The progress bar of a training run."""
 
-from __future__ import annotations
-
 import sys
 from contextlib import ExitStack
 from typing import Any, TextIO
@@ -14,8 +12,6 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from unimedi_components.distributed import rank
 from unimedi_components.engines.handlers import losses
 
-__all__ = ["TrainingProgress"]
-
 
 class TrainingProgress:
     """One tqdm bar over all iterations of the run, with the epoch and the newest losses; on rank 0 alone.
@@ -24,7 +20,6 @@ class TrainingProgress:
     new state of the bar is printed at most every `interval` seconds.
 
     Args:
-        desc: what runs, shown before the bar.
         interval: seconds between two states of the bar where they pile up in a file.
         file: stream to write to; standard error by default.
     """

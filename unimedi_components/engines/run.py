@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """All that a training run does beside its schedule and its validation, as one handler."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,8 +26,6 @@ from unimedi_components.engines.target_information import WatchTargets
 from unimedi_components.engines.whitening import WhitenTokenizers
 from unimedi_components.networks.cards import network_card
 
-__all__ = ["PretrainingRun", "TaskRun", "set_up"]
-
 
 def set_up(seed: int, device: torch.device | str, matmul_precision: str | None = None) -> None:
     """Settings of the process: seeds, flash attention on a GPU alone, and how float32 matrices are multiplied.
@@ -37,8 +33,6 @@ def set_up(seed: int, device: torch.device | str, matmul_precision: str | None =
     On a CPU also torch's deterministic algorithms, which cost nothing there: a run gives the same weights again.
 
     Args:
-        seed: of random numbers; MONAI's determinism.
-        device: of the run.
         matmul_precision: of `torch.set_float32_matmul_precision`; None leaves it.
     """
     monai.utils.set_determinism(seed)
@@ -67,18 +61,11 @@ class TaskRun(_Run):
     The last of a trainer's handlers: what an epoch leaves is written after its validation.
 
     Args:
-        network: a task's network, or its distributed wrapper.
         optimizer, lr_scheduler: kept in `last.ckpt`, as the history is.
         loader: training loader, moved to each epoch.
-        evaluator: validation engine; its key metric decides what is best.
         datasets: training and validation images, whose unreadable files are listed.
         card: "task", "label_names" and "preprocessing" of the network's card.
-        ckpt_dir, output_dir: folders for checkpoints and for logs.
-        seed: of every epoch.
         resume: continue from `last.ckpt`.
-        max_grad_norm: see `GradientCare`.
-        patience: see `EarlyStop`.
-        greater_is_better: False where the key metric is a loss.
     """
 
     def __init__(
@@ -122,14 +109,9 @@ class PretrainingRun(_Run):
     """What `TaskRun` is to a task, with the teacher, the start of the tokenizers and the last calibration.
 
     Args:
-        network: `UniMedI`, or its distributed wrapper.
-        loss: `UniMediLoss`.
         optimizer, lr_scheduler, loader, evaluator, datasets: see `TaskRun`.
         preprocessing, tokenizer, card: see `TrainingCheckpoint`.
         total_steps: optimizer steps of the whole run, for the teacher's momentum.
-        ckpt_dir, output_dir, seed, resume: see `TaskRun`.
-        max_grad_norm, freeze_last_layer_epochs: see `GradientCare`.
-        momentum_teacher: at the first step.
         warmup_epochs: epochs in which collapsed targets are not warned of.
         whiten_tokenizers, whiten_eps, position_std: start new runs with whitened tokenizers, see `WhitenTokenizers`.
         calibrate: see `CalibrateProjection`.

@@ -1,14 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A sample of a data set for what is computed once from real images."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
-
-__all__ = ["spread_images"]
 
 
 def spread_images(dataset: Any, dim: int, count: int) -> Iterator[Tensor]:
@@ -16,8 +12,6 @@ def spread_images(dataset: Any, dim: int, count: int) -> Iterator[Tensor]:
 
     Args:
         dataset: `ImageDataset`, or anything with its `dims` and items.
-        dim: 2 or 3.
-        count: images wanted; all where there are fewer.
 
     Yields:
         (1, H, W) or (1, D, H, W).

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Watches in training whether the self-distillation targets tell images apart."""
 
-from __future__ import annotations
-
 import logging
 from typing import Any
 
@@ -11,8 +9,6 @@ from monai.utils import CommonKeys
 
 from unimedi_components.distributed import rank
 from unimedi_components.metrics.information import TargetInformation
-
-__all__ = ["COLLAPSED", "REMEDY", "WatchTargets"]
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +25,6 @@ class WatchTargets:
     that say next to nothing after the warm-up are warned of, once.
 
     Args:
-        loss: `UniMediLoss`.
         steps: steps at the end of an epoch that are counted; fewer see less of the teacher's own change.
         warmup_epochs: epochs before the first warning.
     """

@@ -9,8 +9,6 @@ directions that hold only noise to the size of all others, and what segmentation
 drowns in it.
 """
 
-from __future__ import annotations
-
 import logging
 from typing import Any
 
@@ -21,8 +19,6 @@ from torch import Tensor, nn
 from unimedi_components.distributed import broadcast, rank, unwrap
 from unimedi_components.engines.samples import spread_images
 from unimedi_components.networks.embed import PatchEmbed
-
-__all__ = ["WhitenTokenizers", "whiten_patch_embed"]
 
 logger = logging.getLogger(__name__)
 
@@ -59,9 +55,7 @@ class WhitenTokenizers:
     """Before the first step of a new run, whiten both tokenizers of student and teacher on training images.
 
     Args:
-        network: `UniMedI`, or its distributed wrapper.
         dataset: training data set; the first readable images of each dimension, evenly spaced over it, are used.
-        eps: see `whiten_patch_embed`.
         position_std: standard deviation that the patches' position tables are scaled to: drawn with ViT's usual 0.02
             they would vanish beside the tokens. None leaves them.
     """

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Figures of what the network looked at: selected slices, attention, report (the paper's Fig. 5)."""
 
-from __future__ import annotations
-
 import math
 import textwrap
 from collections.abc import Sequence
@@ -17,19 +15,6 @@ from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
 
 from unimedi_components.figures.curves import DPI, WIDTH, save_png
-
-__all__ = [
-    "COLOUR_MAP",
-    "CTView",
-    "XrayView",
-    "attention_opacity",
-    "attention_strength",
-    "draw_overlay",
-    "draw_panel",
-    "draw_selection",
-    "draw_xrays",
-    "row_figure",
-]
 
 Array = npt.NDArray[Any]
 

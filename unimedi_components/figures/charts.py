@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Charts of results: ROC curves, precision over recall, and confusion matrices."""
 
-from __future__ import annotations
-
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -18,8 +16,6 @@ from matplotlib.figure import Figure
 
 from unimedi_components.figures.curves import DPI, cut, save_png
 
-__all__ = ["RocCurve", "draw_confusion", "draw_precision_recall", "draw_roc"]
-
 Array = npt.NDArray[Any]
 
 _TEXT = "#222222"
@@ -33,8 +29,6 @@ class RocCurve:
 
     Args:
         false_positive, true_positive: rates, from 0 to 1; empty where there is no curve.
-        auroc: None where there is none.
-        interval: its low and high limit, or None.
     """
 
     name: str
@@ -87,11 +81,7 @@ def _label(curve: RocCurve) -> str:
 
 
 def draw_precision_recall(curves: Mapping[str, tuple[Array, Array]], path: str | Path, title: str = "") -> Path:
-    """Draw precision over recall.
-
-    Args:
-        curves: legend -> (recall, precision), from the highest score to the lowest.
-    """
+    """Draw precision over recall. ``curves``: legend -> (recall, precision), from the highest score to the lowest."""
     figure = Figure(figsize=(7.2, 5.2), dpi=DPI, layout="constrained", facecolor="white")
     axes = figure.subplots()
     for label, (recall, precision) in curves.items():

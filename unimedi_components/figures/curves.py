@@ -4,8 +4,6 @@
 Drawn on matplotlib's Agg canvas directly, so that neither a display nor the caller's settings matter.
 """
 
-from __future__ import annotations
-
 import io
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -20,8 +18,6 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from unimedi_components.files import replacing
-
-__all__ = ["DPI", "WIDTH", "cut", "draw_loss_curves", "save_png"]
 
 Array = npt.NDArray[Any]
 Rows = Sequence[Mapping[str, float]]
@@ -119,12 +115,7 @@ def cut(text: str, length: int) -> str:
 
 
 def save_png(figure: Figure, path: str | Path) -> Path:
-    """Write a figure as a PNG, under a temporary name first; coarser colours keep it below 400 kB.
-
-    Args:
-        figure: what to write; no display is needed.
-        path: the file; its folder is made.
-    """
+    """Write a figure as a PNG, under a temporary name first; coarser colours keep it below 400 kB."""
     path = Path(path)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()

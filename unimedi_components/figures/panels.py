@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Panels of predictions: images with masks, boxes, organs, or attention and probabilities."""
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,8 +18,6 @@ from matplotlib.patches import Patch, Rectangle
 from unimedi_components.data.slice_files import evenly_spread
 from unimedi_components.figures import attention as maps
 from unimedi_components.figures.curves import DPI, WIDTH, cut, save_png
-
-__all__ = ["BoxImage", "MaskView", "draw_boxes", "draw_masks", "draw_organs", "draw_prediction", "organ_colours"]
 
 Array = npt.NDArray[Any]
 
@@ -65,10 +61,8 @@ class MaskView:
     """One image with its masks.
 
     Args:
-        image: (H, W).
         found: the predicted mask, bool (H, W).
         truth: the true one, or None where it is not known.
-        note: stands under the prediction, for example its Dice.
     """
 
     name: str
@@ -80,9 +74,6 @@ class MaskView:
 
 def draw_masks(views: Sequence[MaskView], path: str | Path, title: str = "") -> Path:
     """Draw each image plain, with the true mask where one is known, and with the predicted one; two images to a row.
-
-    Args:
-        views: at least one.
 
     Raises:
         ValueError: there is no image.
@@ -149,9 +140,6 @@ class BoxImage:
 def draw_boxes(images: Sequence[BoxImage], path: str | Path, title: str = "") -> Path:
     """Draw images in rows of four, true boxes as full green lines and predicted ones as dashed orange, with scores.
 
-    Args:
-        images: at least one.
-
     Raises:
         ValueError: there is no image.
     """
@@ -206,7 +194,6 @@ def draw_organs(
     Args:
         image: (D, H, W), D to the head, H to the back, W to the patient's left.
         truth: labels, 0 background and i + 1 for `organs[i]`, or None.
-        prediction: labels as of the truth.
         spacing: mm between slices, rows and columns; sets the height of a slice to its width.
     """
     shown = prediction if truth is None else np.maximum(prediction, truth)
@@ -266,7 +253,6 @@ def draw_prediction(
         image: (H, W), or (D, H, W) of which at most ten slices are shown, each the middle of its slab of tokens.
         attention: Eq. 1's **v** on the token grid, (rows, columns) or (slabs, rows, columns).
         probability: by label.
-        chosen: labels that are predicted.
     """
     count = 2 if image.ndim == 2 else min(len(attention), _MOST_SLICES)
     columns = count if count < 4 else (count + 1) // 2

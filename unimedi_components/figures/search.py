@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Figures of a search: queries and what is nearest to them in the other dimension."""
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,8 +12,6 @@ import numpy.typing as npt
 
 from unimedi_components.figures import attention as figures
 from unimedi_components.figures.curves import WIDTH, save_png
-
-__all__ = ["Found", "draw_search"]
 
 Array = npt.NDArray[Any]
 
@@ -29,7 +25,6 @@ class Found:
 
     Args:
         image: (H, W).
-        findings: that it is labelled with; None where that is not known.
         similarity: to the query; None for the query itself.
     """
 
@@ -43,9 +38,6 @@ def draw_search(rows: Sequence[tuple[Found, Sequence[Found]]], path: str | Path,
 
     Frames are green where something found shares a finding with the query, or has none as the query has none, grey
     where it does not, and blue where labels are not known.
-
-    Args:
-        rows: a query and what was found for it.
 
     Raises:
         ValueError: there is no query.

@@ -21,8 +21,6 @@ from unimedi_components.errors import DataError
 from unimedi_components.images.xray import film_notes
 from unimedi_components.loading.targets import Skipped
 
-__all__ = ["MixedCollate", "collate"]
-
 
 def collate(items: Sequence[dict[str, Any] | Skipped], target: str | None) -> dict[str, Any] | None:
     """Items of one dimension to a batch, without those that could not be read.
@@ -62,7 +60,6 @@ class MixedCollate:
     Args:
         tokenizer: a `transformers` tokenizer, or the name or folder to load one from at first use.
         max_length_2d: most tokens of an X-ray report, special ones included (112 in the MGCA repository).
-        max_length_3d: most tokens of a CT report.
     """
 
     def __init__(self, tokenizer: Any, max_length_2d: int = 112, max_length_3d: int = 112) -> None:
@@ -86,8 +83,6 @@ class MixedCollate:
         Their tokens lie in one array, which later processes share, instead of lists in each of them.
 
         Args:
-            count: items.
-            skip_empty: give None where no item could be read, instead of raising.
             forked: the processes are forked; else the array lies in `/dev/shm`, which containers often keep small.
         """
         collate = copy.copy(self)
@@ -103,14 +98,9 @@ class MixedCollate:
         return collate
 
     def __call__(self, items: Sequence[dict[str, Any] | Skipped]) -> dict[str, Any] | None:
-        """Collate.
-
-        Returns:
-            "image2d" (B2, 1, H, W) and "image3d" (B3, 1, D, H, W), each where there are such items;
-            "input_ids" and "attention_mask" int64 (B2 + B3, T), T the longest of the batch; "id" and "dim"
-            lists.
-
-        Raises:
+        """ "image2d" (B2, 1, H, W) and "image3d" (B3, 1, D, H, W), each where there are such items; "input_ids" and
+        "attention_mask" int64 (B2 + B3, T), T the longest of the batch; lists "id" and "dim".
+        // Raises:
             DataError: no item could be read.
         """
         good = [item for item in items if not isinstance(item, Skipped)]

@@ -30,8 +30,6 @@ from unimedi_components.loading.collate import collate
 from unimedi_components.loading.store import ImageStore, ItemList, older_entries, pack, store_folder, unpack
 from unimedi_components.loading.targets import KEPT, Skipped, complete
 
-__all__ = ["ImageDataset"]
-
 logger = logging.getLogger(__name__)
 
 # where no item of a dimension could be read, at most this many following items are tried in their place
@@ -63,17 +61,13 @@ class ImageDataset(PersistentDataset):
             lack is filled in.
         transform: chains that turn a file name under "image" into a (1, ...) float image, and with it the target; or
             one list of transforms, of dimension `dim`.
-        root: folder of the data set.
         target: what every item must have. "report", its text. "label", one that `task` and `label_names` allow; also
             the name of a class, or a JSON file, absolute or below `root`, that holds one, alone or under "label".
             "mask", a file, also as a path under "label"; an X-ray's may be painted from its boxes. "boxes" in pixels
             of the file, or under "box" as centre and size in the film's world, as MONAI Label has them. None asks for
             images alone.
-        dim: 2 or 3, of all items.
-        label_names: classes (binary, multiclass) or findings (multilabel).
         task: "binary", "multilabel" or "multiclass"; decides what a label may be.
         cache_dir: folder for cached images, made when missing; None computes each image every time, unrounded.
-        seed: of the random transforms.
         strict: an unreadable file ends the run; otherwise it is left out of its batch, counted and listed.
         keep_meta: give MetaTensors, with which predictions go back to the file's geometry; nothing is cached then.
 

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Data sets over a data set: features of a frozen encoder in place of its images, and its items several times over."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Sequence
 from typing import Any
@@ -17,8 +15,6 @@ from unimedi_components.errors import DataError
 from unimedi_components.loading.dataset import ImageDataset
 from unimedi_components.loading.loader import ImageLoader
 from unimedi_components.loading.targets import Skipped
-
-__all__ = ["FeatureDataset", "RepeatedDataset"]
 
 # seeds of the passes lie far apart, beyond any seed that a person would choose next
 _SEED_STEP = 1_000_003
@@ -73,10 +69,7 @@ class RepeatedDataset(_Derived):
     checkpoints, the progress bar) is too much for a pass over four cases.
 
     Args:
-        dataset: what is repeated.
         times: at least 1; None repeats it as often as comes closest to `steps` batches of `batch_size` items.
-        steps: of an epoch.
-        batch_size: items per batch.
 
     Raises:
         ValueError: less than 1.
@@ -115,7 +108,6 @@ class FeatureDataset(_Derived):
     Args:
         dataset: the images; with random transforms they pass through, or every epoch would see the same draw.
         network: with `features`; in evaluation mode for the pass.
-        enabled: False passes the images through.
         share: let each rank run the encoder over its share of the items and exchange the features; for items that are
             the same on every rank.
 

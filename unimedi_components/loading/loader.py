@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Batches of images, the same for any number of workers."""
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import multiprocessing
@@ -16,8 +14,6 @@ from unimedi_components.errors import DataError
 from unimedi_components.loading.collate import MixedCollate
 from unimedi_components.loading.sampler import MixedBatchSampler, rank_share
 
-__all__ = ["ImageLoader"]
-
 
 class ImageLoader(DataLoader):
     """MONAI's loader over images, with one `set_epoch` for the data set and the sampler.
@@ -30,17 +26,13 @@ class ImageLoader(DataLoader):
     does not move PyTorch's global random state.
 
     Args:
-        dataset: an `ImageDataset`, `FeatureDataset` or `RepeatedDataset`.
         batch_size: images per batch and rank, or a pair of X-rays and volumes.
         batch_sampler: a `MixedBatchSampler` in place of `batch_size` and `shuffle`.
         collate_fn: a `MixedCollate`; None for the data set's own, `collate`.
-        num_workers: processes that load; 0 loads in this one. Features that are computed once need none.
-        shuffle: reshuffle every epoch.
         seed: of the shuffles and of the loader's generator; give the data set the same to have one seed for a run.
         drop_last: with `shuffle`, leave out an incomplete last batch.
         share: without `shuffle`, give each rank its own part of the items, as validation on several devices wants.
         allow_empty: without `shuffle`, whether there may be no items.
-        kwargs: of `torch.utils.data.DataLoader`.
 
     Raises:
         DataError: there are no items.

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Batches of X-rays and CT volumes in one step, at a fixed ratio and the same on every machine."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
@@ -12,8 +10,6 @@ from torch.utils.data import Sampler
 from unimedi_components.distributed import rank as current_rank
 from unimedi_components.distributed import world_size
 from unimedi_components.errors import ConfigError, DataError
-
-__all__ = ["MixedBatchSampler", "rank_share"]
 
 T = TypeVar("T")
 
@@ -34,22 +30,15 @@ def rank_share(items: Sequence[T]) -> list[T]:
 class MixedBatchSampler(Sampler[list[int]]):
     """Batches of `batch_2d` 2D indices followed by `batch_3d` 3D indices; a pure function of (seed, epoch).
 
-    An epoch is one pass over one dimension's items; the other's are drawn in reshuffled passes of their own,
-    so no item is seen twice before all were seen once, and no batch (over all replicas) holds an item twice.
-    A set that is smaller than its batch gives what it has; a dimension without items, or with a batch of 0,
-    is left out.
+    An epoch is one pass over one dimension's items; the other's are drawn in reshuffled passes of their own, so no item
+    is seen twice before all were seen once, and no batch (over all replicas) holds an item twice. A set that is smaller
+    than its batch gives what it has; a dimension without items, or with a batch of 0, is left out.
 
     The paper gives a batch of 144 over 8 GPUs (section 4.1) and no ratio; 12 + 6 per GPU is ours.
 
     Args:
         dims: 2 or 3 for every item of the data set.
-        batch_2d: 2D items per batch and replica.
-        batch_3d: 3D items per batch and replica.
-        seed: of the shuffles.
-        shuffle: reshuffle every epoch; otherwise items keep their order.
-        num_replicas: number of ranks; None asks `torch.distributed`. Replicas get disjoint batches of equal
-            sizes.
-        rank: this replica; None asks `torch.distributed`.
+        num_replicas: number of ranks; None asks `torch.distributed`. Replicas get disjoint batches of equal sizes.
         drop_last: leave out the pass's last, incomplete batch; otherwise it is shared out evenly, and only
             items that cannot be shared evenly over the replicas are left out.
         epoch_over: whose pass is an epoch: "2d", "3d" or "longest" (in steps). Without items of that

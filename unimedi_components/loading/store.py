@@ -5,8 +5,6 @@ A store is a folder. Each process that adds images appends them to a shard of it
 record of 32 bytes to `<name>.index`: no locks, and what was half written when a process died has no record.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json
@@ -28,8 +26,6 @@ import torch
 from torch import Tensor
 
 from unimedi_components.data.fingerprint import VERSION
-
-__all__ = ["ImageStore", "ItemList", "older_entries", "pack", "store_folder", "unpack"]
 
 logger = logging.getLogger(__name__)
 
@@ -101,9 +97,6 @@ class ImageStore:
     """Packed images by a key of 16 bytes, shared by all processes that open the same folder.
 
     The first half of a key says which image it is, the second one of what state of its files.
-
-    Args:
-        folder: made at the first image that is added.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -253,9 +246,6 @@ class ItemList(Sequence[dict[str, Any]]):
 
     Python objects are copied into each forked process as soon as it counts references to them; tensors are not, and go
     to spawned processes through shared memory. Each access gives a new dictionary.
-
-    Args:
-        items: what `pickle` takes.
     """
 
     def __init__(self, items: Sequence[Mapping[str, Any]]) -> None:

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What goes with an image: its report, label, mask or boxes, in items of datalists and of MONAI Label."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,8 +8,6 @@ from typing import Any, NamedTuple
 
 from unimedi_components.errors import DataError
 from unimedi_components.images.find import ImageList
-
-__all__ = ["KEPT", "Skipped", "complete"]
 
 #: Target -> what a prepared item holds in tensors.
 KEPT: dict[str | None, tuple[str, ...]] = {
@@ -42,9 +38,6 @@ def complete(
     task: str = "",
 ) -> ImageList:
     """Items with what MONAI Label's lack, an id of their own, "patient" and "dim", and with their targets checked.
-
-    Args:
-        data, target, dim, root, label_names, task: see `ImageDataset`.
 
     Raises:
         DataError: an item has no target, or a label that the task does not know.

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Losses: contrastive, self-distillation and their weighted sum for pre-training; classification."""
 
-from __future__ import annotations
-
 from unimedi_components.losses.classification import ClassificationLoss, probabilities
 from unimedi_components.losses.contrastive import contrastive_loss
 from unimedi_components.losses.detection import DetectionLoss

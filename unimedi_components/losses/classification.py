@@ -1,13 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loss of the classification bundles: cross-entropy over classes, or binary cross-entropy per finding."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-__all__ = ["TASKS", "ClassificationLoss", "probabilities"]
 
 TASKS = ("binary", "multilabel", "multiclass")
 UNCERTAIN = -1

@@ -1,15 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Image-report contrastive loss over a mixed 2D and 3D batch (paper's L_vl, section 3.1)."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from unimedi_components.distributed import gather_with_grad
-
-__all__ = ["contrastive_loss"]
 
 
 def contrastive_loss(

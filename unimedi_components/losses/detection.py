@@ -1,23 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The loss of detectors: a weighted sum of what the detector returns in training."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["DetectionLoss"]
-
 
 class DetectionLoss(nn.Module):
     """Weighted sum of a detector's losses; the detector has matched boxes to targets already.
-
-    Args:
-        classification: weight of the focal loss.
-        box_regression: weight of the smooth L1 loss.
 
     Raises:
         ValueError: when called with losses of other names.

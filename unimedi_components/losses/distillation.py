@@ -1,12 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """DINO / iBOT self-distillation loss computed in chunks of rows, and the centers that balance the teacher's targets.
 
-The direct computation holds about five N x K matrices (logits, soft targets, log-probabilities, gradients).
-Here each chunk of rows is scored, differentiated and forgotten, so what grows with N are the (N, b) gradients
-alone.
+The direct computation holds about five N x K matrices (logits, soft targets, log-probabilities, gradients). Here each
+chunk of rows is scored, differentiated and forgotten, so what grows with N are the (N, b) gradients alone.
 """
-
-from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -16,8 +13,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from unimedi_components.distributed import all_reduce_sum, is_distributed, world_size
-
-__all__ = ["balanced_center", "distillation_loss", "update_center"]
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -91,19 +86,16 @@ def distillation_loss(
 ) -> Tensor:
     """DINO's cross-entropy between the centered, sharpened teacher and the student, averaged over rows.
 
-    Per row: CE(softmax((t Wt^T - center) / teacher_temp), log_softmax(s Ws^T / student_temp)). Computed in
-    fp32 (float64 inputs stay float64), also under autocast, and without ever holding an N x K matrix;
-    gradients reach `student` and `student_prototypes` only. In a process group the mean is over all ranks'
-    rows, the value is the same on every rank, and the averaged gradient is that of the joint batch; ranks may
-    have different N, also 0.
+    Per row: CE(softmax((t Wt^T - center) / teacher_temp), log_softmax(s Ws^T / student_temp)). Computed in fp32
+    (float64 inputs stay float64), also under autocast, and without ever holding an N x K matrix; gradients reach
+    `student` and `student_prototypes` only. In a process group the mean is over all ranks' rows, the value is the same
+    on every rank, and the averaged gradient is that of the joint batch; ranks may have different N, also 0.
 
     Args:
         student, teacher: bottleneck features, (N, b).
         student_prototypes, teacher_prototypes: last-layer weights, (K, b).
         center: what is taken off the teacher's logits, (K,), or one row for each of `groups`, (G, K).
-        student_temp, teacher_temp: softmax temperatures.
-        weight: weight of each row, (N,); the mean is then sum(weight * loss) / sum(weight). None for equal
-            weights.
+        weight: weight of each row, (N,); the mean is then sum(weight * loss) / sum(weight). None for equal weights.
         chunk_size: rows at a time; 128 rows of 65,536 prototypes are 32 MiB per buffer.
         groups: how many rows each row of `center` is for, one after another; None for all rows, with one center.
 
@@ -177,7 +169,6 @@ def update_center(
         center: (K,).
         teacher: bottleneck features, (N, b); N may differ between ranks.
         teacher_prototypes: (K, b).
-        momentum: share of the old center that is kept.
         weight: weight of each row, (N,), as in the loss; None for equal weights.
     """
     with torch.autocast(teacher.device.type, enabled=False):
@@ -210,9 +201,7 @@ def balanced_center(
         center: where to begin, (K,).
         teacher: bottleneck features, (N, b); N may differ between ranks.
         teacher_prototypes: (K, b).
-        teacher_temp: the teacher's temperature.
         rounds: of both scalings.
-        chunk_size: rows at a time.
 
     Returns:
         (K,) in fp32 at least; `center` if no rank has a row.

@@ -4,16 +4,12 @@
 Letters: B batch, C classes with the background.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
 from monai.losses import DiceLoss
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-__all__ = ["OrganLoss"]
 
 
 class OrganLoss(nn.Module):
@@ -54,8 +50,7 @@ class OrganLoss(nn.Module):
 
     def forward(self, logits: Tensor | Sequence[Tensor], label: Tensor) -> Tensor:
         """Scalar loss.
-
-        Args:
+        // Args:
             logits: (B, C, D, H, W), or several, the finest first and each on its own grid.
             label: 0 to C - 1, (B, 1, D, H, W).
         """

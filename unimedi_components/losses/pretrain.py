@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """UniMedI's training objective: L = L_vl + L_icl + L_pcl (paper, section 3.4)."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np
@@ -13,8 +11,6 @@ from unimedi_components.errors import ConfigError
 from unimedi_components.losses.contrastive import contrastive_loss
 from unimedi_components.losses.distillation import balanced_center, distillation_loss, update_center
 from unimedi_components.networks.output import UniMediOutput
-
-__all__ = ["UniMediLoss"]
 
 TARGETS = ("sinkhorn", "center")
 # X-ray, volume; and for patch tokens X-ray, volume, slice
@@ -32,13 +28,10 @@ class UniMediLoss(nn.Module):
     DINOv2). The centers are buffers that follow the batches in training mode.
 
     Args:
-        vl_weight, icl_weight, pcl_weight: weights of the three losses.
         out_dim: number of prototypes K of the DINO head.
         targets: "sinkhorn" or "center".
         sinkhorn_rounds: rounds of Sinkhorn-Knopp from the running center on.
-        student_temp: softmax temperature of the student.
         teacher_temp: the teacher's temperature in the first epoch.
-        teacher_temp_end: the teacher's temperature after the warm-up.
         teacher_temp_warmup_epochs: epochs of the linear warm-up between the two.
         center_momentum: share of the old center kept at each update.
         within_modality: contrast within each modality, both counting the same, see `contrastive_loss`.
@@ -191,7 +184,6 @@ class UniMediLoss(nn.Module):
             teacher: bottleneck features of one kind of token, (N, b).
             prototypes: the teacher's, (K, b).
             group: 0 for X-rays, 1 for volumes, 2 for the patch tokens of slices.
-            patches: patch tokens instead of CLS.
 
         Returns:
             (N, K), rows sum to 1.

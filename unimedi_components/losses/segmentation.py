@@ -1,15 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loss of the X-ray segmentation bundle: ten times the focal loss plus the Dice loss (S7.2)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
 from monai.losses import DiceLoss, FocalLoss
 from torch import Tensor, nn
-
-__all__ = ["FocalDiceLoss"]
 
 DICE = ("linear", "log")
 
@@ -24,10 +20,8 @@ class FocalDiceLoss(nn.Module):
 
     Args:
         alpha: weight of the focal loss.
-        gamma: its exponent.
         dice: "linear" or "log".
         batch: one Dice over all images of a batch; False takes the mean of each image's own.
-        smooth: in numerator and denominator of Dice.
         auxiliary_weight: of each further prediction where the network returns several (SETR's heads).
 
     Raises:
@@ -62,13 +56,8 @@ class FocalDiceLoss(nn.Module):
         self.soft_dice = DiceLoss(sigmoid=True, batch=batch, smooth_nr=smooth, smooth_dr=smooth, reduction="none")
 
     def forward(self, logits: Tensor | Sequence[Tensor], label: Tensor) -> Tensor:
-        """Scalar loss.
-
-        Args:
-            logits: (B, C, H, W), or several of them, the main prediction first.
-            label: 0 or 1, (B, C, H, W).
-
-        Raises:
+        """Scalar loss of logits (B, C, H, W), or several (the main prediction first), and labels of 0 and 1.
+        // Raises:
             ValueError: logits and label differ in shape.
         """
         if not isinstance(logits, Tensor):

@@ -4,27 +4,11 @@
 Letters: N cases, C yes-or-no questions, K decisions, R resamples.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-
-__all__ = [
-    "LEVEL",
-    "PatientResamples",
-    "interval_table",
-    "patient_index",
-    "patient_intervals",
-    "percentile_interval",
-    "resample_patients",
-    "resampled",
-    "resampled_auroc",
-    "resamples_used",
-    "weighted_mean",
-]
 
 Array = npt.NDArray[Any]
 
@@ -40,11 +24,7 @@ def resample_patients(count: int, resamples: int, rng: np.random.Generator) -> A
 
 
 class PatientResamples:
-    """Resamples of patients, drawn once for many values, so that differences of values are paired.
-
-    Args:
-        patients: of all cases that are to be measured; one that is named again counts once.
-    """
+    """Resamples of patients, drawn once for many values, so that differences of values are paired."""
 
     def __init__(self, patients: Iterable[Hashable], resamples: int = 1000, seed: int = 0) -> None:
         self._column = {patient: column for column, patient in enumerate(dict.fromkeys(patients))}
@@ -79,7 +59,6 @@ def resampled_auroc(scores: Array, truth: Array, weights: Array) -> Array:
     """AUROC under each row of case weights, ties counted half: scikit-learn's with `sample_weight`, in one pass.
 
     Args:
-        scores: (N,).
         truth: 1, 0 or -1 (does not count), (N,).
         weights: (R, N).
 
@@ -114,7 +93,6 @@ def patient_intervals(
     """Central 95% percentile intervals over resamples of the patients.
 
     Args:
-        scores: (N, C).
         truth: 1, 0 or -1 (does not count), (N, C).
         right: whether a decision is right, bool (N, K).
         known: whether it counts, bool (N, K); accuracy is the mean over the decisions of their shares of right ones.

@@ -4,8 +4,6 @@
 Letters: N images, n boxes of an image, T IoU thresholds.
 """
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,18 +16,6 @@ from monai.handlers import from_engine
 
 from unimedi_components.distributed import gather_objects
 from unimedi_components.metrics.bootstrap import LEVEL, interval_table, patient_index, resampled, resamples_used
-
-__all__ = [
-    "IOUS",
-    "RULES",
-    "DetectionLossMetric",
-    "DetectionScore",
-    "Detections",
-    "box_ious",
-    "detection_metrics",
-    "match_boxes",
-    "precision_recall",
-]
 
 Array = npt.NDArray[Any]
 
@@ -88,19 +74,9 @@ def box_ious(boxes: npt.ArrayLike, truth: npt.ArrayLike) -> Array:
 
 
 def match_boxes(boxes: npt.ArrayLike, scores: npt.ArrayLike, truth: npt.ArrayLike, iou: float) -> Array:
-    """Which true box each predicted one finds, as COCO matches them.
-
-    Boxes take turns by falling score (equal scores in their order); each takes the free true box of highest IoU, if
-    that is at least `iou`.
-
-    Args:
-        boxes: (n, 4).
-        scores: (n,).
-        truth: (m, 4).
-        iou: threshold.
-
-    Returns:
-        index of the true box, -1 for none, int64 (n,).
+    """Which true box each predicted one finds, as COCO matches them: index, -1 for none, int64 (n,).
+    // Boxes (n, 4) take turns by falling score (equal scores in their order); each takes the free true box, of (m, 4),
+    of highest IoU, if that is at least `iou`.
     """
     table = box_ious(boxes, truth)
     found = np.full(len(table), -1)
@@ -135,7 +111,6 @@ def detection_metrics(
 
     Args:
         found: predicted and true boxes of the images; scores above about 0.01, or average precision misses its tail.
-        bootstrap: resamples of the patients, each with all images; 0 gives no intervals.
         ious: thresholds that `map_coco` and `map_mgca` average over.
 
     Returns:
@@ -253,10 +228,7 @@ def _froc(pool: _Pool, row: int) -> dict[str, float]:
 
 
 class _PerImage(Metric):
-    """Keeps a row per image; `compute` sees those of all ranks, which may hold different numbers, or none.
-
-    The engine's output holds predictions "pred" and targets "label", lists of dicts by image.
-    """
+    """Keeps a row per image; `compute` sees those of all ranks, which may hold different numbers, or none."""
 
     def __init__(self) -> None:
         self.rows: list[Any] = []
@@ -281,11 +253,7 @@ class DetectionLossMetric(_PerImage):
         self.rows += [float(row["loss"]) for row in output[0]]
 
     def compute(self) -> float:
-        """The mean, equal on all ranks.
-
-        Raises:
-            NotComputableError: no image came in.
-        """
+        """The mean, equal on all ranks. Raises NotComputableError: no image came in."""
         return float(np.mean(self._all()))
 
 
@@ -306,11 +274,7 @@ class DetectionScore(_PerImage):
             self.rows.append(tuple(tensor.detach().float().cpu().numpy() for tensor in tensors))
 
     def compute(self) -> float:
-        """The value, equal on all ranks.
-
-        Raises:
-            NotComputableError: no image came in.
-        """
+        """The value, equal on all ranks. Raises NotComputableError: no image came in."""
         boxes, scores, truth = zip(*self._all(), strict=True)
         finite = all(np.isfinite(part).all() for row in (*boxes, *scores) for part in (row,))
         if not finite or not any(len(part) for part in truth):

@@ -4,8 +4,6 @@
 Letters: N cases, C classes or findings.
 """
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,8 +21,6 @@ from torch import Tensor
 from unimedi_components.distributed import gather_objects
 from unimedi_components.losses.classification import TASKS, UNCERTAIN, ClassificationLoss
 from unimedi_components.metrics.bootstrap import patient_intervals
-
-__all__ = ["ClassificationLossMetric", "ClassificationScore", "classification_metrics", "predicted_labels"]
 
 Array = npt.NDArray[Any]
 
@@ -71,22 +67,20 @@ def classification_metrics(
         probabilities: (N, C); binary: (N,) or (N, 1), of the positive class.
         labels: multiclass and binary (N,), multilabel (N, C); -1 is uncertain and does not count, and a case
             without any other label is left out.
-        task: "multiclass", "multilabel" or "binary".
         label_names: the C classes or findings; binary: the negative and the positive class.
         patients: of the N cases; None: every case is a patient of its own.
         bootstrap: resamples of the patients; 0 gives no intervals.
         bins: equal bins of the probability for the calibration error.
 
     Returns:
-        plain values for JSON. "auroc" by finding or class (one against the rest; binary: the positive class) and
-        their mean "macro_auroc", None where only one class occurs, with the reason under "skipped". "accuracy" of
-        the likeliest class, or at 0.5 (multilabel: mean over findings, also "accuracy_per_finding").
-        "confusion_matrix", rows true and columns predicted (multilabel: absent and present, by finding).
-        "expected_calibration_error" of the likeliest class, or of the positive one (multilabel: mean over findings,
-        also "..._per_finding"). "intervals": [low, high] of the same keys, 95% percentiles over resamples of the
-        patients, each with all of its cases; resamples where a value is not defined are left out, and
-        "resamples_used" counts the others. "cases", "patients", "positives" (by finding or class) and
-        "uncertain" (multilabel: by finding) are counts.
+        plain values for JSON. "auroc" by finding or class (one against the rest; binary: the positive class) and their
+        mean "macro_auroc", None where only one class occurs, with the reason under "skipped". "accuracy" of the
+        likeliest class, or at 0.5 (multilabel: mean over findings, also "accuracy_per_finding"). "confusion_matrix",
+        rows true and columns predicted (multilabel: absent and present, by finding). "expected_calibration_error" of
+        the likeliest class, or of the positive one (multilabel: mean over findings, also "..._per_finding").
+        "intervals": [low, high] of the same keys, 95% percentiles over resamples of the patients, each with all of its
+        cases; resamples where a value is not defined are left out, and "resamples_used" counts the others. "cases",
+        "patients", "positives" (by finding or class) and "uncertain" (multilabel: by finding) are counts.
 
     Raises:
         ValueError: an unknown task, shapes or labels that do not fit, values that are not finite, or no case that
@@ -230,9 +224,6 @@ class ClassificationScore(EpochMetric):
     NaN where it is not defined: only one class occurs, or the logits are not finite. Ranks may hold different
     numbers of cases, or none. The engine's output holds logits "pred" (B, C) and labels "label" (with `decollate` off).
 
-    Args:
-        task: "multiclass", "multilabel" or "binary".
-
     Raises:
         ValueError: an unknown task.
     """
@@ -244,11 +235,7 @@ class ClassificationScore(EpochMetric):
         super().__init__(partial(_score, task=task), _logits_and_label, check_compute_fn=False)
 
     def compute(self) -> float:
-        """The score, equal on all ranks.
-
-        Raises:
-            NotComputableError: no case came in.
-        """
+        """The score, equal on all ranks. Raises NotComputableError: no case came in."""
         # Objects, since tensors of ranks with different numbers of cases cannot be gathered.
         parts: list[Any] = gather_objects((self._predictions, self._targets))
         logits, labels = ([rows for part in parts for rows in part[i]] for i in range(2))
@@ -268,10 +255,7 @@ def _score(logits: Tensor, label: Tensor, task: str) -> float:
 
 
 class ClassificationLossMetric(Loss):
-    """Mean loss over all labels that count, of all batches and ranks of an evaluator run.
-
-    Args:
-        task: "multiclass", "multilabel" or "binary", see `ClassificationLoss`.
+    """Mean `ClassificationLoss` over all labels that count, of all batches and ranks of an evaluator run.
 
     Raises:
         ValueError: an unknown task.

@@ -4,14 +4,10 @@
 Letters: N X-rays, M volumes, D width of the features, F findings, R resamples.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-
-__all__ = ["centred", "centroid_distance", "unit_rows"]
 
 Array = npt.NDArray[Any]
 

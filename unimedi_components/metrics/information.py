@@ -6,15 +6,11 @@ distributions differ between samples: where all samples get the same one, the st
 tell apart is the mutual information of sample and prototype, H(mean distribution) - mean H(distribution).
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-__all__ = ["Information", "TargetInformation"]
 
 
 @dataclass(frozen=True)
@@ -22,8 +18,6 @@ class Information:
     """What targets carry, in nats.
 
     Args:
-        entropy: mean entropy of a sample's distribution.
-        marginal_entropy: entropy of the mean distribution.
         information: their difference, the mutual information of sample and prototype; at most log of the samples.
         given_position: the same within each position, averaged over the positions: what is left once it is known where
             a patch lies. Equal to `information` for a single position.
@@ -71,11 +65,7 @@ class TargetInformation:
         self.count += len(rows)
 
     def result(self) -> Information:
-        """The values over all samples added.
-
-        Raises:
-            ValueError: none was added.
-        """
+        """The values over all samples added. Raises ValueError: none was added."""
         if self._total is None or self._entropy is None:
             raise ValueError("no targets were added")
         mean = self._total / self.count

@@ -4,8 +4,6 @@
 Letters: N images, R resamples of the patients.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,21 +19,11 @@ from torch import Tensor
 from unimedi_components.losses.segmentation import FocalDiceLoss
 from unimedi_components.metrics.bootstrap import LEVEL, interval_table, patient_index, resampled, weighted_mean
 
-__all__ = ["MaskLossMetric", "MaskScore", "mask_counts", "mask_metrics", "mask_scores"]
-
 Array = npt.NDArray[Any]
 
 
 def mask_counts(predicted: Tensor, truth: Tensor) -> Array:
-    """Pixels of the prediction, of the truth and of both, int64 (N, 3).
-
-    Args:
-        predicted: bool (N, 1, H, W).
-        truth: bool, or 0 and 1, of the same shape.
-
-    Raises:
-        ValueError: the shapes differ.
-    """
+    """Pixels of prediction and truth, bool (N, 1, H, W), and of both: int64 (N, 3). ValueError where shapes differ."""
     if predicted.shape != truth.shape:
         raise ValueError(f"prediction {tuple(predicted.shape)} and truth {tuple(truth.shape)} differ in shape")
     found, wanted = (mask.flatten(1).bool() for mask in (predicted, truth))
@@ -51,7 +39,6 @@ def mask_metrics(counts: Array, patients: Sequence[Any], bootstrap: int = 1000, 
 
     Args:
         counts: of `mask_counts`, (N, 3).
-        bootstrap: resamples of the patients, all images of a patient together; 0 gives no intervals.
 
     Returns:
         plain values for JSON: "cases", "patients", "positive" (images with a mask), "dice", "dice_positive", "iou",
@@ -80,11 +67,7 @@ def mask_metrics(counts: Array, patients: Sequence[Any], bootstrap: int = 1000, 
 
 
 def mask_scores(counts: Array) -> dict[str, Array]:
-    """Score of each image (N,) by metric of `mask_metrics`, with its rule for empty masks.
-
-    Args:
-        counts: of `mask_counts`, (N, 3).
-    """
+    """Score of each image (N,) by metric of `mask_metrics`, with its rule for empty masks."""
     predicted, truth, both = np.asarray(counts).T.astype(np.float64)
     union, total = predicted + truth - both, predicted + truth
     dice = np.divide(2 * both, total, out=np.ones(len(counts)), where=total > 0)
@@ -105,9 +88,6 @@ class MaskScore(Metric):
     """Mean Dice per image over all batches and ranks of an evaluator run, empty masks as in `mask_metrics`.
 
     The engine's output holds logits "pred" and labels "label", both (B, 1, H, W).
-
-    Args:
-        threshold: probability from which a pixel belongs to the predicted mask.
 
     Raises:
         ValueError: a threshold that is no probability.
@@ -135,11 +115,7 @@ class MaskScore(Metric):
 
     @sync_all_reduce("_total", "_images")
     def compute(self) -> float:
-        """The mean.
-
-        Raises:
-            NotComputableError: there was no image.
-        """
+        """The mean. Raises NotComputableError: there was no image."""
         if not int(self._images):
             raise NotComputableError("no image was evaluated")
         return float(self._total) / float(self._images)
@@ -150,10 +126,6 @@ class MaskLossMetric(Metric):
 
     It is the loss of one batch that holds all images, so that neither the batch size nor the number of ranks changes
     it, and a batch that happens to hold empty masks alone does not disturb it.
-
-    Args:
-        loss: whose weights and form are taken.
-        num_classes: outputs C of the network.
     """
 
     def __init__(self, loss: FocalDiceLoss, num_classes: int = 1) -> None:
@@ -172,11 +144,7 @@ class MaskLossMetric(Metric):
 
     @sync_all_reduce("_sums")
     def compute(self) -> float:
-        """The loss.
-
-        Raises:
-            NotComputableError: there was no image.
-        """
+        """The loss. Raises NotComputableError: there was no image."""
         if not float(self._sums[0]):
             raise NotComputableError("no image was evaluated")
         return float(self.loss.from_sums(self._sums))

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an evaluation collects: values by key, their intervals over patients, and what is left without the case."""
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -10,8 +8,6 @@ import numpy as np
 import numpy.typing as npt
 
 from unimedi_components.metrics.bootstrap import PatientResamples, percentile_interval
-
-__all__ = ["Measures", "others_mean"]
 
 Array = npt.NDArray[Any]
 
@@ -21,10 +17,6 @@ class Measures:
 
     Args:
         resamples: of the patients of all cases; None gives no intervals.
-
-    Attributes:
-        values: by key.
-        intervals: [low, high] by key, for those that have one.
     """
 
     def __init__(self, resamples: PatientResamples | None = None) -> None:

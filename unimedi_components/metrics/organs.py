@@ -4,8 +4,6 @@
 Letters: N cases, O organs (the labels without the background), R resamples of the patients.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,8 +18,6 @@ from monai.metrics import compute_hausdorff_distance, compute_surface_dice
 from torch import Tensor
 
 from unimedi_components.metrics.bootstrap import LEVEL, interval_table, patient_index, resampled, weighted_mean
-
-__all__ = ["METRICS", "OrganDice", "organ_metrics", "organ_scores"]
 
 Array = npt.NDArray[Any]
 
@@ -40,7 +36,6 @@ def organ_scores(
     Args:
         prediction: labels 0 to O, (D, H, W).
         truth: of the same shape.
-        spacing: mm between voxels along the three axes.
         tolerance_mm: distance up to which surfaces agree (surface Dice, also called NSD).
 
     Returns:
@@ -102,10 +97,6 @@ def organ_metrics(
 ) -> dict[str, Any]:
     """Means over cases for each organ, then over organs, with intervals over patients.
 
-    Args:
-        cases: of `organ_scores`, one per case.
-        bootstrap: resamples of the patients, all cases of a patient together; 0 gives no intervals.
-
     Returns:
         plain values for JSON: "cases", "patients", "mean_dice", "mean_surface_dice", "mean_hd95_mm": means over the
         organs that have a value; "dice", "surface_dice", "hd95_mm" by organ, means over the cases that have one, or
@@ -165,9 +156,6 @@ class OrganDice(Metric):
 
     Organs that a case's label map lacks do not count in it, as in `organ_scores`. Ranks may hold different numbers of
     cases, or none. The engine's output holds logits "pred" (B, C, D, H, W) and labels "label" (B, 1, D, H, W).
-
-    Args:
-        num_classes: labels with the background.
     """
 
     def __init__(self, num_classes: int) -> None:
@@ -193,11 +181,7 @@ class OrganDice(Metric):
 
     @sync_all_reduce("_total", "_count")
     def compute(self) -> float:
-        """The mean.
-
-        Raises:
-            NotComputableError: no case has an organ.
-        """
+        """The mean. Raises NotComputableError: no case has an organ."""
         present = self._count > 0
         if not bool(present.any()):
             raise NotComputableError("no case with an organ was evaluated")

@@ -6,8 +6,6 @@ become slices, see `selection.select_slices`: "centre" takes the centre of each 
 whole slabs, best first, and of the last one the lowest slices.
 """
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -17,8 +15,6 @@ import torch
 
 from unimedi_components import selection
 
-__all__ = ["best_choice", "expected_minimum", "fixed_choices", "lesion_distance", "reachable"]
-
 Array = npt.NDArray[Any]
 
 
@@ -27,9 +23,7 @@ def best_choice(mask: Array, k: int, patch_depth: int, expand: str = "centre") -
 
     Args:
         mask: lesion slices, bool (D,).
-        k: slices to choose.
         patch_depth: slices per slab, d.
-        expand: see above.
 
     Returns:
         (k,), ascending.
@@ -64,7 +58,6 @@ def fixed_choices(
 
     Args:
         masks: lesion slices, bool (N, D).
-        k, patch_depth, expand: see `best_choice`.
         folds: at most; a patient's volumes stay in one.
 
     Returns:
@@ -101,12 +94,7 @@ def lesion_distance(mask: Array) -> Array:
 
 
 def expected_minimum(values: Array, k: int, patch_depth: int, expand: str = "centre") -> float:
-    """Expectation of the smallest value among the slices chosen at random.
-
-    Args:
-        values: one for each slice, (D,).
-        k, patch_depth, expand: see `best_choice`; each order of the slabs is equally likely.
-    """
+    """Expectation of the smallest value among the slices chosen at random. ``values``: one for each slice, (D,)."""
     by_slab = values.reshape(-1, patch_depth)
     if expand == "centre":
         return _minimum_of(by_slab[:, patch_depth // 2], k)

@@ -7,8 +7,6 @@ GPU wait dozens of times; matches and losses are the same.
 Letters: B images, A anchors of an image, K classes, n boxes of the image that has most.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,8 +18,6 @@ from monai.losses.focal_loss import sigmoid_focal_loss
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
-
-__all__ = ["BoxDetector"]
 
 CLASSIFICATION, REGRESSION = "classification", "box_regression"
 # numbers of a matrix of boxes and anchors that are compared at once
@@ -180,10 +176,6 @@ class BoxDetector(RetinaNetDetector):
         """Selected boxes of each image: "boxes" (n, 4) clipped to it, "labels" (n,), "scores" (n,), highest first.
 
         They are on the CPU: suppression asks box after box, and each question would make a GPU wait.
-
-        Args:
-            images, maps: see `losses`.
-            lowest_score: for this call in place of the selector's threshold, where it is lower.
         """
         # MONAI's suppression copies the boxes, which those with a history refuse
         rows, anchors, places = self.read(images, {key: [x.detach() for x in value] for key, value in maps.items()})

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The card of a task's network: what `model.json` says, and how the network is built from it again."""
 
-from __future__ import annotations
-
 import importlib
 import json
 from collections.abc import Mapping, Sequence
@@ -16,8 +14,6 @@ from unimedi_components.errors import CheckpointError
 from unimedi_components.networks.pretrained import CARD, read_card
 from unimedi_components.networks.unified_vit import UnifiedViT
 from unimedi_components.networks.weights import load_strict, read_state_dict
-
-__all__ = ["KINDS", "load_network", "network_card"]
 
 #: Kind of network -> what people call it, module, class. A class has `kind`, `hparams`, `card` and `encoder`.
 KINDS = {
@@ -34,11 +30,8 @@ def network_card(
     """Describe a task's network, or the one in a distributed wrapper, so that `load_network` can build it.
 
     Args:
-        network: of one of `KINDS`.
-        task: what its outputs are, for example "multiclass" or "segmentation".
         label_names: of its classes, with the background where there is one.
         preprocessing: of its images, see `data.task_transforms`.
-        extra: further entries, which JSON can hold.
     """
     own: Any = getattr(network, "module", network)
     card = {
@@ -57,8 +50,6 @@ def load_network(checkpoint: str | Path, device: str | torch.device = "cpu", kin
     """A task's trained network, in evaluation mode, from `models/model.pt` with `model.json` beside it.
 
     Args:
-        checkpoint: the weights; `model.json` says how to build the network.
-        device: where to put it.
         kind: the one of `KINDS` that is wanted; None takes any.
 
     Returns:

@@ -4,8 +4,6 @@
 Letters: B batch, D width, C classes, k slices.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,8 +20,6 @@ from unimedi_components.networks.task_network import TaskNetwork
 from unimedi_components.networks.unified_vit import UnifiedViT
 from unimedi_components.networks.weights import create_encoder
 
-__all__ = ["ImageClassifier", "load_classifier", "task_encoder"]
-
 
 class ImageClassifier(TaskNetwork):
     """Dropout and one linear layer on the CLS token after the final norm (MGCA's `ssl_finetuner.py`).
@@ -39,8 +35,6 @@ class ImageClassifier(TaskNetwork):
             MAE repository's linear probe); the paper's head has none.
         use_slices: let the k slices of a volume that the encoder attends most join it as 2D images, as in
             pre-training (sections 3.2 and 3.3).
-        num_slices: k.
-        expand: see `selection.select_slices`.
 
     Raises:
         ValueError: no classes, or more slices than the volume has slabs.
@@ -110,16 +104,8 @@ class ImageClassifier(TaskNetwork):
         return self.encode(image).cls
 
     def forward(self, image: Tensor) -> Tensor:
-        """Classify images.
-
-        Args:
-            image: X-rays (B, 1, H, W) or volumes (B, 1, D, H, W) in [-1, 1], or their features (B, D) as `features`
-                returns them.
-
-        Returns:
-            logits (B, C).
-
-        Raises:
+        """Logits (B, C) of X-rays (B, 1, H, W) or volumes (B, 1, D, H, W) in [-1, 1], or of their features (B, D).
+        // Raises:
             ValueError: images of another dimension.
         """
         if image.ndim not in (2, 2 + self.spatial_dims):
@@ -144,8 +130,6 @@ def task_encoder(weights: str | Path | None, size: str | Mapping[str, Any] | Non
     Args:
         weights: `models/model.pt` of a pre-training run, with `model.json` beside it; any other weights that
             `load_weights` reads, or "none" for random initialisation.
-        size: see `create_encoder`, as for `kwargs`.
-        **kwargs: arguments of `UnifiedViT`.
 
     Raises:
         CheckpointError: the weights are missing, do not fit, or are of another size than the config asks for.

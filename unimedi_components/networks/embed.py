@@ -4,8 +4,6 @@
 Letters: B batch, P patches, D width; h, w (and d) the token grid.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -13,15 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-__all__ = [
-    "PatchEmbed",
-    "resample_patch_embed",
-    "resample_pos_embed_2d",
-    "resample_pos_embed_3d",
-    "rotary_angles",
-    "to_tuple",
-]
 
 
 def to_tuple(value: int | Sequence[int], length: int, name: str) -> tuple[int, ...]:
@@ -43,8 +32,6 @@ class PatchEmbed(nn.Module):
 
     Args:
         patch_size: (ph, pw) or (pd, ph, pw).
-        in_chans: image channels.
-        embed_dim: token width D.
     """
 
     def __init__(self, patch_size: Sequence[int], in_chans: int, embed_dim: int) -> None:
@@ -57,11 +44,7 @@ class PatchEmbed(nn.Module):
         nn.init.zeros_(self.proj.bias)
 
     def grid(self, size: Sequence[int]) -> tuple[int, ...]:
-        """Token grid of an image of this spatial size.
-
-        Raises:
-            ValueError: the patch does not divide the size.
-        """
+        """Token grid of an image of this spatial size. Raises ValueError: the patch does not divide the size."""
         if len(size) != len(self.patch_size):
             raise ValueError(
                 f"expected {len(self.patch_size)} spatial axes for patch {self.patch_size}, got {tuple(size)}"
@@ -114,8 +97,6 @@ def resample_pos_embed_2d(table: Tensor, old: Sequence[int], new: Sequence[int],
 
     Args:
         table: (1, h * w, D) without the CLS entry.
-        old: grid (h, w) of the table.
-        new: grid wanted.
         antialias: as timm's `resample_abs_pos_embed`; False as `transformers`.
 
     Returns:

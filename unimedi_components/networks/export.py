@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """TorchScript of a network whose own code `torch.jit.script` cannot read, for `monai.bundle ckpt_export`."""
 
-from __future__ import annotations
-
 import copy
 import warnings
 from collections.abc import Sequence
@@ -11,15 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ScriptableByDimension", "ScriptableNetwork", "example", "scriptable", "trace"]
-
 
 class ScriptableNetwork(nn.Module):
-    """A traced network behind a forward that `torch.jit.script` can compile.
-
-    Args:
-        traced: what `torch.jit.trace` made of the network.
-    """
+    """A traced network behind a forward that `torch.jit.script` can compile."""
 
     def __init__(self, traced: nn.Module) -> None:
         super().__init__()
@@ -31,12 +23,7 @@ class ScriptableNetwork(nn.Module):
 
 
 class ScriptableByDimension(nn.Module):
-    """Two traces of a network that takes X-rays and volumes, behind a forward that `torch.jit.script` can compile.
-
-    Args:
-        two_d: what `torch.jit.trace` made of the network with X-rays.
-        three_d: the same with volumes.
-    """
+    """Two traces of a network that takes X-rays and volumes, behind a forward that `torch.jit.script` can compile."""
 
     def __init__(self, two_d: nn.Module, three_d: nn.Module) -> None:
         super().__init__()

@@ -4,14 +4,10 @@
 Letters: B batch, D width of the encoder, C width of the pyramid, h and w rows and columns of the encoder's map.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from torch import Tensor, nn
 from torch.nn import functional
-
-__all__ = ["ChannelLayerNorm", "SimpleFeaturePyramid"]
 
 
 class ChannelLayerNorm(nn.LayerNorm):
@@ -29,7 +25,6 @@ class SimpleFeaturePyramid(nn.Module):
     Then a 1x1 and a 3x3 convolution to C channels, each with a layer norm over the channels.
 
     Args:
-        in_channels: D.
         out_channels: C; ViTDet has 256.
         scales: of the maps, finest first, each of 4, 2, 1 and 0.5; ViTDet has all four.
         last_pool: one more map, every second row and column of the coarsest (ViTDet's `LastLevelMaxPool`).

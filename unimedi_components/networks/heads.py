@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Heads on top of the encoders: MGCA's projection for L_vl and DINO's head for the self-distillation."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 
 import torch
@@ -11,8 +9,6 @@ from torch.nn import functional as F
 
 from unimedi_components.errors import ConfigError
 from unimedi_components.networks.modality_norm import ModalityBatchNorm1d
-
-__all__ = ["DINOHead", "ProjectionHead"]
 
 _NORMS = ("batch_per_modality", "batch", "layer", "none")
 
@@ -37,10 +33,8 @@ class ProjectionHead(nn.Module):
     `ModalityBatchNorm1d`. Reports use the modality of their image.
 
     Args:
-        in_dim: width of the features.
         hidden_dim: width of the hidden layer; None for A-CLIP's single Linear, after a normalisation of the
             features if `norm` is one of the batch kinds.
-        out_dim: width of the embedding.
         norm: "batch_per_modality"; "batch" for statistics over the joint batch (MGCA); "layer"; or "none".
 
     Raises:
@@ -66,16 +60,10 @@ class ProjectionHead(nn.Module):
         self.output = nn.Linear(in_dim if hidden_dim is None else hidden_dim, out_dim)
 
     def forward(self, x: Tensor, modality: Tensor | None = None) -> Tensor:
-        """Embed features.
-
-        Args:
-            x: (B, in_dim).
+        """Embed features (B, in_dim) as (B, out_dim), not L2-normalised.
+        // Args:
             modality: 0 for 2D and 1 for 3D rows, (B,); needed by "batch_per_modality" alone.
-
-        Returns:
-            (B, out_dim), not L2-normalised.
-
-        Raises:
+        // Raises:
             ValueError: `modality` is needed and missing, or has not one entry per row.
         """
         x = _apply_norm(self.input_norm, x, modality)
@@ -105,9 +93,7 @@ class DINOHead(nn.Module):
     the loss, which computes it in chunks.
 
     Args:
-        in_dim: width of the tokens.
         out_dim: number of prototypes K.
-        hidden_dim: width of the hidden layers.
         bottleneck_dim: width b of the output.
         nlayers: number of linear layers before the prototypes.
         norm_last_layer: keep the prototypes at unit norm.

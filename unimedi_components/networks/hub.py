@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The encoder as a folder in the Hugging Face hub's form: weights, config, input preparation, card, loading code."""
 
-from __future__ import annotations
-
 import copy
 import json
 import re
@@ -15,8 +13,6 @@ from torch import nn
 
 from unimedi_components import __version__
 from unimedi_components.errors import CheckpointError
-
-__all__ = ["MODEL_TYPE", "PROCESSOR_FILE", "HubEncoder", "hub_folder", "read_hub_json", "read_json"]
 
 MODEL_TYPE = "unimedi_vit"
 CONFIG_FILE, PROCESSOR_FILE, WEIGHTS_FILE = "config.json", "preprocessor_config.json", "model.safetensors"
@@ -152,10 +148,8 @@ class HubEncoder(
         """The README of a folder.
 
         Args:
-            args: of the mixin.
             license: of the weights, a name of the hub's; by default Apache-2.0 where the run was on phantoms, else
                 "unknown"; weights that the run started from may have another.
-            kwargs: further values of the template.
         """
         phantoms = self.card.get("phantom_seed") is not None
         info = self._hub_mixin_info
@@ -209,7 +203,6 @@ def read_json(path: Path, missing: str, again: str) -> dict[str, Any]:
     """A JSON object from a file.
 
     Args:
-        path: of the file.
         missing: what to do where there is none.
         again: what to do where it is damaged.
 

@@ -4,8 +4,6 @@
 Letters: B batch, N tokens (1 CLS + P patches), H heads, C channels per head, D = H * C.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -13,8 +11,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unimedi_components.selection import cls_attention
-
-__all__ = ["Attention", "Block", "Mlp"]
 
 
 class Attention(nn.Module):
@@ -24,9 +20,7 @@ class Attention(nn.Module):
     CLS row that Eq. 1 needs is computed from the CLS query alone, at the cost of one multiply-and-reduce.
 
     Args:
-        dim: token width D.
         num_heads: heads H; must divide `dim`.
-        qkv_bias: give the joint projection a bias.
 
     Raises:
         ValueError: `dim` is not a multiple of `num_heads`.
@@ -54,8 +48,6 @@ class Attention(nn.Module):
         Args:
             x: tokens with CLS first, (B, N, D).
             return_attention: also return this layer's term of Eq. 1.
-            include_cls_key: see `cls_attention`.
-            first: see `cls_attention`.
             rope: cosine and sine of the angles that queries and keys are turned by, (1 or B, 1, N, C).
 
         Returns:
@@ -95,16 +87,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; parameter names match timm's `Block`.
-
-    Args:
-        dim: token width D.
-        num_heads: attention heads H.
-        mlp_ratio: hidden width of the MLP over `dim`.
-        qkv_bias: bias of the joint query-key-value projection.
-        norm_eps: epsilon of both layer norms.
-        act_layer: of the MLP, gelu or quick_gelu.
-    """
+    """Pre-norm transformer block of width D; parameter names match timm's `Block`."""
 
     def __init__(
         self,

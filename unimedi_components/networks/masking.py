@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The student's masked pass, and which tokens of the teacher stand against it (section 3.4)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,8 +12,6 @@ from torch import Tensor
 from unimedi_components.networks.heads import DINOHead
 from unimedi_components.networks.output import EncoderOutput
 from unimedi_components.selection import Grid, kept_counts
-
-__all__ = ["KINDS", "MODALITIES", "Compared", "compare", "masked_pass"]
 
 MODALITIES = ("image2d", "image3d")
 # Kinds of token that the distillation head centers and the loss balances each for itself.
@@ -61,12 +57,10 @@ def masked_pass(
         student: runs the encoder.
         inputs: its image, or volume, slices and slice positions.
         keep: patch tokens that stay visible, (B, K).
-        teacher: the teacher's output on all P patch tokens.
         grids: token grid of each segment of the P tokens.
         mask_ratio, block: with which `keep` was chosen, see `selection.keep_tokens`.
         drop: leave masked tokens out (A-CLIP) instead of replacing them by the mask token (iBOT).
         loss_on: with the mask token, the patch tokens that are compared: "all", "masked" or "visible".
-        segment: let the student see this segment alone; None for all.
 
     Returns:
         the student's output and the teacher's on the patch tokens that are compared.
@@ -103,8 +97,6 @@ def compare(compared: Mapping[str, Sequence[Compared]], head: DINOHead, teacher_
 
     Args:
         compared: the masked passes of each of `MODALITIES`.
-        head: of the student.
-        teacher_head: of the teacher; without gradient.
 
     Returns:
         the fields of `UniMediOutput` from `student_cls` to `teacher_prototypes`.

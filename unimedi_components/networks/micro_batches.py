@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """An encoder's pass over a large batch in the memory of a small one (GradCache, Gao et al., arXiv 2101.06983)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
@@ -12,8 +10,6 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from unimedi_components.networks.output import EncoderOutput
-
-__all__ = ["in_micro_batches"]
 
 T = TypeVar("T", Tensor, EncoderOutput)
 
@@ -28,12 +24,8 @@ def in_micro_batches(run: Callable[..., T], parts: int, *inputs: Tensor, **optio
 
     Args:
         run: an encoder whose rows do not depend on each other.
-        parts: number of parts; 1 keeps all activations.
         inputs: tensors of B rows.
         options: keyword arguments of `run`; tensors among them have B rows too.
-
-    Returns:
-        what `run` returns for the whole batch.
     """
     batch = len(inputs[0])
     size = -(-batch // parts)

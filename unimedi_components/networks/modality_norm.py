@@ -5,29 +5,21 @@ This is ours, not the paper's: X-rays' and volumes' features differ by far more 
 statistics the contrastive loss first learns the modality, and training both from scratch stays on a plateau.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 
 from unimedi_components.distributed import gather_with_grad
 
-__all__ = ["ModalityBatchNorm1d"]
-
 
 class ModalityBatchNorm1d(nn.Module):
     """`nn.BatchNorm1d` that normalises the rows of each modality by their own mean and variance.
 
-    In training the statistics are those of all ranks' rows, whatever each rank holds of a modality, and their
-    gradient crosses ranks as in `nn.SyncBatchNorm`, on CPU too. A modality with fewer than two rows over all
-    ranks has no variance: its running statistics are used for these rows and left as they are. The affine is
-    shared.
+    In training the statistics are those of all ranks' rows, whatever each rank holds of a modality, and their gradient
+    crosses ranks as in `nn.SyncBatchNorm`, on CPU too. A modality with fewer than two rows over all ranks has no
+    variance: its running statistics are used for these rows and left as they are. The affine is shared.
 
     Args:
-        num_features: width C.
         num_modalities: number of statistics M; 1 is plain synchronised batch normalisation.
-        affine: learn a scale and a shift.
-        eps: added to the variance.
         momentum: weight of the batch in the running statistics.
         scale: divide by the standard deviation; False only takes the mean off.
     """

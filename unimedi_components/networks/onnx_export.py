@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """ONNX files of a trained network: its encoder and both towers, or a task's network, each checked as it is written."""
 
-from __future__ import annotations
-
 import logging
 import shutil
 import warnings
@@ -18,8 +16,6 @@ from unimedi_components.errors import CheckpointError, ConfigError
 from unimedi_components.networks.cards import KINDS, load_network
 from unimedi_components.networks.export import example
 from unimedi_components.networks.pretrained import CARD, TEXT, load_pretrained, read_card
-
-__all__ = ["TOLERANCE", "write_onnx"]
 
 #: How far onnxruntime's outputs may lie from torch's.
 TOLERANCE = 1e-4

@@ -1,14 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Named results of the networks, so that nothing is left behind as state on a module."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-
-__all__ = ["EncoderOutput", "ImageFeatures", "UniMediOutput"]
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The files of a trained network: what is written beside `model.pt`, and how a network is built from them again."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +17,6 @@ from unimedi_components.networks.unified_vit import UnifiedViT
 from unimedi_components.networks.unimedi import UniMedI
 from unimedi_components.networks.weights import load_strict, read_state_dict
 
-__all__ = ["Pretrained", "load_encoder", "load_pretrained", "make_card", "read_card", "student_state", "untrained"]
-
 CARD = "model.json"
 FULL = "unimedi.pt"
 TEXT = "report_encoder"
@@ -32,9 +28,7 @@ class Pretrained:
 
     Args:
         network: in evaluation mode, without teacher.
-        tokenizer: of the report encoder.
         card: how the network was built and how its input was prepared.
-        path: the checkpoint.
     """
 
     network: UniMedI
@@ -75,7 +69,6 @@ def load_encoder(checkpoint: str | Path, device: str | torch.device = "cpu") -> 
 
     Args:
         checkpoint: `models/model.pt` with `model.json` beside it.
-        device: where to put it.
 
     Raises:
         CheckpointError: a file is missing or does not fit.
@@ -94,7 +87,6 @@ def load_pretrained(checkpoint: str | Path, device: str | torch.device = "cpu") 
     Args:
         checkpoint: `model.pt`, `model_best.pt` or `unimedi.pt`. The first two hold the vision encoder alone; the
             report side is taken from the `unimedi.pt` beside them.
-        device: where to put the network.
 
     Raises:
         CheckpointError: a file is missing or does not fit.
@@ -137,11 +129,7 @@ def _build(card: Mapping[str, Any]) -> UniMedI:
 
 
 def read_card(checkpoint: Path) -> dict[str, Any]:
-    """Read `model.json` beside a checkpoint.
-
-    Raises:
-        CheckpointError: missing, damaged, or of another format.
-    """
+    """Read `model.json` beside a checkpoint. Raises CheckpointError: missing, damaged, or of another format."""
     path = checkpoint.with_name(CARD)
     kept = f"keep {CARD} beside {checkpoint.name}, it says how the network is built"
     card = read_json(path, kept, "copy it again from the training run")

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """E_l, the report encoder: any `transformers` text encoder, or a small BERT from a dict."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,8 +12,6 @@ from transformers import MODEL_MAPPING, AutoConfig, AutoTokenizer, PretrainedCon
 from transformers.utils import logging as transformers_logging
 
 from unimedi_components.errors import CheckpointError, ConfigError
-
-__all__ = ["ReportEncoder", "load_tokenizer"]
 
 
 def _source(name_or_path: str | Path) -> tuple[str, dict[str, bool]]:
@@ -177,15 +173,7 @@ class ReportEncoder(nn.Module):
             module.requires_grad_(False)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """CLS feature of the last layer; padding does not change it.
-
-        Args:
-            input_ids: (B, T).
-            attention_mask: 1 for tokens and 0 for padding, (B, T).
-
-        Returns:
-            (B, width).
-        """
+        """CLS feature of the last layer, (B, width), of `input_ids` (B, T); padding does not change it."""
         if self.model.config.model_type == "bert" and self.model.config._attn_implementation == "sdpa":
             # transformers would ask the GPU whether anything is padded before it makes this of a 2D mask
             attention_mask = attention_mask[:, None, None, :].bool()
@@ -194,9 +182,6 @@ class ReportEncoder(nn.Module):
 
 def load_tokenizer(name_or_path: str | Path) -> Any:
     """The fast tokenizer of a folder (vocab.txt or tokenizer.json with its config) or of a hub model.
-
-    Args:
-        name_or_path: as for `ReportEncoder`.
 
     Raises:
         CheckpointError: the folder has no tokenizer, or the hub model cannot be reached.

@@ -7,8 +7,6 @@ in the form that MGCA gave it, which the paper follows (S7.2), or in its own.
 Letters: B batch, D width, C classes, h and w rows and columns of tokens.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import zip_longest
 
@@ -20,17 +18,12 @@ from unimedi_components.networks.shared_norm import SharedBatchNorm2d
 from unimedi_components.networks.task_network import TaskNetwork
 from unimedi_components.networks.unified_vit import UnifiedViT
 
-__all__ = ["SETRPUP", "upsampling_factors"]
-
 VARIANTS = ("mgca", "original")
 _AUXILIARY_WIDTH = 256
 
 
 def upsampling_factors(patch_size: Sequence[int]) -> list[tuple[int, int]]:
     """Stages (rows, columns) of upsampling from tokens to pixels, factors of 3 before those of 2.
-
-    Args:
-        patch_size: rows and columns of a patch.
 
     Raises:
         ValueError: a patch size that is no product of 2s and 3s.
@@ -137,15 +130,10 @@ class SETRPUP(TaskNetwork):
         return [self.on_grid(found, image) for found in tokens]
 
     def forward(self, image: Tensor) -> Tensor | list[Tensor]:
-        """Segment X-rays.
-
-        Args:
-            image: (B, 1, H, W) in [-1, 1], each size a multiple of the patch's.
-
-        Returns:
+        """Segment X-rays (B, 1, H, W) in [-1, 1], each side a multiple of the patch's.
+        // Returns:
             logits (B, C, H, W); in training with auxiliary heads a list of them, the auxiliary ones last.
-
-        Raises:
+        // Raises:
             ValueError: not a batch of 2D images, or a size that the patch does not divide.
         """
         if image.ndim != 4:

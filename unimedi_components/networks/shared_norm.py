@@ -1,14 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Batch normalisation of feature maps with the statistics of all ranks' images, on CPU too."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 
 from unimedi_components.distributed import all_reduce_sum_with_grad, is_distributed
-
-__all__ = ["SharedBatchNorm2d"]
 
 
 class SharedBatchNorm2d(nn.BatchNorm2d):

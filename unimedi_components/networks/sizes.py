@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Named sizes of the vision encoder: `--size tiny | vit_s16 | vit_b16`, or arguments of `UnifiedViT` as a dict."""
 
-from __future__ import annotations
-
 import difflib
 import inspect
 from collections.abc import Mapping, Sequence
@@ -12,8 +10,6 @@ from torch import Tensor
 
 from unimedi_components.errors import CheckpointError, ConfigError
 from unimedi_components.networks.unified_vit import UnifiedViT
-
-__all__ = ["SHAPES", "SIZES", "check_size", "encoder_sizes", "size_name", "sizes_of_state"]
 
 _VIT_16 = {"img_size": 224, "vol_size": (32, 128, 128), "patch_size": 16, "patch_size_3d": (4, 16, 16), "depth": 12}
 #: Size -> arguments of `UnifiedViT`: the embedded default, ViT-S/16, and the paper's ViT-B/16.
@@ -39,7 +35,6 @@ def encoder_sizes(size: str | Mapping[str, Any] | None = None, **changes: Any) -
 
     Args:
         size: a name in `SIZES`, a dict of arguments, or None for the class's own defaults.
-        **changes: arguments that go before those of the size.
 
     Raises:
         ConfigError: no such size, or no such argument; the nearest name is given.
@@ -85,8 +80,6 @@ def check_size(sizes: Mapping[str, Any], wanted: Mapping[str, Any], source: str,
     Args:
         sizes: of the weights' card, all arguments.
         wanted: of the config; what it does not name may be anything.
-        source: the weights, for the message.
-        names: the arguments to compare.
 
     Raises:
         CheckpointError: they differ in more than the grids of the position tables; both are named.
@@ -110,9 +103,6 @@ def sizes_of_state(state: Mapping[str, Tensor]) -> dict[str, Any] | None:
     """Sizes of a ViT by its weights; None where they do not tell how many heads it has.
 
     Patches are among them where there is a 3D tokenizer: the kernel of a 2D ViT is resampled to any.
-
-    Args:
-        state: parameters with timm's names, with or without this project's 3D tokenizer.
     """
     blocks = [int(name.split(".")[1]) for name in state if name.startswith("blocks.") and name.split(".")[1].isdigit()]
     if not blocks or "cls_token" not in state or "patch_embed.proj.weight" not in state:

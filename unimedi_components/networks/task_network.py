@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from unimedi_components.networks.export import scriptable
 from unimedi_components.networks.unified_vit import UnifiedViT
 
-__all__ = ["TaskNetwork"]
-
 
 class TaskNetwork(nn.Module):
     """A decoder or head over the unified encoder; a subclass names its `kind` and `spatial_dims`, see `networks.cards`.

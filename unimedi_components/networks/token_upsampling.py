@@ -4,15 +4,11 @@
 Letters: B batch, D width of the tokens.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
 from monai.networks.blocks.dynunet_block import UnetBasicBlock, UnetResBlock, get_conv_layer
 from torch import Tensor, nn
-
-__all__ = ["Stride", "TokenUpsampling", "upsampling_strides"]
 
 Stride = tuple[int, ...]
 
@@ -23,9 +19,6 @@ def upsampling_strides(patch_size: Sequence[int]) -> list[Stride]:
     Each side of the patch is taken apart into its prime factors, the largest first, so that the axis with the most of
     them sets the number of stages, and a side with fewer is upsampled at the coarse stages alone (nnU-Net's and
     UniMiSS's convention for thick slices).
-
-    Args:
-        patch_size: depth, height and width of the 3D patch.
 
     Raises:
         ValueError: a patch of one voxel, whose tokens need no decoder.
@@ -58,8 +51,6 @@ class TokenUpsampling(nn.Module):
     """A hidden state on its way up to a skip connection: MONAI's `UnetrPrUpBlock` with a kernel for each layer.
 
     Args:
-        in_channels: width D of the tokens.
-        out_channels: of the skip connection.
         strides: of the layers, one or more; each doubles, triples or keeps an axis.
         norm: MONAI's name of a norm, or (name, options).
         res_block: convolve with a residual block after each layer but the first, else with a plain one.

@@ -4,8 +4,6 @@
 Letters: B batch, D width of the tokens, C classes; n stages of upsampling, from the token grid to the voxels.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -21,18 +19,12 @@ from unimedi_components.networks.task_network import TaskNetwork
 from unimedi_components.networks.token_upsampling import TokenUpsampling, upsampling_strides
 from unimedi_components.networks.unified_vit import UnifiedViT
 
-__all__ = ["UnifiedUNETR", "resize_positions_3d"]
-
 
 def resize_positions_3d(encoder: UnifiedViT, vol_size: Sequence[int]) -> UnifiedViT:
     """Make an encoder's 3D tables for another size of volume, so that training at that size has its own positions.
 
     Args:
         encoder: changed in place; what it computes for volumes of `vol_size` stays the same.
-        vol_size: D, H, W.
-
-    Returns:
-        the encoder.
 
     Raises:
         ValueError: the patch does not divide the size.
@@ -139,16 +131,11 @@ class UnifiedUNETR(TaskNetwork):
             _prefer_background([*self.coarse_outs, self.out], background_prior, together=residual_scores)
 
     def forward(self, image: Tensor) -> Tensor | list[Tensor]:
-        """Segment volumes.
-
-        Args:
-            image: (B, 1, D, H, W) in [-1, 1], each side a multiple of the encoder's patch.
-
-        Returns:
+        """Segment volumes (B, 1, D, H, W) in [-1, 1], each side a multiple of the encoder's patch.
+        // Returns:
             logits (B, C, D, H, W); with deep supervision in training mode a list of them, the finest first, each
             coarser one on its stage's grid.
-
-        Raises:
+        // Raises:
             ValueError: other axes, or sides that the patch does not divide.
         """
         if image.ndim != 5:
@@ -178,11 +165,7 @@ class UnifiedUNETR(TaskNetwork):
 
 
 def _prefer_background(outs: Sequence[nn.Module], share: float, together: bool) -> None:
-    """Set the biases of output blocks so that equal features give the background this share (Lin et al., 2017).
-
-    Args:
-        together: the scores of all blocks are added up, so that the first one's bias serves all and the others' is 0.
-    """
+    """Set the biases of output blocks so that equal features give the background this share (Lin et al., 2017)."""
     if not 0 < share < 1:
         raise ValueError(f"background_prior must lie between 0 and 1, not {share!r}")
     for index, out in enumerate(outs):

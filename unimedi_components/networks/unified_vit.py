@@ -4,8 +4,6 @@
 Letters: B batch, P patch tokens, N = 1 + P, D width, k slices, S slabs.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -27,8 +25,6 @@ from unimedi_components.networks.hub import HubEncoder
 from unimedi_components.networks.layers import Block, init_vit_weights
 from unimedi_components.networks.output import EncoderOutput
 
-__all__ = ["UnifiedViT", "compiled_forward"]
-
 
 class UnifiedViT(HubEncoder):
     """Vision transformer with tokenizers T_2D and T_3D over one shared backbone (sections 3.1 to 3.3).
@@ -44,11 +40,6 @@ class UnifiedViT(HubEncoder):
         patch_size: 2D patch (height, width).
         patch_size_3d: 3D patch (depth, height, width).
         in_chans: image channels, 1 for grey images.
-        embed_dim: token width D.
-        depth: number of blocks L.
-        num_heads: attention heads H.
-        mlp_ratio: MLP width over `embed_dim`.
-        qkv_bias: bias in the query-key-value projections.
         norm_eps: epsilon of the layer norms (timm's ViTs use 1e-6).
         reg_tokens: register tokens between CLS and patches, as DINOv2's _reg models have; nothing of them is returned.
         pre_norm: a layer norm before the first block, `norm_pre`, as CLIP has it.

@@ -4,8 +4,6 @@
 Letters: B2 X-rays, B3 volumes, B = B2 + B3, P patch tokens, k slices, D width, b DINO bottleneck.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Mapping
@@ -23,8 +21,6 @@ from unimedi_components.networks.micro_batches import in_micro_batches
 from unimedi_components.networks.output import EncoderOutput, ImageFeatures, UniMediOutput
 from unimedi_components.networks.report_encoder import ReportEncoder
 from unimedi_components.networks.unified_vit import UnifiedViT, compiled_forward
-
-__all__ = ["UniMedI"]
 
 
 @dataclass(frozen=True)
@@ -47,10 +43,6 @@ class UniMedI(nn.Module):
     jointly without slices (Fig. 2b); 2D only and 3D only are a matter of the batches.
 
     Args:
-        encoder: the student E_v.
-        report_encoder: E_l.
-        image_projection: projection head of the image CLS.
-        text_projection: projection head of the report CLS.
         dino_head: head shared by CLS and patch tokens; None only without self-distillation.
         num_slices: k of section 3.2.
         selector: "teacher", "student" or "random".

@@ -4,8 +4,6 @@
 Letters: B images, D width of the encoder, A anchors per place, K classes, n boxes.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,8 +17,6 @@ from unimedi_components.networks.feature_pyramid import SimpleFeaturePyramid
 from unimedi_components.networks.task_network import TaskNetwork
 from unimedi_components.networks.unified_vit import UnifiedViT
 
-__all__ = ["ViTDet"]
-
 Targets = Sequence[Mapping[str, Tensor]]
 OCTAVES = (1.0, 2 ** (1 / 3), 2 ** (2 / 3))
 
@@ -32,14 +28,12 @@ class ViTDet(TaskNetwork):
 
     Args:
         encoder: reads X-rays; its patch tokens after the final norm are the map.
-        num_classes: K, without background.
         freeze_encoder: train pyramid and heads alone (the encoder gets no gradient and stays in evaluation mode).
         width: channels of the pyramid and the heads, a multiple of 8; ViTDet has 256.
         scales, last_pool: of the pyramid, see `SimpleFeaturePyramid`.
         head_convs: 3x3 convolutions before the last one in each head; RetinaNet has 4.
         anchor_sizes: side of the anchors in pixels of the input, one list per map or one for all; None: RetinaNet's, 4
             times the map's stride times 1, 2^(1/3), 2^(2/3).
-        aspect_ratios: height over width of the anchors.
         candidates, alpha, gamma: see `BoxDetector`.
         score_threshold: boxes of lower score are left out.
         lowest_score: the same where targets are given: average precision counts unlikely boxes too.

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights in: files read without running code, and loaded strictly with one message."""
 
-from __future__ import annotations
-
 import argparse
 import logging
 import math
@@ -22,8 +20,6 @@ from unimedi_components.networks.embed import resample_pos_embed_2d, resample_po
 from unimedi_components.networks.foreign import Family, adapt_vit_state, layers_of_state, vit_state
 from unimedi_components.networks.sizes import SHAPES, SIZES, check_size, encoder_sizes, sizes_of_state
 from unimedi_components.networks.unified_vit import UnifiedViT
-
-__all__ = ["create_encoder", "load_strict", "load_weights", "read_state_dict"]
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +52,6 @@ def create_encoder(
     Args:
         weights: what `load_weights` reads; None or "none" is random initialisation.
         size: a name in `SIZES`, or a dict of arguments of `UnifiedViT`; None leaves the class's own.
-        **kwargs: arguments of `UnifiedViT` that go before those of the size.
 
     Raises:
         CheckpointError: the weights are missing, do not fit, or are of another size than the config asks for; both are
@@ -101,9 +96,6 @@ def load_weights(encoder: UnifiedViT, source: str | Path) -> UnifiedViT:
         encoder: network to fill, in place; the epsilon of its norms stays its own.
         source: a local file (.pt, .pth, .safetensors), `timm:<model name>` (extra `[timm]`) or
             `hf:<owner>/<repo>/<file>`. The last two reach the network, as they name a remote model.
-
-    Returns:
-        the encoder.
 
     Raises:
         CheckpointError: file or model not found, not a state dict, what `UnifiedViT` cannot compute, or tensors that do

@@ -4,8 +4,6 @@
 Panels are 4.8 inches wide, so that their labels can be read on a telephone too.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +14,6 @@ from matplotlib.figure import Figure
 from sklearn.manifold import TSNE
 
 from unimedi_components.figures.curves import save_png
-
-__all__ = ["draw_bars", "draw_curves", "draw_tsne"]
 
 Array = npt.NDArray[Any]
 
@@ -85,11 +81,7 @@ def _named(axes: Any) -> list[str]:
 
 
 def draw_curves(lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], path: Path, title: str, x: str) -> Path:
-    """Draw curves over steps or epochs, smoothed where they have many points.
-
-    Args:
-        lines: name -> x and y.
-    """
+    """Draw curves over steps or epochs, smoothed where they have many points. ``lines``: name -> x and y."""
     figure, axes = _panel(title)
     colours = ("#2f6fb2", "#d98324", "#2a9d4a", "#7a4fa3", "#c0567a", "#6b6b6b")
     for number, (name, (steps, values)) in enumerate(lines.items()):

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The page's figures of an experiment and of runs: drawn or copied to one folder, with captions and alt texts."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -16,8 +14,6 @@ from unimedi_components.metrics.common_space import centroid_distance
 from unimedi_components.report.figures import CT, XRAY, Array, draw_bars, draw_curves, draw_tsne
 from unimedi_components.report.sources import Experiment, Run, read_curves
 from unimedi_components.report.tables import COLUMNS, SHARES, boxed_table
-
-__all__ = ["Gallery"]
 
 _COMMON = (
     "Each point is a held-out study; the number is the distance of the 2D and 3D centroids over the spread within."
@@ -33,11 +29,7 @@ _KNOWN = {
 
 
 class Gallery:
-    """Figures of one page.
-
-    Args:
-        folder: of the page; PNG files go to `figures` in it.
-    """
+    """Figures of one page. ``folder``: of the page; PNG files go to `figures` in it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

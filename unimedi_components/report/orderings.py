@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether the orderings of the paper's Table 7, Fig. 6 and Fig. 2 come out, in words computed from the numbers."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -11,8 +9,6 @@ from unimedi_components.engines.target_information import COLLAPSED
 from unimedi_components.report.sources import Experiment
 from unimedi_components.report.statistics import Comparison, compare
 from unimedi_components.report.tables import COLUMNS, SHARES, boxed_table
-
-__all__ = ["Ordering", "orderings", "orderings_html"]
 
 _DISTANCE = "centroid_distance_cls"
 _WORDS = {
@@ -28,11 +24,8 @@ class Ordering:
     """One "a is better than b" of the paper on one column, as it came out.
 
     Args:
-        step: which place of the paper and what is compared.
-        column: what it is measured on.
         result: the difference over the seeds, positive where it is as in the paper.
         scale: 100 where the measure is shown in percent.
-        why: what is known about a verdict other than "holds"; may be empty.
     """
 
     step: str

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The page: one static HTML file with its figures, from runs and experiments."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -24,8 +22,6 @@ from unimedi_components.report.tables import (
     paper_table,
     paper_tables,
 )
-
-__all__ = ["report"]
 
 Section = tuple[str, str, str]
 

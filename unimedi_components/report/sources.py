@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the page is made of: runs of bundles, and experiments of cells."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,8 +12,6 @@ import numpy.typing as npt
 
 from unimedi_components.errors import DataError
 
-__all__ = ["Experiment", "Run", "collect", "read_curves"]
-
 SUMMARY = "experiment.json"
 Curves = dict[str, tuple[list[int], list[float]]]
 
@@ -26,7 +22,6 @@ class Run:
 
     Args:
         folder: with `metrics.json`, figures and event files.
-        metrics: the content of `metrics.json`.
         origin: "command", "commit", "machine" where the run left them in `run.json`.
     """
 
@@ -43,12 +38,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Experiment:
-    """The ablation: `experiment.json` and the folders of its cells.
-
-    Args:
-        folder: with `experiment.json`, and VARIANT/SEED below it where the cells' own files are kept.
-        content: of `experiment.json`.
-    """
+    """The ablation: `experiment.json` and the folders of its cells."""
 
     folder: Path
     content: dict[str, Any]
@@ -82,14 +72,7 @@ class Experiment:
 
 
 def collect(folders: Sequence[str | Path]) -> tuple[list[Run], list[Experiment]]:
-    """Sort folders into runs and experiments.
-
-    Args:
-        folders: of runs (a bundle's folder, or the `eval` folder in it), or of experiments.
-
-    Raises:
-        DataError: a folder is neither, or what it holds is damaged.
-    """
+    """Sort folders into runs and experiments. Raises DataError: a folder is neither, or what it holds is damaged."""
     runs, experiments = [], []
     for folder in map(Path, folders):
         if (folder / SUMMARY).is_file():

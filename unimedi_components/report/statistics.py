@@ -1,14 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mean, deviation and interval over training seeds, and whether two variants differ."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
-
-__all__ = ["Comparison", "compare", "summarise", "t_interval"]
 
 # Student's t, two-sided 95%, by degrees of freedom; the normal's beyond
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -48,11 +44,7 @@ def summarise(values: Mapping[int, float], patients: Sequence[Sequence[float] | 
 
 
 class Comparison:
-    """Two variants' difference over the seeds that both have.
-
-    Args:
-        higher, lower: values by seed of the variant that should be higher, and of the one that should be lower.
-    """
+    """Two variants' difference over the seeds that both have."""
 
     def __init__(self, higher: Mapping[str, float], lower: Mapping[str, float]) -> None:
         self.differences = [higher[seed] - lower[seed] for seed in higher if seed in lower]

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tables of the page, as HTML: the paper's beside ours, the ablation, and what the method's parts are to move."""
 
-from __future__ import annotations
-
 import csv
 import json
 import statistics
@@ -13,8 +11,6 @@ from typing import Any
 
 from unimedi_components.engines.target_information import COLLAPSED
 from unimedi_components.report.sources import Experiment
-
-__all__ = ["ablation_table", "anchor", "boxed_table", "measure_tables", "paper_table", "paper_tables"]
 
 Rows = list[dict[str, str]]
 
@@ -130,7 +126,6 @@ def paper_table(number: str, table: Mapping[str, Any], folder: Path | None) -> s
     """One of the paper's tables with our rows below it, or a row that says how to run what was not run.
 
     Args:
-        table: an entry of `paper_tables`.
         folder: where `make tableN` wrote `tableN.csv`; None leaves our rows out.
     """
     groups = {group["name"]: [f"{share:.0%}" for share in group["fractions"]] for group in table["groups"]}

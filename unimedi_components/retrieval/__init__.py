@@ -4,44 +4,25 @@
 Names are loaded when first used: a search needs nothing of what measures.
 """
 
-from __future__ import annotations
-
-import importlib
 from typing import Any
 
-_EXPORTS = {
-    "ContrastiveLossMetric": "recall",
-    "Embedder": "embedder",
-    "EmbeddingIndex": "index",
-    "Embeddings": "embeddings",
-    "Hit": "index",
-    "PromptSet": "prompts",
-    "RetrievalRecall": "recall",
-    "SaveEmbeddings": "inference",
-    "SaveNeighbours": "inference",
-    "ZeroShot": "zero_shot",
-    "after_training": "pretraining",
-    "draw_examples": "examples",
-    "embed_batch": "inference",
-    "evaluate_datalist": "pretraining",
-    "evaluate_search": "datalist_search",
-    "finish_embedding": "inference",
-    "headline": "datalist_search",
-    "load_prompt_sets": "prompts",
-    "load_prompts": "prompts",
-    "load_trained": "embedder",
-    "model_hash": "embedder",
-    "recall_at_k": "recall",
-    "shipped_prompts": "prompts",
-    "zero_shot_scores": "zero_shot",
+from unimedi_components.lazy import import_lazily
+
+_HOMES = {
+    "datalist_search": "evaluate_search headline",
+    "embedder": "Embedder load_trained model_hash",
+    "embeddings": "Embeddings",
+    "examples": "draw_examples",
+    "index": "EmbeddingIndex Hit",
+    "inference": "SaveEmbeddings SaveNeighbours embed_batch finish_embedding",
+    "pretraining": "after_training evaluate_datalist",
+    "prompts": "PromptSet load_prompt_sets load_prompts shipped_prompts",
+    "recall": "ContrastiveLossMetric RetrievalRecall recall_at_k",
+    "zero_shot": "ZeroShot zero_shot_scores",
 }
 
-__all__ = sorted(_EXPORTS)
+__all__ = sorted(" ".join(_HOMES.values()).split())
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _EXPORTS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)
-    globals()[name] = value
-    return value
+    return import_lazily(globals(), _HOMES, name)

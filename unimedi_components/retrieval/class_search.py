@@ -5,8 +5,6 @@ Within and across X-rays, CT volumes and their reports, whatever their data sets
 Letters: N queries, M candidates, E width of the common space, F findings.
 """
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,20 +19,6 @@ from unimedi_components.retrieval.embeddings import Embeddings
 from unimedi_components.retrieval.features import Paired
 from unimedi_components.retrieval.prompts import PromptSet
 from unimedi_components.retrieval.recall import group_index, precision_at_k
-
-__all__ = [
-    "KS",
-    "NOT_MENTIONED",
-    "Studies",
-    "class_precision",
-    "class_search",
-    "common_findings",
-    "gather_studies",
-    "label_table",
-    "queries_by_finding",
-    "same_findings",
-    "same_findings_precision",
-]
 
 Array = npt.NDArray[Any]
 Values = dict[str, Any]
@@ -63,8 +47,6 @@ def class_precision(
         query_labels: 1 present, 0 absent, -1 uncertain, below -1 not mentioned, (N, F).
         candidate_labels: the same of the candidates, (M, F). Uncertain ones are no candidates for that finding; not
             mentioned counts as absent.
-        query_groups: patients of the queries; candidates of the query's own patient are left out. None: none is.
-        candidate_groups: patients of the candidates, given with `query_groups`.
         ks: the K; one that exceeds the candidates of a query is left out.
 
     Returns:
@@ -86,9 +68,6 @@ def same_findings_precision(
 ) -> Values:
     """P@K where a candidate is right if it has exactly the query's findings; queries without a right one are left out.
 
-    Args:
-        query, candidates, query_labels, candidate_labels: as of `class_precision`; all but 1 counts as absent.
-
     Returns:
         "precision_at_K" and "precision_at_K_chance"; empty where no query has a right candidate.
     """
@@ -98,11 +77,7 @@ def same_findings_precision(
 
 
 def queries_by_finding(query_labels: Array, candidate_labels: Array) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
-    """For each finding that a query and a candidate have: its column, the queries that have it, and the candidates.
-
-    Yields:
-        column, indices of the queries, indices of the candidates whose label is certain, and which of these have it.
-    """
+    """For each finding that a query and a candidate have: its column, the queries that have it, and the candidates."""
     for column in range(query_labels.shape[1]):
         asked = torch.from_numpy(np.flatnonzero(query_labels[:, column] == PRESENT))
         known = torch.from_numpy(np.flatnonzero(candidate_labels[:, column] != UNCERTAIN))
@@ -239,7 +214,6 @@ def label_table(items: Sequence[Mapping[str, Any]], meta: Mapping[str, Any]) -> 
     """Labels of items by finding.
 
     Args:
-        items: of a datalist; "label" is one number for each label name, or the index of a class.
         meta: of the datalist: "label_names", of all items or by source for a joined datalist, whose patients are called
             SOURCE-PATIENT.
 

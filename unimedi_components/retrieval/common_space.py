@@ -4,8 +4,6 @@
 Letters: N X-rays, M volumes, F findings.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +24,6 @@ from unimedi_components.retrieval.features import Features, extract_features
 from unimedi_components.retrieval.probe import linear_probe
 from unimedi_components.retrieval.recall import first_correct_rank, precision_at_k, recall_chance
 
-__all__ = ["cross_search_metrics", "paired_search_metrics", "separation_metrics"]
-
 Array = npt.NDArray[Any]
 Studies = Mapping[str, Mapping[str, Any]]
 
@@ -45,8 +41,7 @@ def separation_metrics(
     """How far X-rays and volumes lie apart, for SPACE "cls" and "embed" (after projection), L2-normalised.
 
 
-    Keeps:
-        "modality_accuracy_SPACE": balanced accuracy of telling X-rays from volumes by `linear_probe`, and
+    Keeps: "modality_accuracy_SPACE": balanced accuracy of telling X-rays from volumes by `linear_probe`, and
         "modality_accuracy_chance". "centroid_distance_SPACE": mean over the findings of `centroid_distance`, with
         "_per_finding", and "centroid_distance_chance", what two samples of one distribution would have. Empty where a
         dimension is missing.
@@ -97,11 +92,7 @@ def cross_search_metrics(
 ) -> None:
     """X-ray to CT search and back by images alone, after projection and on the CLS, centred per modality there.
 
-    Args:
-        ks: the K; one that exceeds the candidates is left out.
-
-    Keeps:
-        for QUERY "xray_to_ct", "ct_to_xray", "xray_to_ct_cls" and "ct_to_xray_cls", each also with "_chance":
+    Keeps: for QUERY "xray_to_ct", "ct_to_xray", "xray_to_ct_cls" and "ct_to_xray_cls", each also with "_chance":
         "QUERY_precision_at_K", where a candidate is correct that has exactly the query's findings, over the queries for
         which there is one; and "QUERY_class_precision_at_K", the mean over the findings of how many of the K have a
         finding that the query has. Chance is the share of correct candidates. Empty where a dimension is missing.
@@ -167,13 +158,10 @@ def paired_search_metrics(
     """Does the X-ray of a phantom patient find that patient's own CT among all? Ray-summed for this, never trained on.
 
     Args:
-        volumes: features of CT volumes.
         studies: truth by item id, with "phantom" where it is known how to make the patient again.
         folder: for the X-rays, reused if they are there.
-        options: of `extract_features`.
 
-    Keeps:
-        "drr_to_ct_recall_at_K" after projection and "drr_to_ct_cls_recall_at_K" on the CLS, X-rays and volumes each
+    Keeps: "drr_to_ct_recall_at_K" after projection and "drr_to_ct_cls_recall_at_K" on the CLS, X-rays and volumes each
         centred, both with "_chance"; empty where no patient can be made again.
     """
     rows = [i for i, item in enumerate(volumes.items) if "phantom" in studies.get(item["id"], {})]

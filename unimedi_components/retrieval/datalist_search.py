@@ -5,8 +5,6 @@ The paper claims retrieval and prints no table: R@K and P@K by class are CLIP's,
 a finding's name says what belongs together.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,21 +28,14 @@ from unimedi_components.retrieval.protocols import exclusive_sample, protocol_me
 from unimedi_components.retrieval.zero_shot import ZeroShot, zero_shot_scores
 from unimedi_components.tasks.writer import write_csv
 
-__all__ = ["HEADLINE", "evaluate_search", "headline"]
-
 Array = npt.NDArray[Any]
 Values = dict[str, Any]
 
 #: Keys that every evaluation has; null where there was nothing to measure them on.
 HEADLINE = (
-    "report_recall_at_5",
-    "report_recall_at_5_chance",
-    "xray_to_ct_precision_at_10",
-    "xray_to_ct_precision_at_10_chance",
-    "ct_to_xray_precision_at_10",
-    "ct_to_xray_precision_at_10_chance",
-    "zero_shot_auroc_2d",
-    "zero_shot_auroc_3d",
+    *("report_recall_at_5", "report_recall_at_5_chance", "xray_to_ct_precision_at_10"),
+    *("xray_to_ct_precision_at_10_chance", "ct_to_xray_precision_at_10", "ct_to_xray_precision_at_10_chance"),
+    *("zero_shot_auroc_2d", "zero_shot_auroc_3d"),
 )
 
 
@@ -75,16 +66,12 @@ def evaluate_search(
         dataset_dir: folder that its image paths are relative to.
         output_dir: folder for `metrics.json`, `index.npz` (an `EmbeddingIndex` of all images and reports),
             `zero_shot.csv` (labels and probabilities by image) and `roc_2d.png`, `roc_3d.png`; None writes nothing.
-        split: "training", "validation", "test" or "all".
         prompts: prompt sets, at most one for each dimension; see `load_prompts`.
         protocols: of `PROTOCOLS`, measured on labelled X-rays. With protocols alone to measure, as for data without
             reports, only their images are embedded.
         per_class: candidates of each class in a protocol.
-        protocol_queries: query images of each class in a protocol.
         exact: whether a protocol's class with too few images is an error.
         bootstrap: resamples of the patients for intervals of the zero-shot AUROC.
-        seed: of the resamples and of the protocols' draws.
-        options: of `Embedder.items`.
 
     Returns:
         the content of `metrics.json`: `HEADLINE`; counts; report retrieval as of `retrieval_metrics`; "class_search",

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Images and sentences to vectors of the space that they share."""
 
-from __future__ import annotations
-
 import hashlib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,8 +27,6 @@ from unimedi_components.networks.output import ImageFeatures
 from unimedi_components.networks.pretrained import Pretrained, load_pretrained, read_card
 from unimedi_components.retrieval.embeddings import Embeddings, entry_of
 
-__all__ = ["Embedder", "check_punct", "load_trained", "make_dataset", "model_hash"]
-
 _BATCH = 64
 
 
@@ -45,11 +41,7 @@ def model_hash(network: torch.nn.Module) -> str:
 
 
 def check_punct(pretrained: Pretrained, lists: Mapping[str, Any]) -> None:
-    """Warn where a datalist's reports lack the punctuation that the network's training reports had.
-
-    Args:
-        lists: the datalist; those of before meta.keep_punct pass.
-    """
+    """Warn where a datalist's reports lack the punctuation that the network's training reports had."""
     meta = lists.get("meta", {})
     if pretrained.keep_punct and meta.get("keep_punct") is False:
         warnings.warn(
@@ -66,12 +58,7 @@ def make_dataset(
     cache_dir: str | Path | None = None,
     strict: bool = False,
 ) -> ImageDataset:
-    """The items as the network was trained to see them, by its card, reports as well, without random transforms.
-
-    Args:
-        pretrained: its card holds "preprocessing": arguments of `xray_transforms` and `ct_transforms`, and
-            "keep_punct".
-    """
+    """The items as the network was trained to see them, by its card, reports as well, without random transforms."""
     whole = []
     for item in items:
         text = as_trained(item.get("report") or "", pretrained.keep_punct)
@@ -164,9 +151,6 @@ class Embedder(nn.Module):
         self, dataset: ImageDataset, batch_2d: int, batch_3d: int, num_workers: int = 0, progress: bool = True
     ) -> Iterator[tuple[dict[str, Any], Tensor, ImageFeatures]]:
         """Go through a data set.
-
-        Args:
-            dataset: of `make_dataset`.
 
         Yields:
             batches of `ImageLoader`, their images and what `encode` makes of them, both on the network's device; first
@@ -306,8 +290,6 @@ class Embedder(nn.Module):
 
         Args:
             root: folder that its image paths are relative to.
-            split: "training", "validation", "test", or "all" of them.
-            options: as of `images`.
 
         Raises:
             DataError: the datalist cannot be used, the split is empty, or not one image could be read.

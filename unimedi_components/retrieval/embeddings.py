@@ -16,8 +16,6 @@ import numpy.typing as npt
 from unimedi_components.errors import DataError
 from unimedi_components.files import replacing
 
-__all__ = ["KINDS", "Embeddings"]
-
 Array = npt.NDArray[Any]
 
 KINDS = ("image", "report")
@@ -90,11 +88,7 @@ class Embeddings:
 
     @classmethod
     def load(cls, path: str | Path) -> Embeddings:
-        """Read what `save` wrote.
-
-        Raises:
-            DataError: missing, damaged, or something else.
-        """
+        """Read what `save` wrote. Raises DataError: missing, damaged, or something else."""
         try:
             with np.load(path, allow_pickle=False) as content:
                 texts = {name: json.loads(str(content[name])) for name in ("entries", "card", "skipped", "model")}

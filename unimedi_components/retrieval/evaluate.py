@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command `evaluate`: a checkpoint on held-out phantoms, beside the same network untrained."""
 
-from __future__ import annotations
-
 import math
 import tempfile
 from collections.abc import Callable, Mapping
@@ -19,8 +17,6 @@ from unimedi_components.errors import CheckpointError, ConfigError, DataError
 from unimedi_components.networks.pretrained import Pretrained, load_pretrained, untrained
 from unimedi_components.retrieval.features import extract_features
 from unimedi_components.retrieval.measuring import all_metrics
-
-__all__ = ["HEADLINE", "evaluate", "heldout_items", "summary"]
 
 Line = tuple[str, str, tuple[str, ...]]
 
@@ -117,8 +113,7 @@ def evaluate(
 
     Raises:
         CheckpointError: the checkpoint does not load, or diverged in training.
-        ConfigError: the network was trained on phantoms of this seed, or too few patients for
-            cross-validation.
+        ConfigError: the network was trained on phantoms of this seed, or too few patients for cross-validation.
         DataError: `keep` holds something else.
     """
     if patients < 2:
@@ -181,8 +176,6 @@ def heldout_items(
 
     Args:
         dim: 2 for X-rays in MIMIC-CXR-JPG's layout, 3 for CT in BIMCV's.
-        folder: the phantoms go into a folder of the layout's name in it.
-        patients, seed, workers, progress: as in `evaluate`.
         keep_punct: of the reports, as the network's training had it.
 
     Returns:

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A figure of searches across dimensions: X-rays and the volumes nearest to them, volumes and the nearest X-rays."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +14,6 @@ from unimedi_components.retrieval.class_search import common_findings, label_tab
 from unimedi_components.retrieval.embedder import Embedder, make_dataset
 from unimedi_components.retrieval.index import EmbeddingIndex, Hit
 from unimedi_components.retrieval.prompts import load_prompt_sets
-
-__all__ = ["draw_examples"]
 
 _Row = tuple[int, dict[str, Any]]
 
@@ -35,13 +31,10 @@ def draw_examples(
     """Draw searches across dimensions with the findings that both data sets label; on rank 0 alone.
 
     Args:
-        embedder: the network that the index was made with.
         index: npz of images of the datalist.
-        datalist: file with the images' labels.
         dataset_dir: folder that its image paths are relative to.
         prompts: sets whose aliases say which findings of two data sets are the same.
         queries: of each dimension, the first images whose findings differ.
-        neighbours: of each query.
 
     Returns:
         the path; None where the index holds images of one dimension alone, and on other ranks.

@@ -17,15 +17,12 @@ from unimedi_components.networks.output import ImageFeatures
 from unimedi_components.networks.pretrained import Pretrained
 from unimedi_components.retrieval.embedder import Embedder, make_dataset
 
-__all__ = ["Features", "Paired", "extract_features", "features_of_all_ranks", "pool"]
-
 
 @dataclass(frozen=True)
 class Paired:
     """N images of one dimension with their reports.
 
     Args:
-        items: the datalist items that could be read; rows follow them.
         image_embed, text_embed: projected embeddings, (N, E); those of missing reports are meaningless.
     """
 
@@ -56,7 +53,6 @@ class Features(Paired):
         slice_attention: share of Eq. 1's **v** that falls on the tokens of the selected slices, beside which share of
             the tokens they are, (N, 2); None where no slices joined.
         pooled: the input averaged to 32 x 32 pixels or 8 x 8 x 8 voxels, (N, 1024) or (N, 512).
-        root: folder that the items' image paths are relative to.
     """
 
     cls: Tensor
@@ -103,8 +99,6 @@ def extract_features(
     """Run a network over datalist items.
 
     Args:
-        pretrained: the network, in evaluation mode; runs on the device that it is on.
-        items: datalist items of one or both dimensions.
         use_slices: feed the selected slices beside the volume, as in pre-training.
         cache_dir: folder to keep prepared images in, for a second network over the same items.
 
@@ -130,11 +124,7 @@ def extract_features(
 def features_of_all_ranks(
     pretrained: Pretrained, items: Sequence[dict[str, Any]], root: str | Path, **options: Any
 ) -> dict[int, Features]:
-    """`extract_features` with the items shared out among the ranks, each of which gets all features.
-
-    Args:
-        pretrained, items, root, options: as there.
-    """
+    """`extract_features` with the items shared out among the ranks, each of which gets all features."""
     if not is_distributed():
         return extract_features(pretrained, items, root, **options)
     # reports progress once

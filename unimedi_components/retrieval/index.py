@@ -18,8 +18,6 @@ import torch
 from unimedi_components.errors import ConfigError, DataError
 from unimedi_components.retrieval.embeddings import KINDS, Embeddings
 
-__all__ = ["Approximate", "EmbeddingIndex", "Exact", "Hit", "make_neighbours"]
-
 Array = npt.NDArray[Any]
 
 BACKENDS = ("exact", "faiss")
@@ -35,11 +33,7 @@ class Hit(NamedTuple):
 
 
 class Exact:
-    """One matrix product and the K largest.
-
-    Args:
-        rows: (N, E) float32.
-    """
+    """One matrix product and the K largest. ``rows``: (N, E) float32."""
 
     def __init__(self, rows: Array) -> None:
         # in this layout the product for one query is fastest
@@ -155,9 +149,7 @@ class EmbeddingIndex:
         Args:
             vectors: (Q, E) of unit norm, or one such array for each dimension, as sentences have.
             model: hash of the model that made them.
-            k: neighbours wanted; fewer come where there are fewer.
             kind: "image" or "report" alone.
-            dim: 2 or 3 alone: X-rays and their reports, or volumes and theirs.
             exclude: an id for each query that its result must not hold, such as the query's own; with it goes
                 everything of this id, image and report.
 
@@ -187,11 +179,7 @@ class EmbeddingIndex:
         return hits[:k]
 
     def check_model(self, model: str) -> None:
-        """Pass where the weights are those that the index was made with.
-
-        Raises:
-            ConfigError: they are others.
-        """
+        """Pass where the weights are those that the index was made with. Raises ConfigError: they are others."""
         if model != self.model:
             raise ConfigError(
                 f"the index was made with model {self.model[:12]}, the query with {model[:12]}; embed the query with "

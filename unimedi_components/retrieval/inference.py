@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Inference: what an `Embedder` makes of images, batch by batch in MONAI's engine, and what is written of it."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
@@ -33,8 +31,6 @@ from unimedi_components.retrieval.prompts import load_prompt_sets
 from unimedi_components.retrieval.zero_shot import ZeroShot
 from unimedi_components.tasks.writer import PredictionWriter, check_finite
 
-__all__ = ["SaveEmbeddings", "SaveNeighbours", "attention_in_file_geometry", "embed_batch", "finish_embedding"]
-
 logger = logging.getLogger(__name__)
 Array = npt.NDArray[Any]
 
@@ -48,7 +44,6 @@ def embed_batch(engine: Any, batchdata: Mapping[str, Any]) -> dict[str, Any]:
 
     Args:
         engine: MONAI's `SupervisedEvaluator`; its inferer is given the network's `encode`.
-        batchdata: a batch of `ImageLoader`.
 
     Returns:
         "image", "pred" (B, E) of unit norm, "cls" (B, D), "attention" on the token grid (B, rows, columns) or
@@ -85,7 +80,6 @@ class SaveEmbeddings(Transform):
       `attention_in_file_geometry`.
 
     Args:
-        output_dir: folder to write to; made when missing.
         figures: write the PNG files.
         volumes: write the NIfTI files, for which each volume is read once more.
     """
@@ -128,7 +122,6 @@ def attention_in_file_geometry(item: Mapping[str, Any], attention: Tensor) -> tu
     """Attention over a volume's tokens as a volume with the shape, axes and affine of its file.
 
     Args:
-        item: "image", the file or the folder of a DICOM series, and what `LoadVolumed` takes beside it.
         attention: Eq. 1's **v** on the token grid, (slabs, rows, columns), over the whole field of view.
 
     Returns:
@@ -147,10 +140,6 @@ def attention_in_file_geometry(item: Mapping[str, Any], attention: Tensor) -> tu
 
 def finish_embedding(dataset: Any, output_dir: str | Path) -> None:
     """Write `summary.json`, the inputs and those that could not be read, and say how many there were.
-
-    Args:
-        dataset: the `ImageDataset` that was gone through.
-        output_dir: folder of the embeddings.
 
     Raises:
         DataError: not one input could be read.
@@ -177,11 +166,9 @@ class SaveNeighbours(PredictionWriter):
     - `<id>.png`: the image with Eq. 1's **v** over it and the highest probabilities; see `draw_prediction`.
 
     Args:
-        output_dir, figures: see `PredictionWriter`; images that get probabilities have a figure.
         embedder: the network that the images go through.
         index: npz of `EmbeddingIndex`, made with the same weights; None searches nothing.
         prompts: prompt sets, at most one for each dimension; without one for a dimension its images get no probability.
-        neighbours: of each kind.
 
     Raises:
         ConfigError: the index is of another model, `neighbours` is below 1, or there are two sets for one dimension.

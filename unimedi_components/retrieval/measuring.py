@@ -4,8 +4,6 @@
 A measure adds to the `Measures` that it is given first, with intervals over patients where that has resamples.
 """
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,15 +26,6 @@ from unimedi_components.retrieval.self_distillation import self_distillation_met
 from unimedi_components.retrieval.slices import slice_metrics
 from unimedi_components.retrieval.xray_attention import xray_attention_metrics
 
-__all__ = [
-    "all_metrics",
-    "collapse_metrics",
-    "network_metrics",
-    "probe_metrics",
-    "retrieval_metrics",
-    "selection_metrics",
-]
-
 KS = (1, 5, 10)
 Values = dict[str, Any]
 
@@ -55,7 +44,6 @@ def all_metrics(
         truth: of `load_truth`, or None: then without what needs labels, boxes or lesions.
         films: folder for the X-rays of the volumes' patients, reused if they are there; None for a temporary one.
         untrained: the network has random weights: its run's self-distillation and the input's own probe are left out.
-        options: of `extract_features`, for these X-rays.
     """
     kept = Measures(PatientResamples(patient for part in features.values() for patient in part.patients))
     for dim in (2, 3):
@@ -89,15 +77,12 @@ def all_metrics(
 def retrieval_metrics(kept: Measures, features: Mapping[int, Paired]) -> None:
     """Report retrieval with the reports of both dimensions as candidates, and within each dimension.
 
-    A report that is word for word the right one counts as right; "_strict" keys count the image's own report
-    alone.
+    A report that is word for word the right one counts as right; "_strict" keys count the image's own report alone.
 
-
-    Keeps:
-        "report_recall_at_K" (image to report, both dimensions pooled), "image_recall_at_K" (report to image),
-        each also with "_strict"; "report_recall_at_K_chance" and "report_recall_at_K_strict_chance", which hold
-        for both ways; the same within one dimension as "report_recall_2d_at_K" and so on; "reports", the number
-        of candidates, and "distinct_reports".
+    Keeps: "report_recall_at_K" (image to report, both dimensions pooled), "image_recall_at_K" (report to image), each
+        also with "_strict"; "report_recall_at_K_chance" and "report_recall_at_K_strict_chance", which hold for both
+        ways; the same within one dimension as "report_recall_2d_at_K" and so on; "reports", the number of candidates,
+        and "distinct_reports".
     """
     pools = {"": list(features.values())}
     if len(features) > 1:
@@ -126,8 +111,7 @@ def collapse_metrics(features: Mapping[int, Features]) -> Values:
 
     Returns:
         "collapse_image_2d", "collapse_text_2d", "collapse_cls_2d" and the same for 3D (effective rank), and
-        "collapse_modality": 1 if X-ray and CT images have one common centre, 0.5 if their centres are
-        orthogonal.
+        "collapse_modality": 1 if X-ray and CT images have one common centre, 0.5 if their centres are orthogonal.
     """
     rank = EmbeddingCollapseMetric(include_indicators=["effective_rank"], reduction="none")
     result: Values = {}
@@ -150,9 +134,8 @@ def _value(score: Tensor | None) -> float | None:
 def network_metrics(kept: Measures, pretrained: Pretrained, features: Mapping[int, Features]) -> None:
     """The temperature of L_vl, and how the CLS attends to a volume and to its slices when both are encoded together.
 
-    Keeps:
-        "temperature"; "cls_attention_3d" and "cls_attention_slices", mean shares of Eq. 1's **v** on the tokens of the
-        volume and of its slices, each with "_uniform", their share of the tokens, where slices join volumes.
+    Keeps: "temperature"; "cls_attention_3d" and "cls_attention_slices", mean shares of Eq. 1's **v** on the tokens of
+        the volume and of its slices, each with "_uniform", their share of the tokens, where slices join volumes.
     """
     kept.add("temperature", 1 / pretrained.network.logit_scale.item())
     if 3 in features and (share := features[3].slice_attention) is not None:
@@ -184,11 +167,9 @@ def probe_metrics(
     """Linear probes of the CLS, and of the input itself beside them, cross-validated on the same splits.
 
     Args:
-        truth: of `load_truth`.
         pixels: probe the averaged input too, `Features.pooled`.
 
-    Keeps:
-        "probe_auroc_2d" and "probe_auroc_3d", each with "_per_finding" and, where findings could not be probed,
+    Keeps: "probe_auroc_2d" and "probe_auroc_3d", each with "_per_finding" and, where findings could not be probed,
         "_skipped"; with `pixels` also "probe_auroc_2d_pixels", "probe_auroc_3d_voxels", and what the features have more
         than these, "probe_minus_pixels_2d" and "..._3d".
     """

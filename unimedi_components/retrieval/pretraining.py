@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Evaluation on a datalist: metrics of its held-out split, and the figures that a run leaves behind."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,8 +19,6 @@ from unimedi_components.retrieval.embedder import check_punct, make_dataset
 from unimedi_components.retrieval.features import Features, extract_features, features_of_all_ranks
 from unimedi_components.retrieval.measuring import all_metrics
 from unimedi_components.retrieval.slices import is_focal, lesion_mask
-
-__all__ = ["after_training", "ct_views", "evaluate_datalist", "xray_views"]
 
 Array = npt.NDArray[Any]
 Datalist = dict[str, Any]
@@ -43,15 +39,10 @@ def evaluate_datalist(
     """Measure a network on one split: retrieval, collapse, and where the truth is known all else.
 
     Args:
-        datalist: file or parsed.
-        root: folder that its image paths are relative to.
         truth: folder with the phantoms' truth, `root` by default; real data have none.
-        split: "test", "validation" or "training".
-        options: of `extract_features`.
 
     Returns:
-        the values of `measuring.all_metrics`, with "split"; a split without items gives its name and counts of
-        0.
+        the values of `measuring.all_metrics`, with "split"; a split without items gives its name and counts of 0.
 
     Raises:
         DataError: the datalist or the truth is unreadable, or the split unknown.
@@ -80,10 +71,7 @@ def after_training(
 
     Args:
         checkpoint: `models/model.pt` of the run.
-        datalist: file or parsed.
-        root: folder that its image paths are relative to.
         history: one dict per iteration, see `draw_loss_curves`.
-        options: of `extract_features`.
 
     Returns:
         the content of `metrics.json`; empty on other ranks.
@@ -146,11 +134,7 @@ def ct_views(
     studies: Studies | None = None,
     count: int = _CT_STUDIES,
 ) -> list[CTView]:
-    """The first studies to draw; where lesions are known, the first focal ones.
-
-    Args:
-        studies: truth by item id, or None.
-    """
+    """The first studies to draw; where lesions are known, the first focal ones."""
     truths = [(studies or {}).get(item["id"], {}) for item in features.items]
     rows = range(len(truths))
     focal = [i for i in rows if is_focal(truths[i].get("lesion_slices", ()), truths[i].get("n_slices", 0))]

@@ -20,8 +20,6 @@ from threadpoolctl import threadpool_limits
 
 from unimedi_components.metrics.bootstrap import resampled_auroc
 
-__all__ = ["STRENGTHS", "Fold", "LogisticProbe", "ProbeResult", "linear_probe", "transfer_scores"]
-
 Array = npt.NDArray[Any]
 
 #: Inverse strengths of the L2 penalty that a probe chooses from.
@@ -38,9 +36,6 @@ class LogisticProbe:
     Args:
         strengths: values of C to choose from, ascending; of a single one nothing is chosen.
         folds: inner folds; a patient's rows stay in one.
-
-    Attributes:
-        c: what was chosen.
     """
 
     def __init__(self, strengths: Sequence[float] = STRENGTHS, folds: int = 3, seed: int = 0) -> None:
@@ -113,11 +108,10 @@ def _score(truth: Array, decision: Array, classes: Array) -> float:
 
 @dataclass(frozen=True)
 class Fold:
-    """What a probe says of the rows of one fold, on which it was not fitted.
+    """What a probe says of the rows of one fold, on which it was not fitted. ``scores``: decision values, (n,).
 
     Args:
         rows: their indices, (n,).
-        scores: decision values, (n,).
         truth: 0 or 1, (n,).
     """
 
@@ -184,14 +178,10 @@ def linear_probe(
 
     Args:
         features: (N, D).
-        labels: 0 or 1 for each finding, (N, F); other values mean "not known" and leave the row out for that
-            finding.
+        labels: 0 or 1 for each finding, (N, F); other values mean "not known" and leave the row out for that finding.
         groups: patients, (N,); a patient's rows stay in one fold.
         folds: folds; a finding needs this many patients with and without it.
         strengths: values of C, see `LogisticProbe`.
-
-    Returns:
-        `ProbeResult`; equal input gives equal output.
 
     Raises:
         ValueError: shapes that do not fit together, or features that are not finite.
@@ -247,7 +237,6 @@ def transfer_scores(
         train: features to train on, (N, D); they alone set standardisation and penalty.
         labels: 0 or 1 for each finding, (N, F).
         test: features to score, (M, D).
-        strengths: values of C, see `LogisticProbe`.
 
     Returns:
         (M, F); a finding that the N images all have or all lack scores 0 everywhere, an AUROC of 0.5.

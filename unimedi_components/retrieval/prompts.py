@@ -14,8 +14,6 @@ from typing import Any
 from unimedi_components.data.sources import nearest_hint
 from unimedi_components.errors import ConfigError, DataError
 
-__all__ = ["SIDES", "PromptSet", "load_prompt_sets", "load_prompts", "shipped_prompts"]
-
 SIDES = ("positive", "negative")
 _FORMAT = 1
 _KEYS = ("format", "name", "dim", "findings")
@@ -27,7 +25,6 @@ class PromptSet:
     """Prompts for images of one dimension.
 
     Args:
-        dim: 2 for X-rays, 3 for volumes.
         findings: by finding its phrasings, {"positive": (...), "negative": (...)}, in the order of the results.
         aliases: by finding other names of it, as data sets write them.
 
@@ -154,7 +151,6 @@ def load_prompt_sets(sources: Sequence[str | Path]) -> dict[int, PromptSet]:
 
     Raises:
         ConfigError: two are for one dimension.
-        DataError: as `load_prompts`.
     """
     sets: dict[int, PromptSet] = {}
     for source in sources:

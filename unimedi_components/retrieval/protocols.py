@@ -5,8 +5,6 @@ Measured are P@K by class, and the class by its prompts. The sets are drawn anew
 the published lists of image names are those papers' own.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,8 +23,6 @@ from unimedi_components.retrieval.embedder import Embedder
 from unimedi_components.retrieval.embeddings import Embeddings
 from unimedi_components.retrieval.prompts import PromptSet
 
-__all__ = ["PROTOCOLS", "ClassSample", "exclusive_sample", "protocol_metrics"]
-
 logger = logging.getLogger(__name__)
 Array = npt.NDArray[Any]
 
@@ -35,14 +31,8 @@ PROTOCOLS: Mapping[str, tuple[str, ...]] = {
     "5x200": ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion"),
     # ConVIRT (2020)
     "8x200": (
-        "No Finding",
-        "Cardiomegaly",
-        "Edema",
-        "Pneumonia",
-        "Atelectasis",
-        "Pneumothorax",
-        "Pleural Effusion",
-        "Fracture",
+        *("No Finding", "Cardiomegaly", "Edema", "Pneumonia", "Atelectasis", "Pneumothorax"),
+        *("Pleural Effusion", "Fracture"),
     ),
 }
 
@@ -53,8 +43,6 @@ class ClassSample:
 
     Args:
         classes: findings that the data have enough images of, C.
-        missing: findings of the protocol that are left out, with the reason.
-        per_class: candidates of each class.
         candidates, queries: items, class by class; no patient is in both.
         candidate_class, query_class: index of each one's class.
     """
@@ -82,8 +70,6 @@ def exclusive_sample(
 
     Args:
         items: with "label", 1, 0, -1 (uncertain) or less (not mentioned) for each of `label_names`, and "patient".
-        protocol: "5x200" or "8x200".
-        per_class: candidates of each class.
         queries: further images of each class, of other patients, to search with (ConVIRT's 10).
         exact: too few images of a class are an error. Otherwise every class gets as many candidates as the rarest one
             has, at least as many as `queries`, and classes rarer than that are left out.
@@ -161,7 +147,6 @@ def protocol_metrics(
     Args:
         prompts: phrasings of the findings; the positive ones of each class are its textual queries.
         sample: the images; those that could not be read are left out.
-        images: their embeddings, and any others.
 
     Returns:
         "classes", "missing", "per_class", counts, and by direction the values of `class_precision`:

@@ -1,11 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Image-report retrieval: Recall@K both ways, its exact chance level, and metrics for an Ignite evaluator.
 
-The paper claims retrieval and prints no table; R@1/5/10 over all candidates is the usual protocol (CLIP,
-ConVIRT).
+The paper claims retrieval and prints no table; R@1/5/10 over all candidates is the usual protocol (CLIP, ConVIRT).
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Sequence
@@ -19,17 +16,6 @@ from torch.nn import functional as F
 from unimedi_components.distributed import all_reduce_sum, gather_with_grad
 from unimedi_components.losses.contrastive import contrastive_loss
 from unimedi_components.networks.output import UniMediOutput
-
-__all__ = [
-    "ContrastiveLossMetric",
-    "RetrievalRecall",
-    "chance_of_hit",
-    "first_correct_rank",
-    "group_index",
-    "precision_at_k",
-    "recall_at_k",
-    "recall_chance",
-]
 
 # Cosines in float64 that differ by less are the same number: equal rows may round differently in a matrix
 # product.
@@ -109,9 +95,6 @@ def chance_of_hit(correct: int, total: int, draws: int) -> float:
 def recall_chance(n: int, ks: Sequence[int] = (1, 5, 10), groups: Sequence[Hashable] | None = None) -> dict[int, float]:
     """Exact expectation of Recall@K over random orders of `n` candidates, the same in both directions.
 
-    Args:
-        groups: as given to `recall_at_k`.
-
     Returns:
         the expectation for each K; K / n without groups.
     """
@@ -175,13 +158,6 @@ class RetrievalRecall(Metric):
 
     As MONAI's `key_val_metric` it needs no report texts, so only a query's own candidate counts as correct.
     Over several ranks, each must see its own share of the items.
-
-    Args:
-        k: candidates looked at.
-        output_transform: engine output to `UniMediOutput`; MONAI's evaluators keep it under "pred".
-
-    Example:
-        >>> handlers = {"val_recall_at_5": RetrievalRecall(k=5)}
     """
 
     def __init__(self, k: int = 5, output_transform: Callable[[Any], Any] = lambda output: output["pred"]) -> None:
@@ -198,11 +174,7 @@ class RetrievalRecall(Metric):
         self._rows.append(torch.cat([F.normalize(embed.detach().float(), dim=-1) for embed in embeds], dim=1))
 
     def compute(self) -> float:
-        """Recall over all pairs of all ranks.
-
-        Raises:
-            ValueError: no batch came in.
-        """
+        """Recall over all pairs of all ranks. Raises ValueError: no batch came in."""
         if not self._rows:
             raise ValueError("RetrievalRecall saw no batch; is the validation split empty?")
         with torch.no_grad():
@@ -215,9 +187,6 @@ class ContrastiveLossMetric(Metric):
     """Mean of L_vl over the batches of an evaluator run on all ranks, weighted by their rows.
 
     Each batch is its own pool, as in training on one rank; the value depends on the batch size.
-
-    Args:
-        output_transform: engine output to `UniMediOutput`.
     """
 
     def __init__(self, output_transform: Callable[[Any], Any] = lambda output: output["pred"]) -> None:
@@ -235,11 +204,7 @@ class ContrastiveLossMetric(Metric):
         self._sums.append(torch.stack([loss.float() * rows, loss.new_tensor(rows, dtype=torch.float32)]))
 
     def compute(self) -> float:
-        """Mean over all ranks.
-
-        Raises:
-            ValueError: no batch came in.
-        """
+        """Mean over all ranks. Raises ValueError: no batch came in."""
         if not self._sums:
             raise ValueError("ContrastiveLossMetric saw no batch; is the validation split empty?")
         total, rows = all_reduce_sum(torch.stack(self._sums).sum(0)).tolist()

@@ -1,16 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reports without images, from a table, for an index of texts."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
 from unimedi_components.data.sources import read_source
 from unimedi_components.data.text import clean_report
 from unimedi_components.errors import DataError
-
-__all__ = ["read_reports"]
 
 _DIMS = {"2": 2, "3": 3}
 
@@ -20,7 +16,6 @@ def read_reports(path: str | Path, dim: int | None = None, keep_punct: bool = Tr
 
     Args:
         dim: what all reports are about, 2 for X-rays or 3 for volumes; a column dim comes first.
-        keep_punct: of the reports, as the network's training had it.
 
     Returns:
         {"id", "dim", "report"} of each row that has a report, cleaned as `prepare` cleans them.

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the targets of a run's self-distillation tell apart, measured with its teacher on images of a datalist."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +22,6 @@ from unimedi_components.networks.unified_vit import UnifiedViT
 from unimedi_components.networks.unimedi import UniMedI
 from unimedi_components.networks.weights import load_strict
 from unimedi_components.retrieval.embedder import make_dataset
-
-__all__ = ["Teacher", "load_teacher", "self_distillation_metrics"]
 
 
 @dataclass(frozen=True)
@@ -102,10 +98,6 @@ def self_distillation_metrics(
     pretrained: Pretrained, items: Sequence[dict[str, Any]], root: str | Path, cache_dir: str | Path | None = None
 ) -> dict[str, Any]:
     """Information of the self-distillation targets on a datalist's images, in nats; see `metrics.information`.
-
-    Args:
-        pretrained: the network; its teacher is read from the `last.pt` beside its checkpoint.
-        items: datalist items of one or both dimensions.
 
     Returns:
         for CLS and patch tokens and each dimension "sd_cls_information_2d" (for patches given the position, which

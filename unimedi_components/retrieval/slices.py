@@ -1,14 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Does the selector of Eq. 2 choose the slices that show the lesions? Needs known lesion slices.
 
-The truth counts slices of the file, n from inferior to superior; the selector counts slices of the network's
-input, D from inferior to superior. Resampling spreads both over the same extent, so slice s of D covers the
-file's slices [s n / D, (s + 1) n / D). A slice of the input is a *lesion slice* if lesion slices of the file
-fill at least half of what it covers; where no slice reaches half, as with a thin lesion in a deep volume,
-those that come closest are.
+The truth counts slices of the file, n from inferior to superior; the selector counts slices of the network's input, D
+from inferior to superior. Resampling spreads both over the same extent, so slice s of D covers the file's slices [s n /
+D, (s + 1) n / D). A slice of the input is a *lesion slice* if lesion slices of the file fill at least half of what it
+covers; where no slice reaches half, as with a thin lesion in a deep volume, those that come closest are.
 """
-
-from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -28,8 +25,6 @@ from unimedi_components.metrics.slice_choice import (
 )
 from unimedi_components.retrieval.recall import chance_of_hit
 
-__all__ = ["FOCAL_SHARE", "SliceScore", "is_focal", "lesion_mask", "slice_metrics", "slice_score"]
-
 #: A study is focal if its lesions touch some slices, but at most this share of them; in the others chance is
 # high.
 FOCAL_SHARE = 1 / 3
@@ -41,8 +36,7 @@ class SliceScore:
 
     Args:
         precision: share of the selected slices that are lesion slices.
-        recall: share of the slabs with a lesion slice that are selected. It stays below 1 with more such
-            slabs than k.
+        recall: share of the slabs with a lesion slice that are selected. It stays below 1 with more such slabs than k.
         hit: whether any selected slice is a lesion slice, 0 or 1.
     """
 
@@ -60,16 +54,7 @@ def is_focal(lesion_slices: Sequence[int], n_slices: int) -> bool:
 
 
 def lesion_mask(lesion_slices: Sequence[int], n_slices: int, depth: int) -> npt.NDArray[np.bool_]:
-    """Which slices of the network's input are lesion slices, bool (D,).
-
-    Args:
-        lesion_slices: indices in the file, inferior to superior.
-        n_slices: slices of the file, n.
-        depth: slices of the input, D.
-
-    Raises:
-        DataError: an index outside the file.
-    """
+    """Which slices of the network's input are lesion slices, bool (D,). Raises DataError: an index outside the file."""
     lesions = np.zeros(n_slices, dtype=bool)
     index = np.asarray(sorted(set(lesion_slices)), dtype=np.int64)
     if len(index) and not (index[0] >= 0 and index[-1] < n_slices):
@@ -95,12 +80,7 @@ def slice_score(
 
     Args:
         selected: k chosen slices of the input.
-        lesion_slices: true lesion slices in the file, at least one.
-        n_slices: slices of the file.
-        depth: slices of the input, D.
-        patch_depth: slices per slab.
-        expand: how slabs became slices, see `selection.select_slices`; it decides what chance can choose
-            from.
+        expand: how slabs became slices, see `selection.select_slices`; it decides what chance can choose from.
 
     Raises:
         DataError: no lesion slice, or an index outside the file.
@@ -156,15 +136,11 @@ def slice_metrics(
     """Means over the focal studies, beside what other ways to choose would reach on them.
 
     Args:
-        selected: the chosen slices of each study.
         truths: "lesion_slices" and "n_slices" of each study, and "findings" where they are to be told apart, or None
             where they are not known.
-        depth, patch_depth, expand: as in `slice_score`.
-        patients: of the studies; None: every study is of a patient of its own.
         spacing: mm between the slices of each study's file; None measures no distance.
 
-    Keeps:
-        "slice_studies", how many studies are focal, and "slice_studies_known", how many have a truth; without focal
+    Keeps: "slice_studies", how many studies are focal, and "slice_studies_known", how many have a truth; without focal
         studies these alone. "slice_precision", "slice_recall" and "slice_hit", each also with "_chance".
         "slice_distance_mm": from the chosen slice that is nearest to a lesion slice to that one. Precision and distance
         also with "_permuted" (the selection of another patient, expectation over all of them), "_fixed" (the same slabs
@@ -230,10 +206,7 @@ def _other_choices(
 def _scores_of(
     values: npt.NDArray[Any], choices: npt.NDArray[Any], patients: Sequence[Hashable], kind: str
 ) -> npt.NDArray[Any]:
-    """Mean or smallest value of each study's chosen slices, (N,): values (N, D), choices (N, C, k).
-
-    With N choices, choice j is that of study j, and what counts is the mean over the other patients'.
-    """
+    """Mean or smallest value of each study's chosen slices, (N,): values (N, D), choices (N, C, k)."""
     taken = values[np.arange(len(values))[:, None, None], choices]
     scores = taken.mean(2) if kind == "mean" else taken.min(2)
     return scores[:, 0] if scores.shape[1] == 1 else others_mean(scores, patients)

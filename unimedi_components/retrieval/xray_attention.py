@@ -4,8 +4,6 @@
 Letters: N X-rays, P patch tokens.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,8 +19,6 @@ from unimedi_components.networks.pretrained import Pretrained
 from unimedi_components.retrieval.features import Features
 from unimedi_components.retrieval.slices import FOCAL_SHARE
 
-__all__ = ["attention_ratios", "box_cover", "xray_attention_metrics"]
-
 Array = npt.NDArray[Any]
 
 
@@ -32,8 +28,7 @@ def xray_attention_metrics(
     """Attention inside the true boxes of the X-rays whose boxes fill at most a third of what the network sees.
 
 
-    Keeps:
-        "xray_attention_ratio": mean of `attention_ratios` of an image's own attention, 1 for even attention, and
+    Keeps: "xray_attention_ratio": mean of `attention_ratios` of an image's own attention, 1 for even attention, and
         "..._permuted", that of other patients' attention; each also "_per_finding"; "xray_attention_studies", how many
         X-rays count. Without any, the count alone.
     """
@@ -73,9 +68,7 @@ def box_cover(
 
     Args:
         pretrained: its card says how images are resized and cropped.
-        features: whose items' files the boxes belong to.
         boxes: of each X-ray, [x0, y0, x1, y1] in pixels of the file, the last pixel included.
-        rows: places of these X-rays among the features' items.
     """
     options = pretrained.card["preprocessing"]["xray"]
     size = options.get("size", 224)

@@ -4,8 +4,6 @@
 Letters: N images, F findings, E width of the common space.
 """
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -22,8 +20,6 @@ from unimedi_components.retrieval.embedder import Embedder
 from unimedi_components.retrieval.embeddings import Embeddings
 from unimedi_components.retrieval.prompts import SIDES, PromptSet
 
-__all__ = ["ZeroShot", "zero_shot_scores"]
-
 Array = npt.NDArray[Any]
 
 _SCORES = ("cases", "patients", "positives", "uncertain", "macro_auroc", "auroc", "skipped")
@@ -37,15 +33,12 @@ class ZeroShot:
     ensembles of GLoRIA and CLIP).
 
     Args:
-        embedder: the network; what it classifies must be embedded by the same weights.
         prompts: phrasings, see `load_prompts`.
         sentences: each phrasing is embedded with the next ones, as a text of so many: the network has seen no report
             of fewer than three sentences (S4.1.1). 1 embeds each alone.
 
     Attributes:
         names: the findings, in the order of the columns.
-        dim: 2 or 3, what the prompts are for.
-        model: hash of the network's weights.
         positive, negative: (F, E) float32 of unit norm, on the CPU.
 
     Example:
@@ -68,15 +61,10 @@ class ZeroShot:
         return F.normalize(torch.stack(means), dim=-1)
 
     def probabilities(self, embed: Array) -> Array:
-        """Probability of each finding in each image.
-
-        Args:
-            embed: (N, E) of unit norm, from images of the prompts' dimension.
-
-        Returns:
-            (N, F) float32 in [0, 1].
-
-        Raises:
+        """Probability of each finding in each image of the prompts' dimension, (N, F) float32 in [0, 1].
+        // Args:
+            embed: (N, E) of unit norm.
+        // Raises:
             DataError: another width, or values that are not finite.
         """
         array = np.ascontiguousarray(embed, dtype=np.float32)
@@ -124,7 +112,6 @@ def zero_shot_scores(
     """AUROC of zero-shot probabilities.
 
     Args:
-        probabilities: (N, F).
         labels: 1 present, 0 absent, negative not known, (N, F).
         patients: of the N images; None: every image is a patient of its own.
         bootstrap: resamples of the patients for the intervals; 0 gives none.

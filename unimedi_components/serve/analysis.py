@@ -25,8 +25,6 @@ from unimedi_components.serve.results import Analysis, Finding, Neighbour, Neigh
 from unimedi_components.serve.study import Study
 from unimedi_components.serve.views import View, data_url, grey_png, overlay_png, view_of, volume_view, xray_view
 
-__all__ = ["Analyser"]
-
 Array = npt.NDArray[Any]
 
 _THUMBNAIL, _KEPT = 160, 256

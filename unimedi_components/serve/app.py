@@ -30,8 +30,6 @@ from unimedi_components.serve.results import About, Analysis, Neighbours
 from unimedi_components.serve.study import find_study
 from unimedi_components.serve.uploads import checked_name, store
 
-__all__ = ["create_app"]
-
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 

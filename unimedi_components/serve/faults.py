@@ -8,8 +8,6 @@ from functools import partial
 
 from unimedi_components.errors import DataError
 
-__all__ = ["ACCEPTED", "Limits", "UploadError", "bad_request", "megabytes", "too_large", "unsupported", "unusable"]
-
 ACCEPTED = (
     "an X-ray (JPG, PNG, TIFF, BMP or DICOM) or a CT (NIfTI, MetaImage, NRRD, or a DICOM series as files or as a zip)"
 )

@@ -13,8 +13,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from unimedi_components.serve.faults import Limits, UploadError, megabytes, too_large
 
-__all__ = ["LOOPBACK", "Guard"]
-
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 _SMALL_BODY = 2**16

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-__all__ = ["About", "Analysis", "Finding", "Neighbour", "Neighbours", "Picture", "Slab"]
-
 
 @dataclass(frozen=True)
 class Finding:

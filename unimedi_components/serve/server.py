@@ -21,8 +21,6 @@ from unimedi_components.serve.app import create_app
 from unimedi_components.serve.faults import Limits
 from unimedi_components.serve.guard import LOOPBACK
 
-__all__ = ["serve"]
-
 _GRACE = 5
 _OPEN_FILES = 16384
 

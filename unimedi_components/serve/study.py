@@ -18,19 +18,9 @@ from unimedi_components.images.identify import DICOM, PICTURES, VOLUMES, content
 from unimedi_components.images.itk_volumes import voxel_files
 from unimedi_components.images.xray import read_xray
 from unimedi_components.images.xray_checks import PICTURE_FORMATS, body_part_warnings, modality_words
-from unimedi_components.serve.faults import (
-    ACCEPTED,
-    Limits,
-    UploadError,
-    bad_request,
-    too_large,
-    unsupported,
-    unusable,
-)
+from unimedi_components.serve.faults import ACCEPTED, Limits, UploadError, bad_request, too_large, unsupported, unusable
 from unimedi_components.serve.uploads import Received, names_of, unpack
 from unimedi_components.serve.volumes import check_voxels, last_part, prepare_volume
-
-__all__ = ["Study", "find_study"]
 
 
 @dataclass(frozen=True)

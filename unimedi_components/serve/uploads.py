@@ -15,8 +15,6 @@ from typing import IO
 
 from unimedi_components.serve.faults import Limits, UploadError, bad_request, megabytes, too_large, unusable
 
-__all__ = ["Received", "checked_name", "names_of", "store", "unpack"]
-
 _SHOWN = 120
 _CHUNK = 2**20
 # Deflate reaches about 1030:1 on zeros; slices of a CT stay far below 100:1.

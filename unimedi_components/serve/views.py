@@ -28,8 +28,6 @@ from unimedi_components.images.checks import SAMPLED_SLICES
 from unimedi_components.serve.faults import unusable
 from unimedi_components.serve.study import Study
 
-__all__ = ["View", "data_url", "grey_png", "overlay_png", "view_of", "volume_view", "xray_view"]
-
 Array = npt.NDArray[Any]
 
 _SHOWN = {2: 512, 3: 384}

@@ -24,8 +24,6 @@ from unimedi_components.images.volume import shape_problem
 from unimedi_components.serve.faults import Limits, UploadError, too_large, unusable
 from unimedi_components.serve.uploads import Received
 
-__all__ = ["check_voxels", "last_part", "prepare_volume"]
-
 _CHUNK = 2**20
 _HEADER_BYTES = 2**16
 _GEOMETRY = CTLimits(min_slices=2, min_megabytes=0.0)

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Boxes in X-rays: how a detector is measured, the files written of its predictions, and its batches for MONAI."""
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,9 +16,9 @@ from torch import Tensor, nn
 from unimedi_components.data.boxes import boxes_to_file, boxes_to_image
 from unimedi_components.data.chains import task_transforms
 from unimedi_components.data.roi_boxes import boxes_of_rois, rois_of_boxes
-from unimedi_components.data.transforms import XrayReader
 from unimedi_components.figures.charts import draw_precision_recall
 from unimedi_components.figures.panels import BoxImage, draw_boxes
+from unimedi_components.images.xray import XrayReader
 from unimedi_components.loading import ImageDataset
 from unimedi_components.metrics.boxes import (
     SHOWN,
@@ -33,8 +31,6 @@ from unimedi_components.metrics.boxes import (
 from unimedi_components.tasks.dicom_outputs import write_boxes
 from unimedi_components.tasks.evaluate import Row, TaskEvaluation
 from unimedi_components.tasks.writer import PredictionWriter, check_finite, check_probability
-
-__all__ = ["BoxEvaluation", "RoisOfBoxesd", "SaveBoxes", "ServedDetector", "boxes_in_file", "prepare_boxes"]
 
 Array = npt.NDArray[Any]
 Batch = tuple[Tensor, list[dict[str, Tensor]], tuple[Any, ...], dict[str, Any]]
@@ -51,7 +47,6 @@ class BoxEvaluation(TaskEvaluation):
     `precision_recall.png` and `boxes.png`. The metrics also have the "unit" of the boxes and "lowest_score".
 
     Args:
-        network, device: see `TaskEvaluation`.
         lowest_score: boxes of lower score are not looked at; None: the network's own, as in its validation.
     """
 
@@ -155,9 +150,6 @@ def boxes_in_file(boxes: Any, affine: Any, width: int, height: int) -> np.ndarra
 
     Args:
         boxes: (n, 4) in pixels of the input.
-        affine: of the input's MetaTensor, see `boxes_to_file`.
-        width: columns of the file.
-        height: rows of the file.
     """
     limits = np.asarray([width, height, width, height], dtype=np.float64)
     return np.clip(boxes_to_file(boxes, affine).numpy(), 0, limits)
@@ -175,7 +167,6 @@ class SaveBoxes(PredictionWriter):
 
     Args:
         output_dir, figures: see `PredictionWriter`.
-        network: of `load_network`; its card gives the labels' names.
         threshold: boxes of lower score are left out; None keeps what the network returns.
         dicom: write `<id>.dcm` too, a DICOM structured report, of each DICOM film that has a box.
 
@@ -259,9 +250,6 @@ def prepare_boxes(
 
     Args:
         batchdata: "image" (B, 1, H, W), "boxes": (n, 4) of each image; all boxes are of the first class.
-        device: where they are needed.
-        non_blocking: of `Tensor.to`.
-        kwargs: of `Tensor.to`.
 
     Returns:
         images, targets, and the targets once more for the network's forward; without "boxes" images alone.
@@ -280,7 +268,6 @@ class ServedDetector(nn.Module):
     """A detector as MONAI Label's `BundleInferTask` calls one: it sets `network`, and reads "box" and "label".
 
     Args:
-        network: of `load_network`.
         score_threshold, nms_threshold, max_boxes: see `ViTDet`; `select_boxes` changes them.
     """
 
@@ -296,14 +283,8 @@ class ServedDetector(nn.Module):
         self.selection = (score_threshold, nms_threshold, max_boxes)
 
     def forward(self, image: Tensor, use_inferer: bool = False) -> list[dict[str, Tensor]]:
-        """Detect.
-
-        Args:
-            image: (B, 1, H, W) in [-1, 1].
-            use_inferer: MONAI's detectors have it; films are read whole, without sliding windows.
-
-        Returns:
-            for each image "box" (n, 4) in its pixels, "label" (n,) and "label_scores" (n,).
+        """For each image (B, 1, H, W) in [-1, 1] "box" (n, 4) in its pixels, "label" (n,) and "label_scores" (n,).
+        // MONAI's detectors have `use_inferer`; films are read whole, without sliding windows.
         """
         self.network.select_boxes(*self.selection)
         names = {"boxes": "box", "labels": "label", "scores": "label_scores"}

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Classification of images: how a classifier is measured, and the files that are written of its predictions."""
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,8 +21,6 @@ from unimedi_components.networks.classifier import ImageClassifier
 from unimedi_components.tasks.evaluate import Row, TaskEvaluation
 from unimedi_components.tasks.writer import PredictionWriter, check_finite, check_probability
 
-__all__ = ["ClassifierEvaluation", "SavePredictions"]
-
 
 def scored_names(card: Mapping[str, Any]) -> list[str]:
     """Labels that have a probability: of a binary task the second class alone."""
@@ -38,7 +34,6 @@ class ClassifierEvaluation(TaskEvaluation):
     The figures are `roc.png` and `confusion.png`.
 
     Args:
-        network, device: see `TaskEvaluation`.
         transform: list of transforms; None takes those that the classifier's card describes.
     """
 
@@ -122,7 +117,6 @@ class SavePredictions(PredictionWriter):
 
     Args:
         output_dir, figures: see `PredictionWriter`; for a figure the image goes through the encoder once more.
-        network: of `load_classifier`; its card gives the task and the labels' names.
         threshold: a finding, or the second class of a binary task, is predicted from this probability on.
 
     Raises:

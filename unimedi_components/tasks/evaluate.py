@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measure a task's trained network over a split of a datalist: metrics, a table of the cases, and figures."""
 
-from __future__ import annotations
-
 import importlib
 import inspect
 from abc import ABC, abstractmethod
@@ -24,8 +22,6 @@ from unimedi_components.networks.cards import load_network
 from unimedi_components.provenance import provenance
 from unimedi_components.tasks.writer import write_csv
 
-__all__ = ["TASKS", "TaskEvaluation", "evaluate_task", "measure_run", "split_items"]
-
 Datalist = dict[str, Any]
 Row = dict[str, Any]
 
@@ -39,12 +35,7 @@ TASKS = {
 
 
 class TaskEvaluation(ABC):
-    """What one task measures: batches to rows, rows to numbers, a table and figures.
-
-    Args:
-        network: of `load_network`, in evaluation mode.
-        device: where it is.
-    """
+    """What one task measures: batches to rows, rows to numbers, a table and figures."""
 
     unit = "image"
     batch_size = 16
@@ -84,11 +75,7 @@ class TaskEvaluation(ABC):
         """Write the figures."""
 
     def finite(self, values: Tensor) -> Tensor:
-        """The values of the network.
-
-        Raises:
-            CheckpointError: one is not finite.
-        """
+        """The values of the network. Raises CheckpointError: one is not finite."""
         if not torch.isfinite(values).all():
             raise CheckpointError("gives values that are not finite; its training diverged, train again")
         return values
@@ -118,16 +105,10 @@ def evaluate_task(
     Args:
         checkpoint: `models/model.pt` of a run, with `model.json` beside it, which says what the task is.
         datalist: file or parsed, with the labels that the network was trained for.
-        dataset_dir: folder that its image paths are relative to.
         output_dir: folder for `metrics.json`, `cases.csv` and the task's figures; None writes nothing.
         split: "test" (or the validation split where there is no test item), "validation" or "training".
-        device: where to run.
         batch_size: images at a time; None for the task's own number. Volumes with organs come one by one.
-        num_workers: loading processes.
-        cache_dir: folder to keep prepared images in.
         bootstrap: resamples of the patients for intervals.
-        seed: of the resamples.
-        options: of the task's class in `TASKS`.
 
     Returns:
         the content of `metrics.json`: "split", "task", "label_names", "checkpoint", "skipped_files" (images that could
@@ -227,14 +208,9 @@ def measure_run(run: Any, datalist_file: str | Path, output_dir: str | Path, **e
     run's own validation items.
 
     Args:
-        run: `engines.TaskRun`, with the training's data sets and history.
         datalist_file: the datalist that the config names; it need not be there.
         output_dir: folder for what `evaluate_task` writes, for `loss_curves.png` and `run.json` (command, commit,
             machine).
-        evaluation: of `evaluate_task`.
-
-    Returns:
-        the content of `metrics.json`; empty on other ranks.
     """
     if rank() != 0:
         return {}

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Organs of CT volumes: how a segmenter is measured on the files' voxels, and the files written of its predictions."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from itertools import chain, combinations
 from pathlib import Path
@@ -32,8 +30,6 @@ from unimedi_components.tasks.dicom_outputs import write_label_map
 from unimedi_components.tasks.evaluate import Row, TaskEvaluation
 from unimedi_components.tasks.writer import PredictionWriter
 
-__all__ = ["OrganEvaluation", "OrganInferer", "SaveOrgans"]
-
 #: Hounsfield units that figures show from black to white: soft tissue.
 DISPLAY_WINDOW = (-175.0, 250.0)
 
@@ -48,8 +44,6 @@ class OrganInferer(SlidingWindowInferer):
         mirror_axes: of the axes 0 (D), 1 (H) and 2 (W), those to mirror; each combination of them is predicted once,
             mirrored back and averaged. None mirrors nothing.
         overlap: of neighbouring windows, as a share of their size.
-        sw_batch_size: windows at a time.
-        kwargs: of `monai.inferers.SlidingWindowInferer`.
 
     Raises:
         ConfigError: an axis that does not exist.
@@ -88,10 +82,8 @@ class OrganEvaluation(TaskEvaluation):
     `cases.csv` has a line for each organ of each case; `<id>.png` shows a case.
 
     Args:
-        network, device: see `TaskEvaluation`.
         tolerance_mm: of the surface Dice.
         overlap: of sliding windows, where a volume is larger than the network's size.
-        mirror_axes: see `OrganInferer`.
         figures: cases to draw, evenly spread from the best to the worst mean Dice.
     """
 
@@ -172,7 +164,6 @@ class SaveOrgans(PredictionWriter):
 
     Args:
         output_dir, figures: see `PredictionWriter`; for a figure the image is read once more.
-        label_names: background first.
         dicom: write `<id>_organs.dcm` too, a DICOM Segmentation, of each series of DICOM slices.
 
     Raises:

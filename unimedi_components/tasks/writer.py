@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write what is predicted of images: rows in the inputs' order, whole files, an error where nothing was read."""
 
-from __future__ import annotations
-
 import logging
 from abc import abstractmethod
 from collections.abc import Hashable, Mapping
@@ -19,8 +17,6 @@ from unimedi_components.files import ANY_NAME, replacing
 from unimedi_components.loading import ImageDataset
 from unimedi_components.tasks.dicom_outputs import check_dicom_outputs
 
-__all__ = ["PredictionWriter", "check_finite", "check_probability", "write_csv"]
-
 logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
@@ -33,8 +29,6 @@ class PredictionWriter(Transform):
     written beside it, `tables`. Items without "id" pass untouched: a server's request is no image of a data set.
 
     Args:
-        output_dir: folder to write to; made when missing.
-        figures: write a PNG file of each image.
         dicom: write DICOM objects too, of images that are DICOM.
 
     Raises:
@@ -75,9 +69,6 @@ class PredictionWriter(Transform):
     def finish(self, dataset: ImageDataset) -> None:
         """Write `predictions.json` and the tables, and say how many inputs could not be read.
 
-        Args:
-            dataset: what was gone through, with "source" in its items.
-
         Raises:
             DataError: not one input could be read.
         """
@@ -101,21 +92,13 @@ class PredictionWriter(Transform):
 
 
 def check_finite(name: str, values: Any, what: str = "probabilities") -> None:
-    """Let finite predictions of an image pass.
-
-    Raises:
-        CheckpointError: one is not.
-    """
+    """Let finite predictions of an image pass. Raises CheckpointError: one is not."""
     if not torch.isfinite(torch.as_tensor(values)).all():
         raise CheckpointError(f"{name}: {what} that are not finite; the network diverged, train it again")
 
 
 def check_probability(threshold: float) -> float:
-    """The threshold.
-
-    Raises:
-        ValueError: it is no probability.
-    """
+    """The threshold. Raises ValueError: it is no probability."""
     if not 0 <= threshold <= 1:
         raise ValueError(f"threshold must be a probability from 0 to 1, not {threshold!r}")
     return threshold

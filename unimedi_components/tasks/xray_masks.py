@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Masks of X-rays: how a segmenter is measured, and the files that are written of its predictions."""
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,16 +14,14 @@ from torch import Tensor
 
 from unimedi_components.data.chains import task_transforms
 from unimedi_components.data.roi_boxes import film_affine
-from unimedi_components.data.transforms import XrayReader
 from unimedi_components.figures.panels import MaskView, draw_masks
 from unimedi_components.files import replacing
+from unimedi_components.images.xray import XrayReader
 from unimedi_components.loading import ImageDataset
 from unimedi_components.metrics.masks import mask_counts, mask_metrics, mask_scores
 from unimedi_components.tasks.dicom_outputs import write_mask
 from unimedi_components.tasks.evaluate import Row, TaskEvaluation
 from unimedi_components.tasks.writer import PredictionWriter, check_finite, check_probability
-
-__all__ = ["MaskEvaluation", "SaveMasks", "ServedMaskd"]
 
 # of the images with a mask, from the best Dice to the worst; of those without, by size of the false alarm
 _QUANTILES, _EMPTY = (0.0, 0.25, 0.5, 0.75, 1.0), 3
@@ -39,7 +35,6 @@ class MaskEvaluation(TaskEvaluation):
     and false alarms. The metrics also have the "threshold" and the "grid" (pixels per side).
 
     Args:
-        network, device: see `TaskEvaluation`.
         threshold: a pixel belongs to the predicted mask from this probability on.
     """
 
@@ -118,7 +113,6 @@ class SaveMasks(PredictionWriter):
 
     Args:
         output_dir, figures: see `PredictionWriter`.
-        network: of `load_network`; its card names the label.
         threshold: a pixel belongs to the mask from this probability on.
         dicom: write `masks/<id>.dcm` too, a DICOM Segmentation, of each DICOM film.
 
@@ -181,8 +175,6 @@ class ServedMaskd(Transform):
 
     Args:
         image: key of the image, whose "spatial_shape" and "original_affine" MONAI Label gives the mask.
-        pred: key of the mask, (1, H, W).
-        path: key of the film's file, which knows where it lies.
     """
 
     def __init__(self, image: str = "image", pred: str = "pred", path: str = "image_path") -> None:

@@ -12,8 +12,9 @@ from tests.common import phantom, read, truth_of
 from unimedi_components.data import amos as amos_converter
 from unimedi_components.data import bcv as bcv_converter
 from unimedi_components.data.phantom import amos, bcv
-from unimedi_components.data.phantom.abdomen import HOUNSFIELD, ORGANS, make_abdomen
+from unimedi_components.data.phantom.abdomen import make_abdomen
 from unimedi_components.data.phantom.abdomen_files import axis_order, organ_truth, save_volume
+from unimedi_components.data.phantom.abdomen_organs import HOUNSFIELD, ORGANS
 from unimedi_components.data.phantom.geometry import Grid
 from unimedi_components.data.phantom.writer import write_phantom
 from unimedi_components.errors import DataError

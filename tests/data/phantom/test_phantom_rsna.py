@@ -15,8 +15,9 @@ from unimedi_components.data.phantom import write_phantom
 from unimedi_components.data.phantom.findings import FINDINGS, ZONES
 from unimedi_components.data.phantom.rsna import CLASSES, OPACITIES, SIDE, _draw
 from unimedi_components.data.rsna import DATASET
-from unimedi_components.data.transforms import ByDimension, XrayReader
+from unimedi_components.data.transforms import ByDimension
 from unimedi_components.errors import DataError
+from unimedi_components.images.xray import XrayReader
 
 PATIENTS = 60
 

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Synthetic chest patients, written to disk in the layouts of real data sets.
-
-Importing the package registers the layouts; `write_phantom` writes one.
-"""
+"""Synthetic chest patients, written to disk in the layouts of real data sets."""
 
 from . import amos, bcv, bimcv, cc_ccii, chexpert, covidx, luna16, mimic_cxr, rsna
 from .findings import FINDINGS, FOCAL, SEVERITIES, ZONES, Finding

@@ -1,19 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """An abdominal CT phantom in the portal venous phase with sixteen labelled organs."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from .abdomen_body import AIR, Trunk, grain, paint_body
-from .abdomen_organs import HOUNSFIELD, ORGANS, paint_organs
+from .abdomen_organs import paint_organs
 from .abdomen_shapes import Canvas, Varied
 from .geometry import Grid
-
-__all__ = ["HOUNSFIELD", "ORGANS", "AbdomenStudy", "make_abdomen"]
 
 _MATRIX = 128
 _THICKNESS = {False: (4.2, 6.0), True: (4.8, 6.0)}
@@ -24,11 +20,8 @@ class AbdomenStudy:
     """A CT of one patient.
 
     Args:
-        sex: ``F`` or ``M``.
-        age: in years.
         hu: (nz, ny, nx) int16 Hounsfield units; z to the head, y to the back, x to the patient's left.
         organs: (nz, ny, nx) uint8, 0 or 1 + the index of the organ in `ORGANS`.
-        grid: geometry in mm of the patient.
     """
 
     sex: str
@@ -46,7 +39,6 @@ def make_abdomen(seed: np.random.SeedSequence, pelvis: bool, shape: tuple[int, i
     that fill more than half of it. About 2 % of the patients have no gallbladder.
 
     Args:
-        seed: of the patient; the same patient whatever the other arguments are.
         shape: (slices, rows, columns); None for 128 x 128 and slices of 4.2 to 6 mm.
     """
     body, organs, unlabelled, device = (np.random.default_rng(s) for s in seed.spawn(4))

@@ -1,14 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What surrounds the labelled abdominal organs: trunk, lung bases, heart, bones, muscles and bowel."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from .abdomen_shapes import Canvas, Varied, inside, wall_depth
 from .geometry import Box, FloatArray, Grid, noise, separable
-
-__all__ = ["AIR", "FAT", "Trunk", "grain", "paint_body"]
 
 AIR, LUNG, FAT, MUSCLE, GAS = -1000.0, -850.0, -100.0, 58.0, -900.0
 _SIDES = (-1.0, 1.0)

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Abdominal CT and label maps as NIfTI files in any axis order, and the truth about them."""
 
-from __future__ import annotations
-
 import zlib
 from pathlib import Path
 from typing import Any
@@ -14,8 +12,6 @@ from nibabel.orientations import apply_orientation, axcodes2ornt, inv_ornt_aff, 
 
 from .abdomen import AbdomenStudy
 from .geometry import Grid
-
-__all__ = ["axis_order", "case_record", "organ_truth", "save_volume", "second_seed"]
 
 _LPS_SHARE = 0.4
 _TURNED = 4
@@ -39,9 +35,7 @@ def save_volume(
     """Write a volume (nz, ny, nx) of the canvas as .nii.gz without a time stamp; same volume, same bytes.
 
     Args:
-        path: file to write; its folder is made if it is missing.
         volume: int16 or uint8, z to the head, y to the back, x to the left.
-        grid: its geometry in mm.
         order: where the file's three axes point, such as ``RAS``.
 
     Returns:
@@ -73,7 +67,6 @@ def organ_truth(
 
     Args:
         stored: label map in the file's axis order.
-        names: of the labels 1, 2, ...
     """
     codes = nib.aff2axcodes(affine)
     axes = [next(i for i, code in enumerate(codes) if code in pair) for pair in ("SI", "AP", "LR")]

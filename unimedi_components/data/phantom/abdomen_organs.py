@@ -1,14 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The labelled organs of the abdominal phantom, painted one after the other: the last one keeps a voxel."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from .abdomen_body import FAT, Trunk
 from .abdomen_shapes import Canvas, Curve, Varied, inside, rounded
-
-__all__ = ["HOUNSFIELD", "ORGANS", "paint_organs"]
 
 HOUNSFIELD = {
     "spleen": 120.0,
@@ -120,11 +116,7 @@ TUBES: tuple[tuple[str, tuple[float, float, float], float, bool, Curve, Curve | 
 
 
 def paint_organs(canvas: Canvas, trunk: Trunk, varied: Varied, sex: str) -> None:
-    """Paint all organs over the body.
-
-    Args:
-        sex: ``M`` paints a prostate, ``F`` a uterus.
-    """
+    """Paint all organs over the body. ``sex``: ``M`` paints a prostate, ``F`` a uterus."""
     blood = varied.factor(0.06)
     for paint in (_liver, _spleen, _stomach, _kidneys):
         paint(canvas, trunk, varied)

@@ -1,16 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Canvas and shapes of the abdominal phantom; a shape is a depth in millimetres, positive inside."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from .geometry import Box, FloatArray, Grid, separable
-
-__all__ = ["Canvas", "Curve", "Varied", "inside", "rounded", "wall_depth"]
 
 Curve = tuple[tuple[float, ...], ...]
 

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Phantom abdominal CT in the layout of AMOS22: 15 organs, lung bases to pelvic floor, some MRI between them."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -14,8 +12,6 @@ from .abdomen import AbdomenStudy, make_abdomen
 from .abdomen_files import axis_order, case_record, organ_truth, save_volume, second_seed
 from .geometry import noise
 from .writer import Layout, PatientRecord, register
-
-__all__ = ["AMOS", "LABELS", "MOST_PATIENTS"]
 
 LABELS = (
     *("spleen", "right kidney", "left kidney", "gall bladder", "esophagus", "liver", "stomach", "aorta"),

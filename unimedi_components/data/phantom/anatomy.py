@@ -1,16 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The shape of one phantom patient: rib cage, lungs, heart, diaphragm as smooth functions in millimetres."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from .findings import Finding
 from .geometry import FloatArray
-
-__all__ = ["NORMAL_CTR", "SIDES", "Patient", "Profiles", "draw_patient"]
 
 SIDES = {"right": -1.0, "left": 1.0}
 NORMAL_CTR = 0.50
@@ -22,11 +18,7 @@ class Patient:
     """A patient. Lengths in mm, angles in radians; z = 0 lies near the domes of the diaphragm.
 
     Args:
-        sex: ``F`` or ``M``.
-        age: in years.
         cage: inner half width and half depth of the rib cage at its widest.
-        wall: thickness of the chest wall outside the ribs.
-        fat: thickness of the subcutaneous fat.
         lung_height: z of the lung apices.
         domes: z of the right and the left dome of the diaphragm.
         ctr: cardiothoracic ratio, widest heart over widest inner rib cage.
@@ -35,11 +27,9 @@ class Patient:
         kyphosis: forward bend of the spine.
         rotation: tangent of the rotation about the long axis.
         shift: displacement of the mediastinum to the left.
-        breast: radius of the breasts, 0 for none.
         rib_pitch: distance of neighbouring ribs.
         rib_drop: how far a rib falls from its back end to its front end.
         vessel_gain: factor on the calibre of the pulmonary vessels.
-        gas: size of the stomach bubble.
     """
 
     sex: str

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Phantom abdominal CT in the layout of BCV (BTCV abdomen): 13 organs, lung bases to iliac crests."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +9,6 @@ from .abdomen import make_abdomen
 from .abdomen_files import axis_order, case_record, organ_truth, save_volume, second_seed
 from .abdomen_organs import ORGANS
 from .writer import Layout, PatientRecord, register
-
-__all__ = ["BCV", "LABELS", "case_number"]
 
 LABELS = ORGANS[:13]
 _TRAINING = (*range(1, 11), *range(21, 32))

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Phantom CT volumes in the layout of BIMCV-COVID19+ with English reports."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -16,8 +14,6 @@ from .lesions import Lesion
 from .reports import Report, write_report
 from .studies import CTStudy, labels_of, lesion_record, make_ct, make_patient
 from .writer import Layout, PatientRecord, register, write_rows
-
-__all__ = ["BIMCV", "REPORT_COLUMNS"]
 
 REPORT_COLUMNS = (
     *("PatientID", "ReportID", "Report", "Labels", "Localizations", "LabelsLocalizationsBySentence"),

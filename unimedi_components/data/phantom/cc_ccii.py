@@ -5,8 +5,6 @@ Three classes in turn. As in the real set a scan's first slice is the one neares
 scan undoes what is odd about its folder: some scans are stored upside down, some hold every slice twice.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +17,6 @@ from .findings import Disease, draw_disease
 from .lesions import Lesion
 from .studies import CTStudy, labels_of, lesion_record, make_ct, make_patient
 from .writer import Layout, PatientRecord, register
-
-__all__ = ["CC_CCII", "WINDOW", "grey_levels"]
 
 #: Hounsfield units that become grey level 0 and 255: a lung window, 1,500 wide around -600.
 WINDOW = (-1350.0, 150.0)

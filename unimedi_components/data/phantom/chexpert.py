@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Phantom X-rays in the layout of CheXpert-v1.0-small, with uncertain labels."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +11,6 @@ from .anatomy import Patient
 from .mimic_cxr import CHEXPERT_OF as COLUMN_OF
 from .studies import XrayStudy, labels_of, make_patient, make_xray
 from .writer import Layout, PatientRecord, register, write_rows
-
-__all__ = ["CHEXPERT", "COLUMNS", "LABELS", "UNCERTAIN_ABSENT", "UNCERTAIN_PRESENT"]
 
 LABELS = (
     *("No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema"),

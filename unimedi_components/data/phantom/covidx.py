@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Phantom X-rays in the layout of COVIDx with V9A lists: normal, pneumonia, COVID-19."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,8 +11,6 @@ from .anatomy import Patient
 from .findings import Disease, draw_disease
 from .studies import XrayStudy, labels_of, make_patient, make_xray
 from .writer import Layout, PatientRecord, register
-
-__all__ = ["COVIDX", "LIST_NAMES"]
 
 #: The lists' name of each disease, in the order of the labels 0, 1, 2.
 LIST_NAMES: dict[Disease, str] = {"normal": "normal", "pneumonia": "pneumonia", "covid": "COVID-19"}

@@ -1,15 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write one grey image as a DICOM file whose bytes depend on nothing but its content: no date, no version."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-
-__all__ = ["Tag", "write_dicom"]
 
 Tag = tuple[int, int]
 

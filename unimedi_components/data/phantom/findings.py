@@ -1,14 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which findings a phantom patient has: names, side, zone, severity and size."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-
-__all__ = ["FINDINGS", "FOCAL", "SEVERITIES", "ZONES", "Disease", "Finding", "draw_disease", "draw_findings"]
 
 FINDINGS = (
     "nodule",
@@ -34,10 +30,7 @@ class Finding:
     """One finding of one patient.
 
     Args:
-        name: one of `FINDINGS`.
         side: ``left``, ``right``, ``bilateral``, or ``None`` for the heart.
-        zone: ``upper``, ``middle``, ``lower``, or ``None`` where it does not apply.
-        severity: ``small``, ``moderate`` or ``large``.
         size: in mm where the report gives a size (diameter of a nodule), else ``None``.
     """
 
@@ -121,9 +114,6 @@ def draw_disease(disease: Disease, rng: np.random.Generator) -> tuple[Finding, .
 
     Common pneumonia is one consolidation of one lung, with a small effusion beside every third; COVID-19 is
     bilateral ground glass of the middle or lower zones, with a consolidation within every fourth.
-
-    Args:
-        disease: which one; ``normal`` has no findings.
     """
     severity = str(rng.choice(("moderate", "large")))
     side = str(rng.choice(("left", "right")))

@@ -1,15 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Grids in millimetres and the phantoms' painting primitives: separable fields, ellipsoids, splats, noise."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
-
-__all__ = ["Box", "FloatArray", "Grid", "ellipsoid", "mix", "noise", "separable", "soft", "splat"]
 
 FloatArray = npt.NDArray[np.float32]
 Box = tuple[slice, slice, slice]
@@ -24,7 +20,6 @@ class Grid:
 
     Args:
         shape: number of voxels (nz, ny, nx).
-        spacing: voxel size in mm (dz, dy, dx).
         origin: centre of voxel (0, 0, 0) in mm (z, y, x).
     """
 

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Paint the findings into a patient and measure where they are."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,8 +10,6 @@ from .findings import Finding
 from .geometry import Box
 from .organs import LUNG, Scene
 from .painters import PAINTERS, Part
-
-__all__ = ["VISIBLE_HU", "Lesion", "paint_lesions"]
 
 VISIBLE_HU = 80.0
 """A voxel belongs to a lesion if the lesion changes it by at least this much."""

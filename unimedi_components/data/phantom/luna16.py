@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Phantom CT volumes in the layout of LUNA16: two of three have one to three lung nodules, the others none."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +9,6 @@ from .anatomy import Patient
 from .nodules import DIAMETERS, NoduleStudy, make_nodule_ct
 from .studies import make_patient
 from .writer import Layout, PatientRecord, register, write_rows
-
-__all__ = ["LUNA16", "save_metaimage"]
 
 _COLUMNS = ("seriesuid", "coordX", "coordY", "coordZ")
 _SUBSETS = 10
@@ -28,7 +24,6 @@ def save_metaimage(
 
     Args:
         hu: int16 volume as stored: the file's x axis is the last one.
-        spacing: mm along the file's x, y and z axes.
         offset: LPS mm of the first voxel (x, y, z).
         flip: True if the file's x runs to the right and its y to the front.
     """

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Phantom X-rays in the layout of MIMIC-CXR-JPG 2.0.0 with the reports of MIMIC-CXR."""
 
-from __future__ import annotations
-
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -14,8 +12,6 @@ from .anatomy import Patient
 from .reports import Report, write_report
 from .studies import labels_of, make_patient, make_xray
 from .writer import Layout, PatientRecord, register, write_rows
-
-__all__ = ["CHEXPERT_LABELS", "CHEXPERT_OF", "METADATA_COLUMNS", "MIMIC_CXR", "format_report"]
 
 METADATA_COLUMNS = (
     *("dicom_id", "subject_id", "study_id", "PerformedProcedureStepDescription", "ViewPosition", "Rows"),

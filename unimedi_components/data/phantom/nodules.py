@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Chest CT of a narrow field of view with round lung nodules of 3 to 30 mm, and places that are none."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,8 +8,6 @@ import numpy as np
 from .anatomy import Patient
 from .geometry import FloatArray, Grid, noise
 from .organs import Scene, paint_patient
-
-__all__ = ["DIAMETERS", "PADDING_HU", "Nodule", "NoduleStudy", "make_nodule_ct"]
 
 DIAMETERS = (3.0, 30.0)
 PADDING_HU = -3024
@@ -30,7 +26,6 @@ class Nodule:
 
     Args:
         voxel: centre as continuous index (z, y, x).
-        diameter: in mm.
         slices: first and last slice that it fills by a tenth of a voxel or more.
     """
 
@@ -60,7 +55,6 @@ def make_nodule_ct(
     """CT of a patient who lies on the back, reconstructed close around the rib cage.
 
     Args:
-        diameters: of the nodules in mm.
         n_others: how many places without a nodule to choose.
         padded: fill what lies outside the reconstruction circle with -3024, as some scanners do.
     """

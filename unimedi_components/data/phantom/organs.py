@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Paint a patient into a volume of Hounsfield units: body, lungs, heart, great vessels, abdomen, bones."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,8 +10,6 @@ from .geometry import Box, FloatArray, Grid, ellipsoid, mix, noise, separable, s
 from .skeleton import paint_skeleton
 from .vessels import airway_points, vessel_points
 
-__all__ = ["AIR", "BLOOD", "FAT", "LUNG", "MUSCLE", "Scene", "paint_patient"]
-
 AIR, LUNG, FAT, MUSCLE, BLOOD, LIVER = -1000.0, -850.0, -90.0, 45.0, 42.0, 58.0
 
 
@@ -22,7 +18,6 @@ class Scene:
     """A painted patient.
 
     Args:
-        profiles: outlines per slice of the grid.
         hu: (nz, ny, nx) Hounsfield units without noise.
         chest: index box that holds the rib cage.
         cage: field of the rib cage inside ``chest``, below 1 within.

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The shapes of the findings: each painter yields parts (index box, share of the lung to replace, new HU)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -12,8 +10,6 @@ from .findings import Finding
 from .geometry import Box, FloatArray, ellipsoid, noise, separable, soft
 from .organs import Scene
 from .vessels import hilum
-
-__all__ = ["PAINTERS", "Part"]
 
 Part = tuple[Box, FloatArray, float]
 

@@ -5,8 +5,6 @@ It is made as the layouts of X-rays make theirs, so that a network cannot tell i
 set holds such a pair, and none is a training pair.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +13,6 @@ from PIL import Image
 from ...files import replacing
 from .studies import make_patient, make_xray
 from .writer import LAYOUTS
-
-__all__ = ["PAIRED", "write_paired_xray"]
 
 PAIRED = ("bimcv",)
 """Layouts of CT whose truth lists one study for each patient, in their order, drawn by `make_patient` as it is."""
@@ -27,7 +23,6 @@ def write_paired_xray(path: Path, layout: str, seed: int, index: int) -> Path:
 
     Args:
         path: file to write, whole or not at all.
-        layout: of `PAIRED`.
     """
     if not path.is_file():
         patient, streams = make_patient(np.random.SeedSequence([seed, LAYOUTS[layout].code, index]))

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Radiology reports of phantom patients, written from the findings."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Sequence
@@ -14,8 +12,6 @@ import numpy as np
 
 from .anatomy import Patient
 from .findings import FINDINGS, Finding
-
-__all__ = ["Report", "write_report"]
 
 # Templates per finding, and what is said beside the findings. Slots: {sev} severity word, {side}, {where} (side and
 # zone as a place), {size}, {nodule} and {nodular} (a mass above 3 cm), and for number {a}, {s}, {y}, {is}, {verb} (the
@@ -31,13 +27,7 @@ _UNDENIED = {"edema": ("ground_glass",), "effusion": ("atelectasis",), "pneumoth
 
 @dataclass(frozen=True)
 class Report:
-    """A report of 3 to 10 sentences.
-
-    Args:
-        indication: why the image was taken.
-        findings: sentences of the findings section.
-        impression: sentences of the impression section.
-    """
+    """A report of 3 to 10 sentences."""
 
     indication: str
     findings: tuple[str, ...]
@@ -47,8 +37,7 @@ class Report:
 def write_report(patient: Patient, modality: str, rng: np.random.Generator) -> Report:
     """Write the report of a patient's study.
 
-    Every finding is named in both sections; an absent one appears in negations only; nothing contradicts the
-    findings.
+    Every finding is named in both sections; an absent one appears in negations only; nothing contradicts the findings.
 
     Args:
         modality: ``xray`` or ``ct``; decides style and places.

@@ -6,8 +6,6 @@ atelectasis, edema, a mass, a large heart or air in the pleural space, and pneum
 too, so that a bright patch of the lung is not enough: a network must know which finding it is.
 """
 
-from __future__ import annotations
-
 import uuid
 from functools import partial
 from pathlib import Path
@@ -20,8 +18,6 @@ from .dicom import Tag, write_dicom
 from .findings import FINDINGS, ZONES, Finding, draw_findings
 from .studies import XrayStudy, labels_of, lesion_record, make_patient, make_xray
 from .writer import Layout, PatientRecord, register, write_rows
-
-__all__ = ["CLASSES", "OPACITIES", "RSNA", "SIDE"]
 
 SIDE = 256
 """Pixels per side of the square films; the real ones have 1024."""

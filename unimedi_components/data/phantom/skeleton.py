@@ -1,15 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bones: spine, ribs, sternum, scapulae, clavicles and humeral heads."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from .anatomy import SIDES, Patient, Profiles
 from .geometry import Box, FloatArray, Grid, ellipsoid, mix, separable, soft, splat
 from .vessels import tube
-
-__all__ = ["RIB_THICKNESS", "paint_ribs", "paint_skeleton", "rib_profile"]
 
 RIB_THICKNESS = 7.0
 _DISC = 25.0
@@ -19,7 +15,6 @@ def rib_profile(patient: Patient, z: FloatArray, angle: FloatArray) -> FloatArra
     """How much bone lies at a height and an angle: 0 between ribs, 0.6 in the marrow, 1 at the cortex.
 
     Args:
-        z: height in mm.
         angle: 0 at the spine, pi at the sternum; broadcast against z.
     """
     fall = patient.rib_drop * angle / np.pi

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """One patient to one study: a CT volume or a chest film with the truth about it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -17,19 +15,13 @@ from .organs import paint_patient
 from .skeleton import paint_ribs
 from .xray import develop, enlarge, path_length, rib_shadow
 
-__all__ = ["CTStudy", "XrayStudy", "labels_of", "lesion_record", "make_ct", "make_patient", "make_xray"]
-
 CT_SHAPE = (48, 128, 128)
 XRAY_SHAPE = (128, 40, 128)
 
 
 @dataclass
 class CTStudy:
-    """A CT volume.
-
-    Args:
-        hu: (nz, ny, nx) int16 Hounsfield units; z to the head, y to the back, x to the left.
-    """
+    """A CT volume. ``hu``: (nz, ny, nx) int16 Hounsfield units; z to the head, y to the back, x to the left."""
 
     patient: Patient
     hu: np.ndarray
@@ -45,8 +37,6 @@ class XrayStudy:
         film: (H, W) uint8, the patient's right on the image's left.
         lateral: (H, W) uint8 or None.
         portable: True for an AP film at the bedside, False for PA.
-        lesions: where the findings are, in voxels of ``grid``.
-        grid: the volume that was projected.
     """
 
     patient: Patient
@@ -90,7 +80,6 @@ def make_ct(
     """CT of a patient who lies on the back, arms up.
 
     Args:
-        shape: (slices, rows, columns).
         lesions: False leaves the findings out, all else being equal.
     """
     vessels, places, device = streams[:3]

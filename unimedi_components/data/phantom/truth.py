@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The truth that a phantom set's writer left beside it, read back."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,16 +12,11 @@ import numpy.typing as npt
 from ...errors import DataError
 from .paired import PAIRED
 
-__all__ = ["labels_of", "load_truth"]
-
 _TRUTH = "truth.json"
 
 
 def load_truth(root: str | Path) -> dict[str, Any] | None:
     """The truth of the phantom set at `root`, or of those in its folders; None for real data.
-
-    Args:
-        root: a folder with truth.json, or one with a folder per data set, as pre-training's datalist has it.
 
     Returns:
         "findings", the names of the labels, and "studies", by item id: "labels", "findings", and for volumes
@@ -59,11 +52,7 @@ def _read_truth(path: Path) -> dict[str, Any]:
 
 
 def labels_of(items: Sequence[Mapping[str, Any]], studies: Mapping[str, Mapping[str, Any]]) -> npt.NDArray[np.int64]:
-    """True labels of datalist items, (N, F).
-
-    Raises:
-        DataError: an item is not in the truth file.
-    """
+    """True labels of datalist items, (N, F). Raises DataError: an item is not in the truth file."""
     missing = [item["id"] for item in items if item["id"] not in studies]
     if missing:
         raise DataError(f"truth.json does not know {missing[0]} ({len(missing)} such); write the phantoms again")

@@ -1,15 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Branching tubes as clouds of small parts: airways and the pulmonary vessels."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from .anatomy import SIDES, Patient
 from .geometry import FloatArray, Grid
-
-__all__ = ["airway_points", "hilum", "tube", "vessel_points"]
-
 
 _FAN = (
     (0.95, 0.10, 0.35),
@@ -41,7 +36,6 @@ def tube(path: FloatArray, radius: FloatArray | float, step: float) -> tuple[Flo
     Args:
         path: (N, 3) corners (z, y, x) in mm.
         radius: radius in mm at the corners, a number or (N,).
-        step: distance of the parts in mm.
 
     Returns:
         (M, 3) positions and (M,) volumes in cubic mm that add up to the tube's volume.

@@ -1,15 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """One process of the phantom writer: every n-th patient, one line of JSON on standard output for each."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path
 
 from . import patient_record
-
-__all__ = ["main"]
 
 
 def main(job: str) -> None:

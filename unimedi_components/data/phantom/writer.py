@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What all layouts share: seeds, processes, progress, atomic files and truth.json."""
 
-from __future__ import annotations
-
 import csv
 import json
 import os
@@ -20,19 +18,6 @@ from tqdm.auto import tqdm
 from ...errors import DataError
 from ...files import replacing
 from .findings import FINDINGS
-
-__all__ = [
-    "LAYOUTS",
-    "TRUTH",
-    "VERSION",
-    "Layout",
-    "PatientRecord",
-    "PhantomFolder",
-    "patient_record",
-    "register",
-    "write_phantom",
-    "write_rows",
-]
 
 TRUTH = "truth.json"
 VERSION = 1
@@ -72,11 +57,7 @@ def register(layout: Layout) -> Layout:
 
 @dataclass(frozen=True)
 class PhantomFolder:
-    """A phantom data set on disk; usable wherever a path is.
-
-    Args:
-        fresh: True if this call wrote it, False if it was there already.
-    """
+    """A phantom data set on disk; usable wherever a path is."""
 
     path: Path
     fresh: bool
@@ -102,13 +83,8 @@ def write_phantom(
 
     Args:
         layout: one of `LAYOUTS`, for example ``mimic_cxr`` or ``bimcv``.
-        out: folder to write; made if it is missing.
-        patients: how many patients, at least 1.
         seed: any non-negative integer.
         workers: processes; None for one per CPU, 0 or 1 for none beside this one.
-
-    Returns:
-        the folder, and whether this call wrote it.
 
     Raises:
         DataError: the layout is unknown, a number is out of range, or ``out`` holds something else.
@@ -186,10 +162,7 @@ def _write_patients(
 
 
 def _from_workers(layout: str, root: Path, patients: int, seed: int, count: int) -> Iterator[PatientRecord]:
-    """Records in the order of the patients, made by ``count`` processes that take turns.
-
-    Plain processes, not a pool: a pool would import the caller's main module, with torch, in each of them.
-    """
+    """Records in the order of the patients, made by ``count`` processes that take turns."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)}
     command = [sys.executable, "-m", "unimedi_components.data.phantom.worker"]
     crew = [

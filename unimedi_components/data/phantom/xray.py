@@ -1,16 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Film from volume: Beer-Lambert projection, detector and display curve."""
 
-from __future__ import annotations
-
 import numpy as np
 from PIL import Image
 
 from .anatomy import Patient, Profiles
 from .geometry import FloatArray, Grid, noise
 from .skeleton import RIB_THICKNESS, rib_profile
-
-__all__ = ["MU_WATER", "attenuation", "develop", "enlarge", "path_length", "rib_shadow"]
 
 MU_WATER = 0.019
 """Linear attenuation of water in 1/mm for a chest exposure (about 70 keV)."""

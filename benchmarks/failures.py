@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where a network fails: CT studies whose lesions its selection missed, reports that it ranks last."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,8 +16,6 @@ from unimedi_components.retrieval.pretraining import ct_views
 from unimedi_components.retrieval.recall import first_correct_rank
 from unimedi_components.retrieval.slices import is_focal, lesion_mask
 
-__all__ = ["FAILURES", "MISSED", "lowest_retrievals", "missed_studies", "write_failures"]
-
 Studies = Mapping[str, Mapping[str, Any]]
 
 MISSED, FAILURES = "missed_lesions.png", "failures.json"
@@ -29,7 +25,6 @@ def missed_studies(features: Features, studies: Studies, depth: int) -> tuple[li
     """Rows of the focal CT studies none of whose selected slices shows a lesion, and how many studies are focal.
 
     Args:
-        features: of volumes, with selected slices.
         depth: slices of the network's input, D.
     """
     assert features.selected is not None
