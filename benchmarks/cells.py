@@ -125,13 +125,7 @@ def _measured(cell: Mapping[str, Any], folder: Path, lock: int) -> Json:
         target = folder / "evaluation.json"
         keep = Path(settings["phantoms"], f"seed_{settings['eval_seed']}")
         measures = evaluate(
-            network.path,
-            settings["patients"],
-            settings["eval_seed"],
-            target,
-            _device(cell),
-            keep,
-            progress=False,
+            network.path, settings["patients"], settings["eval_seed"], target, _device(cell), keep, progress=False
         )
         _save_features(test, folder / "features.npz")
         if cell["seed"] == settings["seeds"][0] and cell["kind"] == "train":

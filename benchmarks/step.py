@@ -95,10 +95,7 @@ def step(
                 network, *counts, recipe.SIZES[size]["words"], rounds=3 * (kind == "recipe"), amp=dtype != torch.float32
             )
             flops[variant] = cost.flops
-            runs[variant] = (
-                network,
-                _run(network, lambda b, n=network, loss=loss: loss(n(b)), batch, dtype, options),
-            )
+            runs[variant] = (network, _run(network, lambda b, n=network, loss=loss: loss(n(b)), batch, dtype, options))
         if port and name == "float32":
             bars["gradients of equal work, against the port's"] = measure.at_most(
                 _difference(runs["literal port"], runs["fused attention, chunked loss"]), MAX_DIFFERENCE

@@ -157,10 +157,7 @@ def header_fault(header: VolumeHeader, limits: CTLimits = CTLimits()) -> tuple[s
     if not np.isfinite(header.affine).all():
         return "affine not finite", "the affine holds NaN or infinity. Convert it again from DICOM"
     if not matrix.any():
-        return (
-            "zero affine",
-            "the affine is zero, so size and orientation are unknown. Convert it again from DICOM",
-        )
+        return ("zero affine", "the affine is zero, so size and orientation are unknown. Convert it again from DICOM")
     spacing = np.linalg.norm(matrix, axis=0)
     text = "x".join(f"{step:.4g}" for step in spacing)
     low, high = limits.spacing

@@ -125,9 +125,7 @@ def _running_through(group: list[DicomSlice]) -> list[tuple[str, list[DicomSlice
     return []
 
 
-def _without_doubles(
-    places: Sequence[Sequence[DicomSlice]],
-) -> tuple[list[DicomSlice] | None, list[DicomSlice]]:
+def _without_doubles(places: Sequence[Sequence[DicomSlice]]) -> tuple[list[DicomSlice] | None, list[DicomSlice]]:
     """The first slice of each place, and its doubles; None where slices of one place differ."""
     kept, doubles = [], []
     for place in places:

@@ -42,10 +42,7 @@ class Listing:
 
     def as_json(self) -> dict[str, Any]:
         """{"items": [...], "left_out": [{"file", "reason"}]}."""
-        return {
-            "items": self.items,
-            "left_out": [{"file": one.file, "reason": one.reason} for one in self.left_out],
-        }
+        return {"items": self.items, "left_out": [{"file": one.file, "reason": one.reason} for one in self.left_out]}
 
     def table(self) -> str:
         """A line for each item, its warnings below it, and what is left out."""

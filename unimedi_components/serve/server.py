@@ -63,11 +63,7 @@ def serve(
         print(f"UniMedI is at http://{shown}:{number} (Ctrl-C ends it)", flush=True)
         _allow_many_files()
         config = uvicorn.Config(
-            app,
-            log_level="warning",
-            server_header=False,
-            proxy_headers=False,
-            timeout_graceful_shutdown=_GRACE,
+            app, log_level="warning", server_header=False, proxy_headers=False, timeout_graceful_shutdown=_GRACE
         )
         # uvicorn ends the requests and hands the signal on
         with contextlib.suppress(KeyboardInterrupt):
