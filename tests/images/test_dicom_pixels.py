@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import struct
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pydicom
 import pytest
+from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 from pydicom.uid import (
@@ -294,3 +296,46 @@ def test_a_mark_without_its_preamble(tmp_path: Path) -> None:
     assert np.array_equal(stored_values(header)[0], GREY) and xray_fault(path) is None
     path.write_bytes(whole[128:-200])
     assert "cut off" in xray_fault(path)[1]
+
+
+# keyword, VR, bytes as stored, text and numbers
+ELEMENTS: list[tuple[str, str, bytes, str, tuple[float, ...] | None]] = [
+    ("SliceThickness", "DS", b" 1.50 ", "1.50", (1.5,)),
+    ("SliceThickness", "DS", b"-1.5E-3\0", "-1.5E-3", (-0.0015,)),
+    ("SliceThickness", "DS", b"1,5 ", "1,5", None),
+    ("SliceThickness", "DS", b"", "", None),
+    ("SliceThickness", "DS", b"inf ", "inf", None),
+    ("SliceThickness", "LO", b"2.5 ", "2.5", (2.5,)),
+    ("PixelSpacing", "DS", b"0.70\\ .7 ", "0.70\\.7", (0.7, 0.7)),
+    ("InstanceNumber", "IS", b"012 ", "012", (12.0,)),
+    ("InstanceNumber", "IS", b"3.0 ", "3.0", (3.0,)),
+    ("InstanceNumber", "IS", b"1\\2 ", "1\\2", (1.0, 2.0)),
+    ("Rows", "US", b"\x00\x02", "512", (512.0,)),
+    ("Rows", "US", b"\x00\x02\x01\x00", "512\\1", (512.0, 1.0)),
+    ("Rows", "SS", b"\xff\xff", "-1", (-1.0,)),
+    ("TriggerTime", "FD", struct.pack("<d", 0.25), "0.25", (0.25,)),
+    ("ImageType", "CS", b"ORIGINAL\\PRIMARY ", "ORIGINAL\\PRIMARY", None),
+    ("ImageType", "CS", b"A \\B ", "A \\B", None),
+    ("StudyInstanceUID", "UI", b"1.2.3\0", "1.2.3", None),
+    ("ContentTime", "TM", b"120001.50 ", "120001.50", (120001.5,)),
+    ("SeriesDescription", "LO", b"  Thorax 5 ", "Thorax 5", None),
+    ("SeriesDescription", "LO", "Größe".encode("latin-1"), "Größe", None),
+    ("SeriesDescription", "LO", b"a\x1b\x01b", "a\ufffd\ufffdb", None),
+]
+
+
+@pytest.mark.parametrize(("keyword", "vr", "value", "text", "numbers"), ELEMENTS)
+@pytest.mark.parametrize("converted", [False, True])
+def test_elements_as_they_are_stored(
+    tmp_path: Path, keyword: str, vr: str, value: bytes, text: str, numbers: tuple[float, ...] | None, converted: bool
+) -> None:
+    dataset = pydicom.dcmread(write(tmp_path / "a.dcm", GREY))
+    dataset.SpecificCharacterSet = "ISO_IR 100"
+    tag = pydicom.tag.Tag(keyword)
+    dataset[tag] = RawDataElement(tag, vr, len(value), value, 0, False, True)
+    dataset.save_as(tmp_path / "b.dcm")
+    header = read_header(tmp_path / "b.dcm")
+    if converted:
+        with contextlib.suppress(ValueError):
+            header.dataset[tag]
+    assert (header.text(keyword), header.numbers(keyword)) == (text, numbers)

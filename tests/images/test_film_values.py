@@ -16,8 +16,9 @@ from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence
 
 from tests.images.single_files import write
+from unimedi_components.data.xray_loading import LoadXrayd
 from unimedi_components.errors import DataError
-from unimedi_components.images.xray import LoadXrayd, read_xray
+from unimedi_components.images.xray import read_xray
 from unimedi_components.images.xray_checks import xray_fault
 
 H, W = 72, 64

@@ -21,10 +21,10 @@ from PIL import Image, ImageOps
 
 from unimedi_components.data.boxes import BoxesToImaged, BoxesToMaskd
 from unimedi_components.data.slice_files import IMAGE_ENDINGS
+from unimedi_components.data.xray_loading import LoadXrayd
 from unimedi_components.errors import ConfigError, DataError
 from unimedi_components.images.dicom import is_dicom, modality_values, read_header
 from unimedi_components.images.itk_loading import load_itk
-from unimedi_components.images.xray import LoadXrayd
 
 TARGETS = ("mask", "boxes")
 

@@ -196,7 +196,8 @@ def hounsfield_fault(sample: np.ndarray, hounsfield: bool = True) -> tuple[str, 
     Returns:
         None or ``(reason, detail)``.
     """
-    sample = np.asarray(sample, dtype=np.float32).ravel()
+    # in the order of memory, since their places do not matter
+    sample = np.asarray(sample, dtype=np.float32).ravel(order="K")
     if not np.isfinite(sample).all():
         return "non-finite voxels", NOT_FINITE
     if not hounsfield:

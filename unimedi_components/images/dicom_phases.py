@@ -103,12 +103,15 @@ def _running_through(group: list[DicomSlice]) -> list[tuple[str, list[DicomSlice
         several = (not one_pass and all(map(_rising, parts))) or (thick and name in telling)
         if (several or name in _OTHER_TAGS) and interleaved(parts):
             return list(zip(labels, parts, strict=True))
+    normal = group[0].normal
     for name in (*_TIMES, "InstanceNumber"):
+        if group[0].value(name) == group[1].value(name):
+            continue
         values = {id(one): _natural(one.value(name)) for one in group}
         if len(set(values.values())) < len(group):
             continue
         ordered = sorted(group, key=lambda one: values[id(one)])
-        steps = np.sign(np.diff([float(one.position @ group[0].normal) for one in ordered]))
+        steps = np.sign(np.diff([float(one.position @ normal) for one in ordered]))
         # passes in one direction, or there and back
         for cuts in (np.flatnonzero(steps != np.sign(steps.sum())) + 1, np.asarray([len(group) // 2])):
             bounds = [0, *cuts.tolist(), len(group)]

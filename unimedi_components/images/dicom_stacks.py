@@ -94,7 +94,7 @@ class Stack:
     @property
     def files(self) -> list[Path]:
         """The files in the order of their first slices."""
-        return list(dict.fromkeys(Path(one.header.path) for one in self.slices))
+        return list(dict.fromkeys(one.header.path for one in self.slices))
 
     @property
     def is_even(self) -> bool:

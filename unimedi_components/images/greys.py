@@ -194,7 +194,7 @@ def _views(header: DicomHeader, dataset: Any, values: Array) -> Iterator[tuple[A
         if not math.isfinite(centre + width) or width <= 0:
             yield None, f"window {centre:g} / {width:g}"
         else:
-            greys = _window(values.astype(np.float64), centre, width, function)
+            greys = _window(values, centre, width, function)
             yield greys, f"window {centre:g} / {width:g} ({function})"
 
 
@@ -215,15 +215,17 @@ def _each(dataset: Any, keyword: str) -> list[float]:
 
 def _window(values: Array, centre: float, width: float, function: str) -> Array:
     """PS3.3 C.11.2.1.2 and C.11.2.1.3; a function of another name is LINEAR."""
+    if function not in ("SIGMOID", "LINEAR_EXACT") and width > 1:
+        # in place, since films are large
+        greys = np.subtract(values, centre - 0.5, dtype=np.float64)
+        greys /= width - 1
+        greys += 0.5
+        return np.clip(greys, 0, 1, out=greys).astype(np.float32)
+    values = values.astype(np.float64)
     if function == "SIGMOID":
         greys = 1 / (1 + np.exp(np.clip(-4 * (values - centre) / width, -700, 700)))
     elif function == "LINEAR_EXACT":
         greys = (values - centre) / width + 0.5
-    elif width <= 1:
-        greys = (values > centre - 0.5).astype(np.float64)
     else:
-        # in place, since films are large
-        greys = values - (centre - 0.5)
-        greys /= width - 1
-        greys += 0.5
+        greys = (values > centre - 0.5).astype(np.float64)
     return np.clip(greys, 0, 1, out=greys).astype(np.float32)

@@ -9,7 +9,7 @@ import logging
 import math
 import threading
 import warnings
-from collections.abc import MutableSequence
+from collections.abc import Callable, MutableSequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,8 @@ _VRS = frozenset(
     b"AE AS AT CS DA DS DT FD FL IS LO LT OB OD OF OL OV OW PN SH SL SQ SS ST SV TM UC UI UL UN UR US UT UV".split()
 )
 _LONG_VRS = frozenset(b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split())
+_NUMBERS: dict[str, Callable[[bytes], float]] = {"DS": float, "IS": int}
+_PLAIN_TEXT = frozenset({"CS", "UI", "DA", "TM", "DT", "LO", "SH", *_NUMBERS})
 _lock = threading.Lock()
 
 
@@ -267,17 +269,28 @@ def _header(path: Path, dataset: Any, syntax: str, met: dict[str, Any]) -> Dicom
 
 
 @functools.cache
-def _tag(keyword: str) -> Any:
-    """An element's tag: pydicom looks tags up several times as fast as keywords."""
-    from pydicom.datadict import tag_for_keyword
+def _tag(keyword: str) -> tuple[Any, str]:
+    """An element's tag and its usual VR: pydicom looks tags up several times as fast as keywords."""
+    from pydicom.datadict import dictionary_VR, tag_for_keyword
     from pydicom.tag import Tag
 
-    return Tag(tag_for_keyword(keyword) or 0)
+    tag = Tag(tag_for_keyword(keyword) or 0)
+    return tag, dictionary_VR(tag) if tag else ""
+
+
+def _unread(dataset: Any, keyword: str) -> tuple[str, bytes, bool]:
+    """VR, bytes and byte order of an element that pydicom has not converted yet, which takes it long; else no VR."""
+    tag, vr = _tag(keyword)
+    raw = dataset.get_item(tag, keep_deferred=True)
+    if raw is None or not raw.is_raw or not isinstance(raw.value, bytes):
+        return "", b"", True
+    return raw.VR or vr, raw.value, raw.is_little_endian
 
 
 def values_of(dataset: Any, keyword: str) -> list[Any]:
     """An element's values; none where it is missing, empty, or cannot be read as what it is said to be."""
-    if (tag := _tag(keyword)) not in dataset:
+    tag, _ = _tag(keyword)
+    if tag not in dataset:
         return []
     try:
         value = dataset[tag].value
@@ -290,14 +303,38 @@ def values_of(dataset: Any, keyword: str) -> list[Any]:
 
 def numbers_of(dataset: Any, keyword: str) -> tuple[float, ...] | None:
     """An element's values; None where it is missing or one of them is no finite number."""
+    vr, value, little = _unread(dataset, keyword)
     try:
-        numbers = tuple(float(part) for part in values_of(dataset, keyword))
+        numbers = _plain_numbers(vr, value, little) or tuple(float(part) for part in values_of(dataset, keyword))
     except (TypeError, ValueError):
         return None
     return numbers if numbers and all(map(math.isfinite, numbers)) else None
 
 
+def _plain_numbers(vr: str, value: bytes, little: bool) -> tuple[float, ...]:
+    """Numbers as they are commonly written; none where pydicom has to judge them."""
+    if vr == "US" and len(value) == 2:
+        return (float(int.from_bytes(value, "little" if little else "big")),)
+    if vr not in _NUMBERS:
+        return ()
+    try:
+        return tuple(float(_NUMBERS[vr](part)) for part in value.rstrip(b" \0").split(b"\\"))
+    except ValueError:
+        return ()
+
+
 def _text(dataset: Any, keyword: str) -> str:
+    vr, value, little = _unread(dataset, keyword)
+    plain = value.rstrip(b" \0")
+    if (
+        vr in _PLAIN_TEXT
+        # which reads the same in every character set
+        and plain.isascii()
+        and not (b" " in plain and b"\\" in plain)
+        and (text := plain.decode("ascii")).isprintable()
+        and (vr not in _NUMBERS or not text or _plain_numbers(vr, value, little))
+    ):
+        return text.strip()
     text = "\\".join(str(part) for part in values_of(dataset, keyword)).strip().strip("\0").strip()
     return "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
 

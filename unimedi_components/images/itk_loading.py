@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import threading
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from monai.transforms import LoadImaged
+if TYPE_CHECKING:
+    from monai.transforms import LoadImaged
 
 __all__ = ["load_imaged", "load_itk"]
 
@@ -31,6 +32,9 @@ def load_itk() -> Any:
 
 def load_imaged(key: str, reader: Any = None) -> LoadImaged:
     """Return MONAI's `LoadImaged`, which warns, where pydicom is installed, that it lacks a decoder on the GPU."""
+    # which takes seconds that commands without a network need not wait
+    from monai.transforms import LoadImaged
+
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="NvImgCodec")
         return LoadImaged(key, reader=reader, image_only=True)

@@ -240,7 +240,7 @@ def _slice_values(slices: Sequence[DicomSlice]) -> np.ndarray:
     values: np.ndarray = np.empty((len(slices), first.rows, first.columns), np.int16)
     places: dict[Path, list[int]] = {}
     for number, one in enumerate(slices):
-        places.setdefault(Path(one.header.path), []).append(number)
+        places.setdefault(one.header.path, []).append(number)
     for numbers in places.values():
         planes = _hounsfield(slices[numbers[0]].header)
         if values.dtype == np.int16:

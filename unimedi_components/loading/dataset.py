@@ -23,9 +23,9 @@ from torch import Tensor
 
 from unimedi_components.data.roi_boxes import boxes_of_rois
 from unimedi_components.data.transforms import ByDimension
+from unimedi_components.data.xray_loading import LoadXrayd
 from unimedi_components.errors import ConfigError, DataError
 from unimedi_components.images.find import ImageList
-from unimedi_components.images.xray import LoadXrayd
 from unimedi_components.loading.collate import collate
 from unimedi_components.loading.store import ImageStore, ItemList, older_entries, pack, store_folder, unpack
 from unimedi_components.loading.targets import KEPT, Skipped, complete

@@ -67,7 +67,7 @@ def store(name: str, stream: IO[bytes], folder: Path, number: int) -> Received:
 
 
 def unpack(archive: Received, folder: Path, limits: Limits) -> list[Received]:
-    """Unpack a zip into `folder`, its folders flattened.
+    """Unpack a zip into `folder`: the files of each of its folders, which tell series apart, into one of ours.
 
     Raises:
         UploadError: damaged, encrypted, too many files, too large or too strongly compressed, or with links, paths
@@ -79,8 +79,11 @@ def unpack(archive: Received, folder: Path, limits: Limits) -> list[Received]:
             _check_members(archive, members, limits)
             left = limits.unpacked_bytes
             found = []
+            places: dict[str, Path] = {}
             for number, member in enumerate(members):
-                path = folder / f"z{number:05d}"
+                parent = member.filename.rpartition("/")[0]
+                places.setdefault(parent, folder / f"z{len(places):05d}").mkdir(exist_ok=True)
+                path = places[parent] / f"{number:05d}"
                 with content.open(member) as stream, open(path, "xb") as file:
                     left -= _copy(stream, file, left, archive.name, limits)
                 found.append(Received(checked_name(member.filename), path))
