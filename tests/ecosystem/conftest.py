@@ -58,6 +58,7 @@ def monailabel() -> SimpleNamespace:
     try:
         from monailabel.app import app
         from monailabel.config import settings
+        from monailabel.interfaces.utils.app import app_instance
         from monailabel.main import Main
         from monailabel.tasks.infer.bundle import BundleInferTask
         from monailabel.tasks.train.bundle import BundleTrainTask
@@ -65,7 +66,12 @@ def monailabel() -> SimpleNamespace:
         for name in names:
             del sys.modules[name]
     return SimpleNamespace(
-        BundleInferTask=BundleInferTask, BundleTrainTask=BundleTrainTask, Main=Main, app=app, settings=settings
+        BundleInferTask=BundleInferTask,
+        BundleTrainTask=BundleTrainTask,
+        Main=Main,
+        app=app,
+        app_instance=app_instance,
+        settings=settings,
     )
 
 

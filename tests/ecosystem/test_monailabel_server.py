@@ -213,6 +213,19 @@ def test_a_wrong_label_is_answered_with_the_reason(
     assert all(torch.equal(server.weights(name)[key], value) for key, value in weights.items())
 
 
+def test_a_deleted_label_is_forgotten_before_a_training(monailabel: Any, server: Server) -> None:
+    name = "chest_xray_classification"
+    server.label(name, [as_json({"Oedema": 1}), *GOOD[name][1:]])
+    with pytest.MonkeyPatch.context() as patch:
+        # as by default: the server watches the folder, but no JSON files in it
+        patch.setattr(monailabel.app_instance().datastore(), "_auto_reload", True)
+        assert server.client.delete("/datastore/label", params={"id": "film0", "tag": "final"}).status_code == 200
+        assert server.client.get("/info/").json()["datastore"]["completed"] == 6
+        answer = server.train(name)
+    assert (answer.status_code, answer.json()) == (200, {}), answer.text
+    assert server.client.get("/info/").json()["datastore"]["completed"] == 5
+
+
 def test_an_image_of_another_kind_is_answered_with_the_reason(server: Server) -> None:
     answer = server.infer("chest_ct_classification", "film0", "json")
     assert answer.status_code == 400
