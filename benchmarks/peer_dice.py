@@ -87,6 +87,7 @@ def _train(name: str, minutes: float, phantoms: int, seed: int) -> list[dict[str
     loader = ImageLoader(RepeatedDataset(dataset, steps=50), 1, shuffle=True, seed=seed)
     loss: Any = parser.get_parsed_content("loss")
     rates = {key: parser[f"optimizer#{key}"] for key in ("lr", "weight_decay", "encoder_lr")}
+    optimizer: torch.optim.Optimizer
     if name == "monai":
         optimizer = torch.optim.AdamW(network.parameters(), lr=rates["lr"], weight_decay=rates["weight_decay"])
     else:

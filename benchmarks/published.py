@@ -69,8 +69,8 @@ def _content(path: Path, place: str) -> Any:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         for key in place.split("/"):
-            content = content[key]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+            content = content[int(key) if isinstance(content, list) else key]
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise SystemExit(f"{path}#{place}: not published ({error!r}); run 'make publish'") from error
     return content
 

@@ -51,6 +51,8 @@ def give_reasons(app: type) -> None:
     @functools.wraps(train)
     def checked(self: Any, request: dict[str, Any]) -> Any:
         task = self._trainers.get(request.get("model"))
+        # MONAI Label watches files of images and masks, and would train on a JSON label that was deleted
+        self.datastore().refresh()
         if task is not None:
             # the method that MONAI Label leaves to be written: it changes the overrides of the run
             task._update_overrides = lambda overrides: overrides.update({"train#dataset#strict": True})

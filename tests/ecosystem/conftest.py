@@ -36,28 +36,39 @@ from unimedi_components.networks.unetr import UnifiedUNETR
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(scope="session")
-def monailabel() -> SimpleNamespace:
-    """MONAI Label: its tasks for bundles, its command line and its server.
+def stand_in() -> tuple[str, ...]:
+    """Give MONAI Label the modules that it imports by other names; returns those to be taken away again.
 
-    It imports two drawing functions of torchvision, which these tasks never call. torchvision itself is not wanted
+    It imports two drawing functions of torchvision, which these tests never call. torchvision itself is not wanted
     here: its registry build does not load beside a CPU build of torch, and takes `transformers` with it. `pydicom_seg`
     goes by the name of its build for pydicom 3, as docs/monai-label.md installs it.
     """
-    if importlib.util.find_spec("monailabel") is None:
-        pytest.skip("MONAI Label is not installed; 'make test-ecosystem' installs it and runs this test")
     # before the stand-in is there: transformers looks for torchvision when it is imported
     importlib.import_module("unimedi_components.networks")
     names = () if importlib.util.find_spec("torchvision") else ("torchvision", "torchvision.utils")
     for name in names:
-        stand_in = types.ModuleType(name)
-        stand_in.__spec__ = importlib.machinery.ModuleSpec(name, None)
-        stand_in.__dict__.update(make_grid=None, save_image=None)
-        sys.modules[name] = stand_in
+        module = sys.modules[name] = types.ModuleType(name)
+        module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+        module.__dict__.update(make_grid=None, save_image=None)
     sys.modules["pydicom_seg"] = importlib.import_module("pydicom_seg_rb")
+    return names
+
+
+def nowhere(bundle_name: str, config_file: Any = None) -> str:
+    """Find no other bundle."""
+    raise ConfigError(f"bundle {bundle_name!r} not found")
+
+
+@pytest.fixture(scope="session")
+def monailabel() -> SimpleNamespace:
+    """MONAI Label: its tasks for bundles, its command line and its server."""
+    if importlib.util.find_spec("monailabel") is None:
+        pytest.skip("MONAI Label is not installed; 'make test-ecosystem' installs it and runs this test")
+    names = stand_in()
     try:
         from monailabel.app import app
         from monailabel.config import settings
+        from monailabel.interfaces.utils.app import app_instance
         from monailabel.main import Main
         from monailabel.tasks.infer.bundle import BundleInferTask
         from monailabel.tasks.train.bundle import BundleTrainTask
@@ -65,7 +76,12 @@ def monailabel() -> SimpleNamespace:
         for name in names:
             del sys.modules[name]
     return SimpleNamespace(
-        BundleInferTask=BundleInferTask, BundleTrainTask=BundleTrainTask, Main=Main, app=app, settings=settings
+        BundleInferTask=BundleInferTask,
+        BundleTrainTask=BundleTrainTask,
+        Main=Main,
+        app=app,
+        app_instance=app_instance,
+        settings=settings,
     )
 
 
@@ -77,9 +93,6 @@ def app_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def _leave_repository(folder: Path, patch: pytest.MonkeyPatch) -> None:
-    def nowhere(bundle_name: str, config_file: Any = None) -> str:
-        raise ConfigError(f"bundle {bundle_name!r} not found")
-
     patch.setattr(unimedi_components.bundle, "bundle_root", nowhere)
     patch.delenv("UNIMEDI_DATA", raising=False)
     patch.chdir(folder)

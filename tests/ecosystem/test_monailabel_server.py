@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,10 +21,18 @@ from PIL import Image
 from tests.common import own_inference
 from unimedi_components.data.roi_boxes import rois_of_boxes
 
+REPOSITORY = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.usefixtures("in_process")
 FINDINGS = "Atelectasis, Cardiomegaly, Consolidation, Edema, Pleural Effusion"
 # turned by 3-4-5 about the left-right axis
 AFFINE = np.array([[-2.0, 0, 0, 40], [0, 1.2, -2.4, -30], [0, 0.9, 3.2, 10], [0, 0, 0, 1]])
+BACKGROUND = f"""
+import sys
+sys.path.insert(0, {str(REPOSITORY)!r})
+from tests.ecosystem import conftest
+conftest.stand_in()
+conftest.unimedi_components.bundle.bundle_root = conftest.nowhere
+"""
 TYPES = {
     "chest_xray_classification": ("classification", 2),
     "chest_ct_classification": ("classification", 3),
@@ -111,9 +121,9 @@ class Server:
     def infer(self, name: str, image: str, output: str) -> Any:
         return self.client.post(f"/infer/{name}", params={"image": image, "output": output}, data={"params": "{}"})
 
-    def train(self, name: str) -> Any:
+    def train(self, name: str, run_sync: str | None = "true") -> Any:
         options = {"max_epochs": 1, "val_split": 0.34, "multi_gpu": False}
-        return self.client.post(f"/train/{name}", params={"run_sync": "true"}, json=options)
+        return self.client.post(f"/train/{name}", params={"run_sync": run_sync} if run_sync else {}, json=options)
 
     def label(self, name: str, labels: list[tuple[str, bytes]]) -> None:
         for number, label in enumerate(labels):
@@ -211,6 +221,42 @@ def test_a_wrong_label_is_answered_with_the_reason(
     for reason in reasons:
         assert reason in answer.json()["detail"]
     assert all(torch.equal(server.weights(name)[key], value) for key, value in weights.items())
+
+
+def test_training_in_the_background(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # the process that trains is made ready as this one is
+    (tmp_path / "sitecustomize.py").write_text(BACKGROUND)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    tasks = importlib.import_module("monailabel.utils.async_tasks.utils")
+    name = "chest_xray_classification"
+
+    def trained(first: tuple[str, bytes]) -> tuple[bool, str, str]:
+        weights = server.weights(name)
+        server.label(name, [first, *GOOD[name][1:]])
+        assert server.train(name, run_sync=None).json()["status"] == "SUBMITTED"
+        # MONAI Label's one worker comes to this when the training is over
+        tasks.background_executors["train"].submit(int).result()
+        task = server.client.get("/train/").json()
+        changed = any(not torch.equal(server.weights(name)[key], value) for key, value in weights.items())
+        return changed, task["status"], task["details"][-1]
+
+    changed, status, last = trained(as_json({"Oedema": 1}))
+    assert (changed, status) == (False, "ERROR") and "{'Oedema': 1}" in last and FINDINGS in last
+    changed, status, last = trained(GOOD[name][0])
+    assert (changed, status) == (True, "DONE"), last
+
+
+def test_a_deleted_label_is_forgotten_before_a_training(monailabel: Any, server: Server) -> None:
+    name = "chest_xray_classification"
+    server.label(name, [as_json({"Oedema": 1}), *GOOD[name][1:]])
+    with pytest.MonkeyPatch.context() as patch:
+        # as by default: the server watches the folder, but no JSON files in it
+        patch.setattr(monailabel.app_instance().datastore(), "_auto_reload", True)
+        assert server.client.delete("/datastore/label", params={"id": "film0", "tag": "final"}).status_code == 200
+        assert server.client.get("/info/").json()["datastore"]["completed"] == 6
+        answer = server.train(name)
+    assert (answer.status_code, answer.json()) == (200, {}), answer.text
+    assert server.client.get("/info/").json()["datastore"]["completed"] == 5
 
 
 def test_an_image_of_another_kind_is_answered_with_the_reason(server: Server) -> None:

@@ -6,8 +6,10 @@ from __future__ import annotations
 import argparse
 import logging
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +22,7 @@ from torch.nn import functional as F
 from unimedi_components.errors import CheckpointError
 from unimedi_components.networks import UnifiedViT, create_encoder
 from unimedi_components.networks.embed import resample_patch_embed
+from unimedi_components.networks.weights import load_weights
 
 WIDTH, DEPTH, HEADS, PATCH, SIDE = 24, 2, 3, 8, 32
 SIZES: dict[str, Any] = {
@@ -206,6 +209,74 @@ def test_features_are_those_of_transformers(name: str, size: int, tmp_path: Path
     close(create_encoder(tmp_path / "memory.safetensors", **{**SIZES, "img_size": size}), image, tokens)
 
 
+DINOV3: dict[str, Any] = {**SIZES, "embed_dim": 48}  # heads of 16 channels: four periods
+
+
+def dinov3(folder: Path) -> Any:
+    sizes = {**HF, "hidden_size": 48, "intermediate_size": 96, "num_register_tokens": 2}
+    return saved(transformers.DINOv3ViTModel(transformers.DINOv3ViTConfig(**sizes)), folder)
+
+
+@torch.no_grad()
+def test_features_are_those_of_dinov3(tmp_path: Path) -> None:
+    model = dinov3(tmp_path)
+    image = torch.randn(2, 3, SIDE, 48)
+    tokens = model(image).last_hidden_state
+    tokens = torch.cat([tokens[:, :1], tokens[:, 3:]], 1)
+    encoder = create_encoder(tmp_path / "model.safetensors", **DINOV3)
+    assert encoder.hparams["rope"] and encoder.hparams["norm_eps"] == 1e-5 and encoder.hparams["reg_tokens"] == 2
+    close(encoder, image, tokens)
+    # the same weights by the names of Meta's files, which mask a bias of the keys and carry their periods
+    names = {
+        **{r"^embeddings\.register": "storage", r"^embeddings\.": "", r"^patch_embeddings": "patch_embed.proj"},
+        **{r"^model\.layer": "blocks", r"attention\.o_proj": "attn.proj", r"layer_scale(\d).lambda1": r"ls\1.gamma"},
+        **{r"up_proj": "fc1", r"down_proj": "fc2"},
+    }
+    state: State = {}
+    for name, value in model.state_dict().items():
+        for pattern, replacement in names.items():
+            name = re.sub(pattern, replacement, name)
+        state[name] = value
+    for i in range(DEPTH):
+        for kind in ("weight", "bias"):
+            q, v = (state.pop(f"blocks.{i}.attention.{x}_proj.{kind}") for x in "qv")
+            k = state.pop(f"blocks.{i}.attention.k_proj.{kind}", torch.full_like(q, torch.nan))
+            state[f"blocks.{i}.attn.qkv.{kind}"] = torch.cat([q, k, v])
+        state[f"blocks.{i}.attn.qkv.bias_mask"] = torch.ones(3, 48).index_fill(0, torch.tensor(1), 0).flatten()
+    state["rope_embed.periods"] = 100 ** (torch.arange(4) / 4)
+    torch.save(state, tmp_path / "dinov3.pth")
+    close(create_encoder(tmp_path / "dinov3.pth", **DINOV3), image, tokens)
+    # and by timm's
+    for i in range(DEPTH):
+        del state[f"blocks.{i}.attn.qkv.bias_mask"]
+        bias = state.pop(f"blocks.{i}.attn.qkv.bias").chunk(3)
+        state |= {f"blocks.{i}.attn.q_bias": bias[0], f"blocks.{i}.attn.v_bias": bias[2]}
+        state |= {f"blocks.{i}.gamma_{k}": state.pop(f"blocks.{i}.ls{k}.gamma") for k in (1, 2)}
+    state["reg_token"] = state.pop("storage_tokens")
+    del state["rope_embed.periods"], state["mask_token"]
+    torch.save(state, tmp_path / "timm.pth")
+    close(create_encoder(tmp_path / "timm.pth", **DINOV3), image, tokens)
+    with pytest.raises(CheckpointError, match=r"has rotary positions; build the network with .*rope True"):
+        load_weights(UnifiedViT(**DINOV3, reg_tokens=2), tmp_path / "timm.pth")
+
+
+@torch.no_grad()
+def test_rotary_positions_are_those_of_the_kept_tokens_and_of_every_slab(tmp_path: Path) -> None:
+    dinov3(tmp_path)
+    encoder = create_encoder(tmp_path / "model.safetensors", **DINOV3).eval()
+    whole = encoder(image := torch.randn(2, 3, SIDE, SIDE))
+    order = torch.randperm(16).expand(2, -1)
+    shuffled = encoder(image, keep=order)
+    torch.testing.assert_close(shuffled.cls, whole.cls)
+    torch.testing.assert_close(shuffled.patches, whole.patches[:, order[0]])
+    encoder.pos_embed_3d.zero_()
+    volume = image[:1].unsqueeze(2).repeat(1, 1, 8, 1, 1)
+    low, high = encoder(volume).patches[0].unflatten(0, (2, 16))
+    torch.testing.assert_close(low, high)
+    # a place is no more than a turn: the plane upside down is another plane
+    assert (encoder(volume.flip(3)).cls - encoder(volume).cls).abs().max() > 0.01
+
+
 def test_features_are_those_of_transformers_mae(tmp_path: Path) -> None:
     config = transformers.ViTMAEConfig(**HF, decoder_hidden_size=16, decoder_num_hidden_layers=1, mask_ratio=0.0)
     model = saved(transformers.ViTMAEForPreTraining(config), tmp_path)
@@ -380,7 +451,9 @@ TIMM = {
     "vit_base_patch14_reg4_dinov2": {"init_values": 0.5},
     "deit_base_distilled_patch16_224": {"what": "a distillation token"},
     "vit_base_patch16_clip_224": {},
-    "vit_small_patch16_dinov3": {"what": "no position table"},
+    "vit_base_patch16_clip_quickgelu_224": {},
+    "vit_small_patch16_dinov3": {},
+    "vit_small_patch16_dinov3_qkvb": {},
     "vit_base_patch16_siglip_224": {"what": "has no cls_token"},
 }
 
@@ -399,12 +472,25 @@ def test_features_are_those_of_timm(name: str, tmp_path: Path) -> None:
     if what is not None:
         assert what in refused(state, tmp_path)
         return
-    torch.save(state, tmp_path / "timm.pt")
+    torch.save(state, tmp_path / f"{name}.pt")
     image = torch.randn(2, 3, SIDE, SIDE)
     with torch.no_grad():
         tokens = model.forward_features(image)
     tokens = torch.cat([tokens[:, :1], tokens[:, model.num_prefix_tokens :]], 1)
-    close(create_encoder(tmp_path / "timm.pt", **{**SIZES, "mlp_ratio": 4.0}), image, tokens)
+    close(create_encoder(tmp_path / f"{name}.pt", **{**SIZES, "mlp_ratio": 4.0}), image, tokens)
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch16_rope_ape_224", "eva02_enormous_patch14_clip_224"])
+def test_timm_s_models_whose_names_hide_what_they_compute(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class BlockPostNorm(nn.Module):
+        pass
+
+    rope, block = (nn.Identity(), nn.Module()) if "rope" in name else (None, BlockPostNorm())
+    model = SimpleNamespace(rope=rope, pos_embed=torch.zeros(1), blocks=[block])
+    monkeypatch.setitem(sys.modules, "timm", SimpleNamespace(create_model=lambda name, pretrained: model))
+    what = "rotary positions beside its table" if "rope" in name else "norms after its layers"
+    with pytest.raises(CheckpointError, match=f"timm:{name}: has {what}, which UnifiedViT has not"):
+        load_weights(UnifiedViT(**SIZES), f"timm:{name}")
 
 
 def test_features_are_those_of_torchvision_s_own_code(tmp_path: Path) -> None:
@@ -482,10 +568,9 @@ def test_what_cannot_be_represented_is_refused(added: dict[str, tuple[int, ...]]
     assert f": has {what}" in refused(state, tmp_path)
 
 
-def test_models_of_others_that_are_refused(tmp_path: Path) -> None:
-    transformers.DINOv3ViTModel(transformers.DINOv3ViTConfig(**HF)).save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="no position table, as DINOv3 with its rotary positions"):
-        create_encoder(tmp_path / "model.safetensors", **SIZES)
+def test_a_vit_without_any_positions_is_refused(tmp_path: Path) -> None:
+    state = {name: value for name, value in timm_state().items() if name != "pos_embed"}
+    assert "has neither a position table nor DINOv3's registers" in refused(state, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -35,13 +35,10 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
     return (x.mT if tall else x).to(matrices.dtype)
 
 
-def hidden_matrices(network: nn.Module) -> list[nn.Parameter]:
+def hidden_matrices(network: nn.Module) -> list[Tensor]:
     """Trainable weights of the linear layers inside a network: none of its tokenizers, embeddings and DINO head."""
-    return [
-        module.weight
-        for name, module in network.named_modules()
-        if isinstance(module, nn.Linear) and module.weight.requires_grad and "dino_head" not in name.split(".")
-    ]
+    linear = [(name.split("."), m) for name, m in network.named_modules() if isinstance(m, nn.Linear)]
+    return [module.weight for name, module in linear if module.weight.requires_grad and "dino_head" not in name]
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -86,7 +83,7 @@ class MuonAdamW(torch.optim.Optimizer):
                 alike[parameter.shape, parameter.dtype, parameter.device].append(parameter)
         lr, momentum = group["lr"], group["momentum"]
         for (shape, *_), parameters in alike.items():
-            gradients = [parameter.grad for parameter in parameters]
+            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
             for parameter in parameters:
                 if not self.state[parameter]:
                     self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)

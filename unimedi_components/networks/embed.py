@@ -118,6 +118,23 @@ def resample_pos_embed_3d(table: Tensor, old: Sequence[int], new: Sequence[int])
     return maps.permute(0, 2, 3, 4, 1).flatten(1, 3).to(table.dtype)
 
 
+def rotary_angles(periods: Tensor, grids: Sequence[tuple[int, int, int]]) -> Tensor:
+    """Angles of DINOv3's rotary positions: rows, then columns, from -1 to 1 over an image of any size.
+
+    Args:
+        periods: (C / 4,) for heads of C channels.
+        grids: (depth, rows, columns) of each segment; all depths of a segment are turned alike.
+
+    Returns:
+        (P, C) in float32.
+    """
+    places = []
+    for depth, *plane in grids:
+        axes = [(torch.arange(n, device=periods.device) + 0.5) / n * 2 - 1 for n in plane]
+        places.append(torch.cartesian_prod(*axes).repeat(depth, 1))
+    return (2 * math.pi * torch.cat(places).unsqueeze(-1) / periods.float()).flatten(1).tile(2)
+
+
 def interpolate_depth(table: Tensor, position: Tensor) -> Tensor:
     """Rows of a depth table at fractional depths, linear between neighbours.
 

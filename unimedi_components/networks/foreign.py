@@ -3,8 +3,8 @@
 
 With the features of the source's own forward load timm, DeiT, DeiT-3, MAE, DINO, iBOT, DINOv2, MGCA's Lightning
 checkpoints, CLEAR and BiomedCLIP (all of them timm's names, behind any prefix), Hugging Face's ViT, ViTMAE and Dinov2
-(RAD-DINO), with registers or without, torchvision's ViT, and the towers of OpenAI's CLIP, open_clip and Hugging Face's
-CLIP. What would load only nearly is `REFUSED`.
+(RAD-DINO), with registers or without, DINOv3 by Meta's, timm's and Hugging Face's names, torchvision's ViT, and the
+towers of OpenAI's CLIP, open_clip and Hugging Face's CLIP. What would load only nearly is `REFUSED`.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ class Family:
         norm_eps: epsilon of its layer norms.
         antialias: whether its own forward resamples position tables with antialiasing.
         act_layer: of its MLPs.
+        rope: whether it has rotary positions and no table, as DINOv3.
     """
 
     anchor: str
@@ -47,6 +48,7 @@ class Family:
     norm_eps: float = 1e-6
     antialias: bool = True
     act_layer: str = "gelu"
+    rope: bool = False
 
 
 _HUGGING_FACE = Family(
@@ -62,6 +64,8 @@ _HUGGING_FACE = Family(
         (r"\.layernorm_after\.", ".norm2."),
         (r"\.intermediate\.dense\.", ".mlp.fc1."),
         (r"\.output\.dense\.", ".mlp.fc2."),
+        (r"\.mlp\.up_proj\.", ".mlp.fc1."),
+        (r"\.mlp\.down_proj\.", ".mlp.fc2."),
         (r"\.layer_scale(\d)\.lambda1$", r".ls\1.gamma"),
         (r"^layernorm\.", "norm."),
     ),
@@ -76,6 +80,8 @@ FAMILIES = (
         (
             (r"^blocks\.\d+\.(?=\d)", "blocks."),  # DINOv2 in training keeps its blocks in chunks
             (r"\.gamma_(\d)$", r".ls\1.gamma"),
+            (r"\.attn\.([qv])_bias$", r".attn.\1.bias"),
+            (r"^rope_embed\.periods$", "rope_periods"),
         ),
         ("head.", "head_dist.", "pre_logits.", "decoder", "mask_token", "masked_embed"),
     ),
@@ -145,7 +151,7 @@ REFUSED = (
 )
 #: In the state of OpenAI's own files, whose MLPs are otherwise those of open_clip.
 _OPENAI = {"input_resolution", "context_length", "vocab_size"}
-_ADDED_HERE = ("mask_token", "segment_embed", "depth_embed")
+_ADDED_HERE = ("mask_token", "segment_embed", "depth_embed", "rope_periods")
 
 
 def vit_state(state: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tensor], Family | None]:
@@ -162,7 +168,9 @@ def vit_state(state: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tenso
         CheckpointError: no ViT, several, or one that computes what `UnifiedViT` does not; one line says what.
     """
     found, family = _only_vit(state, source)
-    return (found, None) if "patch_embed_3d.proj.weight" in found else (_timm_names(found, family, source), family)
+    if "patch_embed_3d.proj.weight" in found:
+        return found, None
+    return _timm_names(found, family, source)
 
 
 def _only_vit(state: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tensor], Family]:
@@ -187,7 +195,7 @@ def _only_vit(state: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tenso
     )
 
 
-def _timm_names(state: Mapping[str, Tensor], family: Family, source: str) -> dict[str, Tensor]:
+def _timm_names(state: Mapping[str, Tensor], family: Family, source: str) -> tuple[dict[str, Tensor], Family]:
     result: dict[str, Tensor] = {}
     for name, value in state.items():
         for pattern, replacement in family.rules:
@@ -196,16 +204,26 @@ def _timm_names(state: Mapping[str, Tensor], family: Family, source: str) -> dic
         if name.startswith(family.left_out):
             continue
         for pattern, what in REFUSED:
-            if re.search(pattern, name):
+            if re.search(pattern, name) and not (name == "rope_periods" and "pos_embed" not in state):
                 raise CheckpointError(f"{source}: has {what}, which UnifiedViT has not; give weights of a ViT without")
         result[name] = value.float()
     if "cls_token" in result and "pos_embed" not in result:
-        raise CheckpointError(
-            f"{source}: has no position table, as DINOv3 with its rotary positions; UnifiedViT needs one"
-        )
+        if "reg_token" not in result:
+            raise CheckpointError(
+                f"{source}: has neither a position table nor DINOv3's registers; give weights with one"
+            )
+        if not result["reg_token"].numel():
+            del result["reg_token"]
+        family = replace(family, norm_eps=1e-5, rope=True)
+        result["pos_embed"] = result["cls_token"].new_zeros(1, 2, result["cls_token"].shape[-1])
     try:
         for name in [name for name in result if re.search(r"\.attn\.q\.(weight|bias)$", name)]:
+            if name.endswith("bias"):  # DINOv3 has none of keys
+                result.setdefault(name.replace(".q.", ".k."), torch.zeros_like(result[name]))
             result[name.replace(".q.", ".qkv.")] = torch.cat([result.pop(name.replace(".q.", f".{x}.")) for x in "qkv"])
+        for name in [name for name in result if name.endswith(".attn.qkv.bias_mask")]:
+            mask, bias = result.pop(name), name.removesuffix("_mask")
+            result[bias] = torch.where(mask == 0, 0, result[bias])
         for name in [name for name in result if re.search(r"\.ls[12]\.gamma$", name)]:
             gamma, layer = result.pop(name), "attn.proj" if name.endswith("ls1.gamma") else "mlp.fc2"
             layer = name[: -len("ls1.gamma")] + layer
@@ -223,12 +241,14 @@ def _timm_names(state: Mapping[str, Tensor], family: Family, source: str) -> dic
         table = torch.cat([torch.zeros(1, 1, width), table], 1)
     if math.isqrt(table.shape[1] - 1) ** 2 != table.shape[1] - 1:
         raise CheckpointError(f"{source}: {table.shape[1]} positions are no CLS token and a square of patches")
-    return {**result, "pos_embed": table}
+    return {**result, "pos_embed": table}, family
 
 
 def layers_of_state(state: Mapping[str, Tensor], family: Family) -> dict[str, Any]:
     """Arguments of `UnifiedViT` by a state dict of `vit_state`: biases, MLPs, norms, activation, registers."""
     found: dict[str, Any] = {"norm_eps": family.norm_eps, "qkv_bias": "blocks.0.attn.qkv.bias" in state}
+    if family.rope:
+        found["rope"] = True
     if "blocks.0.mlp.fc1.weight" in state:
         hidden, width = state["blocks.0.mlp.fc1.weight"].shape
         found["mlp_ratio"] = hidden / width
@@ -267,7 +287,7 @@ def adapt_vit_state(state: Mapping[str, Tensor], encoder: UnifiedViT, antialias:
     )
     kernel_3d = resample_patch_embed(kernel, encoder.patch_embed_3d.patch_size[1:])
     return {
-        **{name: own[name] for name in _ADDED_HERE},
+        **{name: own[name] for name in _ADDED_HERE if name in own},
         **state,
         "patch_embed.proj.weight": resample_patch_embed(kernel, encoder.patch_embed.patch_size),
         "pos_embed": torch.cat([table[:, :1], flat], 1),

@@ -35,13 +35,20 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(
-        self, x: Tensor, *, return_attention: bool = False, include_cls_key: bool = False, first: int = 1
+        self,
+        x: Tensor,
+        *,
+        return_attention: bool = False,
+        include_cls_key: bool = False,
+        first: int = 1,
+        rope: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend over all tokens.
 
         Args:
             x: tokens with CLS first, (B, N, D).
             return_attention: also return this layer's term of Eq. 1.
+            rope: cosine and sine of the angles that queries and keys are turned by, (1 or B, 1, N, C).
 
         Returns:
             tokens (B, N, D), and the head-averaged CLS attention (B, P) in float32 or None.
@@ -49,10 +56,18 @@ class Attention(nn.Module):
         batch, tokens, dim = x.shape
         qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, dim // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, N, C)
+        if rope is not None:
+            q, k = (_turned(part, *rope) for part in (q, k))
         out = F.scaled_dot_product_attention(q, k, v)
         options: dict[str, Any] = {"include_cls_key": include_cls_key, "first": first}
         attention = cls_attention(q[:, :, 0], k, **options) if return_attention else None
         return self.proj(out.transpose(1, 2).reshape(batch, tokens, dim)), attention
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Channel i and i + C / 2 are a plane's coordinates."""
+    low, high = x.chunk(2, -1)
+    return x * cos.to(x.dtype) + torch.cat([-high, low], -1) * sin.to(x.dtype)
 
 
 class Mlp(nn.Module):

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from unimedi_components.networks.embed import (
@@ -17,6 +18,7 @@ from unimedi_components.networks.embed import (
     interpolate_depth,
     resample_pos_embed_2d,
     resample_pos_embed_3d,
+    rotary_angles,
     to_tuple,
 )
 from unimedi_components.networks.hub import HubEncoder
@@ -42,17 +44,22 @@ class UnifiedViT(HubEncoder):
         reg_tokens: register tokens between CLS and patches, as DINOv2's _reg models have; nothing of them is returned.
         pre_norm: a layer norm before the first block, `norm_pre`, as CLIP has it.
         act_layer: of the MLPs, "gelu", or "quick_gelu" as OpenAI's CLIP.
+        rope: turn queries and keys by their place in the plane, as DINOv3, beside what the position tables add;
+            `rope_periods` are its periods.
         include_cls_key: let the CLS key share in Eq. 1's softmax, as A-CLIP's code does; the paper's equation does not.
         grad_checkpointing: recompute the blocks in the backward pass instead of storing what is in them (timm's name).
 
     Raises:
-        ValueError: a size that its patch does not divide, or an `embed_dim` that `num_heads` does not divide.
+        ValueError: a size that its patch does not divide, an `embed_dim` that `num_heads` does not divide, or heads
+            whose channels 4 does not divide with `rope`.
 
     Example:
         >>> encoder = UnifiedViT(img_size=32, vol_size=(8, 32, 32), embed_dim=24, depth=2, num_heads=2)
         >>> encoder(torch.zeros(1, 1, 8, 32, 32), return_attention=True).attention.shape
         torch.Size([1, 8])
     """
+
+    rope_periods: Tensor | None
 
     def __init__(
         self,
@@ -71,6 +78,7 @@ class UnifiedViT(HubEncoder):
         reg_tokens: int = 0,
         pre_norm: bool = False,
         act_layer: str = "gelu",
+        rope: bool = False,
         include_cls_key: bool = False,
         grad_checkpointing: bool = False,
     ) -> None:
@@ -89,8 +97,9 @@ class UnifiedViT(HubEncoder):
             "norm_eps": norm_eps,
             "include_cls_key": include_cls_key,
         }
-        added = (("reg_tokens", reg_tokens, 0), ("pre_norm", pre_norm, False), ("act_layer", act_layer, "gelu"))
-        self.hparams |= {name: value for name, value, default in added if value != default}
+        added = {"reg_tokens": reg_tokens, "pre_norm": pre_norm, "rope": rope}
+        self.hparams |= {name: value for name, value in added.items() if value}
+        self.hparams |= {"act_layer": act_layer} if act_layer != "gelu" else {}
         self.img_size = to_tuple(img_size, 2, "img_size")
         self.vol_size = to_tuple(vol_size, 3, "vol_size")
         self.embed_dim = self.num_features = embed_dim
@@ -109,6 +118,10 @@ class UnifiedViT(HubEncoder):
         self.depth_embed = nn.Parameter(torch.zeros(1, self.grid_3d[0], embed_dim))
         self.reg_token = nn.Parameter(torch.zeros(1, reg_tokens, embed_dim)) if reg_tokens else None
         self.norm_pre = nn.LayerNorm(embed_dim, eps=norm_eps) if pre_norm else None
+        channels = embed_dim // num_heads
+        if rope and channels % 4:
+            raise ValueError(f"rotary positions need heads of 4, 8, ... channels, not {channels}")
+        self.register_buffer("rope_periods", 100 ** torch.arange(0, 1, 4 / channels) if rope else None)
         options: dict[str, Any] = {"mlp_ratio": mlp_ratio, "qkv_bias": qkv_bias, "norm_eps": norm_eps}
         self.blocks = nn.ModuleList(Block(embed_dim, num_heads, **options, act_layer=act_layer) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)
@@ -173,7 +186,13 @@ class UnifiedViT(HubEncoder):
         if self.reg_token is not None:
             first = torch.cat([first, self.reg_token], 1)
         x = torch.cat([first.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1)
-        return self._encode(x, first.shape[1], return_attention, set(hidden_states))
+        rope: tuple[Tensor, Tensor] | None = None
+        if self.rope_periods is not None:
+            angles = rotary_angles(self.rope_periods, self.token_grids(image, slices))
+            angles = angles.unsqueeze(0) if keep is None else angles[keep]
+            angles = F.pad(angles, (0, 0, first.shape[1], 0)).unsqueeze(1)  # tokens without a place are not turned
+            rope = angles.cos(), angles.sin()
+        return self._encode(x, first.shape[1], rope, return_attention, set(hidden_states))
 
     def _tokenize(self, image: Tensor, slices: Tensor | None, slice_position: Tensor | None) -> tuple[Tensor, Tensor]:
         """Patch tokens (B, P, D) and their position embeddings (1 or B, P, D), kept apart for masking."""
@@ -204,7 +223,9 @@ class UnifiedViT(HubEncoder):
     def _position_2d(self, size: Sequence[int]) -> Tensor:
         return resample_pos_embed_2d(self.pos_embed[:, 1:], self.grid_2d, self.patch_embed.grid(size))
 
-    def _encode(self, x: Tensor, first: int, return_attention: bool, wanted: set[int]) -> EncoderOutput:
+    def _encode(
+        self, x: Tensor, first: int, rope: tuple[Tensor, Tensor] | None, return_attention: bool, wanted: set[int]
+    ) -> EncoderOutput:
         def without_registers(x: Tensor) -> Tensor:
             return x if first == 1 else torch.cat([x[:, :1], x[:, first:]], 1)
 
@@ -212,6 +233,7 @@ class UnifiedViT(HubEncoder):
             "return_attention": return_attention,
             "include_cls_key": self.include_cls_key,
             "first": first,
+            "rope": rope,
         }
         if self.norm_pre is not None:
             x = self.norm_pre(x)

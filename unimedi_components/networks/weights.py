@@ -7,6 +7,7 @@ import math
 import re
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,8 @@ def create_encoder(
         return load_weights(encoder, weights)
     state, family = vit_state(read_state_dict(source), source)
     if family is not None:
+        if re.search(r"quick_?gelu", source, re.IGNORECASE):
+            family = replace(family, act_layer="quick_gelu")  # files with timm's names do not tell, their names do
         sizes = {**layers_of_state(state, family), **sizes}
         if sizes.get("pre_norm"):
             logger.warning(
@@ -109,6 +112,8 @@ def _load(encoder: UnifiedViT, state: dict[str, Tensor], family: Family | None, 
             f"{source}: tokens are {width} wide, the network's embed_dim is {encoder.embed_dim}; give the "
             f"weights' size with {_size_option(width)}"
         )
+    elif family.rope and encoder.rope_periods is None:
+        raise CheckpointError(f"{source}: has rotary positions; build the network with --network_def#encoder#rope True")
     else:
         # of models with registers every forward resamples with antialiasing
         state = adapt_vit_state(state, encoder, family.antialias or "reg_token" in state)
@@ -243,9 +248,16 @@ def _from_timm(name: str) -> dict[str, Tensor]:
             f"timm:{name}: timm cannot be imported ({error}); install the extra: pip install 'unimedi-components[timm]'"
         ) from error
     try:
-        return timm.create_model(name, pretrained=True).state_dict()
+        model = timm.create_model(name, pretrained=True)
     except Exception as error:  # timm and its hub client raise many kinds
         raise CheckpointError(f"timm:{name}: cannot be loaded ({error}); check the name and the network") from error
+    # what no name of its parameters tells
+    rotary = getattr(model, "rope", None) is not None and getattr(model, "pos_embed", None) is not None
+    after = any(type(block).__name__.endswith("PostNorm") for block in getattr(model, "blocks", ()))
+    if rotary or after:
+        what = "rotary positions beside its table" if rotary else "norms after its layers"
+        raise CheckpointError(f"timm:{name}: has {what}, which UnifiedViT has not; give weights of a ViT without")
+    return model.state_dict()
 
 
 def _from_hub(name: str) -> Path:
