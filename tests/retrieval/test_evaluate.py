@@ -243,6 +243,15 @@ def test_after_training_without_held_out_items_says_so(checkpoint, datalist, fol
     assert {path.name for path in tmp_path.iterdir()} == {"metrics.json", "run.json", "slice_selection.png"}
 
 
+def test_data_beside_phantoms_are_measured_without_their_truth(checkpoint, datalist, folder, tmp_path, caplog):
+    own = [{**item, "id": f"own-{item['id']}"} for item in datalist["training"] if item["dim"] == 2]
+    values = after_training(checkpoint, {**datalist, "test": own}, folder, tmp_path, progress=False)
+    assert (values["split"], values["studies_2d"]) == ("test", len(own))
+    assert "report_recall_at_5" in values and "probe_auroc_2d" not in values
+    assert f"does not know {own[0]['id']} ({len(own)} such)" in caplog.text
+    assert load_truth(folder, datalist["test"]) == load_truth(folder)
+
+
 def test_truth_files(folder, tmp_path):
     assert load_truth(tmp_path) is None
     joint, xray = load_truth(folder), load_truth(folder / "mimic_cxr")

@@ -39,7 +39,7 @@ def evaluate_datalist(
     """Measure a network on one split: retrieval, collapse, and where the truth is known all else.
 
     Args:
-        truth: folder with the phantoms' truth, `root` by default; real data have none.
+        truth: folder with the phantoms' truth, `root` by default, where it knows these items; real data have none.
 
     Returns:
         the values of `measuring.all_metrics`, with "split"; a split without items gives its name and counts of 0.
@@ -49,8 +49,10 @@ def evaluate_datalist(
     """
     lists = _parsed(datalist)
     check_punct(pretrained, lists)
-    features = extract_features(pretrained, select(lists, split), root, **options)
-    return {"split": split, **all_metrics(pretrained, features, load_truth(truth or root), **options)}
+    items = select(lists, split)
+    features = extract_features(pretrained, items, root, **options)
+    known = load_truth(root, items) if truth is None else load_truth(truth)
+    return {"split": split, **all_metrics(pretrained, features, known, **options)}
 
 
 def after_training(
@@ -82,9 +84,9 @@ def after_training(
     """
     wait_for_ranks()  # for the first one's checkpoint
     pretrained, lists = load_pretrained(checkpoint, device), _parsed(datalist)
-    out, truth = Path(output_dir), load_truth(root)
-    studies = None if truth is None else truth["studies"]
     split = "test" if select(lists, "test") else "validation"
+    out, truth = Path(output_dir), load_truth(root, select(lists, split))
+    studies = None if truth is None else truth["studies"]
     with tempfile.TemporaryDirectory(prefix="unimedi-measured-") as scratch:
         # images are read once for all measures
         read = {"cache_dir": scratch, **options}

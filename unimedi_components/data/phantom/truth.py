@@ -2,6 +2,7 @@
 """The truth that a phantom set's writer left beside it, read back."""
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,15 @@ from ...errors import DataError
 from .paired import PAIRED
 
 _TRUTH = "truth.json"
+logger = logging.getLogger(__name__)
 
 
-def load_truth(root: str | Path) -> dict[str, Any] | None:
+def load_truth(root: str | Path, items: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any] | None:
     """The truth of the phantom set at `root`, or of those in its folders; None for real data.
+
+    Args:
+        items: of a datalist; one that the truth does not know makes it that of phantoms which only lie beside the
+            data: None, said in a warning.
 
     Returns:
         "findings", the names of the labels, and "studies", by item id: "labels", "findings", and for volumes
@@ -27,6 +33,16 @@ def load_truth(root: str | Path) -> dict[str, Any] | None:
     Raises:
         DataError: a file is damaged.
     """
+    truth = _find_truth(root)
+    unknown = [] if truth is None else [item["id"] for item in items if item["id"] not in truth["studies"]]
+    if unknown:
+        text = "%s: the truth of phantoms there does not know %s (%d such) and is not used"
+        logger.warning(text, root, unknown[0], len(unknown))
+        return None
+    return truth
+
+
+def _find_truth(root: str | Path) -> dict[str, Any] | None:
     if (Path(root) / _TRUTH).is_file():
         return _read_truth(Path(root) / _TRUTH)
     parts = {path.parent.name: _read_truth(path) for path in sorted(Path(root).glob(f"*/{_TRUTH}"))}
