@@ -168,8 +168,10 @@ def _head_cost(network: UniMedI, batch: int, rows: int, rounds: int, half: int) 
         rows += batch
         flops += 4 * 2.0 * rows * sum(out * into for out, into in matrices)
         flops += (4 + rounds) * 2.0 * rows * bottleneck * network.dino_head.hparams["out_dim"]
-        # inputs of the linear layers and GELUs; of the bottleneck: centring, unit norm, gradients of the loss
-        kept += rows * (half * (matrices[0][1] + 2 * hidden) + 16.0 * bottleneck)
+        # inputs of the linear layers, the last in float32 as those of GELUs; of the bottleneck: centring, unit norm,
+        # gradients of the loss
+        into = sum(into for _, into in matrices[:-1])
+        kept += rows * (half * into + 4.0 * (hidden + matrices[-1][1]) + 16.0 * bottleneck)
     return flops, kept
 
 

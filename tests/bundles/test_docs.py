@@ -74,7 +74,15 @@ def check_command(words: list[str]) -> bool:
     elif module in ("benchmarks.tables", "benchmarks.peer_dice", "benchmarks.release"):
         bind(getattr(import_module(module), module.rpartition(".")[2].removesuffix("s")), rest)
     else:
-        assert module in ("venv", "pip", "pytest", "benchmarks.published", "benchmarks.gpu", "tests.rehearsal"), module
+        assert module in (
+            "venv",
+            "pip",
+            "pytest",
+            "benchmarks.published",
+            "benchmarks.gpu",
+            "benchmarks.resume",
+            "tests.rehearsal",
+        ), module
     return True
 
 

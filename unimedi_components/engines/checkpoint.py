@@ -219,8 +219,10 @@ class TrainingCheckpoint(ResumableCheckpoint):
 
 class TaskCheckpoint(ResumableCheckpoint):
     """Checkpoints of a task's run: `model.pt` is the epoch with the best key metric, `last.ckpt` the newest.
-    // `model.json` says how to build the network, what its outputs mean and how its input is prepared.
-    // Args:
+
+    `model.json` says how to build the network, what its outputs mean and how its input is prepared.
+
+    Args:
         card: of `networks.network_card`. The others: see `ResumableCheckpoint`.
     """
 

@@ -50,7 +50,8 @@ class OrganLoss(nn.Module):
 
     def forward(self, logits: Tensor | Sequence[Tensor], label: Tensor) -> Tensor:
         """Scalar loss.
-        // Args:
+
+        Args:
             logits: (B, C, D, H, W), or several, the finest first and each on its own grid.
             label: 0 to C - 1, (B, 1, D, H, W).
         """

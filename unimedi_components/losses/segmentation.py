@@ -57,7 +57,8 @@ class FocalDiceLoss(nn.Module):
 
     def forward(self, logits: Tensor | Sequence[Tensor], label: Tensor) -> Tensor:
         """Scalar loss of logits (B, C, H, W), or several (the main prediction first), and labels of 0 and 1.
-        // Raises:
+
+        Raises:
             ValueError: logits and label differ in shape.
         """
         if not isinstance(logits, Tensor):

@@ -75,7 +75,8 @@ def box_ious(boxes: npt.ArrayLike, truth: npt.ArrayLike) -> Array:
 
 def match_boxes(boxes: npt.ArrayLike, scores: npt.ArrayLike, truth: npt.ArrayLike, iou: float) -> Array:
     """Which true box each predicted one finds, as COCO matches them: index, -1 for none, int64 (n,).
-    // Boxes (n, 4) take turns by falling score (equal scores in their order); each takes the free true box, of (m, 4),
+
+    Boxes (n, 4) take turns by falling score (equal scores in their order); each takes the free true box, of (m, 4),
     of highest IoU, if that is at least `iou`.
     """
     table = box_ious(boxes, truth)

@@ -105,7 +105,8 @@ class ImageClassifier(TaskNetwork):
 
     def forward(self, image: Tensor) -> Tensor:
         """Logits (B, C) of X-rays (B, 1, H, W) or volumes (B, 1, D, H, W) in [-1, 1], or of their features (B, D).
-        // Raises:
+
+        Raises:
             ValueError: images of another dimension.
         """
         if image.ndim not in (2, 2 + self.spatial_dims):

@@ -131,9 +131,11 @@ class SETRPUP(TaskNetwork):
 
     def forward(self, image: Tensor) -> Tensor | list[Tensor]:
         """Segment X-rays (B, 1, H, W) in [-1, 1], each side a multiple of the patch's.
-        // Returns:
+
+        Returns:
             logits (B, C, H, W); in training with auxiliary heads a list of them, the auxiliary ones last.
-        // Raises:
+
+        Raises:
             ValueError: not a batch of 2D images, or a size that the patch does not divide.
         """
         if image.ndim != 4:

@@ -132,10 +132,12 @@ class UnifiedUNETR(TaskNetwork):
 
     def forward(self, image: Tensor) -> Tensor | list[Tensor]:
         """Segment volumes (B, 1, D, H, W) in [-1, 1], each side a multiple of the encoder's patch.
-        // Returns:
+
+        Returns:
             logits (B, C, D, H, W); with deep supervision in training mode a list of them, the finest first, each
             coarser one on its stage's grid.
-        // Raises:
+
+        Raises:
             ValueError: other axes, or sides that the patch does not divide.
         """
         if image.ndim != 5:

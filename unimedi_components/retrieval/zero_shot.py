@@ -62,9 +62,11 @@ class ZeroShot:
 
     def probabilities(self, embed: Array) -> Array:
         """Probability of each finding in each image of the prompts' dimension, (N, F) float32 in [0, 1].
-        // Args:
+
+        Args:
             embed: (N, E) of unit norm.
-        // Raises:
+
+        Raises:
             DataError: another width, or values that are not finite.
         """
         array = np.ascontiguousarray(embed, dtype=np.float32)

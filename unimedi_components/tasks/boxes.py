@@ -284,7 +284,8 @@ class ServedDetector(nn.Module):
 
     def forward(self, image: Tensor, use_inferer: bool = False) -> list[dict[str, Tensor]]:
         """For each image (B, 1, H, W) in [-1, 1] "box" (n, 4) in its pixels, "label" (n,) and "label_scores" (n,).
-        // MONAI's detectors have `use_inferer`; films are read whole, without sliding windows.
+
+        MONAI's detectors have `use_inferer`; films are read whole, without sliding windows.
         """
         self.network.select_boxes(*self.selection)
         names = {"boxes": "box", "labels": "label", "scores": "label_scores"}
