@@ -98,8 +98,11 @@ class MixedCollate:
         return collate
 
     def __call__(self, items: Sequence[dict[str, Any] | Skipped]) -> dict[str, Any] | None:
-        """ "image2d" (B2, 1, H, W) and "image3d" (B3, 1, D, H, W), each where there are such items; "input_ids" and
-        "attention_mask" int64 (B2 + B3, T), T the longest of the batch; lists "id" and "dim".
+        """Pad and stack what could be read; None if nothing could and `skip_empty`.
+
+        Returns:
+            "image2d" (B2, 1, H, W) and "image3d" (B3, 1, D, H, W), each where there are such items; "input_ids" and
+            "attention_mask" int64 (B2 + B3, T), T the longest of the batch; lists "id" and "dim".
 
         Raises:
             DataError: no item could be read.
