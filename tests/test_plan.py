@@ -59,7 +59,9 @@ def kept_bytes(network: UniMedI, amp: bool) -> int:
         return tensor
 
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-    with hooks, torch.autocast("cpu", torch.bfloat16, enabled=amp):
+    # a run within this process may have left flash attention off
+    attention = sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH], set_priority=False)
+    with hooks, attention, torch.autocast("cpu", torch.bfloat16, enabled=amp):
         loss = UniMediLoss(out_dim=200)(network(batch()))
     assert loss.requires_grad
     return sum(storage.nbytes() for storage in kept.values())
