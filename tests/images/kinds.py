@@ -537,6 +537,13 @@ def a_dicomdir_export(writer: Writer) -> Path:
     return writer.folder / "CD" / "DICOMDIR"
 
 
+@kind("volume", count=2)
+def folders_whose_series_have_no_name(writer: Writer) -> Path:
+    for folder in ("a", "b"):
+        ct(writer, lambda n, f: setattr(f, "SeriesInstanceUID", ""), folder=f"CD/{folder}")
+    return writer.folder / "CD"
+
+
 @kind("volume", "directions of slices differ by up to 0.17 degrees")
 def directions_of_few_digits(writer: Writer) -> Path:
     return ct(writer, lambda n, f: setattr(f, "ImageOrientationPatient", [1, 0.003 * (n % 2), 0, 0, 1, 0]))
@@ -640,6 +647,11 @@ def stored_values_in_nifti(writer: Writer) -> Path:
 )
 def grey_levels_in_nifti(writer: Writer) -> Path:
     return nifti(writer, "grey.nii.gz", np.clip((body() + 1000) / 6, 0, 255).astype(np.uint8))
+
+
+@kind("", "values 0 to 0 are not Hounsfield units")
+def a_series_of_zeros(writer: Writer) -> Path:
+    return ct(writer, volume=np.zeros_like(body()))
 
 
 @kind("", "some voxels are NaN or infinite")
