@@ -244,9 +244,10 @@ def _header_gap(header: _Header) -> str:
         return "its header gives no spacing, so the size of its voxels is unknown. Export it again"
     if nrrd and "space" not in fields:
         return "its header names no space, so its orientation is unknown. Export it again"
-    units = set(re.findall(r"[A-Za-z]+", fields.get("space units", ""))) - {"mm", "millimeter", "millimeters"}
-    if units:
-        return f"its header gives places in {', '.join(sorted(units))}, not in mm. Export it again"
+    # which ITK passes over
+    units = re.findall(r"[A-Za-z]+", fields.get("space units" if nrrd else "distanceunits", ""))
+    if others := set(units) - {"mm", "millimeter", "millimeters"}:
+        return f"its header gives places in {', '.join(sorted(others))}, not in mm. Export it again"
     return ""
 
 

@@ -132,10 +132,9 @@ def read_volume_header(path: str | Path, files: Sequence[str | Path] = (), assum
             raise DataError(f"{path}: {NOT_GREY}")
         shape, spacing = tuple(image.shape), tuple(float(zoom) for zoom in image.header.get_zooms()[:3])
         voxel_bytes = int(kind.itemsize)
-        need = math.prod(shape) * voxel_bytes
-        if cut := cut_off(
-            need, path.stat().st_size - (0 if _is_packed(path) else image.dataobj.offset), _is_packed(path)
-        ):
+        packed = _is_packed(path)
+        have = path.stat().st_size - (0 if packed else image.dataobj.offset)
+        if cut := cut_off(math.prod(shape) * voxel_bytes, have, packed):
             raise DataError(f"{path}: {cut}")
     else:
         shape, affine, voxel_bytes = read_itk_geometry(path)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ __all__ = [
     "colour_fault",
     "film_fault",
     "marks_fault",
+    "modality_of",
     "modality_words",
     "pages_fault",
     "xray_fault",
@@ -40,7 +42,8 @@ UNREADABLE, ONE_SLICE, NO_XRAY = "unreadable image", "one CT slice", "not an X-r
 
 _HEAD, _TAIL = 8192, 4096
 #: CT, enhanced CT and legacy converted enhanced CT image storage
-CT_CLASSES = frozenset(f"1.2.840.10008.5.1.4.1.1.{number}" for number in ("2", "2.1", "2.2"))
+_CLASSES = "1.2.840.10008.5.1.4.1.1."
+CT_CLASSES = frozenset(f"{_CLASSES}{number}" for number in ("2", "2.1", "2.2"))
 _OTHERS = {
     **{"MR": "magnetic resonance", "PT": "positron emission", "NM": "nuclear medicine", "US": "ultrasound"},
     **{"MG": "mammography", "SR": "a structured report", "RTSTRUCT": "contours for radiotherapy"},
@@ -48,6 +51,11 @@ _OTHERS = {
     **{"PR": "a presentation state", "KO": "a selection of key images", "DOC": "a document", "REG": "a registration"},
     **{"ES": "endoscopy", "XC": "a photograph", "SM": "microscopy", "OP": "ophthalmology", "PX": "dental"},
     **{"IO": "dental"},
+}
+# modality by the end of a file's class, where the file does not name it
+_BY_CLASS = {
+    **{"1.2": "MG", "1.3": "IO", "13.1.3": "MG", "3": "US", "4": "MR", "6": "US", "11": "PR", "20": "NM"},
+    **{"66": "SEG", "77": "XC", "88": "SR", "104": "DOC", "128": "PT", "130": "PT"},
 }
 _TRUNK = ("CHEST", "THORAX", "LUNG", "TORAX", "ABDOMEN", "TRUNK", "BODY", "RIBS", "HEART")
 # A grey film that was saved as colour JPEG strays by a few levels; burnt-in coloured marks cover little of it.
@@ -160,9 +168,18 @@ def film_fault(header: DicomHeader) -> Fault | None:
 def body_part_warnings(header: DicomHeader) -> tuple[str, ...]:
     """A warning where the header names another part of the body than the trunk."""
     part = header.text("BodyPartExamined")
-    if not part or any(word in part.upper() for word in _TRUNK):
+    # as TÓRAX
+    plain = unicodedata.normalize("NFKD", part).encode("ascii", "ignore").decode().upper()
+    if not part or any(word in plain for word in _TRUNK):
         return ()
     return (f"The DICOM header names the body part {part[:40]}; the network knows chests.",)
+
+
+def modality_of(header: DicomHeader) -> str:
+    """The modality that a file names, or where it names none or no kind of image (OT, SC), that of its class."""
+    kinds = _BY_CLASS.items() if header.modality in ("", "OT", "SC") else ()
+    starts = ((f"{_CLASSES}{number}.", named) for number, named in kinds)
+    return next((named for start, named in starts if f"{header.sop_class}.".startswith(start)), header.modality)
 
 
 def modality_words(modality: str) -> str:

@@ -127,9 +127,8 @@ def _one_study(contents: dict[Received, str], archive: str, folder: Path, limits
     path = prepare_volume(content, file, companions, folder, limits)
     kinds = {"metaimage": "MetaImage volume", "nrrd": "NRRD volume"}
     assert content in VOLUMES
-    return Study(
-        shown, 3, path, {"File": kinds.get(content, "NIfTI volume")}, [*notes, *header_warnings(path)], _part(limits)
-    )
+    notes += header_warnings(path)
+    return Study(shown, 3, path, {"File": kinds.get(content, "NIfTI volume")}, notes, _part(limits))
 
 
 def _part(limits: Limits) -> str:

@@ -31,7 +31,7 @@ _META_FIELDS = (
     *("ObjectType", "NDims", "DimSize", "ElementSpacing", "ElementSize", "ElementType", "ElementNumberOfChannels"),
     *("Offset", "Origin", "Position", "TransformMatrix", "Rotation", "Orientation", "CenterOfRotation"),
     *("AnatomicalOrientation", "BinaryData", "BinaryDataByteOrderMSB", "ElementByteOrderMSB", "CompressedData"),
-    *("CompressedDataSize",),
+    *("CompressedDataSize", "DistanceUnits"),
 )
 _NRRD_SKIPS = ("line skip", "lineskip", "byte skip", "byteskip")
 _NRRD_FIELDS = (
