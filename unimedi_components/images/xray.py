@@ -12,8 +12,9 @@ import numpy.typing as npt
 from PIL import Image, ImageOps
 
 from unimedi_components.errors import DataError, reason_of
-from unimedi_components.images.dicom import is_dicom, modality_values, read_header
+from unimedi_components.images.dicom import modality_values, read_header
 from unimedi_components.images.greys import dicom_greys, robust_ends, robust_greys
+from unimedi_components.images.identify import DICOM, content_fault, identify
 from unimedi_components.images.itk_loading import load_itk
 from unimedi_components.images.xray_checks import PICTURE_FORMATS, colour_fault, film_fault, marks_fault, pages_fault
 
@@ -59,9 +60,10 @@ def read_xray(path: str | Path, draft_size: int | None = None) -> tuple[Array, l
             else is no X-ray, or pixels of one constant value.
         FileNotFoundError: there is none.
     """
-    if is_dicom(path):
+    content = identify(path)
+    if content == DICOM:
         return _read_dicom(path)
-    if fault := marks_fault(Path(path)):
+    if fault := content_fault(Path(path).name, content) or marks_fault(Path(path)):
         raise DataError(f"{path}: {fault}")
     try:
         return _read_picture(str(path), draft_size)

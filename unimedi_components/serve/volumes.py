@@ -95,19 +95,19 @@ def _nifti(file: Received, folder: Path, limits: Limits) -> Path:
     header: Any = (nib.Nifti2Header if two else nib.Nifti1Header)(block if two else block[:348], check=False)
     shape = tuple(int(size) for size in header["dim"][1 : 1 + max(0, min(int(header["dim"][0]), 7))])
     check_voxels(shape, file.name, limits)
-    need = int(header["vox_offset"]) + math.prod(shape) * header.get_data_dtype().itemsize
+    voxels = math.prod(shape) * header.get_data_dtype().itemsize
+    if packed and (cut := cut_off(voxels, file.path.stat().st_size, packed)):
+        raise unusable(f"{file.name}: {cut}.")
     if packed:
-        _gunzip(file, path, need)
+        _gunzip(file, path, int(header["vox_offset"]) + voxels)
     else:
         file.path.rename(path)
     return path
 
 
 def _gunzip(file: Received, path: Path, need: int) -> None:
-    left = need + _CHUNK
     # more can follow only where the header does not tell the truth
-    if left > 1100 * file.path.stat().st_size + 2 * _CHUNK:
-        raise unusable(f"{file.name}: {cut_off(left, file.path.stat().st_size, packed=True)}.")
+    left = need + _CHUNK
     try:
         with gzip.open(file.path) as stream, open(path, "wb") as out:
             while left > 0 and (chunk := stream.read(min(_CHUNK, left))):
