@@ -34,7 +34,8 @@ def reason_of(error: BaseException, path: str | Path, name: str = "") -> str:
     if isinstance(error, FileNotFoundError):
         return "no such file. Correct the path or fetch the file"
     lines = [line.strip(" -") for line in text.splitlines()]
-    why = next((line for line in reversed(lines) if line), "")
+    # behind a fault that ITK names itself it tells that of the system's last call, whatever that was
+    why = next((line for line in reversed(lines) if line and not line.startswith("Reason:")), "")
     if isinstance(error, (EOFError, zlib.error, gzip.BadGzipFile)) or "isal" in type(error).__module__:
         why = "the compressed data is damaged or cut off"
     elif not why or isinstance(error, (AssertionError, AttributeError, LookupError, TypeError)):

@@ -107,7 +107,8 @@ def tiff_pages(files: Any) -> Path:
 
 def metaimage(files: Any, voxels: str, fields: str = "", size: str = "30 28 26") -> Path:
     text = f"ObjectType = Image\nNDims = {len(size.split())}\nDimSize = {size}\n{fields}ElementType = MET_SHORT\n"
-    return files.raw("scan.mhd", f"{text}ElementSpacing = 9 9 8\nElementDataFile = {voxels}\n".encode())
+    spacing = f"ElementSpacing ={' 9' * (len(size.split()) - 1)} 8"
+    return files.raw("scan.mhd", f"{text}{spacing}\nElementDataFile = {voxels}\n".encode())
 
 
 def loop(files: Any) -> Path:
@@ -278,7 +279,11 @@ CASES: dict[str, tuple[Callable[[Any], Given], int, str]] = {
         422,
         "scan.nhdr: its header names voxels outside its folder (/etc/passwd). Put them beside it",
     ),
-    "4D MetaImage": (lambda f: [metaimage(f, "LOCAL", size="9 9 9 3")], 422, "scan.mhd: is 4D"),
+    "4D MetaImage": (
+        lambda f: [metaimage(f, "scan.raw", size="9 9 9 3"), f.raw("scan.raw", bytes(9**3 * 6))],
+        422,
+        "scan.mhd: is 4D (9 × 9 × 9 × 3)",
+    ),
     "short MetaImage": (
         lambda f: [metaimage(f, "scan.raw"), f.raw("scan.raw", b"\0" * 99)],
         422,
