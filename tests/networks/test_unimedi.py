@@ -178,6 +178,18 @@ def test_vl_on_full_projects_the_unmasked_student():
     assert torch.allclose(network(batch).image_embed, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("full", ["image2d", "image3d"])
+def test_vl_on_full_of_one_modality_leaves_the_other_masked(full: str) -> None:
+    """Half of the tokens at random are not what all give: rows of the named modality alone are those of whole images."""
+    batch = make_batch()
+    whole, masked, found = (build(vl_on_full=on).train()(batch).image_embed for on in (True, False, full))
+    rows = {"image2d": slice(0, 3), "image3d": slice(3, 5)}
+    for name, own in rows.items():
+        expected, other = (whole, masked) if name == full else (masked, whole)
+        assert torch.allclose(found[own], expected[own], atol=1e-5)
+        assert not torch.allclose(found[own], other[own], atol=1e-3)
+
+
 def test_ablation_switches():
     batch = make_batch()
     plain = build(self_distillation=False, selector="random")
@@ -259,6 +271,7 @@ def test_temperature_starts_at_007_and_is_clamped_after_the_step():
         ({"selector": "oracle"}, "selector must be one of teacher, student, random"),
         ({"mask_mode": "drop", "patch_loss_on": "all"}, "leaves only visible tokens"),
         ({"mask_mode": "blur"}, "mask_mode must be one of"),
+        ({"vl_on_full": "2d"}, "vl_on_full must be one of image2d, image3d"),
     ],
 )
 def test_options_that_cannot_work_are_refused(kwargs, message):

@@ -55,7 +55,8 @@ class UniMedI(nn.Module):
         patch_loss_on: "all", "masked" or "visible" patch tokens; "drop" sees the visible ones only.
         segment_dropout: share of the volumes whose student sees one segment of the pseudo-pair alone, half of them the
             volume and half the slices, while the teacher sees both: "recover 2D images from 3D ones and vice versa".
-        vl_on_full: take L_vl from a second, unmasked student pass (about twice the cost) instead of the masked one.
+        vl_on_full: take L_vl from a second, unmasked student pass (about twice the cost) instead of the masked one:
+            True, or "image2d" or "image3d" for one modality alone.
         init_temperature: start of the learnable temperature of L_vl.
         learn_temperature: False keeps it fixed (MGCA).
         accumulation: run the encoders on this many parts of the batch, one after another, and the heads and losses on
@@ -85,7 +86,7 @@ class UniMedI(nn.Module):
         mask_block: int = 1,
         patch_loss_on: str | None = None,
         segment_dropout: float = 0.0,
-        vl_on_full: bool = False,
+        vl_on_full: bool | str = False,
         init_temperature: float = 0.07,
         learn_temperature: bool = True,
         accumulation: int = 1,
@@ -96,6 +97,8 @@ class UniMedI(nn.Module):
         _one_of("selector", selector, ("teacher", "student", "random"))
         _one_of("mask_mode", mask_mode, ("mask_token", "drop"))
         _one_of("patch_loss_on", patch_loss_on, ("all", "masked", "visible"))
+        if not isinstance(vl_on_full, bool):
+            _one_of("vl_on_full", vl_on_full, MODALITIES)
         if mask_mode == "drop" and patch_loss_on != "visible":
             raise ValueError(
                 f"mask_mode 'drop' leaves only visible tokens; patch_loss_on={patch_loss_on!r} needs 'mask_token'"
@@ -115,7 +118,8 @@ class UniMedI(nn.Module):
         self.num_slices, self.selector, self.expand, self.pseudo_pairs = (num_slices, selector, expand, pseudo_pairs)
         self.self_distillation = self_distillation
         self.mask_ratio, self.mask_mode, self.mask_block = mask_ratio, mask_mode, mask_block
-        self.patch_loss_on, self.segment_dropout, self.vl_on_full = patch_loss_on, segment_dropout, vl_on_full
+        self.patch_loss_on, self.segment_dropout = patch_loss_on, segment_dropout
+        self.vl_on_full = {name: vl_on_full in (True, name) for name in MODALITIES}
         self.accumulation = accumulation
         # compiled is the function and not the modules, whose names in checkpoints therefore stay
         self._compiled = compiled_forward(compile) if compile else None
@@ -253,7 +257,7 @@ class UniMedI(nn.Module):
         with torch.no_grad():
             teacher = self._run(self.teacher, *inputs, return_attention=True)
         compared = self._masked(inputs, teacher)
-        if self.vl_on_full:
+        if self.vl_on_full[MODALITIES[image.ndim - 4]]:
             cls = self._run(self.encoder, *inputs).cls
         else:
             cls = torch.cat([part.student.cls for part in compared])
