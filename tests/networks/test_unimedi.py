@@ -180,7 +180,7 @@ def test_vl_on_full_projects_the_unmasked_student():
 
 @pytest.mark.parametrize("full", ["image2d", "image3d"])
 def test_vl_on_full_of_one_modality_leaves_the_other_masked(full: str) -> None:
-    """Half of the tokens at random are not what all give: rows of the named modality alone are those of whole images."""
+    """Rows of the named modality are those of whole images, the others those of masked ones."""
     batch = make_batch()
     whole, masked, found = (build(vl_on_full=on).train()(batch).image_embed for on in (True, False, full))
     rows = {"image2d": slice(0, 3), "image3d": slice(3, 5)}
