@@ -110,13 +110,6 @@ def test_learning_rate_by_hand() -> None:
     assert found[40] == pytest.approx(1e-4)
 
 
-def test_a_power_of_the_cosine_spares_warm_up_and_floor() -> None:
-    plain = rates(40, steps_per_epoch=10, epochs=4, warmup_epochs=1, start_lr=0.01, end_lr=1e-4)
-    found = rates(40, steps_per_epoch=10, epochs=4, warmup_epochs=1, start_lr=0.01, end_lr=1e-4, power=2)
-    assert found[:11] == pytest.approx(plain[:11]) and found[40] == pytest.approx(1e-4)
-    assert found[20] == pytest.approx(0.1 * 0.75**2) and found[25] == pytest.approx(0.1 * 0.5**2)
-
-
 def test_part_of_an_epoch_of_warm_up_and_none() -> None:
     found = rates(12, steps_per_epoch=6, epochs=2, warmup_epochs=0.5, start_lr=1e-6, end_lr=0.0)
     assert found[0] == pytest.approx(1e-6) and found[3] == pytest.approx(0.1) and found[12] == pytest.approx(0.0)

@@ -151,18 +151,6 @@ def build_optimizer(
     return optimizer
 
 
-class _WarmupCosinePower(WarmupCosineSchedule):  # type: ignore[misc]
-    """MONAI's schedule with the cosine to a power."""
-
-    def __init__(self, *args: Any, power: float, **kwargs: Any) -> None:
-        self.power = power
-        super().__init__(*args, **kwargs)
-
-    def lr_lambda(self, step: int) -> float:
-        factor = float(super().lr_lambda(step))
-        return factor if step < self.warmup_steps else factor**self.power
-
-
 def warmup_cosine(
     optimizer: torch.optim.Optimizer,
     steps_per_epoch: int,
@@ -170,13 +158,11 @@ def warmup_cosine(
     warmup_epochs: float,
     start_lr: float = 1e-8,
     end_lr: float = 1e-8,
-    power: float = 1.0,
 ) -> WarmupCosineSchedule:
     """Linear warm-up from `start_lr`, then a cosine to `end_lr`, per optimizer step (section 4.1.2; MGCA's schedule).
 
     Args:
         end_lr: floor of the cosine.
-        power: of the cosine; above 1 more of the run has a low rate, in which the large updates of Muon settle.
 
     Raises:
         ValueError: a warm-up as long as the run or longer.
@@ -184,13 +170,12 @@ def warmup_cosine(
     if warmup_epochs >= epochs:
         raise ValueError(f"warmup_epochs {warmup_epochs} leaves nothing of {epochs} epochs; lower it or train longer")
     peak = optimizer.param_groups[0]["lr"]
-    return _WarmupCosinePower(
+    return WarmupCosineSchedule(
         optimizer,
         warmup_steps=round(warmup_epochs * steps_per_epoch),
         t_total=round(epochs * steps_per_epoch),
         end_lr=end_lr,
         warmup_multiplier=start_lr / peak,
-        power=power,
     )
 
 
