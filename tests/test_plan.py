@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from unimedi_components.__main__ import main
 from unimedi_components.config_check import check_config
+from unimedi_components.engines import build_optimizer
 from unimedi_components.losses import UniMediLoss
 from unimedi_components.networks import DINOHead, ProjectionHead, ReportEncoder, UnifiedViT, UniMedI, create_encoder
 from unimedi_components.plan import GIB, describe, network_of_config, state_bytes, step_cost
@@ -59,9 +60,7 @@ def kept_bytes(network: UniMedI, amp: bool) -> int:
         return tensor
 
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-    # a run within this process may have left flash attention off
-    attention = sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH], set_priority=False)
-    with hooks, attention, torch.autocast("cpu", torch.bfloat16, enabled=amp):
+    with hooks, torch.autocast("cpu", torch.bfloat16, enabled=amp):
         loss = UniMediLoss(out_dim=200)(network(batch()))
     assert loss.requires_grad
     return sum(storage.nbytes() for storage in kept.values())
@@ -93,6 +92,19 @@ def test_activations_are_those_that_autograd_keeps(options: dict[str, Any], amp:
     if amp:  # autocast's halved weights are among them, and counted with the weights
         found -= round(state_bytes(network, True) - state_bytes(network, False))
     assert step_cost(network, 4, 4, TOKENS, amp=amp).activations == pytest.approx(found, rel=0.1)
+
+
+@pytest.mark.parametrize("muon_lr", [None, 1e-3])
+def test_the_state_is_that_of_the_optimizer(muon_lr: float | None) -> None:
+    network = build()
+    optimizer = build_optimizer(network, 1e-3, 0.1, muon_lr=muon_lr)
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    moments = [x for state in optimizer.state.values() for key, x in state.items() if key != "step"]
+    held = [*network.parameters(), *(parameter.grad for parameter in trained), *moments]
+    assert state_bytes(network, amp=False, muon=muon_lr is not None) == sum(x.nbytes for x in held)
 
 
 @pytest.mark.parametrize("options", [{"grad_checkpointing": True}, {"accumulation": 4}])
