@@ -124,6 +124,9 @@ def test_the_paper_on_eight_cards() -> None:
         assert sizes == [sum(p.numel() for p in create_encoder(size="vit_b16").parameters())] * 2
     cost, fixed = step_cost(network, 12, 6, 112), state_bytes(network)
     text = describe(config, gpu="a100-40", gpus=8, share=0.5, xrays=96_000, cts=1000)
+    with_muon = check_config([CONFIGS / "train.json", CONFIGS / "mimic_cxr_bimcv.json"], {"optimizer#muon_lr": 1e-4})
+    saved = fixed - state_bytes(network, muon=True)
+    assert f"{(fixed - saved) / GIB:.1f} of weights" in describe(with_muon, gpu="a100-40") and saved > 0.2 * GIB
     hours = 50 * 1000 * cost.flops / (0.5 * 312e12) / 3600
     assert f"hours          {hours:.1f}: 50000 steps, 50 epochs of 1000 (96000 images), at " in text
     assert "at 50% of 312 TFLOP/s in half precision (assumed)" in text
@@ -151,12 +154,19 @@ def test_a_tasks_step_is_what_torch_counts_on_real_tensors(name: str) -> None:
     files = [folder / f"{part}.json" for part in ("train", overlay) if part]
     step, real, images = TaskStep(check_config(files, changes)), TaskStep(check_config(files, changes)), 5
     real.network, real.fake = real._network(), contextlib.nullcontext()
-    for amp in (False, True):
+    sizes = {}
+    for half in (None, torch.bfloat16, torch.float16):
+        amp = half is not None
+        step.half = real.half = half or torch.bfloat16
         flops, kept, _ = real._counted(images, amp)
         cost = step.cost(images, amp)
+        sizes[half] = cost.activations
         halved = state_bytes(real.network, amp) - state_bytes(real.network, amp=False)
         assert cost.flops == pytest.approx(flops, rel=0.01) and cost.flops > 1e6
         assert cost.activations == pytest.approx(kept - halved, rel=0.03)
+    # decoders keep float32 beside bfloat16
+    whole, bfloat16, float16 = sizes.values()
+    assert whole > bfloat16 and (bfloat16 > 1.05 * float16) == (name != "chest_ct_classification")
 
 
 def test_a_frozen_classifier_makes_features_once() -> None:
@@ -168,6 +178,8 @@ def test_a_frozen_classifier_makes_features_once() -> None:
     needs = task_needs(config, 1, 7000, None)
     assert needs.once == pytest.approx(7000 * counter.get_total_flops(), rel=0.01)
     text = describe(config, gpu="v100-32", gpus=1, xrays=7000)
+    # a frozen encoder keeps nothing that checkpointing could leave out
+    assert "grad_checkpointing" not in text
     assert "48 X-rays on each of 1 ranks" in text and "50 epochs of 145" in text and "of 7000 X-rays" in text
     assert f"features are made once, {needs.once / 1e12:.1f} TFLOP" in text
 

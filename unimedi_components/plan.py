@@ -299,7 +299,7 @@ def describe(
         needs = task_needs(config, gpus, xrays, cts, torch.float16 if gpu in _WITHOUT_BFLOAT16 else torch.bfloat16)
     memory, *peaks = GPUS[gpu]
     peak = peaks[0] if needs.amp else peaks[1]
-    muon = config.get("optimizer", {}).get("muon_lr") is not None
+    muon = ConfigParser(config).get_parsed_content("optimizer#muon_lr", default=None) is not None
     fixed, step = state_bytes(needs.network, needs.amp, muon), needs.cost(needs.times)
     used = (fixed + step.activations + step.passing) / GIB
 
@@ -312,15 +312,17 @@ def describe(
     count = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in needs.network.named_children()}
     trained = sum(p.numel() for p in needs.network.parameters() if p.requires_grad) / 1e6
     kind = "half precision" if needs.amp else "float32"
-    room = "--network_def#accumulation and " if isinstance(needs.network, UniMedI) else ""
+    room = ["--network_def#accumulation"] * isinstance(needs.network, UniMedI)
+    if any(parameter.requires_grad for parameter in needs.network.get_submodule("encoder").parameters()):
+        room.append("--network_def#encoder#grad_checkpointing True")
     once = f"; features are made once, {needs.once / 1e12:.1f} TFLOP" if needs.once else ""
     lines = {
         "parameters": f"{trained:.1f} M trained; " + ", ".join(f"{n} {m:.1f} M" for n, m in count.items()),
         "a step": f"{needs.shown(needs.times)} on each of {gpus} ranks: {step.flops / 1e12:.2f} TFLOP each{once}",
         "memory a rank": f"{used:.1f} of {memory} GiB ({gpu}): {fixed / GIB:.1f} of weights, gradients, optimizer, "
         f"{step.activations / GIB:.1f} of activations, {step.passing / GIB:.1f} in passing",
-        "largest batch": f"{needs.shown(largest) if largest else 'none fits'} a rank, in {_USABLE:.0%} of the memory; "
-        f"{room}--network_def#encoder#grad_checkpointing True make{'' if room else 's'} room",
+        "largest batch": f"{needs.shown(largest) if largest else 'none fits'} a rank, in {_USABLE:.0%} of the memory"
+        + (f"; {' and '.join(room)} make{'s' * (len(room) == 1)} room" if room else ""),
         "hours": f"{hours:.1f}: {needs.steps} steps, {needs.schedule}, at {share:.0%} of {peak} TFLOP/s "
         f"in {kind} (assumed), without waiting for data or other ranks",
         "cache": f"{needs.cache[0] / GIB:.0f} GiB of {needs.cache[1]}",

@@ -21,15 +21,16 @@ from unimedi_components.plan import Needs, StepCost, state_bytes
 class TaskStep:
     """The training step of a task bundle's config, for any number of images.
 
-    Args:
-        half: the type of mixed precision; decoders leave bfloat16.
+    Attributes:
+        half: the type of mixed precision; decoders keep float32 beside bfloat16, and take more memory.
 
     Raises:
         ConfigError: not the config of a task's training.
     """
 
-    def __init__(self, config: dict[str, Any], half: torch.dtype = torch.bfloat16) -> None:
-        self.half = half
+    half = torch.bfloat16
+
+    def __init__(self, config: dict[str, Any]) -> None:
         self.parser = ConfigParser(deepcopy(config))
         if any(id_ not in self.parser for id_ in ("network_def", "freeze_encoder", "train#dataloader#batch_size")):
             raise ConfigError(
@@ -136,9 +137,9 @@ def task_needs(
     config: dict[str, Any], gpus: int, xrays: int | None, cts: int | None, half: torch.dtype = torch.bfloat16
 ) -> Needs:
     """What `describe` prints of a task's training; `half` is the card's own type of mixed precision."""
-    named = config.get("amp")
-    step = TaskStep(config, half if named in ("auto", True) else amp_dtype(named))
-    parser, amp = step.parser, named is not False
+    step = TaskStep(config)
+    parser, named = step.parser, step.parser.get_parsed_content("amp")
+    step.half, amp = half if named in ("auto", True) else amp_dtype(named), named is not False
     batch = int(parser.get_parsed_content("train#dataloader#batch_size"))
     phantoms = parser["data#datalist"].get("phantoms")
     images = (cts if step.volumes else xrays) or (phantoms if isinstance(phantoms, int) else 10_000)
