@@ -135,7 +135,8 @@ class SETRPUP(TaskNetwork):
         found = self.tokens(last.movedim(1, -1)).movedim(-1, 1)
         # half precision is too coarse for probabilities
         logits = self.head(self.stages(found)).float()
-        return [logits, *(head(x, logits.shape[2:]) for head, x in zip(self.auxiliary, earlier, strict=True))]
+        # only in training are there earlier blocks
+        return [logits, *(head(x, logits.shape[2:]) for x, head in zip(earlier, self.auxiliary, strict=False))]
 
     def forward(self, image: Tensor) -> Tensor | list[Tensor]:
         """Segment X-rays (B, 1, H, W) in [-1, 1], each side a multiple of the patch's.
