@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks import measure, recipe
+from unimedi_components import distributed
 from unimedi_components.losses import UniMediLoss
 from unimedi_components.networks import UnifiedViT, encoder_sizes
 from unimedi_components.plan import step_cost
@@ -191,7 +192,7 @@ def _rank(rank: int, ranks: int, size: str, rounds: int, folder: str) -> None:
         if turn == 0:
             first = recipe.gradients(network)
     torch.save({"seconds": seconds[1:], "gradients": first}, f"{folder}/{ranks}-{rank}.pt")
-    dist.destroy_process_group()
+    distributed.stop()
 
 
 def _rank_parts(size: str, rank: int) -> tuple[Any, Any, dict[str, Tensor]]:

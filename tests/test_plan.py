@@ -72,6 +72,7 @@ def kept_bytes(network: UniMedI, amp: bool) -> int:
         {},
         {"mask_mode": "drop", "accumulation": 2},
         {"vl_on_full": True, "selector": "random"},
+        {"vl_on_full": "image2d"},
         {"grad_checkpointing": True},
         {"self_distillation": False, "selector": "student"},
     ],
@@ -85,7 +86,10 @@ def test_flops_are_those_that_torch_counts(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("amp", [False, True])
-@pytest.mark.parametrize("options", [{}, {"mask_mode": "drop"}, {"vl_on_full": True}, {"self_distillation": False}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"mask_mode": "drop"}, {"vl_on_full": True}, {"vl_on_full": "image3d"}, {"self_distillation": False}],
+)
 def test_activations_are_those_that_autograd_keeps(options: dict[str, Any], amp: bool) -> None:
     network = build(**options)
     found = kept_bytes(network, amp)

@@ -10,6 +10,7 @@ from unimedi_components.selection import (
     cls_attention,
     keep_tokens,
     random_scores,
+    relative_scores,
     select_slices,
     slab_to_slices,
     slice_scores,
@@ -114,3 +115,14 @@ def test_keep_tokens_in_blocks_keeps_whole_blocks():
 def test_keep_tokens_refuses_ratios_out_of_range(ratio):
     with pytest.raises(ValueError, match="mask_ratio"):
         keep_tokens(torch.rand(1, 4), [(1, 2, 2)], ratio)
+
+
+def test_relative_scores_by_hand() -> None:
+    scores = torch.tensor([[0.2, 0.4, 0.4, 0.2], [0.1, 0.1, 0.6, 0.4]])
+    profile = torch.tensor([1.0, 4.0, 1.0, 0.25])
+    assert torch.equal(relative_scores(scores, profile, 0.0), scores)
+    half = torch.tensor([[0.2, 0.2, 0.4, 0.4], [0.1, 0.05, 0.6, 0.8]])
+    assert torch.allclose(relative_scores(scores, profile, 0.5), half)
+    # two slabs are the middles of pairs of the four
+    coarse = relative_scores(scores[:, :2], profile, 1.0)
+    assert torch.allclose(coarse, scores[:, :2] / torch.tensor([2.5, 0.625]))

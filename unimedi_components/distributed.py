@@ -7,6 +7,7 @@ gradients, so a loss that is equal on every rank yields the one-process gradient
 """
 
 import os
+import time
 from collections.abc import Callable, Iterable
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -67,6 +68,19 @@ def start(device: torch.device | str) -> None:
     dist.init_process_group("nccl" if on_gpu else "gloo")
     global _waiting
     _waiting = dist.new_group(backend="gloo", timeout=_LONGEST_WAIT)
+
+
+def stop() -> None:
+    """Leave the process groups of `start`, together with the other ranks.
+
+    A thread of gloo asks for Python's lock to free the last tensor that it sent; where Python ends meanwhile, the
+    process is aborted. So the ranks wait for each other, and the threads get the lock, before Python may end.
+    """
+    global _waiting
+    wait_for_ranks()
+    time.sleep(0.1)
+    _waiting = None
+    dist.destroy_process_group()
 
 
 def wait_for_ranks() -> None:

@@ -19,6 +19,7 @@ from unimedi_components.command_options import whole_number
 from unimedi_components.engines.muon import hidden_matrices
 from unimedi_components.errors import ConfigError
 from unimedi_components.networks import DINOHead, ProjectionHead, ReportEncoder, UnifiedViT, UniMedI, encoder_sizes
+from unimedi_components.networks.masking import MODALITIES
 from unimedi_components.selection import Grid, kept_counts
 
 #: Name -> memory in GiB, and peak of dense matrix products in TFLOP/s, half precision and float32 (data sheets, SXM).
@@ -105,7 +106,7 @@ def step_cost(
         (batch_2d, [(1, *encoder.grid_2d)], values_2d),
         (batch_3d, [encoder.grid_3d, *([(slices, *encoder.grid_2d)] if slices else [])], values_3d),
     )
-    for images, grids, values in inputs:
+    for name, (images, grids, values) in zip(MODALITIES, inputs, strict=True):
         first = math.prod(grids[0])
         patches = sum(math.prod(grid) for grid in grids)
         embed = 2.0 * stack.width * (first * values + (patches - first) * values_2d)
@@ -118,7 +119,7 @@ def step_cost(
             compared = {"all": seen, "visible": shown, "masked": patches - shown}[network.patch_loss_on]
             rows += images * compared
             flops += images * (stack.flops(1 + patches) + embed)
-            passes = [seen, *([patches] if network.vl_on_full else [])]
+            passes = [seen, *([patches] if network.vl_on_full[name] else [])]
         some = -(-images // parts)  # images whose activations are there at the same time
         for tokens in passes:
             flops += images * ((3 + recomputed) * stack.flops(1 + tokens) + (2 + int(parts > 1)) * embed)

@@ -56,6 +56,22 @@ def slice_scores(attention: Tensor, grid: Grid) -> Tensor:
     return attention.view(attention.shape[0], slabs, rows * columns).mean(-1)
 
 
+def relative_scores(scores: Tensor, profile: Tensor, power: float) -> Tensor:
+    """Slab scores over what slabs of their place usually score, to a power.
+
+    This is ours, not the paper's: much of the attention on a volume is a fixed profile along the body, which says where
+    lesions are frequent (power 0, Eq. 2) but not whether this patient has one there (power 1).
+
+    Args:
+        scores: Eq. 2's scores, (B, S).
+        profile: mean scores of other volumes, (S',); interpolated where S' is not S.
+        power: 0 to 1.
+    """
+    if len(profile) != scores.shape[1]:
+        profile = F.interpolate(profile[None, None], size=scores.shape[1], mode="linear", align_corners=False)[0, 0]
+    return scores / profile.to(scores).clamp_min(1e-6) ** power
+
+
 def random_scores(batch: int, slabs: int, device: torch.device, generator: torch.Generator | None = None) -> Tensor:
     """Uniform scores (B, S): their top k are k different slabs at random, the baseline of Table 7."""
     return torch.rand(batch, slabs, device=device, generator=generator)

@@ -6,7 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests.common import randomised
 from unimedi_components.engines.calibration import CalibrateProjection, calibrate_projection
+from unimedi_components.networks import ReportEncoder, UnifiedViT, UniMedI
 from unimedi_components.networks.heads import ProjectionHead
 
 
@@ -90,3 +92,25 @@ def test_samples_are_spread_over_the_set():
     # X-rays 0, 2 and 4
     torch.testing.assert_close(network.image_projection.input_norm.running_mean[0], torch.tensor([2.0] * 3))
     assert torch.equal(network.image_projection.input_norm.running_mean[1], torch.zeros(3))
+
+
+def test_the_profile_is_that_of_the_student_on_whole_volumes():
+    torch.manual_seed(0)
+    sizes = {"patch_size": 8, "patch_size_3d": (4, 8, 8), "embed_dim": 16, "depth": 1, "num_heads": 2}
+    encoder = randomised(UnifiedViT(16, (16, 16, 16), **sizes), 0.2)
+    text = {"hidden_size": 16, "num_hidden_layers": 1, "vocab_size": 30, "num_attention_heads": 2}
+    heads = ProjectionHead(16, 24, 8), ProjectionHead(16, 24, 8)
+    network = UniMedI(
+        encoder, ReportEncoder(config=text), *heads, self_distillation=False, num_slices=1, profile_power=0.5
+    )
+    volumes = torch.randn(5, 1, 16, 16, 16)
+    items = [{"image": volume} for volume in volumes]
+    data = type("Volumes", (), {"dims": (3,) * 5, "__getitem__": lambda _, index: items[index]})()
+    CalibrateProjection(network, data, samples=(5, 5), batch_size=2)(
+        SimpleNamespace(state=SimpleNamespace(epoch=2, max_epochs=2))
+    )
+    with torch.no_grad():
+        attention = encoder(volumes, return_attention=True).attention
+    expected = attention.view(5, 4, 4).mean((0, 2))
+    torch.testing.assert_close(network.slab_profile, expected / expected.mean(), atol=1e-5, rtol=1e-5)
+    assert network.slab_profile.std() > 1e-4

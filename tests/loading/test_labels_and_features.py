@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
+from unimedi_components import distributed
 from unimedi_components.data import xray_transforms
 from unimedi_components.errors import DataError
 from unimedi_components.loading import FeatureDataset, ImageDataset, ImageLoader, Skipped, sampler
@@ -299,7 +300,7 @@ def one_rank(root, folder, rank):
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
     torch.save(share_of(root), folder / f"{rank}.pt")
     dist.barrier()
-    dist.destroy_process_group()
+    distributed.stop()
 
 
 def test_two_processes_share_the_work_and_have_all_features(root, tmp_path):

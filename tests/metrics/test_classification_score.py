@@ -18,6 +18,7 @@ from monai.engines import SupervisedEvaluator
 from torch import nn
 
 from tests.common import on_two_ranks
+from unimedi_components import distributed
 from unimedi_components.losses import ClassificationLoss
 from unimedi_components.metrics.classification import (
     ClassificationLossMetric,
@@ -113,7 +114,7 @@ def rank_program(rank, folder):
         score.update((batch["image"], batch["label"]))
     found["empty"] = score.compute()
     torch.save(found, Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
+    distributed.stop()
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from tests.common import on_two_ranks
+from unimedi_components import distributed
 from unimedi_components.networks.shared_norm import SharedBatchNorm2d
 
 SHARES = (slice(0, 4), slice(4, 6))
@@ -70,7 +71,7 @@ def main(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
     torch.save(step(SharedBatchNorm2d(3), SHARES[rank], 2), folder / f"{rank}.pt")
     dist.barrier()
-    dist.destroy_process_group()
+    distributed.stop()
 
 
 if __name__ == "__main__":

@@ -178,6 +178,50 @@ def test_vl_on_full_projects_the_unmasked_student():
     assert torch.allclose(network(batch).image_embed, expected, atol=1e-5)
 
 
+def test_slabs_are_ranked_over_their_usual_profile():
+    network, batch = build(profile_power=0.5, num_slices=1), make_batch()
+    plain = build(num_slices=1)
+    _, scores = plain.select(batch["image3d"])
+    best = scores.argmax(1)
+    # a profile that halves, by its root, what the best slab of the first volume scores
+    network.slab_profile[best[0]] = 4.0
+    selected, found = network.select(batch["image3d"])
+    assert torch.allclose(found, scores)
+    expected = scores / network.slab_profile.sqrt()
+    assert torch.equal(selected[:, 0], expected.argmax(1) * 4 + 2) and expected.argmax(1)[0] != best[0]
+    network.eval()
+    with torch.no_grad():
+        features = network.encode_image(batch["image3d"])
+    attention = selection.slice_scores(features.attention, (4, 2, 2))
+    assert torch.allclose(features.scores, attention / network.slab_profile.sqrt())
+
+
+def test_the_profile_follows_the_selector_in_training_alone():
+    network, batch = build(profile_power=0.5), make_batch()
+    scores = network.train()(batch).slice_scores.mean(0)
+    expected = 0.9 + 0.1 * scores / scores.mean()
+    assert torch.allclose(network.slab_profile, expected, atol=1e-6)
+    network(make_batch(three_d=0))
+    network.eval()(batch)
+    assert torch.allclose(network.slab_profile, expected, atol=1e-6)
+    chance = build(profile_power=0.5, selector="random").train()
+    chance(batch)
+    assert torch.equal(chance.slab_profile, torch.ones(4))
+    assert "slab_profile" not in build().state_dict()
+
+
+@pytest.mark.parametrize("full", ["image2d", "image3d"])
+def test_vl_on_full_of_one_modality_leaves_the_other_masked(full: str) -> None:
+    """Rows of the named modality are those of whole images, the others those of masked ones."""
+    batch = make_batch()
+    whole, masked, found = (build(vl_on_full=on).train()(batch).image_embed for on in (True, False, full))
+    rows = {"image2d": slice(0, 3), "image3d": slice(3, 5)}
+    for name, own in rows.items():
+        expected, other = (whole, masked) if name == full else (masked, whole)
+        assert torch.allclose(found[own], expected[own], atol=1e-5)
+        assert not torch.allclose(found[own], other[own], atol=1e-3)
+
+
 def test_ablation_switches():
     batch = make_batch()
     plain = build(self_distillation=False, selector="random")
@@ -259,6 +303,8 @@ def test_temperature_starts_at_007_and_is_clamped_after_the_step():
         ({"selector": "oracle"}, "selector must be one of teacher, student, random"),
         ({"mask_mode": "drop", "patch_loss_on": "all"}, "leaves only visible tokens"),
         ({"mask_mode": "blur"}, "mask_mode must be one of"),
+        ({"profile_power": 2.0}, r"profile_power must be in \[0, 1\], not 2.0"),
+        ({"vl_on_full": "2d"}, "vl_on_full must be one of image2d, image3d"),
     ],
 )
 def test_options_that_cannot_work_are_refused(kwargs, message):

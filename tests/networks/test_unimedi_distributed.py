@@ -74,7 +74,7 @@ def main(rank: int, folder: Path, case: str, mask_mode: str) -> None:
     accumulation = 2 if mask_mode == "drop" else 1
     torch.save(step(SHARES[case][rank], mask_mode, accumulation), folder / f"{rank}.pt")
     dist.barrier()
-    dist.destroy_process_group()
+    distributed.stop()
 
 
 if __name__ == "__main__":

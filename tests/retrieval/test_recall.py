@@ -15,6 +15,7 @@ from ignite.engine import Engine
 from torch import nn
 
 from tests.common import on_two_ranks
+from unimedi_components import distributed
 from unimedi_components.networks.output import UniMediOutput
 from unimedi_components.retrieval.recall import (
     ContrastiveLossMetric,
@@ -168,7 +169,7 @@ def rank_program(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     batches = list(outputs((7, 7, 3)))
     torch.save(run_metrics(batches[:2] if rank == 0 else batches[2:]), Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
+    distributed.stop()
 
 
 if __name__ == "__main__":

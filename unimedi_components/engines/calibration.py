@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Statistics of the image projection as whole images give them.
+"""Statistics of the image projection, and the profile of slab scores, as whole images give them.
 
 This is ours, not the paper's. In training L_vl sees masked images, and batch normalisation keeps running statistics of
 their features; whole images have others. What is then left in every embedding is a constant for each modality, which
 search across X-rays and volumes takes for likeness. Statistics measured anew on whole training images cure it (as
-"precise batch normalisation", Wu and Johnson, "Rethinking 'Batch' in BatchNorm", arXiv 2105.07576).
+"precise batch normalisation", Wu and Johnson, "Rethinking 'Batch' in BatchNorm", arXiv 2105.07576). Slabs are ranked by
+the student then, and not by its teacher.
 """
 
 import logging
@@ -20,6 +21,7 @@ from unimedi_components.distributed import broadcast, rank, unwrap
 from unimedi_components.engines.samples import spread_images
 from unimedi_components.networks.heads import ProjectionHead
 from unimedi_components.networks.modality_norm import ModalityBatchNorm1d
+from unimedi_components.selection import slice_scores
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +48,7 @@ def calibrate_projection(head: ProjectionHead, features: Tensor, modality: Tenso
 
 
 class CalibrateProjection:
-    """After the last epoch, before it is validated and saved, calibrate the image projection on training images.
+    """After the last epoch, before it is validated and saved, calibrate selection and projection on training images.
 
     Args:
         dataset: training data set; readable images of each dimension, evenly spaced over it, are used.
@@ -65,18 +67,34 @@ class CalibrateProjection:
 
     def __call__(self, engine: Engine) -> None:
         head: ProjectionHead = self.network.image_projection
-        measured = any(isinstance(module, ModalityBatchNorm1d) for module in head.modules())
-        if not measured or engine.state.epoch != engine.state.max_epochs:
+        normed = any(isinstance(module, ModalityBatchNorm1d) for module in head.modules())
+        profile = getattr(self.network, "slab_profile", None)
+        if (not normed and profile is None) or engine.state.epoch != engine.state.max_epochs:
             return
         if rank() == 0:
             training = self.network.training
             self.network.eval()
+            if profile is not None:
+                # first: it decides which slices join a volume below
+                self._measure(profile)
             rows = [(self._features(batch), dim - 2) for dim in (2, 3) for batch in self._batches(dim)]
             if rows:
                 modality = [torch.full((len(part),), index, device=part.device) for part, index in rows]
                 calibrate_projection(head, torch.cat([part for part, _ in rows]), torch.cat(modality))
             self.network.train(training)
-        broadcast(head.buffers())
+        broadcast([*head.buffers(), *([] if profile is None else [profile])])
+
+    @torch.no_grad()
+    def _measure(self, profile: Tensor) -> None:
+        """Set `slab_profile` to the mean scores of whole training volumes."""
+        encoder, scores = self.network.encoder, []
+        for batch in self._batches(3):
+            image = batch.to(profile.device)
+            attention = encoder(image, return_attention=True).attention
+            scores.append(slice_scores(attention, encoder.token_grids(image)[0]))
+        if scores:
+            mean = torch.cat(scores).mean(0)
+            profile.copy_(mean / mean.mean())
 
     @torch.no_grad()
     def _features(self, image: Tensor) -> Tensor:

@@ -36,7 +36,8 @@ class ImageFeatures:
         cls: CLS features before the projection, (B, D).
         embed: projected features, (B, E), not normalised.
         selected: slices chosen for each volume, (B, k); None for X-rays.
-        scores: Eq. 2 score of each slab, (B, S); None for X-rays.
+        scores: what slabs are ranked by, (B, S): Eq. 2's scores, over their usual profile where the network was trained
+            with `profile_power`; None for X-rays.
         attention: Eq. 1's **v** of the image's own tokens, (B, P).
         joint_attention: Eq. 1's **v** of a volume's tokens and behind them its slices', (B, P + k * P2); None where no
             slices joined.

@@ -51,7 +51,9 @@ def make_card(network: UniMedI, preprocessing: Mapping[str, Any], **extra: Any) 
         "report_encoder": network.report_encoder.model.config.to_diff_dict(),
         "image_projection": network.image_projection.hparams,
         "text_projection": network.text_projection.hparams,
-        "selection": {"num_slices": network.num_slices, "expand": network.expand, "pseudo_pairs": network.pseudo_pairs},
+        "selection": {
+            name: getattr(network, name) for name in ("num_slices", "expand", "profile_power", "pseudo_pairs")
+        },
         "preprocessing": dict(preprocessing),
         **head,
         **extra,

@@ -13,14 +13,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from unimedi_components import selection
+from unimedi_components.distributed import all_reduce_sum
 from unimedi_components.networks.heads import DINOHead, ProjectionHead
 from unimedi_components.networks.masking import MODALITIES, Compared, compare, masked_pass
 from unimedi_components.networks.micro_batches import in_micro_batches
 from unimedi_components.networks.output import EncoderOutput, ImageFeatures, UniMediOutput
 from unimedi_components.networks.report_encoder import ReportEncoder
 from unimedi_components.networks.unified_vit import UnifiedViT, compiled_forward
+
+# of the running mean of slab scores: it follows the selector, which learns quickly
+_PROFILE_MOMENTUM = 0.9
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,8 @@ class UniMedI(nn.Module):
         num_slices: k of section 3.2.
         selector: "teacher", "student" or "random".
         expand: see `selection.select_slices`.
+        profile_power: rank slabs by `selection.relative_scores` to this power, over a running mean of the scores of
+            training volumes (`slab_profile`, mean 1); 0 ranks by Eq. 2 itself.
         pseudo_pairs: feed the selected slices beside the volume.
         self_distillation: compute what L_icl and L_pcl need.
         mask_ratio: share of tokens masked for the student, per segment.
@@ -55,7 +62,8 @@ class UniMedI(nn.Module):
         patch_loss_on: "all", "masked" or "visible" patch tokens; "drop" sees the visible ones only.
         segment_dropout: share of the volumes whose student sees one segment of the pseudo-pair alone, half of them the
             volume and half the slices, while the teacher sees both: "recover 2D images from 3D ones and vice versa".
-        vl_on_full: take L_vl from a second, unmasked student pass (about twice the cost) instead of the masked one.
+        vl_on_full: take L_vl from a second, unmasked student pass (about twice the cost) instead of the masked one:
+            True, or "image2d" or "image3d" for one modality alone.
         init_temperature: start of the learnable temperature of L_vl.
         learn_temperature: False keeps it fixed (MGCA).
         accumulation: run the encoders on this many parts of the batch, one after another, and the heads and losses on
@@ -78,6 +86,7 @@ class UniMedI(nn.Module):
         num_slices: int = 4,
         selector: str = "teacher",
         expand: str = "centre",
+        profile_power: float = 0.0,
         pseudo_pairs: bool = True,
         self_distillation: bool = True,
         mask_ratio: float = 0.5,
@@ -85,7 +94,7 @@ class UniMedI(nn.Module):
         mask_block: int = 1,
         patch_loss_on: str | None = None,
         segment_dropout: float = 0.0,
-        vl_on_full: bool = False,
+        vl_on_full: bool | str = False,
         init_temperature: float = 0.07,
         learn_temperature: bool = True,
         accumulation: int = 1,
@@ -96,12 +105,16 @@ class UniMedI(nn.Module):
         _one_of("selector", selector, ("teacher", "student", "random"))
         _one_of("mask_mode", mask_mode, ("mask_token", "drop"))
         _one_of("patch_loss_on", patch_loss_on, ("all", "masked", "visible"))
+        if not isinstance(vl_on_full, bool):
+            _one_of("vl_on_full", vl_on_full, MODALITIES)
         if mask_mode == "drop" and patch_loss_on != "visible":
             raise ValueError(
                 f"mask_mode 'drop' leaves only visible tokens; patch_loss_on={patch_loss_on!r} needs 'mask_token'"
             )
         if not 0.0 <= segment_dropout <= 1.0:
             raise ValueError(f"segment_dropout must be in [0, 1], not {segment_dropout}")
+        if not 0.0 <= profile_power <= 1.0:
+            raise ValueError(f"profile_power must be in [0, 1], not {profile_power}")
         if accumulation < 1:
             raise ValueError(f"accumulation must be at least 1, not {accumulation}")
         head = dino_head if self_distillation else None
@@ -113,9 +126,13 @@ class UniMedI(nn.Module):
         self.image_projection = image_projection
         self.text_projection = text_projection
         self.num_slices, self.selector, self.expand, self.pseudo_pairs = (num_slices, selector, expand, pseudo_pairs)
+        self.profile_power = profile_power
+        if profile_power:
+            self.register_buffer("slab_profile", torch.ones(encoder.grid_3d[0]))
         self.self_distillation = self_distillation
         self.mask_ratio, self.mask_mode, self.mask_block = mask_ratio, mask_mode, mask_block
-        self.patch_loss_on, self.segment_dropout, self.vl_on_full = patch_loss_on, segment_dropout, vl_on_full
+        self.patch_loss_on, self.segment_dropout = patch_loss_on, segment_dropout
+        self.vl_on_full = {name: vl_on_full in (True, name) for name in MODALITIES}
         self.accumulation = accumulation
         # compiled is the function and not the modules, whose names in checkpoints therefore stay
         self._compiled = compiled_forward(compile) if compile else None
@@ -173,6 +190,8 @@ class UniMedI(nn.Module):
         text = in_micro_batches(self.report_encoder, self.accumulation, *words)
         image_embed = self.image_projection(cls, modality) + self._unused(views)
         volume = views.get("image3d")
+        if self.training and self.profile_power and self.selector != "random":
+            self._follow_profile(volume.scores if volume else None)
         return UniMediOutput(
             image_embed=image_embed,
             text_embed=self.text_projection(text, modality),
@@ -197,7 +216,7 @@ class UniMedI(nn.Module):
         attention = out.attention
         if volume:
             assert attention is not None
-            scores = selection.slice_scores(attention, grid)
+            scores = self._ranked(selection.slice_scores(attention, grid))
             selected = selection.select_slices(scores, self.num_slices, self.encoder.patch_depth, expand=self.expand)
             if use_slices and self.pseudo_pairs:
                 out = self.encoder(image, *self.take_slices(image, selected), return_attention=True)
@@ -229,7 +248,25 @@ class UniMedI(nn.Module):
             scores = selection.slice_scores(attention, grid)
             # what autocast cast here without a history would leave the student's own pass without a gradient
             torch.clear_autocast_cache()
-        return selection.select_slices(scores, self.num_slices, self.encoder.patch_depth, expand=self.expand), scores
+        ranked = scores if by is None and self.selector == "random" else self._ranked(scores)
+        return selection.select_slices(ranked, self.num_slices, self.encoder.patch_depth, expand=self.expand), scores
+
+    def _ranked(self, scores: Tensor) -> Tensor:
+        """What the k best slabs are chosen by: the scores of Eq. 2, or those over their usual profile."""
+        if not self.profile_power:
+            return scores
+        return selection.relative_scores(scores, self.slab_profile, self.profile_power)
+
+    @torch.no_grad()
+    def _follow_profile(self, scores: Tensor | None) -> None:
+        """Move `slab_profile` towards the mean scores of a step's volumes on all ranks, of which some may have none."""
+        profile = self.slab_profile
+        rows = profile.new_zeros(0, len(profile)) if scores is None else scores.to(profile)
+        if rows.shape[1] != len(profile):
+            rows = functional.interpolate(rows[:, None], size=len(profile), mode="linear", align_corners=False)[:, 0]
+        total = all_reduce_sum(rows.sum(0))
+        if total.sum() > 0:
+            profile.lerp_(total / total.mean(), 1.0 - _PROFILE_MOMENTUM)
 
     def take_slices(self, volume: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         """Slices as 2D images of the encoder's `img_size` and their depths; see `selection.take_slices`."""
@@ -253,7 +290,7 @@ class UniMedI(nn.Module):
         with torch.no_grad():
             teacher = self._run(self.teacher, *inputs, return_attention=True)
         compared = self._masked(inputs, teacher)
-        if self.vl_on_full:
+        if self.vl_on_full[MODALITIES[image.ndim - 4]]:
             cls = self._run(self.encoder, *inputs).cls
         else:
             cls = torch.cat([part.student.cls for part in compared])
