@@ -31,7 +31,7 @@ def real_root() -> Path:
 
 @pytest.fixture(autouse=True)
 def torch_as_at_start() -> Iterator[None]:
-    """Torch's switches are put back after every test: runs in fixtures of a module set them before `in_process` looks."""
+    """Puts torch's switches back after every test: fixtures of a module run workflows before `in_process` looks."""
     yield
     for switch in TORCH_AT_START:
         switch()
