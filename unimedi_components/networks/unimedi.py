@@ -75,6 +75,8 @@ class UniMedI(nn.Module):
         ValueError: an unknown option, or options that cannot work together.
     """
 
+    slab_profile: Tensor
+
     def __init__(
         self,
         encoder: UnifiedViT,
