@@ -119,7 +119,7 @@ def step_cost(
             compared = {"all": seen, "visible": shown, "masked": patches - shown}[network.patch_loss_on]
             rows += images * compared
             flops += images * (stack.flops(1 + patches) + embed)
-            passes = [seen, *([patches] if network.vl_on_full[name] else [])]
+            passes = [seen, *([patches] if network.vl_on_full in (True, name) else [])]
         some = -(-images // parts)  # images whose activations are there at the same time
         for tokens in passes:
             flops += images * ((3 + recomputed) * stack.flops(1 + tokens) + (2 + int(parts > 1)) * embed)

@@ -134,7 +134,7 @@ def test_selection_masking_and_loss(written: dict[str, Any], recipe: ConfigParse
         True,
     )
     assert (network.mask_ratio, network.mask_mode, network.patch_loss_on) == (0.5, "mask_token", "all")
-    assert network.self_distillation and not any(network.vl_on_full.values()) and network.profile_power == 0
+    assert (network.self_distillation, network.vl_on_full, network.profile_power) == (True, False, 0.0)
     assert network.log_temperature.requires_grad
     assert written["network_def"]["init_temperature"] == 0.07
     loss = {name: written["loss_def"][name] for name in ("vl_weight", "icl_weight", "pcl_weight", "student_temp")}
