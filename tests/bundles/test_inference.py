@@ -61,7 +61,9 @@ def test_the_test_split_of_the_training_run(embed: Embed, trained: Any, tmp_path
             assert figure.width == 1200
         if item["dim"] == 3:
             assert values["selected"].tolist() == expected.selected[0].tolist()
-            assert np.allclose(values["scores"], values["attention"].mean((1, 2)))
+            # slabs are ranked by the scores of Eq. 2 over the root of their usual profile
+            usual = pretrained.network.slab_profile.sqrt().numpy()
+            assert np.allclose(values["scores"] * usual, values["attention"].mean((1, 2)))
             assert values["selected_position"].tolist() == [(s + 0.5) / 16 for s in values["selected"]]
             file, drawn = nib.load(source), nib.load(tmp_path / "out" / f"{item['id']}_attention.nii.gz")
             assert drawn.shape == file.shape

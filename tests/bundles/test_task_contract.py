@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gzip
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -106,10 +107,11 @@ def test_data_for_something_else_is_refused(name: str, task_bundle: Any) -> None
 
 def test_nothing_readable_is_one_error(name: str, task_bundle: Any, tmp_path: Path) -> None:
     bundle = task_bundle(name)
-    # headers that say what the files are, and nothing behind them
-    bad = tmp_path / ("bad.nii" if "_ct_" in name else "bad.png")
-    header = nib.Nifti1Image(np.zeros((30, 30, 12), np.int16), np.diag([2.0, 2, 4, 1])).to_bytes()[:400]
-    bad.write_bytes(header if "_ct_" in name else b"\x89PNG\r\n\x1a\n no film")
+    # headers that say what the files are, and no image behind them
+    bad = tmp_path / ("bad.nii.gz" if "_ct_" in name else "bad.png")
+    voxels = np.random.default_rng(0).integers(-1000, 1000, (30, 30, 12)).astype(np.int16)
+    packed = gzip.compress(nib.Nifti1Image(voxels, np.diag([2.0, 2, 4, 1])).to_bytes())
+    bad.write_bytes(packed[: len(packed) // 2] if "_ct_" in name else b"\x89PNG\r\n\x1a\n no film")
     changes = {
         "ckpt_dir": str(bundle.finished()[0] / "models"),
         "output_dir": str(tmp_path / "out"),

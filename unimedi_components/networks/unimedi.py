@@ -266,8 +266,9 @@ class UniMedI(nn.Module):
         if rows.shape[1] != len(profile):
             rows = functional.interpolate(rows[:, None], size=len(profile), mode="linear", align_corners=False)[:, 0]
         total = all_reduce_sum(rows.sum(0))
-        if total.sum() > 0:
-            profile.lerp_(total / total.mean(), 1.0 - _PROFILE_MOMENTUM)
+        # without a question to the GPU: no volume anywhere leaves the profile as it is
+        mean = total.mean()
+        profile.lerp_(total / mean.clamp_min(1e-12), (1.0 - _PROFILE_MOMENTUM) * (mean > 0))
 
     def take_slices(self, volume: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         """Slices as 2D images of the encoder's `img_size` and their depths; see `selection.take_slices`."""
