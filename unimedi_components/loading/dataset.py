@@ -104,7 +104,7 @@ class ImageDataset(PersistentDataset):
             raise DataError(f"data set root {root} is not a folder; set `dataset_dir` to where the data set lies")
         not_read = data.not_read if isinstance(data, ImageList) else []
         if strict and (fault := next((one for one in not_read if one.fault), None)):
-            raise DataError(f"{fault.file}: {fault.reason}; repair or remove it, or set `strict` to false")
+            raise DataError(f"{fault.file}: {fault.reason}; repair or remove it")
         super().__init__(data=(), transform=transform, cache_dir=None if cache_dir is None else str(cache_dir))
         self.root, self.seed, self.strict, self.keep_meta = Path(root), seed, strict, keep_meta
         self.target, self.label_names, self.task, self.refill = target, list(label_names), task, True
@@ -236,9 +236,8 @@ class ImageDataset(PersistentDataset):
         kind = "" if isinstance(cause, DataError) else f"{type(cause).__name__}: "
         record = Skipped(item_id, str(path), f"{kind}{text[0][:400]}")
         if self.strict:
-            raise DataError(
-                f"{path}: cannot be read ({record.reason}); repair or remove it, or set `strict` to false"
-            ) from error
+            what = f"it or its {self.target}" if self.target else "it"
+            raise DataError(f"{path}: cannot be used ({record.reason}); repair or remove {what}") from error
         if item_id not in self._skipped:
             self._skipped[item_id] = record
             logger.warning("skipped %s (%s): %s", record.file, record.id, record.reason)
