@@ -123,7 +123,8 @@ def test_missing_root(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     for dataset, name in (("mimic_cxr", "MIMIC-CXR-JPG"), ("bimcv", "BIMCV-COVID19+")):
         missing = tmp_path / "nowhere"
         assert error(capsys, ["prepare", dataset, str(missing), out]) == (
-            f"{missing}: no such folder. Give the folder that holds the {name} data as ROOT."
+            f"{missing}: no such folder. Give the folder that holds the {name} data as ROOT; "
+            "a run looks below UNIMEDI_DATA."
         )
     missing = tmp_path / "own.csv"
     assert error(capsys, ["prepare", "table", str(missing), out]) == f"{missing}: no such file. Correct the path."
@@ -367,6 +368,8 @@ def test_which_faults_are_the_users() -> None:
         user_fault(chain(RuntimeError("a"), RuntimeError("b"), CheckpointError("model.pt: torn"))) == "model.pt: torn"
     )
     assert user_fault(chain(RuntimeError("a"), ValueError("of another package"))) is None
+    missing = ModuleNotFoundError("No module named 'mlflow'", name="mlflow")
+    assert "pip install 'unimedi-components[mlflow]'" in str(user_fault(chain(RuntimeError("instantiate"), missing)))
     said = user_fault(chain(RuntimeError("instantiate"), AssertionError("Torch not compiled with CUDA enabled")))
     assert said == (
         "no GPU can be used here (Torch not compiled with CUDA enabled); leave --device out, or give --device cpu"
