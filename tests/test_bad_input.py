@@ -20,6 +20,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 from monai.bundle import ConfigWorkflow
+from monai.utils import OptionalImportError
 from PIL import Image
 
 from tests.common import fault_of, run_bundle
@@ -368,7 +369,7 @@ def test_which_faults_are_the_users() -> None:
         user_fault(chain(RuntimeError("a"), RuntimeError("b"), CheckpointError("model.pt: torn"))) == "model.pt: torn"
     )
     assert user_fault(chain(RuntimeError("a"), ValueError("of another package"))) is None
-    missing = ModuleNotFoundError("No module named 'mlflow'", name="mlflow")
+    missing = OptionalImportError("Please install mlflow before using MLFlowHandler. (No module named 'mlflow').")
     assert "pip install 'unimedi-components[mlflow]'" in str(user_fault(chain(RuntimeError("instantiate"), missing)))
     said = user_fault(chain(RuntimeError("instantiate"), AssertionError("Torch not compiled with CUDA enabled")))
     assert said == (

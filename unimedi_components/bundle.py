@@ -272,7 +272,7 @@ def user_fault(error: BaseException) -> str | None:
             )
         if isinstance(cause, (AssertionError, RuntimeError)) and any(words in str(cause) for words in _NO_GPU):
             return f"no GPU can be used here ({str(cause).splitlines()[0]}); leave --device out, or give --device cpu"
-        if isinstance(cause, ModuleNotFoundError) and cause.name == "mlflow":
+        if isinstance(cause, ImportError) and "No module named 'mlflow'" in str(cause):
             return "--tracking mlflow needs MLflow: pip install 'unimedi-components[mlflow]', or leave it out"
         cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
     return None

@@ -108,7 +108,7 @@ class ResumableCheckpoint:
         path = self.folder / self.last
         if self.resume:
             self._load(engine, path)
-        elif path.is_file():
+        elif path.is_file() and rank() == 0:
             logger.warning("%s: an earlier run's checkpoint will be overwritten; `--resume True` continues it", path)
         if getattr(engine, "amp", False):
             kind = getattr(engine, "amp_kwargs", {}).get("dtype", torch.float16)
