@@ -66,7 +66,7 @@ VARIANTS: dict[str, Variant] = {
     "pixels": Variant("pixels and voxels", kind="pixels"),
 }
 #: Epochs, and whether Table 7's own data sets are probed, by size.
-SIZES: dict[str, Json] = {"small": {"epochs": 4, "data_sets": False}, "full": {"epochs": None, "data_sets": True}}
+SIZES: dict[str, Json] = {"small": {"epochs": 3, "data_sets": False}, "full": {"epochs": None, "data_sets": True}}
 PROGRAM = (sys.executable, "-m", "benchmarks.cells")
 # seconds of one epoch and of measuring, on one thread: only a first guess of the end, scaled by what is measured
 _EPOCH_S, _MEASURE_S, _DATA_SETS_S = 60, 90, 600

@@ -16,6 +16,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -75,24 +76,33 @@ def fault_of(call: Callable[..., Any], *arguments: Any, **options: Any) -> str:
     return message
 
 
+def torch_switches() -> list[Callable[[], Any]]:
+    """Calls that put torch's switches of the whole process back to what they are now."""
+    cuda, cudnn, sure = torch.backends.cuda, torch.backends.cudnn, torch.are_deterministic_algorithms_enabled()
+    return [
+        partial(cuda.enable_flash_sdp, cuda.flash_sdp_enabled()),
+        partial(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision()),
+        partial(torch.use_deterministic_algorithms, sure),
+        partial(setattr, cudnn, "deterministic", cudnn.deterministic),
+        partial(setattr, cudnn, "benchmark", cudnn.benchmark),
+    ]
+
+
 @contextmanager
 def process_kept() -> Iterator[None]:
     """Puts back what a run changes for the whole process."""
     import monai
 
-    root, path, precision = logging.getLogger(), sys.path[:], torch.get_float32_matmul_precision()
-    handlers, level, flash = root.handlers[:], root.level, torch.backends.cuda.flash_sdp_enabled()
-    deterministic, benchmark = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+    root, path, switches = logging.getLogger(), sys.path[:], torch_switches()
+    handlers, level = root.handlers[:], root.level
     try:
         yield
     finally:
         root.handlers[:], sys.path[:] = handlers, path
         root.setLevel(level)
         monai.utils.set_determinism(None)
-        torch.use_deterministic_algorithms(False)
-        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = deterministic, benchmark
-        torch.set_float32_matmul_precision(precision)
-        torch.backends.cuda.enable_flash_sdp(flash)
+        for switch in switches:
+            switch()
 
 
 def last(folder: Path) -> dict[str, Any]:

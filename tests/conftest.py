@@ -14,8 +14,9 @@ import pytest
 import torch
 from torch import nn
 
-from tests.common import REPOSITORY, process_kept
+from tests.common import REPOSITORY, process_kept, torch_switches
 
+TORCH_AT_START = torch_switches()
 REAL_TABLES = ("xray_text/xray_text.csv", "ct3d/ct3d.csv")
 
 
@@ -26,6 +27,14 @@ def real_root() -> Path:
     if not root or not all((Path(root) / table).is_file() for table in REAL_TABLES):
         pytest.skip(f"UNIMEDI_REAL_DATA does not name a folder with {' and '.join(REAL_TABLES)}")
     return Path(root)
+
+
+@pytest.fixture(autouse=True)
+def torch_as_at_start() -> Iterator[None]:
+    """Puts torch's switches back after every test: fixtures of a module run workflows before `in_process` looks."""
+    yield
+    for switch in TORCH_AT_START:
+        switch()
 
 
 @pytest.fixture

@@ -203,7 +203,7 @@ def test_a_damaged_file_ends_a_strict_run(own: Path) -> None:
     path = own / prepare(own)["training"][-1]["image"]
     path.write_bytes(path.read_bytes()[:200])
     message = fault_of(train, own, **{"train#dataset#strict": True})
-    assert message.startswith(f"{path}: cannot be used (") and "Truncated File Read" in message
+    assert message.startswith(f"{path}: truncated JPEG, the end-of-image mark is missing")
     assert message.endswith("; repair or remove it or its report")
 
 
@@ -221,10 +221,7 @@ def test_zero_affine_at_training_time(own: Path) -> None:
     item = next(item for item in prepare(own)["training"] if item["dim"] == 3)
     ct(own / item["image"], np.random.default_rng(1), affine=np.zeros((4, 4)))
     message = fault_of(train, own, **{"train#dataset#strict": True})
-    assert (
-        message.startswith(f"{own / item['image']}: cannot be used (")
-        and "the affine is zero, so size and orientation are unknown" in message
-    )
+    assert message.startswith(f"{own / item['image']}: the affine is zero, so size and orientation are unknown")
 
 
 def test_stored_values_instead_of_hounsfield_units(own: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import unimedi_components
 from unimedi_components.__main__ import main
 from unimedi_components.command_options import exact_words
 from unimedi_components.errors import DataError
+from unimedi_components.lazy import importing
 
 
 @pytest.fixture
@@ -166,3 +168,12 @@ def test_names_are_loaded_when_used() -> None:
         assert getattr(unimedi_components, name) is not None
     with pytest.raises(AttributeError, match="module 'unimedi_components' has no attribute 'nothing'"):
         _ = unimedi_components.nothing
+
+
+def test_the_collector_waits_for_imports_alone() -> None:
+    with importing():
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    with pytest.raises(ImportError), importing():
+        raise ImportError
+    assert gc.isenabled()

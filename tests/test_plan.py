@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from unimedi_components.__main__ import main
 from unimedi_components.config_check import check_config
+from unimedi_components.engines import build_optimizer
 from unimedi_components.losses import UniMediLoss
 from unimedi_components.networks import DINOHead, ProjectionHead, ReportEncoder, UnifiedViT, UniMedI, create_encoder
 from unimedi_components.plan import GIB, describe, network_of_config, state_bytes, step_cost
@@ -59,9 +60,7 @@ def kept_bytes(network: UniMedI, amp: bool) -> int:
         return tensor
 
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-    # a run within this process may have left flash attention off
-    attention = sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH], set_priority=False)
-    with hooks, attention, torch.autocast("cpu", torch.bfloat16, enabled=amp):
+    with hooks, torch.autocast("cpu", torch.bfloat16, enabled=amp):
         loss = UniMediLoss(out_dim=200)(network(batch()))
     assert loss.requires_grad
     return sum(storage.nbytes() for storage in kept.values())
@@ -99,6 +98,19 @@ def test_activations_are_those_that_autograd_keeps(options: dict[str, Any], amp:
     assert step_cost(network, 4, 4, TOKENS, amp=amp).activations == pytest.approx(found, rel=0.1)
 
 
+@pytest.mark.parametrize("muon_lr", [None, 1e-3])
+def test_the_state_is_that_of_the_optimizer(muon_lr: float | None) -> None:
+    network = build()
+    optimizer = build_optimizer(network, 1e-3, 0.1, muon_lr=muon_lr)
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    moments = [x for state in optimizer.state.values() for key, x in state.items() if key != "step"]
+    held = [*network.parameters(), *(parameter.grad for parameter in trained), *moments]
+    assert state_bytes(network, amp=False, muon=muon_lr is not None) == sum(x.nbytes for x in held)
+
+
 @pytest.mark.parametrize("options", [{"grad_checkpointing": True}, {"accumulation": 4}])
 def test_checkpointing_and_micro_batches_keep_less(options: dict[str, Any]) -> None:
     network = build(**options)
@@ -116,6 +128,9 @@ def test_the_paper_on_eight_cards() -> None:
         assert sizes == [sum(p.numel() for p in create_encoder(size="vit_b16").parameters())] * 2
     cost, fixed = step_cost(network, 12, 6, 112), state_bytes(network)
     text = describe(config, gpu="a100-40", gpus=8, share=0.5, xrays=96_000, cts=1000)
+    with_muon = check_config([CONFIGS / "train.json", CONFIGS / "mimic_cxr_bimcv.json"], {"optimizer#muon_lr": 1e-4})
+    saved = fixed - state_bytes(network, muon=True)
+    assert f"{(fixed - saved) / GIB:.1f} of weights" in describe(with_muon, gpu="a100-40") and saved > 0.2 * GIB
     hours = 50 * 1000 * cost.flops / (0.5 * 312e12) / 3600
     assert f"hours          {hours:.1f}: 50000 steps, 50 epochs of 1000 (96000 images), at " in text
     assert "at 50% of 312 TFLOP/s in half precision (assumed)" in text
@@ -143,12 +158,18 @@ def test_a_tasks_step_is_what_torch_counts_on_real_tensors(name: str) -> None:
     files = [folder / f"{part}.json" for part in ("train", overlay) if part]
     step, real, images = TaskStep(check_config(files, changes)), TaskStep(check_config(files, changes)), 5
     real.network, real.fake = real._network(), contextlib.nullcontext()
+    sizes = []
     for amp in (False, True):
         flops, kept, _ = real._counted(images, amp)
         cost = step.cost(images, amp)
+        sizes.append(cost.activations)
         halved = state_bytes(real.network, amp) - state_bytes(real.network, amp=False)
         assert cost.flops == pytest.approx(flops, rel=0.01) and cost.flops > 1e6
         assert cost.activations == pytest.approx(kept - halved, rel=0.03)
+    # decoders keep float32 beside bfloat16
+    step.half = torch.float16
+    whole, bfloat16, float16 = *sizes, step.cost(images).activations
+    assert whole > bfloat16 and (bfloat16 > 1.05 * float16) == (name != "chest_ct_classification")
 
 
 def test_a_frozen_classifier_makes_features_once() -> None:
@@ -160,6 +181,8 @@ def test_a_frozen_classifier_makes_features_once() -> None:
     needs = task_needs(config, 1, 7000, None)
     assert needs.once == pytest.approx(7000 * counter.get_total_flops(), rel=0.01)
     text = describe(config, gpu="v100-32", gpus=1, xrays=7000)
+    # a frozen encoder keeps nothing that checkpointing could leave out
+    assert "grad_checkpointing" not in text
     assert "48 X-rays on each of 1 ranks" in text and "50 epochs of 145" in text and "of 7000 X-rays" in text
     assert f"features are made once, {needs.once / 1e12:.1f} TFLOP" in text
 

@@ -204,7 +204,7 @@ def plan(
         share: of the card's peak that the run reaches; assumed, so measure it.
         xrays: X-rays in the training split; by default 300,000 in pre-training, a task's number of phantoms or 10,000.
         cts: volumes in the training split; by default 10,000, or a task's number of phantoms.
-        overrides: what `monai.bundle run` would be given, such as --batch_2d 48 or --accumulation 4.
+        overrides: what `monai.bundle run` would be given, such as --train#sampler#batch_2d 48.
     """
     from unimedi_components.config_check import check_config
     from unimedi_components.plan import describe

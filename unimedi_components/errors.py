@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The project's exceptions. Each message names the file or key, the fault and the remedy."""
 
+import gzip
+import zlib
+from pathlib import Path
+
 
 class DataError(ValueError):
     """A data set, file or datalist is missing, unreadable or inconsistent."""
@@ -12,3 +16,28 @@ class CheckpointError(ValueError):
 
 class ConfigError(ValueError):
     """A bundle config or an override names something that nothing defines, or combines options that cannot work."""
+
+
+def reason_of(error: BaseException, path: str | Path, name: str = "") -> str:
+    """Why a file is not used, without its name: what a DataError says, or that a library could not read it.
+
+    Libraries raise many kinds of errors for damaged files, over many lines.
+
+    Args:
+        path: the file, which is called `name` inside the reason; by default by its own name.
+    """
+    while error.__cause__ is not None and not isinstance(error, DataError):
+        error = error.__cause__
+    text = str(error).strip().removeprefix(f"{path}: ").replace(str(path), name or Path(path).name)
+    if isinstance(error, DataError):
+        return text.partition("\n")[0]
+    if isinstance(error, FileNotFoundError):
+        return "no such file. Correct the path or fetch the file"
+    lines = [line.strip(" -") for line in text.splitlines()]
+    # behind a fault that ITK names itself it tells that of the system's last call, whatever that was
+    why = next((line for line in reversed(lines) if line and not line.startswith("Reason:")), "")
+    if isinstance(error, (EOFError, zlib.error, gzip.BadGzipFile)) or "isal" in type(error).__module__:
+        why = "the compressed data is damaged or cut off"
+    elif not why or isinstance(error, (AssertionError, AttributeError, LookupError, TypeError)):
+        why = f"{type(error).__name__}: {why}".rstrip(": ")
+    return f"cannot be read ({why[:160]}). Download or export it again"

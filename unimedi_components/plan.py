@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from unimedi_components.command_options import whole_number
+from unimedi_components.engines.muon import hidden_matrices
 from unimedi_components.errors import ConfigError
 from unimedi_components.networks import DINOHead, ProjectionHead, ReportEncoder, UnifiedViT, UniMedI, encoder_sizes
 from unimedi_components.networks.masking import MODALITIES
@@ -23,6 +24,7 @@ from unimedi_components.selection import Grid, kept_counts
 
 #: Name -> memory in GiB, and peak of dense matrix products in TFLOP/s, half precision and float32 (data sheets, SXM).
 GPUS = {"v100-32": (32, 125, 15.7), "a100-40": (40, 312, 19.5), "a100-80": (80, 312, 19.5), "h100-80": (80, 989, 67)}
+_WITHOUT_BFLOAT16 = ("v100-32",)
 GIB = 2**30
 # of the card's memory; the rest is left to CUDA, cuDNN and fragments
 _USABLE = 0.9
@@ -117,7 +119,7 @@ def step_cost(
             compared = {"all": seen, "visible": shown, "masked": patches - shown}[network.patch_loss_on]
             rows += images * compared
             flops += images * (stack.flops(1 + patches) + embed)
-            passes = [seen, *([patches] if network.vl_on_full[name] else [])]
+            passes = [seen, *([patches] if network.vl_on_full in (True, name) else [])]
         some = -(-images // parts)  # images whose activations are there at the same time
         for tokens in passes:
             flops += images * ((3 + recomputed) * stack.flops(1 + tokens) + (2 + int(parts > 1)) * embed)
@@ -180,11 +182,15 @@ def _matrices(module: nn.Module) -> list[tuple[int, int]]:
     return [(layer.out_features, layer.in_features) for layer in module.modules() if isinstance(layer, nn.Linear)]
 
 
-def state_bytes(network: nn.Module, amp: bool = True) -> float:
-    """Bytes that are there in every step: weights, gradients, AdamW's two moments, and autocast's halved weights."""
+def state_bytes(network: nn.Module, amp: bool = True, muon: bool = False) -> float:
+    """Bytes that are there in every step: weights, gradients, autocast's halved weights and the optimizer's state.
+
+    AdamW keeps two moments, Muon one of its matrices.
+    """
     sizes = [(p.numel(), p.requires_grad) for p in network.parameters()]
     total, trained = sum(size for size, _ in sizes), sum(size for size, grad in sizes if grad)
-    return 4.0 * total + 12.0 * trained + (2.0 * trained if amp else 0.0)
+    moments = 2 * trained - (sum(matrix.numel() for matrix in hidden_matrices(network)) if muon else 0)
+    return 4.0 * (total + trained + moments) + (2.0 * trained if amp else 0.0)
 
 
 def network_of_config(config: dict[str, Any]) -> UniMedI:
@@ -291,10 +297,11 @@ def describe(
     else:
         from unimedi_components.plan_task import task_needs
 
-        needs = task_needs(config, gpus, xrays, cts)
+        needs = task_needs(config, gpus, xrays, cts, torch.float16 if gpu in _WITHOUT_BFLOAT16 else torch.bfloat16)
     memory, *peaks = GPUS[gpu]
     peak = peaks[0] if needs.amp else peaks[1]
-    fixed, step = state_bytes(needs.network, needs.amp), needs.cost(needs.times)
+    muon = ConfigParser(config).get_parsed_content("optimizer#muon_lr", default=None) is not None
+    fixed, step = state_bytes(needs.network, needs.amp, muon), needs.cost(needs.times)
     used = (fixed + step.activations + step.passing) / GIB
 
     def fits(times: int) -> bool:
@@ -306,15 +313,17 @@ def describe(
     count = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in needs.network.named_children()}
     trained = sum(p.numel() for p in needs.network.parameters() if p.requires_grad) / 1e6
     kind = "half precision" if needs.amp else "float32"
-    room = "--network_def#accumulation and " if isinstance(needs.network, UniMedI) else ""
+    room = ["--network_def#accumulation"] * isinstance(needs.network, UniMedI)
+    if any(parameter.requires_grad for parameter in needs.network.get_submodule("encoder").parameters()):
+        room.append("--network_def#encoder#grad_checkpointing True")
     once = f"; features are made once, {needs.once / 1e12:.1f} TFLOP" if needs.once else ""
     lines = {
         "parameters": f"{trained:.1f} M trained; " + ", ".join(f"{n} {m:.1f} M" for n, m in count.items()),
         "a step": f"{needs.shown(needs.times)} on each of {gpus} ranks: {step.flops / 1e12:.2f} TFLOP each{once}",
-        "memory a rank": f"{used:.1f} of {memory} GiB ({gpu}): {fixed / GIB:.1f} of weights, gradients, AdamW, "
+        "memory a rank": f"{used:.1f} of {memory} GiB ({gpu}): {fixed / GIB:.1f} of weights, gradients, optimizer, "
         f"{step.activations / GIB:.1f} of activations, {step.passing / GIB:.1f} in passing",
-        "largest batch": f"{needs.shown(largest) if largest else 'none fits'} a rank, in {_USABLE:.0%} of the memory; "
-        f"{room}--network_def#encoder#grad_checkpointing True make{'' if room else 's'} room",
+        "largest batch": f"{needs.shown(largest) if largest else 'none fits'} a rank, in {_USABLE:.0%} of the memory"
+        + (f"; {' and '.join(room)} make{'s' * (len(room) == 1)} room" if room else ""),
         "hours": f"{hours:.1f}: {needs.steps} steps, {needs.schedule}, at {share:.0%} of {peak} TFLOP/s "
         f"in {kind} (assumed), without waiting for data or other ranks",
         "cache": f"{needs.cache[0] / GIB:.0f} GiB of {needs.cache[1]}",

@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from unimedi_components.engines import amp_dtype
 from unimedi_components.errors import ConfigError
 from unimedi_components.networks import UnifiedViT, encoder_sizes
 from unimedi_components.plan import Needs, StepCost, state_bytes
@@ -20,9 +21,14 @@ from unimedi_components.plan import Needs, StepCost, state_bytes
 class TaskStep:
     """The training step of a task bundle's config, for any number of images.
 
+    Attributes:
+        half: the type of mixed precision; decoders keep float32 beside bfloat16, and take more memory.
+
     Raises:
         ConfigError: not the config of a task's training.
     """
+
+    half = torch.bfloat16
 
     def __init__(self, config: dict[str, Any]) -> None:
         self.parser = ConfigParser(deepcopy(config))
@@ -94,7 +100,7 @@ class TaskStep:
             with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
                 self._objective(images).backward()
             hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-            with hooks, torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            with hooks, torch.autocast("cpu", self.half, enabled=amp):
                 self._objective(images)
         sizes = [storage.nbytes() for storage in kept.values()]
         return float(counter.get_total_flops()), float(sum(sizes)), float(max(sizes, default=0))
@@ -127,10 +133,13 @@ def _without_values(network: nn.Module) -> None:
                 module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
 
 
-def task_needs(config: dict[str, Any], gpus: int, xrays: int | None, cts: int | None) -> Needs:
-    """What `describe` prints of a task's training."""
+def task_needs(
+    config: dict[str, Any], gpus: int, xrays: int | None, cts: int | None, half: torch.dtype = torch.bfloat16
+) -> Needs:
+    """What `describe` prints of a task's training; `half` is the card's own type of mixed precision."""
     step = TaskStep(config)
-    parser, amp = step.parser, step.parser.get_parsed_content("amp") is not False
+    parser, named = step.parser, step.parser.get_parsed_content("amp")
+    step.half, amp = half if named in ("auto", True) else amp_dtype(named), named is not False
     batch = int(parser.get_parsed_content("train#dataloader#batch_size"))
     phantoms = parser["data#datalist"].get("phantoms")
     images = (cts if step.volumes else xrays) or (phantoms if isinstance(phantoms, int) else 10_000)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from unimedi_components.command_options import CHECKPOINT, check_options, whole_number
 from unimedi_components.errors import ConfigError
+from unimedi_components.lazy import importing
 
 if TYPE_CHECKING:
     from unimedi_components.retrieval.embeddings import Embeddings
@@ -39,7 +40,8 @@ def embed(
         options: --batch_2d, --batch_3d, --num_workers, --strict (an unreadable file is an error), --assume_hu (take
             CT values for Hounsfield units that do not say how they are rescaled).
     """
-    from unimedi_components.retrieval.embedder import Embedder
+    with importing():
+        from unimedi_components.retrieval.embedder import Embedder
 
     if not paths:
         raise ConfigError("embed: name at least one file or folder")
@@ -75,9 +77,10 @@ def index(
         options: --batch_2d, --batch_3d, --num_workers, --strict (an unreadable file is an error), --assume_hu (take
             CT values for Hounsfield units that do not say how they are rescaled).
     """
-    from unimedi_components.retrieval.embedder import Embedder
-    from unimedi_components.retrieval.embeddings import Embeddings
-    from unimedi_components.retrieval.report_table import read_reports
+    with importing():
+        from unimedi_components.retrieval.embedder import Embedder
+        from unimedi_components.retrieval.embeddings import Embeddings
+        from unimedi_components.retrieval.report_table import read_reports
 
     if not paths and datalist is None and reports is None:
         raise ConfigError("index: name images, or give --datalist or --reports")
@@ -125,9 +128,10 @@ def search(
         backend: exact, or faiss (approximate, for millions of entries; needs the extra faiss).
         json: file to write the neighbours to.
     """
-    from unimedi_components.data.datalist import write_json
-    from unimedi_components.retrieval.embedder import Embedder
-    from unimedi_components.retrieval.index import EmbeddingIndex
+    with importing():
+        from unimedi_components.data.datalist import write_json
+        from unimedi_components.retrieval.embedder import Embedder
+        from unimedi_components.retrieval.index import EmbeddingIndex
 
     if not queries:
         raise ConfigError("search: give at least one sentence or image")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from unimedi_components.command_options import CHECKPOINT, check_options
 from unimedi_components.errors import ConfigError
+from unimedi_components.lazy import importing
 from unimedi_components.search_commands import print_skipped
 
 if TYPE_CHECKING:
@@ -46,12 +47,13 @@ def zero_shot(
         assume_hu: take CT values for Hounsfield units that do not say how they are rescaled.
         options: --batch_2d, --batch_3d, --num_workers, --strict (an unreadable file is an error).
     """
-    import pandas as pd
+    with importing():
+        import pandas as pd
 
-    from unimedi_components.data.inputs import find_images
-    from unimedi_components.retrieval.embedder import Embedder
-    from unimedi_components.retrieval.zero_shot import ZeroShot
-    from unimedi_components.tasks.writer import write_csv
+        from unimedi_components.data.inputs import find_images
+        from unimedi_components.retrieval.embedder import Embedder
+        from unimedi_components.retrieval.zero_shot import ZeroShot
+        from unimedi_components.tasks.writer import write_csv
 
     if not paths:
         raise ConfigError("zero_shot: name at least one file or folder")

@@ -134,7 +134,7 @@ def test_selection_masking_and_loss(written: dict[str, Any], recipe: ConfigParse
         True,
     )
     assert (network.mask_ratio, network.mask_mode, network.patch_loss_on) == (0.5, "mask_token", "all")
-    assert (network.self_distillation, network.vl_on_full) == (True, False)
+    assert (network.self_distillation, network.vl_on_full, network.profile_power) == (True, False, 0.0)
     assert network.log_temperature.requires_grad
     assert written["network_def"]["init_temperature"] == 0.07
     loss = {name: written["loss_def"][name] for name in ("vl_weight", "icl_weight", "pcl_weight", "student_temp")}
@@ -153,6 +153,7 @@ def test_literal_is_the_paper_to_the_letter_over_every_other_overlay(configs: Pa
         loss, head = parser["loss_def"], parser["network_def"]["dino_head"]
         assert (loss["vl_weight"], loss["icl_weight"], loss["pcl_weight"]) == (1.0, 1.0, 1.0)
         assert (loss["targets"], loss["within_modality"], head["center_kinds"]) == ("center", False, 0)
+        assert (parser["network_def"]["vl_on_full"], parser["network_def"]["profile_power"]) == (False, 0.0)
 
 
 def test_learning_rate(recipe: ConfigParser) -> None:

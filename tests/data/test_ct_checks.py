@@ -188,10 +188,10 @@ def test_xray_files(tmp_path):
     (tmp_path / "empty.jpg").write_bytes(b"")
     assert xray_fault(tmp_path / "empty.jpg") == (
         "unreadable image",
-        f"{tmp_path / 'empty.jpg'}: the file is empty. Download or export it again",
+        f"{tmp_path / 'empty.jpg'}: the file is empty. Export or download it again",
     )
     (tmp_path / "page.jpg").write_text("<html>please log in</html>")
-    assert "the content is not JPG" in (xray_fault(tmp_path / "page.jpg") or ("", ""))[1]
+    assert "is named as a picture but holds text" in (xray_fault(tmp_path / "page.jpg") or ("", ""))[1]
     assert (xray_fault(tmp_path / "none.jpg", "exists") or ("",))[0] == "missing image"
     assert xray_fault(tmp_path / "none.jpg", "none") is None
     with pytest.raises(ConfigError, match="check_images='fast'"):

@@ -153,7 +153,7 @@ def test_not_an_xray(tmp_path):
     (tmp_path / "text.jpg").write_text("not an image")
     with pytest.raises(RuntimeError) as info:
         xray(tmp_path / "text.jpg", 64)
-    assert "cannot identify image file" in str(root_cause(info))
+    assert "is named as a picture but holds text" in str(root_cause(info))
 
 
 def test_xray_resize_pad_crop_positions(tmp_path):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 import struct
 from collections.abc import Callable, Sequence
@@ -232,6 +233,19 @@ def a_name_that_is_no_text(writer: Writer) -> Path:
     return path.rename(os.fsdecode(os.fsencode(path.parent) + b"/M\xfcller 1.dcm")).parent
 
 
+@kind("xray", truth=Truth(GREYS, near=0.01))
+def much_behind_a_jpeg(writer: Writer) -> Path:
+    path = picture(writer, "a.jpg", np.round(GREYS * 255).astype(np.uint8), quality=100)
+    path.write_bytes(path.read_bytes() + bytes(9000))
+    return path
+
+
+@kind("xray", truth=Truth(GREYS, near=3e-3))
+def a_tiff_called_jpg(writer: Writer) -> Path:
+    path = picture(writer, "a.tif", np.round(GREYS * 255).astype(np.uint8))
+    return path.rename(path.with_suffix(".jpg"))
+
+
 @kind("xray", truth=Truth(GREYS, near=3e-3))
 def grey_with_alpha(writer: Writer) -> Path:
     grey = np.round(GREYS * 255).astype(np.uint8)
@@ -253,6 +267,11 @@ def details_that_change(writer: Writer) -> Path:
         file.SeriesDescription, file.AcquisitionTime = f"{number}", f"1200{number:02d}"
 
     return ct(writer, change)
+
+
+@kind("volume", truth=BODY)
+def frame_of_reference_in_half(writer: Writer) -> Path:
+    return ct(writer, lambda n, f: setattr(f, "FrameOfReferenceUID", "1.2" if n % 2 else ""))
 
 
 @kind("volume", "scout view", BODY)
@@ -444,6 +463,35 @@ def nrrd_beside_its_voxels(writer: Writer) -> Path:
     return writer.folder / "scan.nhdr"
 
 
+@kind("volume", truth=BODY)
+def nrrd_behind_other_bytes(writer: Writer) -> Path:
+    path = nrrd(writer)
+    head, _, voxels = path.read_bytes().partition(b"\n\n")
+    path.write_bytes(head + b"\nbyte skip: -1\n\nanything" + voxels)
+    return path
+
+
+def headed(writer: Writer, *changes: tuple[str, str]) -> Path:
+    path = metaimage_beside_its_voxels(writer)
+    text = path.read_text()
+    for old, new in changes:
+        text = text.replace(old, new)
+    path.write_text(text)
+    return path
+
+
+@kind("volume", truth=BODY)
+def metaimage_with_four_axes(writer: Writer) -> Path:
+    four = ("2 2.5 3", "2 2.5 3 1"), ("20 18 24", "20 18 24 1"), ("10 -20 100", "10 -20 100 0")
+    matrix = ("1 0 0 0 1 0 0 0 1", "1 0 0 0 0 1 0 0 0 0 1 0 0 0 0 1")
+    return headed(writer, ("NDims = 3", "NDims = 4"), *four, matrix)
+
+
+@kind("volume", "The header gives no orientation (TransformMatrix): axes are taken to run to the left", truth=BODY)
+def metaimage_of_no_orientation(writer: Writer) -> Path:
+    return headed(writer, ("TransformMatrix = 1 0 0 0 1 0 0 0 1\n", ""))
+
+
 def slices_beside(header: Path, files: str) -> Path:
     """A header whose voxels lie in a file for each slice instead of scan.raw."""
     names = [f"s{z:02d}.raw" for z in range(24)]
@@ -535,6 +583,13 @@ def a_dicomdir_export(writer: Writer) -> Path:
         files.add(path)
     files.write(writer.folder / "CD")
     return writer.folder / "CD" / "DICOMDIR"
+
+
+@kind("volume", count=2)
+def folders_whose_series_have_no_name(writer: Writer) -> Path:
+    for folder in ("a", "b"):
+        ct(writer, lambda n, f: setattr(f, "SeriesInstanceUID", ""), folder=f"CD/{folder}")
+    return writer.folder / "CD"
 
 
 @kind("volume", "directions of slices differ by up to 0.17 degrees")
@@ -642,6 +697,11 @@ def grey_levels_in_nifti(writer: Writer) -> Path:
     return nifti(writer, "grey.nii.gz", np.clip((body() + 1000) / 6, 0, 255).astype(np.uint8))
 
 
+@kind("", "values 0 to 0 are not Hounsfield units")
+def a_series_of_zeros(writer: Writer) -> Path:
+    return ct(writer, volume=np.zeros_like(body()))
+
+
 @kind("", "some voxels are NaN or infinite")
 def an_infinite_voxel(writer: Writer) -> Path:
     values = body().astype(np.float32)
@@ -677,6 +737,66 @@ def nrrd_of_no_space(writer: Writer) -> Path:
     kept = [line for line in head.splitlines() if not line.startswith(b"space")]
     path.write_bytes(b"\n".join([*kept, b"spacings: 2 2.5 3", b"", voxels]))
     return path
+
+
+@kind("", "its header gives places in cm, not in mm")
+def metaimage_in_centimetres(writer: Writer) -> Path:
+    return headed(writer, ("ElementType", "DistanceUnits = cm\nElementType"))
+
+
+@kind("", "its voxels are colours or complex numbers")
+def metaimage_of_colours(writer: Writer) -> Path:
+    return headed(writer, ("20 18 24", "20 18 8"), ("ElementType", "ElementNumberOfChannels = 3\nElementType"))
+
+
+def cut(path: Path, count: int = 500) -> Path:
+    path.write_bytes(path.read_bytes()[:-count])
+    return path
+
+
+@kind("", "is cut off: its header says 17,280 bytes of voxels, there are 16,780. Download or export it again")
+def nifti_cut_off(writer: Writer) -> Path:
+    return cut(nifti(writer, "a.nii", body()))
+
+
+@kind("", "is cut off: its header says 240,000,000 bytes of voxels")
+def a_nifti_of_fewer_voxels(writer: Writer) -> Path:
+    path = nifti(writer, "a.nii.gz", body())
+    whole = gzip.decompress(path.read_bytes())
+    path.write_bytes(gzip.compress(whole[:42] + struct.pack("<3h", 2000, 2000, 30) + whole[48:]))
+    return path
+
+
+@kind("", "the compressed data is damaged or cut off")
+def packed_nifti_cut_off(writer: Writer) -> Path:
+    return cut(nifti(writer, "a.nii.gz", body()), 100)
+
+
+@kind("", "is cut off: its header says 17,280 bytes of voxels, there are 16,780. Download or export it again")
+def metaimage_cut_off(writer: Writer) -> Path:
+    path = metaimage_beside_its_voxels(writer)
+    cut(path.with_suffix(".raw"))
+    return path
+
+
+@kind("", "is cut off: its header says 17,280 bytes of voxels, there are 16,780. Download or export it again")
+def nrrd_cut_off(writer: Writer) -> Path:
+    return cut(nrrd(writer))
+
+
+@kind("", "truncated PNG, the end chunk is missing. Download or export it again")
+def a_png_without_its_end(writer: Writer) -> Path:
+    return cut(picture(writer, "a.png", FILM), 12)
+
+
+@kind("", "cannot be read (image file is truncated")
+def a_tiff_cut_off(writer: Writer) -> Path:
+    return cut(picture(writer, "a.tif", FILM), 5000)
+
+
+@kind("", "is DICOM of modality MR (magnetic resonance)")
+def mr_that_names_no_modality(writer: Writer) -> Path:
+    return film(writer, Modality="", SOPClassUID="1.2.840.10008.5.1.4.1.1.4")
 
 
 @kind("", "holds 3 frames, a film or loop")

@@ -14,12 +14,14 @@ import pydicom
 import pytest
 from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
+from pydicom.encaps import encapsulate
 from pydicom.sequence import Sequence
 from pydicom.uid import (
     DeflatedExplicitVRLittleEndian,
     ExplicitVRBigEndian,
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
+    RLELossless,
 )
 
 from tests.images.single_files import GREY, H, W, compress, write
@@ -64,6 +66,35 @@ def test_lossy_pixels(tmp_path: Path) -> None:
     twelve = write(tmp_path / "b.dcm", smooth.astype(np.uint16) * 16, BitsStored=12)
     found = stored(compress(twelve, "JPEGExtendedProcess2_4"))[0].astype(int)
     assert np.abs(found - smooth.astype(int) * 16).max() <= 48
+
+
+def rle(path: Path, pixels: np.ndarray, frames: list[list[bytes]]) -> Path:
+    """A file of these pixels, written as segments in RLE."""
+    write(path, pixels, **({"NumberOfFrames": len(pixels)} if pixels.ndim == 3 else {}))
+    file, coded = pydicom.dcmread(path), []
+    for segments in frames:
+        ends = np.cumsum([64, *map(len, segments)])
+        starts = np.r_[len(segments), ends[:-1], np.zeros(16 - len(ends))].astype("<u4")
+        coded.append(starts.tobytes() + b"".join(segments) + b"\0" * (int(ends[-1]) % 2))
+    file.PixelData, file.file_meta.TransferSyntaxUID = encapsulate(coded), RLELossless
+    file["PixelData"].is_undefined_length = True
+    file.save_as(path)
+    return path
+
+
+def test_run_lengths(tmp_path: Path) -> None:
+    # three sevens, 1 2 3, nothing, and nines from the second row into the third
+    line = bytes([254, 7, 2, 1, 2, 3, 128, 248, 9])
+    pixels = np.array([7, 7, 7, 1, 2, 3, *[9] * 9], np.uint8).reshape(3, 5)
+    zeros, ones = bytes([242, 0]), bytes([242, 1])
+    np.testing.assert_array_equal(stored(rle(tmp_path / "a.dcm", pixels, [[line]])), pixels[None])
+    wide = np.stack([pixels.astype(np.uint32) + 2**24, pixels.astype(np.uint32) * 2**16])
+    found = stored(rle(tmp_path / "b.dcm", wide, [[ones, zeros, zeros, line], [zeros, line, zeros, zeros]]))
+    np.testing.assert_array_equal(found, wide)
+    for planes, frames in ((pixels, [[line[:-2]]]), (np.stack([pixels] * 2), [[line]]), (pixels, [[line, line]])):
+        path = rle(tmp_path / "c.dcm", planes, frames)
+        with pytest.raises(DataError, match="the pixels cannot be decoded"):
+            stored(path)
 
 
 @pytest.mark.parametrize("drop", ["preamble", "preamble and meta", "meta"])

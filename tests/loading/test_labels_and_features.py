@@ -282,7 +282,7 @@ def test_an_empty_split_is_named(root):
 
 
 def test_strict_names_the_unreadable_file(root):
-    with pytest.raises(DataError, match=r"4.png: cannot be read"):
+    with pytest.raises(DataError, match=r"4\.png: is named as a picture but holds text"):
         len(FeatureDataset(dataset_of(root, strict=True), network_of(), "cpu"))
 
 

@@ -110,7 +110,7 @@ def test_card_and_student_state() -> None:
     network = build(0)
     card = make_card(network, PREPROCESSING, note="x")
     assert tuple(card["encoder"]["patch_size_3d"]) == (4, 8, 8) and card["encoder"]["embed_dim"] == 16
-    assert card["selection"] == {"num_slices": 3, "expand": "repeat", "pseudo_pairs": True}
+    assert card["selection"] == {"num_slices": 3, "expand": "repeat", "profile_power": 0.0, "pseudo_pairs": True}
     assert card["text_projection"]["hidden_dim"] is None and card["image_projection"]["hidden_dim"] == 24
     assert card["note"] == "x" and json.loads(json.dumps(card))["report_encoder"]["hidden_size"] == 16
     names = {name.partition(".")[0] for name in student_state(network)}

@@ -100,10 +100,10 @@ def answer(analyser: Analyser, paths: dict[str, Path]) -> Iterator[Callable[[str
     def post(name: str) -> tuple[int, dict[str, Any]]:
         path = paths[name]
         lone = path.is_file() and path.name != "DICOMDIR" and path.suffix not in (".mhd", ".nhdr")
-        below = sorted((path if path.is_dir() else path.parent).rglob("*"))
-        given = [path] if lone else [file for file in below if file.is_file()]
-        # a browser sends names as UTF-8
-        names = [file.name.encode("utf-8", "replace").decode() for file in given]
+        root = path if path.is_dir() else path.parent
+        given = [path] if lone else [file for file in sorted(root.rglob("*")) if file.is_file()]
+        # a browser sends names as UTF-8, those of a dropped folder with their places in it
+        names = [str(file.relative_to(root.parent)).encode("utf-8", "replace").decode() for file in given]
         files = [("files", (name, io.BytesIO(file.read_bytes()))) for name, file in zip(names, given, strict=True)]
         reply = client.post("/api/analyse", files=files)
         return reply.status_code, reply.json()

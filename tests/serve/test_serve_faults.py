@@ -107,7 +107,8 @@ def tiff_pages(files: Any) -> Path:
 
 def metaimage(files: Any, voxels: str, fields: str = "", size: str = "30 28 26") -> Path:
     text = f"ObjectType = Image\nNDims = {len(size.split())}\nDimSize = {size}\n{fields}ElementType = MET_SHORT\n"
-    return files.raw("scan.mhd", f"{text}ElementSpacing = 9 9 8\nElementDataFile = {voxels}\n".encode())
+    spacing = f"ElementSpacing ={' 9' * (len(size.split()) - 1)} 8"
+    return files.raw("scan.mhd", f"{text}{spacing}\nElementDataFile = {voxels}\n".encode())
 
 
 def loop(files: Any) -> Path:
@@ -181,8 +182,8 @@ CASES: dict[str, tuple[Callable[[Any], Given], int, str]] = {
         422,
         "cat.jpg: is a colour picture, not a radiograph",
     ),
-    "truncated JPEG": (lambda f: [cut(f.picture("film.jpg"))], 422, "film.jpg: the picture is damaged or cut off"),
-    "truncated PNG": (lambda f: [cut(f.picture("film.png"))], 422, "film.png: the picture is damaged or cut off"),
+    "truncated JPEG": (lambda f: [cut(f.picture("film.jpg"))], 422, "film.jpg: truncated JPEG, the end-of-image"),
+    "truncated PNG": (lambda f: [cut(f.picture("film.png"))], 422, "film.png: truncated PNG, the end chunk is"),
     "one pixel": (lambda f: [f.picture("a.png", f.film(1, 1))], 422, "a.png: all pixels"),
     "black": (lambda f: [f.picture("a.png", np.zeros((50, 50), np.uint8))], 422, "a.png: all pixels"),
     "too many pixels": (lambda f: [("big.png", huge_png())], 413, "big.png: has "),
@@ -278,11 +279,15 @@ CASES: dict[str, tuple[Callable[[Any], Given], int, str]] = {
         422,
         "scan.nhdr: its header names voxels outside its folder (/etc/passwd). Put them beside it",
     ),
-    "4D MetaImage": (lambda f: [metaimage(f, "LOCAL", size="9 9 9 3")], 422, "scan.mhd: is 4D"),
+    "4D MetaImage": (
+        lambda f: [metaimage(f, "scan.raw", size="9 9 9 3"), f.raw("scan.raw", bytes(9**3 * 6))],
+        422,
+        "scan.mhd: is 4D (9 × 9 × 9 × 3)",
+    ),
     "short MetaImage": (
         lambda f: [metaimage(f, "scan.raw"), f.raw("scan.raw", b"\0" * 99)],
         422,
-        "scan.mhd: its file of voxels has 99 bytes where the header says 43680",
+        "scan.mhd: is cut off: its header says 43,680 bytes of voxels, there are 99",
     ),
     "detached NRRD": (
         lambda f: [f.raw("a.nrrd", b"NRRD0004\ntype: short\ndimension: 3\nsizes: 9 9 9\ndata file: a.raw\n\n")],

@@ -164,4 +164,5 @@ def test_names_are_text_only(files: Any, upload: Any) -> None:
         status, answer = upload((given, files.picture("a.png").read_bytes()))
         assert status == 200 and answer["name"].endswith(".png") and len(answer["name"]) <= 120
         assert answer["name"] == given or len(given) > 120
+    # folders are not shown; see `folders_whose_series_have_no_name` for what they tell
     assert upload(("folder/film.png", files.picture("a.png").read_bytes()))[1]["name"] == "film.png"

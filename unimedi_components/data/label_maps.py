@@ -15,6 +15,7 @@ import numpy as np
 
 from unimedi_components.data.datalist import DatalistBuilder
 from unimedi_components.data.sources import check_choice, progress_map
+from unimedi_components.errors import reason_of
 from unimedi_components.images.checks import CTLimits, check_ct
 from unimedi_components.images.volume import read_volume_header
 from unimedi_components.images.xray_checks import IMAGE_CHECKS
@@ -142,9 +143,8 @@ def _mask_fault(image: Path, mask: Path, num_classes: int) -> tuple[str, str] | 
         difference = geometry_difference(first.shape, first.affine, second.shape, second.affine)
         values = np.asanyarray(nib.load(mask).dataobj)  # type: ignore[attr-defined]
         unknown = "" if difference else unknown_labels(values, num_classes)
-    except Exception as error:  # zlib and nibabel raise many kinds for broken files
-        text = (str(error).strip() or type(error).__name__).splitlines()[-1]
-        return "unreadable mask", f"{mask}: cannot be read ({text}). Download or export it again"
+    except Exception as error:
+        return "unreadable mask", f"{mask}: {reason_of(error, mask)}"
     if difference:
         return "mask and image differ in geometry", f"{mask}: {difference}. Resample the label map to its image"
     if unknown:

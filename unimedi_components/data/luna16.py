@@ -65,9 +65,8 @@ def collect(
         train_subsets: numbers of the training subsets (Models Genesis' folds).
         validation_subsets: numbers of the validation subsets.
         test_subsets: numbers of the test subsets.
-        check_images: ``"quick"`` (header, and size of the ``.raw``), ``"full"`` (also Hounsfield units of some
-            slices), ``"exists"`` (header, and whether there is a ``.raw``), or ``"none"``, which only lists the
-            folders and so leaves out the voxel indices.
+        check_images: ``"quick"`` or ``"exists"`` (header, and size of the ``.raw``), ``"full"`` (also Hounsfield units
+            of some slices), or ``"none"``, which only lists the folders and so leaves out the voxel indices.
         assume_hu: take CT values for Hounsfield units that do not look like it.
 
     Returns:

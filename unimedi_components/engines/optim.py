@@ -45,20 +45,16 @@ def _say_float32(amp: str, device: str) -> None:
     logger.warning("amp %s: mixed precision needs a GPU; on %s all is computed in float32", amp, device)
 
 
-def amp_dtype(amp: bool | str | torch.dtype = "auto", auto: str | None = None) -> torch.dtype:
+def amp_dtype(amp: bool | str | torch.dtype = "auto") -> torch.dtype:
     """The type of autocast: bfloat16 where the GPU computes in it, else float16, whose gradients need scaling.
 
     Args:
         amp: "auto", True or False, which name none, "bfloat16" or "float16".
-        auto: the type where `amp` names none. A decoder of convolutions and norms needs float16: in the 8 bits of
-            bfloat16 its gradients turn away from those in float32.
 
     Raises:
         ConfigError: another name.
     """
     key = "auto" if isinstance(amp, bool) else str(amp).removeprefix("torch.")
-    if key == "auto" and auto is not None:
-        key = auto
     if key == "auto":
         # without a GPU nothing is cast, and the answer does not matter
         native = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)

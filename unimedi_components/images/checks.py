@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from unimedi_components.errors import DataError
+from unimedi_components.errors import DataError, reason_of
 from unimedi_components.images.dicom import stored_values
 from unimedi_components.images.itk_volumes import VolumeGeometry, read_block, read_geometry
 from unimedi_components.images.volume import (
@@ -132,12 +132,8 @@ def _find_fault(
             problem = hounsfield_fault(sample, limits.hounsfield and not assume_hu)
     except DataError as error:
         return Fault(short_reason(str(error)), str(error))
-    except Exception as error:  # nibabel, zlib and ITK raise many kinds for broken files
-        text = str(error).strip().splitlines()
-        problem = (
-            "unreadable image",
-            f"cannot be read ({text[-1] if text else type(error).__name__}). Download or export it again",
-        )
+    except Exception as error:
+        problem = "unreadable image", reason_of(error, path)
     return None if problem is None else Fault(problem[0], f"{path}: {problem[1]}")
 
 
@@ -241,8 +237,8 @@ def check_metaimage(
 
     Args:
         path: the header file.
-        check: ``"exists"`` (header, and whether the voxels' file is there), ``"quick"`` (also its size) or
-            ``"full"`` (also whether some slices are in Hounsfield units).
+        check: ``"full"`` also reads some slices: whether they are in Hounsfield units; any other only the header and
+            the size of the voxels' file.
         hounsfield: whether values must be Hounsfield units.
 
     Returns:
@@ -254,36 +250,13 @@ def check_metaimage(
     if fault is not None:
         return fault, None
     geometry = read_geometry(path)
-    problem = _voxel_file_problem(path, geometry, check)
-    if not problem and check == "full":
+    if check == "full":
         *plane, depth = geometry.shape
         slices = np.unique(np.linspace(0, depth - 1, SAMPLED_SLICES).round().astype(int))
         try:
             sample = np.stack([read_block(path, (0, 0, index), (*plane, 1)) for index in slices.tolist()])
         except RuntimeError as error:
-            problem = f"its voxels cannot be read ({str(error).strip().splitlines()[-1]})"
-        else:
-            if (values := hounsfield_fault(sample, hounsfield)) is not None:
-                return Fault(values[0], f"{path}: {values[1]}"), None
-    if problem:
-        return Fault("unreadable image", f"{path}: {problem}. Unpack or download it again"), None
+            return Fault("unreadable image", f"{path}: {reason_of(error, path)}"), None
+        if (values := hounsfield_fault(sample, hounsfield)) is not None:
+            return Fault(values[0], f"{path}: {values[1]}"), None
     return None, geometry
-
-
-def _voxel_file_problem(path: Path, geometry: VolumeGeometry, check: str) -> str:
-    """Compare the file of voxels that a header names with what the header says; empty when they agree."""
-    fields: dict[str, str] = {}
-    for line in path.read_bytes()[:65536].decode("latin-1").splitlines():
-        name, _, value = line.partition("=")
-        fields[name.strip()] = value.strip()
-    voxels = fields.get("ElementDataFile", "")
-    if not voxels or voxels.split()[0] in ("LOCAL", "LIST") or "%" in voxels:
-        return ""
-    raw = path.parent / voxels
-    if not raw.is_file():
-        return f"its voxels {voxels} are missing"
-    need, size = int(np.prod(geometry.shape)) * geometry.voxel_bytes, raw.stat().st_size
-    if fields.get("CompressedData", "").lower() == "true":
-        stored = fields.get("CompressedDataSize", "")
-        need = int(stored) if stored.isdigit() else 1
-    return f"{voxels} has {size} bytes where the header says {need}" if size < need and check != "exists" else ""

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The pixels of one DICOM file: as stored, and as modality values (PS3.3 C.7.6.3, C.11.1).
 
-Compressed pixels are decoded by GDCM behind pydicom, RLE and plain ones by pydicom itself.
+Compressed pixels are decoded by GDCM behind pydicom; of grey pixels, plain ones are numbers in the file, and Pillow
+knows the run lengths of RLE.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ import functools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from unimedi_components.errors import DataError
 from unimedi_components.images.headers import (
@@ -49,6 +52,7 @@ _TAIL = 4096
 _LITTLE = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1")
 _PLAIN = (*_LITTLE, "1.2.840.10008.1.2.2", DEFLATED)
 _RLE, _JPEG_EXTENDED = "1.2.840.10008.1.2.5", "1.2.840.10008.1.2.4.51"
+_NUMBERS = {8: "u1", 16: "<u2", 32: "<u4"}
 _PALETTES = ("RedPaletteColorLookupTableDescriptor", "PaletteColorLookupTableUID")
 # PS3.5 A.4: ends a sequence of fragments
 _FRAMES_END = b"\xfe\xff\xdd\xe0"
@@ -145,7 +149,7 @@ def _decoded(header: DicomHeader) -> Array:
         raise DataError(f"{header.path}: {fault}")
     try:
         twelve_bits = header.transfer_syntax == _JPEG_EXTENDED and header.bits_stored > 8
-        if (pixels := _as_written(header)) is None:
+        if (pixels := _as_written(header)) is None and (pixels := _run_lengths(header)) is None:
             pixels = _by_gdcm(header) if twelve_bits else _by_pydicom(header)
     except MemoryError:
         raise
@@ -158,7 +162,7 @@ def _decoded(header: DicomHeader) -> Array:
 
 def _as_written(header: DicomHeader) -> Array | None:
     """Grey pixels that are plain little-endian numbers in the file, without a second look at its header; else None."""
-    kind = {8: "u1", 16: "<u2", 32: "<u4"}.get(header.bits_allocated)
+    kind = _NUMBERS.get(header.bits_allocated)
     count = header.rows * header.columns * header.frames
     if (
         kind is None
@@ -170,6 +174,32 @@ def _as_written(header: DicomHeader) -> Array | None:
         return None
     kind = kind.replace("u", "i") if header.signed else kind
     return np.fromfile(header.path, kind, count, offset=header.pixel_offset)
+
+
+def _run_lengths(header: DicomHeader) -> Array | None:
+    """Grey pixels in RLE (PS3.5 G), which pydicom would decode in Python; None where they are anything else."""
+    kind = _NUMBERS.get(header.bits_allocated)
+    known = header.samples == 1 and header.pixels == "PixelData" and header.pixel_length is None
+    if kind is None or not known or header.transfer_syntax != _RLE:
+        return None
+    from pydicom.encaps import generate_frames
+
+    load_pydicom()
+    count, size = header.rows * header.columns, header.bits_allocated // 8
+    planes = []
+    with open(header.path, "rb") as stream:
+        stream.seek(header.pixel_offset)
+        for frame in generate_frames(stream, number_of_frames=header.frames):
+            segments, *starts = np.frombuffer(frame, "<u4", 16).tolist()
+            if segments != size:
+                raise ValueError(f"{segments} RLE segments for pixels of {size} bytes")
+            # the highest byte comes first; one line, since some writers let a run go on in the next row
+            parts = (frame[start:end] for start, end in pairwise((*starts[:size], len(frame))))
+            lines = [np.asarray(Image.frombytes("L", (count, 1), part, "packbits", "L")) for part in parts]
+            planes.append(np.stack([line.ravel() for line in lines[::-1]], axis=-1))
+    if len(planes) < header.frames:
+        raise ValueError(f"{len(planes)} of {header.frames} frames")
+    return np.stack(planes[: header.frames]).view(kind.replace("u", "i") if header.signed else kind)
 
 
 def _by_pydicom(header: DicomHeader) -> Array:
@@ -217,7 +247,7 @@ def _by_gdcm(header: DicomHeader) -> Array:
     if header.pixels != "PixelData" or not reader.Read():
         raise ValueError("GDCM cannot read the file")
     image = reader.GetImage()
-    kind = {8: "u1", 16: "<u2", 32: "<u4"}[image.GetPixelFormat().GetBitsAllocated()]
+    kind = _NUMBERS[image.GetPixelFormat().GetBitsAllocated()]
     # the binding gives bytes as text
     pixels = np.frombuffer(image.GetBuffer().encode("utf-8", "surrogateescape"), kind)
     return pixels.view(kind.replace("u", "i")) if header.signed else pixels

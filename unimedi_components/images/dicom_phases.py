@@ -100,8 +100,10 @@ def _running_through(group: list[DicomSlice]) -> list[tuple[str, list[DicomSlice
     thick = thickness[0] > 1.5 * float(np.median(np.diff(offsets(group))))
     one_pass, telling = _rising(group), ("AcquisitionNumber", *_OTHER_TAGS)
     for name, labels, parts in _by_tags(group, telling if one_pass else _PHASE_TAGS):
-        several = (not one_pass and all(map(_rising, parts))) or (thick and name in telling)
-        if (several or name in _OTHER_TAGS) and interleaved(parts):
+        # what some slices lack says nothing
+        named = name in telling and all(part[0].value(name) for part in parts)
+        several = not one_pass and all(map(_rising, parts))
+        if (several or (named and (thick or name in _OTHER_TAGS))) and interleaved(parts):
             return list(zip(labels, parts, strict=True))
     normal = group[0].normal
     for name in (*_TIMES, "InstanceNumber"):

@@ -31,7 +31,7 @@ from unimedi_components.images.dicom_stacks import (
     offsets,
 )
 from unimedi_components.images.headers import DicomHeader
-from unimedi_components.images.xray_checks import CT_CLASSES, XRAYS, modality_words
+from unimedi_components.images.xray_checks import CT_CLASSES, XRAYS, modality_of, modality_words
 
 __all__ = ["Sorted", "is_ct", "sort_headers"]
 
@@ -132,8 +132,8 @@ def _other(header: DicomHeader) -> str:
     """What a file is that is neither an X-ray nor a CT slice by its nature; empty where it may be one."""
     if "DirectoryRecordSequence" in header.dataset:
         return "holds a directory of DICOM files (DICOMDIR); the files that it lists are read themselves"
-    if not is_ct(header) and header.modality not in XRAYS:
-        return f"is DICOM of modality {modality_words(header.modality)}. Give a chest X-ray (CR, DX) or a CT"
+    if not is_ct(header) and (modality := modality_of(header)) not in XRAYS:
+        return f"is DICOM of modality {modality_words(modality)}. Give a chest X-ray (CR, DX) or a CT"
     words = set(header.image_type) & set(_SCOUTS)
     return f"is a scout view ({min(words)}), no slice of the series" if words and header.pixels else ""
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from unimedi_components.errors import DataError
+from unimedi_components.errors import DataError, reason_of
 from unimedi_components.images.checks import CTLimits, header_fault
 from unimedi_components.images.dicom_series import sort_headers
 from unimedi_components.images.dicom_stacks import Stack
@@ -244,9 +244,8 @@ def _checked_geometry(file: Path) -> tuple[str, ...]:
         header = read_volume_header(file)
     except (DataError, MemoryError):
         raise
-    except Exception as error:  # nibabel, zlib and ITK raise many kinds for broken files
-        text = (str(error).strip().splitlines() or [type(error).__name__])[-1].replace(str(file), file.name)
-        raise DataError(f"cannot be read ({text[:200]}). Download or export it again") from error
+    except Exception as error:
+        raise DataError(reason_of(error, file)) from error
     if (fault := header_fault(header, _GEOMETRY)) is not None:
         raise DataError(fault[1])
     return header.warnings

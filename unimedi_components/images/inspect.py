@@ -12,7 +12,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
-from unimedi_components.errors import DataError
+from unimedi_components.errors import DataError, reason_of
 from unimedi_components.images.checks import refused_values
 from unimedi_components.images.find import Image, LeftOut, expand, image_items, sort_files, summarised
 from unimedi_components.images.headers import DicomHeader, read_header
@@ -85,10 +85,8 @@ def inspect_paths(
             row = _xray(image, values) if image.dim == 2 else _volume(image, values, assume_hu)
         except MemoryError:
             raise
-        except Exception as error:  # the readers raise many kinds for broken files
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].removeprefix(f"{image.path}: ")
-            if not isinstance(error, DataError):
-                reason = f"cannot be read ({reason.replace(str(image.path), image.path.name)}). Export it again"
+        except Exception as error:
+            reason = reason_of(error, image.path)
             listing.left_out += [LeftOut(str(file), reason, True) for file in image.files]
             continue
         header = image.header or (image.stack.header if image.stack else None)

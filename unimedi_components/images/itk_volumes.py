@@ -7,12 +7,13 @@ nibabel and MONAI, so x and y change sign in between.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,6 +25,8 @@ __all__ = [
     "LPS_TO_RAS",
     "NOT_GREY",
     "VolumeGeometry",
+    "cut_off",
+    "header_warnings",
     "read_block",
     "read_geometry",
     "read_itk",
@@ -77,15 +80,16 @@ def read_itk_geometry(path: str | Path) -> tuple[tuple[int, ...], np.ndarray, in
 
     Raises:
         DataError: ITK does not know the format, a voxel holds several values, the header names voxels outside its
-            folder or that are missing, or leaves spacing or orientation open.
+            folder or that are missing or too few, or leaves spacing or orientation open.
         RuntimeError: ITK cannot read the header.
     """
     if elsewhere := voxels_elsewhere(path):
         raise DataError(f"{path}: {elsewhere}")
-    if missing := [name for name in voxel_files(path) if not (Path(path).parent / name).is_file()]:
-        raise DataError(f"{path}: its voxels {missing[0]} are missing. Unpack or download it again")
-    if gap := _header_gap(path):
-        raise DataError(f"{path}: {gap}")
+    if header := _header(path):
+        if missing := [name for name in _named_files(header) if not (Path(path).parent / name).is_file()]:
+            raise DataError(f"{path}: its voxels {missing[0]} are missing. Unpack or download it again")
+        if gap := _header_gap(header):
+            raise DataError(f"{path}: {gap}")
     itk = load_itk()
     image_io = itk.ImageIOFactory.CreateImageIO(str(path), itk.CommonEnums.IOFileMode_ReadMode)
     if image_io is None:
@@ -101,8 +105,10 @@ def read_itk_geometry(path: str | Path) -> tuple[tuple[int, ...], np.ndarray, in
         direction[: min(3, n_axes)] = np.asarray(list(image_io.GetDirection(axis)))[:3]
         affine[:3, axis] = direction * image_io.GetSpacing(axis)
         affine[axis, 3] = image_io.GetOrigin(axis)
-    shape = tuple(int(image_io.GetDimensions(axis)) for axis in range(n_axes))
-    return shape, LPS_TO_RAS @ affine, int(image_io.GetComponentSize())
+    shape, voxel_bytes = tuple(int(image_io.GetDimensions(axis)) for axis in range(n_axes)), image_io.GetComponentSize()
+    if header and (cut := _too_few_bytes(Path(path), header, math.prod(shape) * int(voxel_bytes))):
+        raise DataError(f"{path}: {cut}")
+    return shape, LPS_TO_RAS @ affine, int(voxel_bytes)
 
 
 def read_itk(path: str | Path) -> np.ndarray:
@@ -181,49 +187,97 @@ def voxels_elsewhere(path: str | Path) -> str:
     return ""
 
 
-def _header_lines(path: str | Path) -> tuple[bool, list[str]]:
-    """Whether a file is NRRD, and the lines of its NRRD or MetaImage header; none of any other file."""
+class _Header(NamedTuple):
+    """The text of an NRRD or MetaImage header: its lines, its fields by their names in small letters, its bytes."""
+
+    nrrd: bool
+    lines: list[str]
+    fields: dict[str, str]
+    length: int
+
+
+def _header(path: str | Path) -> _Header | None:
+    """The header of an NRRD or MetaImage file; None of any other file."""
     if not Path(path).is_file():
-        return False, []
+        return None
     with open(path, "rb") as stream:
         head = stream.read(_HEADER_BYTES)
         nrrd = head.startswith(b"NRRD0")
         if nrrd or b"NDims" in head:
             head += stream.read(64 * _HEADER_BYTES)
     if not nrrd and b"ElementDataFile" not in head:
-        return False, []
+        return None
     # an attached NRRD's header ends with an empty line, a MetaImage's with the line ElementDataFile
-    return nrrd, (re.split(rb"\r?\n\r?\n", head)[0] if nrrd else head).decode("latin-1").splitlines()
+    end = re.search(rb"\r?\n\r?\n" if nrrd else rb"(?m)^ElementDataFile[^\n]*\n?", head)
+    length = end.end() if end else len(head)
+    text = (head[:length] if nrrd else head).decode("latin-1")
+    own = (line for line in head[:length].decode("latin-1").splitlines() if ":=" not in line)
+    pairs = (line.partition(":" if nrrd else "=") for line in own)
+    fields = {name.strip().lower(): value.strip() for name, _, value in pairs}
+    return _Header(nrrd, text.splitlines(), fields, length)
 
 
 def voxel_files(path: str | Path) -> list[str]:
     """Files of voxels that a MetaImage or NRRD header names, patterns and lists included; none of any other file."""
-    nrrd, lines = _header_lines(path)
-    field = re.compile(r"data ?file:\s*(.*)" if nrrd else r"ElementDataFile\s*=\s*(.*)", re.IGNORECASE)
-    for number, line in enumerate(lines):
+    header = _header(path)
+    return _named_files(header) if header else []
+
+
+def _named_files(header: _Header) -> list[str]:
+    field = re.compile(r"data ?file:\s*(.*)" if header.nrrd else r"ElementDataFile\s*=\s*(.*)", re.IGNORECASE)
+    for number, line in enumerate(header.lines):
         match = field.match(line.strip())
         if match is None:
             continue
         value = match[1].strip()
         if value.split()[:1] == ["LIST"]:
             # a list of nothing is a file that is missing
-            return [name.strip() for name in lines[number + 1 :] if name.strip()] or [value]
+            return [name.strip() for name in header.lines[number + 1 :] if name.strip()] or [value]
         return [] if value.upper() == "LOCAL" else _numbered_files(value)
     return []
 
 
-def _header_gap(path: str | Path) -> str:
-    """Say what a MetaImage or NRRD header leaves open where ITK would take 1 mm or LPS; empty where it says all."""
-    nrrd, lines = _header_lines(path)
-    if not lines:
-        return ""
-    end = next((n for n, line in enumerate(lines) if line.startswith("ElementDataFile")), len(lines))
-    fields = {line.partition(":" if nrrd else "=")[0].strip().lower() for line in lines[:end]}
-    if not fields & ({"space directions", "spacings"} if nrrd else {"elementspacing", "elementsize"}):
+def _header_gap(header: _Header) -> str:
+    """Say what a header leaves open where ITK would take 1 mm or LPS; empty where it says all."""
+    nrrd, fields = header.nrrd, header.fields
+    if not fields.keys() & ({"space directions", "spacings"} if nrrd else {"elementspacing", "elementsize"}):
         return "its header gives no spacing, so the size of its voxels is unknown. Export it again"
     if nrrd and "space" not in fields:
         return "its header names no space, so its orientation is unknown. Export it again"
+    # which ITK passes over
+    units = re.findall(r"[A-Za-z]+", fields.get("space units" if nrrd else "distanceunits", ""))
+    if others := set(units) - {"mm", "millimeter", "millimeters"}:
+        return f"its header gives places in {', '.join(sorted(others))}, not in mm. Export it again"
     return ""
+
+
+def header_warnings(path: str | Path) -> tuple[str, ...]:
+    """What a MetaImage header leaves open and its format has a default for."""
+    header = _header(path)
+    if header is None or header.nrrd or header.fields.keys() & {"transformmatrix", "rotation", "orientation"}:
+        return ()
+    return ("The header gives no orientation (TransformMatrix): axes are taken to run to the left, back and head.",)
+
+
+def cut_off(need: int, have: int, packed: bool = False) -> str:
+    """Say that there are fewer bytes of voxels than a header says; empty where there may be enough."""
+    # deflate reaches about 1030:1
+    if have * 1100 + 2**21 >= need if packed else have >= need:
+        return ""
+    return f"is cut off: its header says {need:,} bytes of voxels, there are {have:,}. Download or export it again"
+
+
+def _too_few_bytes(path: Path, header: _Header, need: int) -> str:
+    fields = header.fields
+    coding = fields.get("encoding", "raw").lower()
+    if not header.nrrd:
+        coding = "gzip" if fields.get("compresseddata", "").lower() == "true" else "raw"
+        coding = "text" if fields.get("binarydata", "").lower() == "false" else coding
+    files = [path.parent / name for name in _named_files(header)]
+    have = sum(file.stat().st_size for file in files) if files else path.stat().st_size - header.length
+    if coding == "gzip" and fields.get("compresseddatasize", "").isdigit():
+        return cut_off(int(fields["compresseddatasize"]), have)
+    return cut_off(need, have, coding != "raw") if coding in ("raw", "gzip", "gz") else ""
 
 
 def _numbered_files(value: str) -> list[str]:

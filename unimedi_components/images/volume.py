@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import gzip
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +16,20 @@ import nibabel as nib
 import numpy as np
 from nibabel.arrayproxy import ArrayProxy
 
-from unimedi_components.errors import DataError
+from unimedi_components.errors import DataError, reason_of
 from unimedi_components.images.dicom import modality_values
 from unimedi_components.images.dicom_series import sort_headers
 from unimedi_components.images.dicom_stacks import DicomSlice, Stack
 from unimedi_components.images.headers import DicomHeader, is_dicom, read_header
 from unimedi_components.images.identify import identify
-from unimedi_components.images.itk_volumes import AIR_HU, NOT_GREY, read_itk, read_itk_geometry
+from unimedi_components.images.itk_volumes import (
+    AIR_HU,
+    NOT_GREY,
+    cut_off,
+    header_warnings,
+    read_itk,
+    read_itk_geometry,
+)
 
 try:
     # decodes faster than zlib
@@ -112,6 +120,7 @@ def read_volume_header(path: str | Path, files: Sequence[str | Path] = (), assum
     path = Path(path)
     if (stack := find_stack(path, files, assume_hu)) is not None:
         return stack_header(stack)
+    warnings: tuple[str, ...] = ()
     if _is_nifti(path):
         image = _load_nifti(path)
         raw = _raw_nifti_header(path)
@@ -123,12 +132,17 @@ def read_volume_header(path: str | Path, files: Sequence[str | Path] = (), assum
             raise DataError(f"{path}: {NOT_GREY}")
         shape, spacing = tuple(image.shape), tuple(float(zoom) for zoom in image.header.get_zooms()[:3])
         voxel_bytes = int(kind.itemsize)
+        packed = _is_packed(path)
+        have = path.stat().st_size - (0 if packed else image.dataobj.offset)
+        if cut := cut_off(math.prod(shape) * voxel_bytes, have, packed):
+            raise DataError(f"{path}: {cut}")
     else:
         shape, affine, voxel_bytes = read_itk_geometry(path)
+        warnings = header_warnings(path)
         spacing = tuple(float(step) for step in np.linalg.norm(affine[:3, :3], axis=0))
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
-    return VolumeHeader(shape, affine, spacing, voxel_bytes)
+    return VolumeHeader(shape, affine, spacing, voxel_bytes, warnings)
 
 
 def read_volume(path: str | Path, files: Sequence[str | Path] = (), assume_hu: bool = False) -> Volume:
@@ -153,11 +167,10 @@ def read_volume(path: str | Path, files: Sequence[str | Path] = (), assume_hu: b
         values = _nifti_values(path) if _is_nifti(path) else read_itk(path)
     except (DataError, MemoryError):
         raise
-    except Exception as error:  # nibabel, zlib and ITK raise many kinds for broken files
+    except Exception as error:
         if not path.exists():
             raise DataError(f"{path}: no such file. Correct the path or fetch the file") from None
-        text = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-        raise DataError(f"{path}: cannot be read ({text}). Download or export it again") from error
+        raise DataError(f"{path}: {reason_of(error, path)}") from error
     return Volume(values.reshape(header.shape), header.affine, header.warnings)
 
 

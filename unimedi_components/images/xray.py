@@ -11,11 +11,12 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
-from unimedi_components.errors import DataError
-from unimedi_components.images.dicom import is_dicom, modality_values, read_header
+from unimedi_components.errors import DataError, reason_of
+from unimedi_components.images.dicom import modality_values, read_header
 from unimedi_components.images.greys import dicom_greys, robust_ends, robust_greys
+from unimedi_components.images.identify import DICOM, content_fault, identify
 from unimedi_components.images.itk_loading import load_itk
-from unimedi_components.images.xray_checks import PICTURE_FORMATS, colour_fault, film_fault, pages_fault
+from unimedi_components.images.xray_checks import PICTURE_FORMATS, colour_fault, film_fault, marks_fault, pages_fault
 
 __all__ = ["XrayReader", "film_notes", "read_xray"]
 
@@ -55,11 +56,21 @@ def read_xray(path: str | Path, draft_size: int | None = None) -> tuple[Array, l
         float32 (H, W) in [0, 1], and what was done to the values, a line each.
 
     Raises:
-        DataError: the file holds several frames or pages, a CT slice or what else is no X-ray, pixels of one constant
-            value, or DICOM that is damaged.
-        OSError: a picture is missing, truncated or of an unknown format.
+        DataError: the file is damaged or of an unknown format, or holds several frames or pages, a CT slice or what
+            else is no X-ray, or pixels of one constant value.
+        FileNotFoundError: there is none.
     """
-    return _read_dicom(path) if is_dicom(path) else _read_picture(str(path), draft_size)
+    content = identify(path)
+    if content == DICOM:
+        return _read_dicom(path)
+    if fault := content_fault(Path(path).name, content) or marks_fault(Path(path)):
+        raise DataError(f"{path}: {fault}")
+    try:
+        return _read_picture(str(path), draft_size)
+    except (DataError, MemoryError, FileNotFoundError, Image.DecompressionBombError):
+        raise
+    except Exception as error:
+        raise DataError(f"{path}: {reason_of(error, path)}") from error
 
 
 def _read_dicom(path: str | Path) -> tuple[Array, list[str]]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,8 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, TiffImagePlugin
 
-from unimedi_components.errors import ConfigError, DataError
-from unimedi_components.images.dicom import DicomHeader, pixel_fault, read_header, starts_as_dicom
+from unimedi_components.errors import ConfigError, reason_of
+from unimedi_components.images.dicom import DicomHeader, pixel_fault, read_header
+from unimedi_components.images.identify import DICOM, content_fault, identify
 
 __all__ = [
     "CT_CLASSES",
@@ -22,6 +24,8 @@ __all__ = [
     "body_part_warnings",
     "colour_fault",
     "film_fault",
+    "marks_fault",
+    "modality_of",
     "modality_words",
     "pages_fault",
     "xray_fault",
@@ -38,7 +42,8 @@ UNREADABLE, ONE_SLICE, NO_XRAY = "unreadable image", "one CT slice", "not an X-r
 
 _HEAD, _TAIL = 8192, 4096
 #: CT, enhanced CT and legacy converted enhanced CT image storage
-CT_CLASSES = frozenset(f"1.2.840.10008.5.1.4.1.1.{number}" for number in ("2", "2.1", "2.2"))
+_CLASSES = "1.2.840.10008.5.1.4.1.1."
+CT_CLASSES = frozenset(f"{_CLASSES}{number}" for number in ("2", "2.1", "2.2"))
 _OTHERS = {
     **{"MR": "magnetic resonance", "PT": "positron emission", "NM": "nuclear medicine", "US": "ultrasound"},
     **{"MG": "mammography", "SR": "a structured report", "RTSTRUCT": "contours for radiotherapy"},
@@ -46,6 +51,11 @@ _OTHERS = {
     **{"PR": "a presentation state", "KO": "a selection of key images", "DOC": "a document", "REG": "a registration"},
     **{"ES": "endoscopy", "XC": "a photograph", "SM": "microscopy", "OP": "ophthalmology", "PX": "dental"},
     **{"IO": "dental"},
+}
+# modality by the end of a file's class, where the file does not name it
+_BY_CLASS = {
+    **{"1.2": "MG", "1.3": "IO", "13.1.3": "MG", "3": "US", "4": "MR", "6": "US", "11": "PR", "20": "NM"},
+    **{"66": "SEG", "77": "XC", "88": "SR", "104": "DOC", "128": "PT", "130": "PT"},
 }
 _TRUNK = ("CHEST", "THORAX", "LUNG", "TORAX", "ABDOMEN", "TRUNK", "BODY", "RIBS", "HEART")
 # A grey film that was saved as colour JPEG strays by a few levels; burnt-in coloured marks cover little of it.
@@ -95,25 +105,18 @@ def xray_fault(path: str | Path, check: str = "quick", film: bool = True) -> tup
         elif fault is None and check == "full":
             with Image.open(path) as image:
                 image.load()
-    except DataError as error:
-        fault = Fault(UNREADABLE, str(error).removeprefix(f"{path}: "))
-    except Exception as error:  # pillow raises many kinds for broken files
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-        fault = Fault(UNREADABLE, f"{reason}. Download or export it again")
+    except Exception as error:
+        fault = Fault(UNREADABLE, reason_of(error, path))
     return None if fault is None else (fault.reason, f"{path}: {fault.detail}")
 
 
 def _quick_fault(path: Path) -> Fault | None:
-    size = path.stat().st_size
-    if size == 0:
-        return Fault(UNREADABLE, "the file is empty. Download or export it again")
-    with open(path, "rb") as stream:
-        head = stream.read(_HEAD)
-        stream.seek(max(0, size - _TAIL))
-        tail = stream.read()
-    if starts_as_dicom(head):
+    content = identify(path)
+    if fault := content_fault(path.name, content):
+        return Fault(UNREADABLE, fault)
+    if content == DICOM:
         return film_fault(read_header(path))
-    if (text := _marks_fault(path, head, tail)) is None:
+    if (text := marks_fault(path)) is None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(path, formats=PICTURE_FORMATS) as image:
@@ -121,20 +124,22 @@ def _quick_fault(path: Path) -> Fault | None:
     return Fault(UNREADABLE, text) if text else None
 
 
-def _marks_fault(path: Path, head: bytes, tail: bytes) -> str | None:
-    """What the first and last bytes say; None where only opening the file can tell."""
+def marks_fault(path: Path) -> str | None:
+    """What the first and last bytes of a picture say; None where only opening the file can tell."""
+    with open(path, "rb") as stream:
+        head = stream.read(_HEAD)
+        stream.seek(max(0, path.stat().st_size - _TAIL))
+        tail = stream.read()
     if head.startswith(b"\xff\xd8\xff"):
-        # Coded data never holds ff d9 (0xff is followed by 00 or a restart mark), so only a whole file does.
-        whole = b"\xff\xd9" in tail
+        # coded data never holds ff d9 (0xff is followed by 00 or a restart mark), but much may follow it
+        whole = b"\xff\xd9" in tail or b"\xff\xd9" in path.read_bytes().rpartition(b"\xff\xda")[2]
         return "" if whole else "truncated JPEG, the end-of-image mark is missing. Download or export it again"
     if head.startswith(b"\x89PNG\r\n\x1a\n"):
         # an animated picture says so before its pixels
         if b"acTL" in head:
             return None
-        return "" if b"IEND" in tail else "truncated PNG, the end chunk is missing. Download or export it again"
-    ending = path.suffix.lower()
-    if ending in {".jpg", ".jpeg", ".png", ".dcm", ".dicom"}:
-        return f"the content is not {'DICOM' if ending[1] == 'd' else ending[1:].upper()}. Download or export it again"
+        whole = b"IEND" in tail or b"IEND" in path.read_bytes()
+        return "" if whole else "truncated PNG, the end chunk is missing. Download or export it again"
     return None
 
 
@@ -163,9 +168,18 @@ def film_fault(header: DicomHeader) -> Fault | None:
 def body_part_warnings(header: DicomHeader) -> tuple[str, ...]:
     """A warning where the header names another part of the body than the trunk."""
     part = header.text("BodyPartExamined")
-    if not part or any(word in part.upper() for word in _TRUNK):
+    # as TÓRAX
+    plain = unicodedata.normalize("NFKD", part).encode("ascii", "ignore").decode().upper()
+    if not part or any(word in plain for word in _TRUNK):
         return ()
     return (f"The DICOM header names the body part {part[:40]}; the network knows chests.",)
+
+
+def modality_of(header: DicomHeader) -> str:
+    """The modality that a file names, or where it names none or no kind of image (OT, SC), that of its class."""
+    kinds = _BY_CLASS.items() if header.modality in ("", "OT", "SC") else ()
+    starts = ((f"{_CLASSES}{number}.", named) for number, named in kinds)
+    return next((named for start, named in starts if f"{header.sop_class}.".startswith(start)), header.modality)
 
 
 def modality_words(modality: str) -> str:

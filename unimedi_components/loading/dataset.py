@@ -24,7 +24,7 @@ from torch import Tensor
 from unimedi_components.data.roi_boxes import boxes_of_rois
 from unimedi_components.data.transforms import ByDimension
 from unimedi_components.data.xray_loading import LoadXrayd
-from unimedi_components.errors import ConfigError, DataError
+from unimedi_components.errors import ConfigError, DataError, reason_of
 from unimedi_components.images.find import ImageList
 from unimedi_components.loading.collate import collate
 from unimedi_components.loading.store import ImageStore, ItemList, older_entries, pack, store_folder, unpack
@@ -228,16 +228,10 @@ class ImageDataset(PersistentDataset):
         return notes | {name: _plain(prepared[name], float_only=name == "image") for name in self.kept}
 
     def _skip(self, item_id: str, path: Path, error: BaseException) -> Skipped:
-        cause = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        # the file is named beside the reason: once is enough
-        text = str(cause).strip().removeprefix(f"{path}: ").replace(str(path), path.name).splitlines() or [""]
-        kind = "" if isinstance(cause, DataError) else f"{type(cause).__name__}: "
-        record = Skipped(item_id, str(path), f"{kind}{text[0][:400]}")
+        record = Skipped(item_id, str(path), reason_of(error, path)[:400])
         if self.strict:
             what = f"it or its {self.target}" if self.target else "it"
-            raise DataError(f"{path}: cannot be used ({record.reason}); repair or remove {what}") from error
+            raise DataError(f"{path}: {record.reason}; repair or remove {what}") from error
         if item_id not in self._skipped:
             self._skipped[item_id] = record
             logger.warning("skipped %s (%s): %s", record.file, record.id, record.reason)

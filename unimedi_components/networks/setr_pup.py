@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unimedi_components.networks.shared_norm import SharedBatchNorm2d
-from unimedi_components.networks.task_network import TaskNetwork
+from unimedi_components.networks.task_network import TaskNetwork, at_least_float16
 from unimedi_components.networks.unified_vit import UnifiedViT
 
 VARIANTS = ("mgca", "original")
@@ -122,12 +122,21 @@ class SETRPUP(TaskNetwork):
         self.auxiliary = nn.ModuleList(_AuxiliaryHead(dim, num_classes, corners) for _ in auxiliary)
 
     def features(self, image: Tensor) -> list[Tensor]:
-        """Maps (B, D, h, w) of the encoder's last tokens, then of each auxiliary block; no gradient if it is frozen."""
+        """Maps (B, D, h, w) of the last tokens, then of each auxiliary block; no gradient if the encoder is frozen."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_encoder):
             blocks = self.hparams["auxiliary"] if self.training else ()
             output = self.encoder(image, hidden_states=blocks)
-        tokens = [self.tokens(output.patches), *(state[:, 1:] for state in _in_order(output.hidden_states, blocks))]
+        tokens = [output.patches, *(state[:, 1:] for state in _in_order(output.hidden_states, blocks))]
         return [self.on_grid(found, image) for found in tokens]
+
+    @at_least_float16
+    def _decode(self, last: Tensor, *earlier: Tensor) -> list[Tensor]:
+        """Logits on the grid of the image, of the stages and of each auxiliary head."""
+        found = self.tokens(last.movedim(1, -1)).movedim(-1, 1)
+        # half precision is too coarse for probabilities
+        logits = self.head(self.stages(found)).float()
+        # only in training are there earlier blocks
+        return [logits, *(head(x, logits.shape[2:]) for x, head in zip(earlier, self.auxiliary, strict=False))]
 
     def forward(self, image: Tensor) -> Tensor | list[Tensor]:
         """Segment X-rays (B, 1, H, W) in [-1, 1], each side a multiple of the patch's.
@@ -140,13 +149,8 @@ class SETRPUP(TaskNetwork):
         """
         if image.ndim != 4:
             raise ValueError(f"expected X-rays (B, 1, H, W), got {tuple(image.shape)}")
-        last, *earlier = self.features(image)
-        # half precision is too coarse for probabilities
-        logits = self.head(self.stages(last)).float()
-        if not earlier:
-            return logits
-        size = image.shape[2:]
-        return [logits, *(head(found, size) for head, found in zip(self.auxiliary, earlier, strict=True))]
+        logits = self._decode(*self.features(image))
+        return logits if len(logits) > 1 else logits[0]
 
 
 def _check_auxiliary(auxiliary: Sequence[int], variant: str, blocks: int) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unimedi_components.networks.embed import interpolate_depth, resample_pos_embed_3d, to_tuple
-from unimedi_components.networks.task_network import TaskNetwork
+from unimedi_components.networks.task_network import TaskNetwork, at_least_float16
 from unimedi_components.networks.token_upsampling import TokenUpsampling, upsampling_strides
 from unimedi_components.networks.unified_vit import UnifiedViT
 
@@ -142,7 +142,10 @@ class UnifiedUNETR(TaskNetwork):
         """
         if image.ndim != 5:
             raise ValueError(f"expected volumes (B, 1, D, H, W), got {tuple(image.shape)}")
-        hidden = self._tokens(image)
+        return self._decode(image, *self._tokens(image))
+
+    @at_least_float16
+    def _decode(self, image: Tensor, *hidden: Tensor) -> Tensor | list[Tensor]:
         skips = [skip(state) for skip, state in zip(self.skips, hidden[-2::-1], strict=True)]
         levels = [hidden[-1]]
         for stage, skip in zip(self.stages, [*skips, self.stem(image)], strict=True):

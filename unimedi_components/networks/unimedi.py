@@ -75,6 +75,8 @@ class UniMedI(nn.Module):
         ValueError: an unknown option, or options that cannot work together.
     """
 
+    slab_profile: Tensor
+
     def __init__(
         self,
         encoder: UnifiedViT,
@@ -131,8 +133,7 @@ class UniMedI(nn.Module):
             self.register_buffer("slab_profile", torch.ones(encoder.grid_3d[0]))
         self.self_distillation = self_distillation
         self.mask_ratio, self.mask_mode, self.mask_block = mask_ratio, mask_mode, mask_block
-        self.patch_loss_on, self.segment_dropout = patch_loss_on, segment_dropout
-        self.vl_on_full = {name: vl_on_full in (True, name) for name in MODALITIES}
+        self.patch_loss_on, self.segment_dropout, self.vl_on_full = patch_loss_on, segment_dropout, vl_on_full
         self.accumulation = accumulation
         # compiled is the function and not the modules, whose names in checkpoints therefore stay
         self._compiled = compiled_forward(compile) if compile else None
@@ -290,7 +291,7 @@ class UniMedI(nn.Module):
         with torch.no_grad():
             teacher = self._run(self.teacher, *inputs, return_attention=True)
         compared = self._masked(inputs, teacher)
-        if self.vl_on_full[MODALITIES[image.ndim - 4]]:
+        if self.vl_on_full in (True, MODALITIES[image.ndim - 4]):
             cls = self._run(self.encoder, *inputs).cls
         else:
             cls = torch.cat([part.student.cls for part in compared])

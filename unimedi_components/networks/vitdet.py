@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from unimedi_components.networks.box_detector import CLASSIFICATION, REGRESSION, BoxDetector
 from unimedi_components.networks.feature_pyramid import SimpleFeaturePyramid
-from unimedi_components.networks.task_network import TaskNetwork
+from unimedi_components.networks.task_network import TaskNetwork, at_least_float16
 from unimedi_components.networks.unified_vit import UnifiedViT
 
 Targets = Sequence[Mapping[str, Tensor]]
@@ -110,7 +110,11 @@ class ViTDet(TaskNetwork):
 
     def head_maps(self, image: Tensor) -> dict[str, list[Tensor]]:
         """ "classification" (B, A K, ...) and "box_regression" (B, 4 A, ...): logits on each map of the pyramid."""
-        maps = self.pyramid(self.features(image))
+        return self._decode(self.features(image))
+
+    @at_least_float16
+    def _decode(self, last: Tensor) -> dict[str, list[Tensor]]:
+        maps = self.pyramid(last)
         # MONAI's heads ask the GPU at every map whether all is finite
         scores, boxes = self.classification_head, self.regression_head
         return {

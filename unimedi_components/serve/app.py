@@ -148,14 +148,16 @@ def create_app(analyser: Analyser, limits: Limits | None = None, hosts: Sequence
 
 
 def _analyse(analyser: Analyser, files: Sequence[UploadFile], limits: Limits) -> Analysis:
-    names = [checked_name(file.filename) for file in files]
+    names = [file.filename or "" for file in files]
+    # before anything is stored
+    shown = [checked_name(name) for name in names]
     with tempfile.TemporaryDirectory(prefix="unimedi-serve-") as folder:
         pairs = zip(names, files, strict=True)
         received = [store(name, file.file, Path(folder), number) for number, (name, file) in enumerate(pairs)]
         try:
             return analyser.study(find_study(received, Path(folder), limits))
         except MemoryError:
-            raise too_large(f"{names[0]}: takes more memory than there is. Crop or resample the volume.") from None
+            raise too_large(f"{shown[0]}: takes more memory than there is. Crop or resample the volume.") from None
 
 
 def _about(analyser: Analyser, limits: Limits) -> About:

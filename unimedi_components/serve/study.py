@@ -11,11 +11,11 @@ from pathlib import Path
 from PIL import Image
 
 from unimedi_components.data.volume_loading import part_of
-from unimedi_components.errors import DataError
+from unimedi_components.errors import DataError, reason_of
 from unimedi_components.images.dicom_series import Sorted, sort_headers
 from unimedi_components.images.headers import DicomHeader, read_header
 from unimedi_components.images.identify import DICOM, PICTURES, VOLUMES, content_fault, family_of_name, identify
-from unimedi_components.images.itk_volumes import voxel_files
+from unimedi_components.images.itk_volumes import header_warnings, voxel_files
 from unimedi_components.images.xray import read_xray
 from unimedi_components.images.xray_checks import PICTURE_FORMATS, body_part_warnings, modality_words
 from unimedi_components.serve.faults import ACCEPTED, Limits, UploadError, bad_request, too_large, unsupported, unusable
@@ -127,6 +127,7 @@ def _one_study(contents: dict[Received, str], archive: str, folder: Path, limits
     path = prepare_volume(content, file, companions, folder, limits)
     kinds = {"metaimage": "MetaImage volume", "nrrd": "NRRD volume"}
     assert content in VOLUMES
+    notes += header_warnings(path)
     return Study(shown, 3, path, {"File": kinds.get(content, "NIfTI volume")}, notes, _part(limits))
 
 
@@ -186,8 +187,7 @@ def _header(file: Received) -> DicomHeader:
     try:
         return read_header(file.path)
     except DataError as error:
-        reason = str(error).removeprefix(f"{file.path}: ").replace(file.path.name, file.name)
-        raise unusable(f"{file.name}: {reason}.") from error
+        raise unusable(f"{file.name}: {reason_of(error, file.path, file.name)}.") from error
 
 
 def _several(found: Sorted, received: Mapping[Path, Received]) -> UploadError:
@@ -225,16 +225,10 @@ def check_picture(path: Path, name: str, limits: Limits) -> dict[str, str]:
             return facts
         except UploadError:
             raise
-        except DataError as error:
-            raise unusable(f"{name}: {str(error).removeprefix(f'{path}: ')}.") from error
         except Image.DecompressionBombError:
             raise too_large(f"{name}: has more than {limits.pixels:,} pixels. Scale the X-ray down.") from None
-        except Exception as error:  # pillow raises many kinds for broken files
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            reason = reason.replace(str(path), name)[:160]
-            raise unusable(
-                f"{name}: the picture is damaged or cut off ({reason}). Export or download it again."
-            ) from error
+        except Exception as error:
+            raise unusable(f"{name}: {reason_of(error, path, name)}.") from error
 
 
 def check_size(size: tuple[int, int], name: str, limits: Limits) -> None:
@@ -263,6 +257,6 @@ def check_xray(header: DicomHeader, name: str, limits: Limits) -> tuple[dict[str
     try:
         read_xray(header.path)
     except DataError as error:
-        raise unusable(f"{name}: {str(error).removeprefix(f'{header.path}: ')}.") from error
+        raise unusable(f"{name}: {reason_of(error, header.path, name)}.") from error
     facts = {"File": f"DICOM, modality {modality_words(header.modality)}, {header.columns} × {header.rows} pixels"}
     return facts, list(body_part_warnings(header))

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shutil
 import stat
@@ -58,16 +59,24 @@ def checked_name(given: str | None) -> str:
     return name if len(name) <= _SHOWN else f"{name[: _SHOWN - 24]}...{name[-21:]}"
 
 
-def store(name: str, stream: IO[bytes], folder: Path, number: int) -> Received:
-    """Copy one uploaded file to `folder` under its number."""
-    path = folder / f"{number:05d}"
-    with open(path, "xb") as file:
+def store(given: str, stream: IO[bytes], folder: Path, number: int) -> Received:
+    """Copy one uploaded file, whose name may be a path, to `folder`, see `_place`."""
+    received = Received(checked_name(given), _place(given, folder, number))
+    with open(received.path, "xb") as file:
         shutil.copyfileobj(stream, file, _CHUNK)
-    return Received(name, path)
+    return received
+
+
+def _place(given: str, folder: Path, number: int) -> Path:
+    """Where a file goes: under its number, in a folder of ours for each of theirs, since these tell series apart."""
+    parent = re.split(r"[/\\]", given)[:-1]
+    below = folder / hashlib.sha256("/".join(parent).encode("utf-8", "surrogatepass")).hexdigest() if parent else folder
+    below.mkdir(exist_ok=True)
+    return below / f"{number:05d}"
 
 
 def unpack(archive: Received, folder: Path, limits: Limits) -> list[Received]:
-    """Unpack a zip into `folder`: the files of each of its folders, which tell series apart, into one of ours.
+    """Unpack a zip into `folder`, each of its files as `store` does.
 
     Raises:
         UploadError: damaged, encrypted, too many files, too large or too strongly compressed, or with links, paths
@@ -79,11 +88,10 @@ def unpack(archive: Received, folder: Path, limits: Limits) -> list[Received]:
             _check_members(archive, members, limits)
             left = limits.unpacked_bytes
             found = []
-            places: dict[str, Path] = {}
+            unpacked = folder / "zip"
+            unpacked.mkdir()
             for number, member in enumerate(members):
-                parent = member.filename.rpartition("/")[0]
-                places.setdefault(parent, folder / f"z{len(places):05d}").mkdir(exist_ok=True)
-                path = places[parent] / f"{number:05d}"
+                path = _place(member.filename, unpacked, number)
                 with content.open(member) as stream, open(path, "xb") as file:
                     left -= _copy(stream, file, left, archive.name, limits)
                 found.append(Received(checked_name(member.filename), path))

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from unimedi_components.data.transforms import WindowAread, ct_transforms, input_transforms
 from unimedi_components.data.volume_loading import with_part
-from unimedi_components.errors import DataError
+from unimedi_components.errors import reason_of
 from unimedi_components.figures.attention import COLOUR_MAP, attention_opacity, attention_strength
 from unimedi_components.images.checks import SAMPLED_SLICES
 from unimedi_components.serve.faults import unusable
@@ -67,15 +67,8 @@ def view_of(study: Study, preprocessing: Mapping[str, Any]) -> View:
             view = volume_view(study.path, preprocessing["ct"], part=study.part)
     except MemoryError:
         raise
-    except Exception as error:  # the readers raise many kinds for broken files
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
-        reason = reason.removeprefix(f"{study.path}: ").replace(str(study.path), study.name)[:400]
-        if isinstance(cause, DataError):
-            raise unusable(f"{study.name}: {reason}.") from error
-        raise unusable(f"{study.name}: cannot be read ({reason}). Export or convert it again.") from error
+    except Exception as error:
+        raise unusable(f"{study.name}: {reason_of(error, study.path, study.name)[:400]}.") from error
     if not torch.isfinite(view.image).all():
         raise unusable(f"{study.name}: holds values that are not finite numbers. Convert it again from the original.")
     return view

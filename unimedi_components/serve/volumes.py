@@ -18,9 +18,9 @@ from typing import Any
 
 import nibabel as nib
 
-from unimedi_components.images.checks import CTLimits, check_ct, check_metaimage
-from unimedi_components.images.itk_volumes import NOT_GREY, voxel_files, voxels_elsewhere
-from unimedi_components.images.volume import shape_problem
+from unimedi_components.errors import reason_of
+from unimedi_components.images.checks import CTLimits, check_ct
+from unimedi_components.images.itk_volumes import cut_off, voxel_files, voxels_elsewhere
 from unimedi_components.serve.faults import Limits, UploadError, too_large, unusable
 from unimedi_components.serve.uploads import Received
 
@@ -31,11 +31,12 @@ _META_FIELDS = (
     *("ObjectType", "NDims", "DimSize", "ElementSpacing", "ElementSize", "ElementType", "ElementNumberOfChannels"),
     *("Offset", "Origin", "Position", "TransformMatrix", "Rotation", "Orientation", "CenterOfRotation"),
     *("AnatomicalOrientation", "BinaryData", "BinaryDataByteOrderMSB", "ElementByteOrderMSB", "CompressedData"),
-    *("CompressedDataSize",),
+    *("CompressedDataSize", "DistanceUnits"),
 )
+_NRRD_SKIPS = ("line skip", "lineskip", "byte skip", "byteskip")
 _NRRD_FIELDS = (
     *("type", "dimension", "sizes", "encoding", "endian", "space", "space dimension", "space directions"),
-    *("space origin", "space units", "spacings", "kinds", "centers", "centerings"),
+    *("space origin", "space units", "spacings", "kinds", "centers", "centerings", *_NRRD_SKIPS),
 )
 
 
@@ -63,10 +64,8 @@ def prepare_volume(content: str, file: Received, companions: Sequence[Received],
             path = _nrrd(file, companions, folder, limits)
     except UploadError:
         raise
-    except Exception as error:  # nibabel, zlib and ITK raise many kinds for broken files
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-        reason = reason.replace(str(file.path), file.name)[:160]
-        raise unusable(f"{file.name}: cannot be read as a volume ({reason}). Export or convert it again.") from error
+    except Exception as error:
+        raise unusable(f"{file.name}: {reason_of(error, file.path, file.name)}.") from error
     fault = check_ct(path, _GEOMETRY, values=False)
     if fault is not None:
         raise unusable(f"{file.name}: {fault.detail.removeprefix(f'{path}: ')}.")
@@ -77,13 +76,10 @@ def check_voxels(shape: Sequence[int], name: str, limits: Limits) -> None:
     """Check a volume's size by its header.
 
     Raises:
-        UploadError: it is not 3D, or too large.
+        UploadError: it is too large.
     """
-    # one slice is said by the checks of the file or of the series
-    if (problem := shape_problem(shape)) and (len(shape) != 3 or min(shape) < 1):
-        raise unusable(f"{name}: {problem}.")
-    text = " × ".join(map(str, shape))
     if math.prod(shape) > limits.voxels:
+        text = " × ".join(map(str, shape))
         raise too_large(
             f"{name}: its header says {text} voxels, more than {limits.voxels:,} in all. Crop or resample the volume."
         )
@@ -98,27 +94,20 @@ def _nifti(file: Received, folder: Path, limits: Limits) -> Path:
     two = block[4:7] == b"n+2"
     header: Any = (nib.Nifti2Header if two else nib.Nifti1Header)(block if two else block[:348], check=False)
     shape = tuple(int(size) for size in header["dim"][1 : 1 + max(0, min(int(header["dim"][0]), 7))])
-    while len(shape) > 3 and shape[-1] == 1:
-        shape = shape[:-1]
     check_voxels(shape, file.name, limits)
-    kind = header.get_data_dtype()
-    if kind.names or kind.kind not in "iuf":
-        raise unusable(f"{file.name}: {NOT_GREY}.")
-    need = int(header["vox_offset"]) + math.prod(shape) * kind.itemsize
+    voxels = math.prod(shape) * header.get_data_dtype().itemsize
+    if packed and (cut := cut_off(voxels, file.path.stat().st_size, packed)):
+        raise unusable(f"{file.name}: {cut}.")
     if packed:
-        _gunzip(file, path, need)
+        _gunzip(file, path, int(header["vox_offset"]) + voxels)
     else:
         file.path.rename(path)
-    if (size := path.stat().st_size) < need:
-        raise unusable(f"{file.name}: is cut off: {size:,} bytes where {need:,} are needed. Download it again.")
     return path
 
 
 def _gunzip(file: Received, path: Path, need: int) -> None:
-    left = need + _CHUNK
     # more can follow only where the header does not tell the truth
-    if left > 1100 * file.path.stat().st_size + 2 * _CHUNK:
-        raise unusable(f"{file.name}: is cut off: its header says {need:,} bytes of voxels. Download it again.")
+    left = need + _CHUNK
     try:
         with gzip.open(file.path) as stream, open(path, "wb") as out:
             while left > 0 and (chunk := stream.read(min(_CHUNK, left))):
@@ -134,10 +123,10 @@ def last_part(name: str) -> str:
     return re.split(r"[/\\]", name)[-1]
 
 
-def _voxel_paths(file: Received, companions: Sequence[Received], packed: bool) -> list[Path]:
-    """The uploaded files that a header says its voxels are in, in its order."""
+def _voxel_paths(file: Received, companions: Sequence[Received], whole: bool) -> list[Path]:
+    """The uploaded files that a header says its voxels are in, in its order; `whole`: they cannot be joined."""
     names = [last_part(name) for name in voxel_files(file.path)]
-    if len(names) > 1 and (packed or len(set(names)) < len(names)):
+    if len(names) > 1 and (whole or len(set(names)) < len(names)):
         raise unusable(f"{file.name}: its slices lie in packed files or in several folders. Convert it to one file.")
     received = {other.name: other.path for other in companions}
     if missing := [name for name in names if name not in received]:
@@ -162,8 +151,7 @@ def _meta_fields(file: Received) -> tuple[dict[str, str], int]:
 def _metaimage(file: Received, companions: Sequence[Received], folder: Path, limits: Limits) -> Path:
     fields, length = _meta_fields(file)
     shape = tuple(int(size) for size in fields.get("DimSize", "").split())
-    channels = int(fields.get("ElementNumberOfChannels", "1") or 1)
-    check_voxels(shape if channels == 1 else (*shape, channels), file.name, limits)
+    check_voxels((*shape, int(fields.get("ElementNumberOfChannels", "1") or 1)), file.name, limits)
     voxels, name = folder / "voxels.raw", last_part(fields["ElementDataFile"])
     packed = fields.get("CompressedData", "").lower() == "true"
     voxels = voxels.with_suffix(".zraw") if packed else voxels
@@ -176,10 +164,6 @@ def _metaimage(file: Received, companions: Sequence[Received], folder: Path, lim
     known = [f"{field} = {fields[field]}" for field in (*_META_FIELDS, *of_file) if field in fields]
     path = folder / "volume.mhd"
     path.write_text("\n".join([*known, f"ElementDataFile = {voxels.name}", ""]), encoding="latin-1")
-    fault, _ = check_metaimage(path, "quick")
-    if fault is not None:
-        detail = fault.detail.removeprefix(f"{path}: ").replace(voxels.name, "its file of voxels")
-        raise unusable(f"{file.name}: {detail}.")
     return path
 
 
@@ -191,20 +175,18 @@ def _nrrd(file: Received, companions: Sequence[Received], folder: Path, limits: 
     pairs = (line.partition(": ") for line in lines[1:] if not line.startswith("#") and ":=" not in line)
     fields = {name.strip().lower(): value.strip() for name, _, value in pairs}
     voxels = fields.get("data file", fields.get("datafile", ""))
-    if fields.keys() & {"line skip", "lineskip", "byte skip", "byteskip"} or not (voxels or end):
-        raise unusable(f"{file.name}: the NRRD header skips bytes or is cut off. Save it as one .nrrd file.")
+    if not (voxels or end):
+        raise unusable(f"{file.name}: the NRRD header is cut off. Save it again.")
     sources, start = [file.path], 0 if end is None else end.end()
     if voxels:
-        sources, start = _voxel_paths(file, companions, fields.get("encoding", "") != "raw"), 0
+        whole = fields.get("encoding", "") != "raw" or bool(fields.keys() & set(_NRRD_SKIPS))
+        sources, start = _voxel_paths(file, companions, whole), 0
     check_voxels(tuple(int(size) for size in fields.get("sizes", "").split()), file.name, limits)
     path = folder / "volume.nrrd"
     known = [lines[0][:8], *(f"{name}: {fields[name]}" for name in _NRRD_FIELDS if name in fields)]
     path.write_bytes(("\n".join(known) + "\n\n").encode("latin-1"))
     for source in sources:
         _copy_from(source, start, path)
-    size, need = path.stat().st_size, math.prod(int(size) for size in fields["sizes"].split())
-    if fields.get("encoding", "") == "raw" and size < need:
-        raise unusable(f"{file.name}: is cut off: {size:,} bytes for {need:,} voxels. Download it again.")
     return path
 
 

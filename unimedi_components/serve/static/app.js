@@ -3,6 +3,8 @@
 "use strict";
 
 let running = null;
+// where dropped files lie
+const places = new WeakMap();
 
 const megabytes = (bytes) => (bytes < 2 ** 20 ? `${Math.ceil(bytes / 1024)} kB` : `${(bytes / 2 ** 20).toFixed(1)} MB`);
 
@@ -44,7 +46,8 @@ function analyse(files) {
   }
   if (running) running.abort();
   const form = new FormData();
-  for (const file of files) form.append("files", file, file.name);
+  // with its folders, which tell series apart
+  for (const file of files) form.append("files", file, places.get(file) || file.webkitRelativePath || file.name);
   const request = new XMLHttpRequest();
   running = request;
   const label = files.length === 1 ? files[0].name : `${files.length} files`;
@@ -93,7 +96,11 @@ function showProgress(share, text) {
 
 // A dropped folder is walked through; readEntries gives at most 100 entries at a time.
 async function filesOf(entry) {
-  if (entry.isFile) return [await new Promise((done, fail) => entry.file(done, fail))];
+  if (entry.isFile) {
+    const file = await new Promise((done, fail) => entry.file(done, fail));
+    places.set(file, entry.fullPath.slice(1));
+    return [file];
+  }
   const reader = entry.createReader();
   const found = [];
   for (;;) {
