@@ -20,6 +20,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 from monai.bundle import ConfigWorkflow
+from monai.utils import OptionalImportError
 from PIL import Image
 
 from tests.common import fault_of, run_bundle
@@ -123,7 +124,8 @@ def test_missing_root(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     for dataset, name in (("mimic_cxr", "MIMIC-CXR-JPG"), ("bimcv", "BIMCV-COVID19+")):
         missing = tmp_path / "nowhere"
         assert error(capsys, ["prepare", dataset, str(missing), out]) == (
-            f"{missing}: no such folder. Give the folder that holds the {name} data as ROOT."
+            f"{missing}: no such folder. Give the folder that holds the {name} data as ROOT; "
+            "a run looks below UNIMEDI_DATA."
         )
     missing = tmp_path / "own.csv"
     assert error(capsys, ["prepare", "table", str(missing), out]) == f"{missing}: no such file. Correct the path."
@@ -202,7 +204,7 @@ def test_a_damaged_file_ends_a_strict_run(own: Path) -> None:
     path.write_bytes(path.read_bytes()[:200])
     message = fault_of(train, own, **{"train#dataset#strict": True})
     assert message.startswith(f"{path}: truncated JPEG, the end-of-image mark is missing")
-    assert message.endswith("repair or remove it, or set `strict` to false")
+    assert message.endswith("; repair or remove it or its report")
 
 
 def test_zero_affine(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -364,6 +366,8 @@ def test_which_faults_are_the_users() -> None:
         user_fault(chain(RuntimeError("a"), RuntimeError("b"), CheckpointError("model.pt: torn"))) == "model.pt: torn"
     )
     assert user_fault(chain(RuntimeError("a"), ValueError("of another package"))) is None
+    missing = OptionalImportError("Please install mlflow before using MLFlowHandler. (No module named 'mlflow').")
+    assert "pip install 'unimedi-components[mlflow]'" in str(user_fault(chain(RuntimeError("instantiate"), missing)))
     said = user_fault(chain(RuntimeError("instantiate"), AssertionError("Torch not compiled with CUDA enabled")))
     assert said == (
         "no GPU can be used here (Torch not compiled with CUDA enabled); leave --device out, or give --device cpu"

@@ -304,6 +304,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             text = f"{error.filename or 'a file'}: {error.strerror}. Name a file or folder that can be written"
         print(f"error: {text}", file=sys.stderr)
         raise SystemExit(2) from None
+    except RuntimeError as error:
+        # MONAI wraps what a component of a config raises
+        from unimedi_components.bundle import user_fault
+
+        reason = None if debug else user_fault(error)
+        if reason is None:
+            raise
+        print(f"error: {reason}", file=sys.stderr)
+        raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         raise SystemExit(130) from None

@@ -254,7 +254,8 @@ def user_fault(error: BaseException) -> str | None:
     Returns:
         The message of the first exception in the chain of causes that is one of `unimedi_components.errors`, a
         ValueError or FloatingPointError that a line of this package raised, a file that may not be written (with the
-        options that name another place), or a GPU that is not there; None when there is none.
+        options that name another place), a GPU that is not there, or MLflow, which is not installed; None when there is
+        none.
     """
     cause: BaseException | None = error
     while cause is not None:
@@ -271,6 +272,8 @@ def user_fault(error: BaseException) -> str | None:
             )
         if isinstance(cause, (AssertionError, RuntimeError)) and any(words in str(cause) for words in _NO_GPU):
             return f"no GPU can be used here ({str(cause).splitlines()[0]}); leave --device out, or give --device cpu"
+        if isinstance(cause, ImportError) and "No module named 'mlflow'" in str(cause):
+            return "--tracking mlflow needs MLflow: pip install 'unimedi-components[mlflow]', or leave it out"
         cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
     return None
 

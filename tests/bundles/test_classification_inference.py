@@ -230,7 +230,7 @@ def test_nothing_to_read_is_one_clear_error(predict: Predict, tmp_path: Path) ->
     assert message.startswith(f"none of 1 inputs could be read, first {tmp_path / 'cut.png'}: ")
     assert len(json.loads((tmp_path / "out" / "predictions.json").read_text())["skipped"]) == 1
     message = fault_of(lambda: predict(XRAY, str(tmp_path / "cut.png"), strict=True))
-    assert message.startswith(f"{tmp_path / 'cut.png'}: truncated PNG")
+    assert message.startswith(f"{tmp_path / 'cut.png'}: truncated PNG") and message.endswith("; repair or remove it")
     message = fault_of(lambda: predict(XRAY, str(tmp_path / "cut.png"), ckpt_dir=str(missing)))
     assert message == f"{missing / 'model.pt'}: no such checkpoint; train the bundle first or give another path"
 

@@ -41,6 +41,8 @@ def test_run(
     log = (new_run.eval / "run.log").read_text().splitlines()
     assert log[0].startswith("$ ") and "-m monai.bundle run --config_file" in log[0]
     assert sum("Epoch[1] Complete" in line for line in log) == sum("Epoch[1] Complete" in x for x in ran(result)) > 0
+    assert any("Epoch[1] Metrics -- val_loss_vl: " in line for line in log)
+    assert log[-1].endswith(f" - INFO - {new_run.eval / 'metrics.json'}: what was measured")
 
 
 def ran(result: Any) -> list[str]:

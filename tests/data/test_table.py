@@ -248,7 +248,7 @@ def write_labels(folder, rows, header="image,findings,patient"):
         ("multilabel", "('mass', 'edema')", {"a": [1, 1], "b": [0, 0], "c": [0, 1]}),
     ],
 )
-def test_tables_of_labels_alone(tmp_path, task, names, labels):
+def test_tables_of_labels_alone(tmp_path, task, names, labels, caplog):
     """Without reports; alphabetical order, or the order that is asked for."""
     table = write_labels(tmp_path, ["a.png,mass|edema,p1", "b.png, healthy ,p2", "c.png,edema,p3", "d.png,,p4"])
     builder = collect(table, label_column="findings", task=task, label_names=names, progress=False)
@@ -258,6 +258,8 @@ def test_tables_of_labels_alone(tmp_path, task, names, labels):
     assert builder.meta["task"] == task
     assert builder.meta["label_names"] == (["mass", "edema"] if names else ["edema", "healthy", "mass"])
     assert [drop["id"] for drop in builder.dropped["no label"]] == ["d"]
+    said = ["labels that are none of label_names count as no finding: 'healthy' (1)"] if names else []
+    assert caplog.messages == said
 
 
 def test_classes_by_name_and_by_number(tmp_path):

@@ -177,7 +177,11 @@ def test_the_best_epoch_by_the_key_metric(tmp_path: Path) -> None:
 def test_the_best_is_remembered_over_a_resume(tmp_path: Path) -> None:
     Run(tmp_path, epochs=1, metrics=(0.5,)).run()
     best = read(tmp_path / "model_best.pt")
-    Run(tmp_path, epochs=3, resume=True, metrics=(0.5, 0.4, None)).run()
+    resumed = Run(tmp_path, epochs=3, resume=True, metrics=(0.5, 0.4, None))
+    resumed.run()
+    # as MONAI's log names it
+    state = resumed.evaluator.state
+    assert (state.best_metric, state.best_metric_epoch) == (0.5, 1)
     assert same(read(tmp_path / "model_best.pt"), best)
     assert read(tmp_path / "last.pt")["best"] == 0.5
 

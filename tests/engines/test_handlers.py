@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import math
 from types import SimpleNamespace
 from typing import Any
@@ -335,7 +336,7 @@ def test_tensorboard_has_the_loss_and_its_parts(tmp_path: Any, monkeypatch: pyte
 
 
 def test_validation_speaks_from_rank_0_alone_and_ends_with_its_loader(
-    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def validate(log_dir: Any) -> list[int]:
         seen: list[int] = []
@@ -345,7 +346,10 @@ def test_validation_speaks_from_rank_0_alone_and_ends_with_its_loader(
         engine.run(iter([1, 2]), epoch_length=5)
         return seen
 
-    assert validate(tmp_path) == [1, 2]
+    with caplog.at_level(logging.INFO):
+        assert validate(tmp_path) == [1, 2]
+    # a handler of the root, such as that of `run.log`, has the values
+    assert "Epoch[1] Metrics -- val_loss: 0.5000" in caplog.text
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     assert [event.value for event in events.Scalars("val_loss")] == [0.5]

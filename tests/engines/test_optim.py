@@ -82,6 +82,11 @@ def test_learning_rate_of_another_batch(caplog: pytest.LogCaptureFixture) -> Non
         "a step has 36 images (18 on each of 2 ranks), the learning rate 2e-05 is for 144: "
         "lr_rule 'sqrt' makes it 1e-05"
     )
+    alone = MixedBatchSampler([2] * 24, batch_2d=12, batch_3d=0)
+    scaled_lr(2e-5, alone, 144)
+    assert caplog.messages[-1] == (
+        "a step has 12 images, the learning rate 2e-05 is for 144: lr_rule 'none' leaves it at 2e-05"
+    )
     with pytest.raises(ConfigError, match="lr_rule is 'cubic'; use one of none, linear, sqrt"):
         scaled_lr(2e-5, sampler, 144, "cubic")
 

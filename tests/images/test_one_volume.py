@@ -19,6 +19,7 @@ from unimedi_components.errors import DataError
 from unimedi_components.images import volume as volume_module
 from unimedi_components.images.checks import check_ct
 from unimedi_components.images.find import expand, find_images, sort_files
+from unimedi_components.images.itk_loading import load_imaged
 from unimedi_components.images.volume import read_volume
 
 
@@ -196,3 +197,9 @@ def test_gzip_is_read_alike_with_and_without_isal(tmp_path, monkeypatch):
         with pytest.raises(DataError, match=r"cut\.nii\.gz: cannot be read .*Download or export it again"):
             volume_module.read_volume(tmp_path / "cut.nii.gz")
     assert np.array_equal(found[0], found[1]) and found[0].std() > 100
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_decoder_that_nothing_uses_is_not_missed(caplog: pytest.LogCaptureFixture) -> None:
+    load_imaged("image")
+    assert caplog.text == ""

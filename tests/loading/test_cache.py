@@ -114,3 +114,11 @@ def test_a_config_without_a_cache_says_so(capsys: pytest.CaptureFixture[str]) ->
         main(["cache", inference])
     wanted = "error: this config caches no images: it needs cache_dir, train#dataset and validate#dataset\n"
     assert capsys.readouterr().err == wanted
+
+
+def test_data_that_is_not_there_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = Path(config()).with_name("mimic_cxr_bimcv.json")
+    with pytest.raises(SystemExit, match="2"):
+        main(["cache", config(), str(recipe), "--data_dir", str(tmp_path)])
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {tmp_path / 'mimic_cxr'}: no such folder. ") and said.count("\n") == 1

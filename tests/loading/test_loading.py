@@ -297,7 +297,7 @@ def test_unreadable_items_are_skipped_and_listed(broken, tmp_path, workers):
 def test_strict_names_the_file(broken, tmp_path):
     root, items, _ = broken
     dataset = images(items, transforms(), root, tmp_path / "cache", strict=True)
-    with pytest.raises(DataError, match=r"x3\.jpg: truncated JPEG.*set `strict` to false"):
+    with pytest.raises(DataError, match=r"x3\.jpg: truncated JPEG.*; repair or remove it or its report"):
         dataset[3]
 
 

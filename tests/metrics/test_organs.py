@@ -79,6 +79,7 @@ def test_missed_and_absent_organs():
         organ_scores(prediction[:-1], truth, 4, SPACING)
 
 
+@pytest.mark.filterwarnings("error")
 def test_a_perfect_prediction():
     _, truth = maps()
     scores = organ_scores(truth, truth, 4, SPACING)

@@ -9,6 +9,7 @@ never share a patient. ``monai.data.load_decathlon_datalist`` reads the same fil
 """
 
 import json
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -17,6 +18,8 @@ from typing import Any
 from unimedi_components.data.sources import sha256_of
 from unimedi_components.errors import DataError
 from unimedi_components.files import ANY_NAME, replacing
+
+logger = logging.getLogger(__name__)
 
 SPLITS = ("training", "validation", "test")
 REQUIRED_KEYS = ("id", "patient", "image", "dim")
@@ -138,6 +141,11 @@ def _version() -> str:
 def write_json(content: Any, path: str | Path) -> Path:
     """Write JSON under a temporary name and rename it, so that no reader ever sees half a file."""
     return _write_atomic([json.dumps(content, indent=1, ensure_ascii=False), "\n"], path)
+
+
+def write_metrics(values: Mapping[str, Any], folder: str | Path) -> None:
+    """Write `metrics.json` to a folder, and name it in the log: where a run's bars end, its numbers are found."""
+    logger.info("%s: what was measured", write_json(values, Path(folder, "metrics.json")))
 
 
 def write_datalist(lists: Mapping[str, Any], path: str | Path) -> Path:

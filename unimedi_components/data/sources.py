@@ -53,10 +53,10 @@ def check_choice(option: str, value: Any, known: Iterable[str], hint: bool = Fal
 def existing_root(root: str | Path, dataset: str) -> Path:
     """Return ``root`` as a path. Raises DataError: the folder does not exist or is a file."""
     path = Path(root).expanduser()
-    if not path.exists():
-        raise DataError(f"{path}: no such folder. Give the folder that holds the {dataset} data as ROOT.")
     if not path.is_dir():
-        raise DataError(f"{path}: is a file. Give the folder that holds the {dataset} data as ROOT.")
+        fault = "is a file" if path.exists() else "no such folder"
+        give = f"Give the folder that holds the {dataset} data as ROOT; a run looks below UNIMEDI_DATA."
+        raise DataError(f"{path}: {fault}. {give}")
     return path
 
 

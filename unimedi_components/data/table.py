@@ -6,7 +6,9 @@ dcm, ...) or a CT volume (nii, nii.gz, mhd, nrrd, or the folder of a DICOM serie
 the csv's folder. Several csv files make one datalist, for example X-rays in one and CTs in the other.
 """
 
+import logging
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,8 @@ from unimedi_components.images.checks import CTLimits, check_ct, short_reason
 from unimedi_components.images.find import VOLUME_ENDINGS, image_at
 from unimedi_components.images.identify import PICTURES, VOLUMES, content_fault, identify
 from unimedi_components.images.xray_checks import IMAGE_CHECKS, xray_fault
+
+logger = logging.getLogger(__name__)
 
 SPLIT_NAMES = {
     **dict.fromkeys(("training", "train", "tr"), "training"),
@@ -322,6 +326,9 @@ def _add_labels(
     builder.meta["label_names"] = names
     if task is not None:
         builder.meta["task"] = task
+    if task == "multilabel" and (others := Counter(part for parts in own for part in parts if part not in names)):
+        words = ", ".join(f"{word!r} ({count})" for word, count in others.most_common())
+        logger.warning("labels that are none of label_names count as no finding: %s", words)
     for parts, (label, item) in zip(own, named, strict=True):
         item["label"] = _label(parts, names, task, f"{item['id']}: label {label!r}")
 

@@ -82,6 +82,7 @@ class ResumableCheckpoint:
         self.resume = resume
         self.sign = 1.0 if greater_is_better else -1.0
         self.best: float | None = None
+        self.best_epoch = 0
         #: Of the card: the type that a run with mixed precision computes in.
         self.precision: dict[str, str] = {}
 
@@ -107,7 +108,7 @@ class ResumableCheckpoint:
         path = self.folder / self.last
         if self.resume:
             self._load(engine, path)
-        elif path.is_file():
+        elif path.is_file() and rank() == 0:
             logger.warning("%s: an earlier run's checkpoint will be overwritten; `--resume True` continues it", path)
         if getattr(engine, "amp", False):
             kind = getattr(engine, "amp_kwargs", {}).get("dtype", torch.float16)
@@ -127,6 +128,7 @@ class ResumableCheckpoint:
                 "epoch": engine.state.epoch,
                 "epoch_length": engine.state.epoch_length,
                 "best": self.best,
+                "best_epoch": self.best_epoch,
                 "scaler": scaler.state_dict() if scaler is not None else {},
                 **{name: part.state_dict() for name, part in self.state.items()},
             },
@@ -142,7 +144,7 @@ class ResumableCheckpoint:
             return False
         if self.best is not None and self.sign * float(value) <= self.sign * self.best:
             return False
-        self.best = float(value)
+        self.best, self.best_epoch = float(value), self.evaluator.state.epoch
         return True
 
     def _load(self, engine: Engine, path: Path) -> None:
@@ -170,7 +172,11 @@ class ResumableCheckpoint:
             ) from error
         if content["scaler"] and getattr(engine, "scaler", None) is not None:
             engine.scaler.load_state_dict(content["scaler"])  # type: ignore[attr-defined]
-        self.best = content["best"]
+        self.best, self.best_epoch = content["best"], content.get("best_epoch", content["epoch"])
+        if self.evaluator is not None and self.best is not None:
+            # MONAI's log names it after every validation
+            state: Any = self.evaluator.state
+            state.best_metric, state.best_metric_epoch = self.best, self.best_epoch
         engine.state.epoch = content["epoch"]
         engine.state.iteration = content["epoch"] * content["epoch_length"]
         logger.info("%s: resumed after epoch %d of %d", path, content["epoch"], engine.state.max_epochs)

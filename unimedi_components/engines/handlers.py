@@ -270,7 +270,8 @@ class ValidationLog(EndWithLoader):
         self.parts: list[Any] = []
         if rank() == 0:
             self.parts = [
-                StatsHandler(iteration_log=False),
+                # by the engine's logger: MONAI's own for it hands nothing on, and `run.log` would lack the values
+                StatsHandler(iteration_log=False, name=None),
                 TensorBoardStatsHandler(log_dir=log_dir, iteration_log=False),
             ]
 

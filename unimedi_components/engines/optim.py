@@ -83,8 +83,9 @@ def scaled_lr(lr: float, sampler: Any, lr_batch: int, rule: str = "none") -> flo
     images = batch * ranks
     scaled = lr * LR_RULES[rule](images / lr_batch)
     if images != lr_batch and rank() == 0:
-        text = "a step has %d images (%d on each of %d ranks), the learning rate %g is for %d: lr_rule %r makes it %g"
-        logger.warning(text, images, batch, ranks, lr, lr_batch, rule, scaled)
+        each = f" ({batch} on each of {ranks} ranks)" if ranks > 1 else ""
+        text = "a step has %d images%s, the learning rate %g is for %d: lr_rule %r %s %g"
+        logger.warning(text, images, each, lr, lr_batch, rule, "leaves it at" if scaled == lr else "makes it", scaled)
     return scaled
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,8 @@ def load_imaged(key: str, reader: Any = None) -> LoadImaged:
     # which takes seconds that commands without a network need not wait
     from monai.transforms import LoadImaged
 
+    # it says so twice, as a warning and in its log
+    logging.getLogger("monai.data.nvimgcodec_pydicom_plugin").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="NvImgCodec")
         return LoadImaged(key, reader=reader, image_only=True)

@@ -104,7 +104,7 @@ class ImageDataset(PersistentDataset):
             raise DataError(f"data set root {root} is not a folder; set `dataset_dir` to where the data set lies")
         not_read = data.not_read if isinstance(data, ImageList) else []
         if strict and (fault := next((one for one in not_read if one.fault), None)):
-            raise DataError(f"{fault.file}: {fault.reason}; repair or remove it, or set `strict` to false")
+            raise DataError(f"{fault.file}: {fault.reason}; repair or remove it")
         super().__init__(data=(), transform=transform, cache_dir=None if cache_dir is None else str(cache_dir))
         self.root, self.seed, self.strict, self.keep_meta = Path(root), seed, strict, keep_meta
         self.target, self.label_names, self.task, self.refill = target, list(label_names), task, True
@@ -230,7 +230,8 @@ class ImageDataset(PersistentDataset):
     def _skip(self, item_id: str, path: Path, error: BaseException) -> Skipped:
         record = Skipped(item_id, str(path), reason_of(error, path)[:400])
         if self.strict:
-            raise DataError(f"{path}: {record.reason}; repair or remove it, or set `strict` to false") from error
+            what = f"it or its {self.target}" if self.target else "it"
+            raise DataError(f"{path}: {record.reason}; repair or remove {what}") from error
         if item_id not in self._skipped:
             self._skipped[item_id] = record
             logger.warning("skipped %s (%s): %s", record.file, record.id, record.reason)

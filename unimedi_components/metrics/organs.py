@@ -4,6 +4,7 @@
 Letters: N cases, O organs (the labels without the background), R resamples of the patients.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -63,10 +64,12 @@ def organ_scores(
         scores["dice"][organ] = 2 * both / float(voxels[organ] + predicted[organ])
         seen, true = (torch.from_numpy(mask)[None, None].float() for mask in (found, wanted))
         step = tuple(float(value) for value in spacing)
-        surface = compute_surface_dice(
-            seen, true, class_thresholds=[tolerance_mm], include_background=True, spacing=step
-        )
-        distance = compute_hausdorff_distance(seen, true, include_background=True, percentile=95, spacing=step)
+        shared: dict[str, Any] = {"include_background": True, "spacing": step}
+        with warnings.catch_warnings():
+            # MONAI's metrics call MONAI by an argument that it has given up
+            warnings.filterwarnings("ignore", message=".*always_return_as_numpy")
+            surface = compute_surface_dice(seen, true, class_thresholds=[tolerance_mm], **shared)
+            distance = compute_hausdorff_distance(seen, true, percentile=95, **shared)
         scores["surface_dice"][organ], scores["hd95_mm"][organ] = float(surface), float(distance)
     return {
         **scores,

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pandas as pd
 from sklearn.metrics import roc_curve
 
-from unimedi_components.data.datalist import SPLITS, load_datalist, write_json
+from unimedi_components.data.datalist import SPLITS, load_datalist, write_metrics
 from unimedi_components.distributed import rank
 from unimedi_components.errors import ConfigError, DataError
 from unimedi_components.figures.charts import RocCurve, draw_roc
@@ -179,7 +179,7 @@ def _write(folder: Path, values: Values, table: pd.DataFrame, index: Embeddings)
         shown = "all splits" if values["split"] == "all" else f"{values['split']} split"
         title = f"Zero-shot ROC, {dim[0]}D, {shown}, {len(own)} images"
         draw_roc(_curves(own, scores), folder / f"roc_{dim}.png", title)
-    write_json(values, folder / "metrics.json")
+    write_metrics(values, folder)
 
 
 def _curves(table: pd.DataFrame, scores: Mapping[str, Any]) -> list[RocCurve]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from unimedi_components.data.datalist import load_datalist, select, write_json
+from unimedi_components.data.datalist import load_datalist, select, write_json, write_metrics
 from unimedi_components.data.phantom.truth import load_truth
 from unimedi_components.distributed import rank, wait_for_ranks
 from unimedi_components.figures.attention import CTView, XrayView, draw_selection, draw_xrays
@@ -98,7 +98,7 @@ def after_training(
         values["training"] = {"iterations": history[-1]["iteration"], "loss": history[-1]["loss"]}
         draw_loss_curves(history, out / "loss_curves.png")
     write_json(provenance(), out / "run.json")
-    write_json(values, out / "metrics.json")
+    write_metrics(values, out)
     if shown := _shown(pretrained, lists, root, 3, split, features, studies, options):
         views = ct_views(pretrained, shown[1], root, studies)
         draw_selection(views, out / "slice_selection.png", f"Slices selected by CLS attention ({shown[0]} split)")

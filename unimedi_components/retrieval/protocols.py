@@ -96,8 +96,8 @@ def exclusive_sample(
     if (exact and missing) or len(pools) < 2:
         lacking = "; ".join(f"{name}: {reason}" for name, reason in missing.items())
         raise DataError(
-            f"the protocol {protocol} cannot be drawn from {len(items)} images ({lacking}); give more images, a lower "
-            "per_class, or exact=False for as many as there are"
+            f"the protocol {protocol} cannot be drawn from {len(items)} images ({lacking}); give more images, ask for "
+            f"fewer (per_class, queries{', exact=False' if exact else ''}), or leave it out of `protocols`"
         )
     count = min(per_class, *(len(rest) for _, rest in pools.values()))
     for name, reason in missing.items():

@@ -6,6 +6,7 @@ Masks and label maps become a Segmentation (PS3.3 A.51), boxes a Comprehensive S
 
 import logging
 import re
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ _ON_SLICE = 0.5
 
 
 def check_dicom_outputs() -> None:
-    """Pass where highdicom is installed. Raises ConfigError: it is not."""
+    """Pass where highdicom is installed, and quieten what it says of every file. Raises ConfigError: it is not."""
     try:
         import highdicom  # noqa: F401
     except ImportError:
@@ -46,6 +47,9 @@ def check_dicom_outputs() -> None:
             "DICOM outputs need the package highdicom: pip install 'unimedi-components[dicom]', or set dicom_output to "
             "false"
         ) from None
+    # each attribute that it copies, and names of patients that have one part
+    logging.getLogger("highdicom").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*unlikely to represent the intended person name")
 
 
 def write_mask(source: str | Path, mask: Array, label: str, target: str | Path) -> Path | None:

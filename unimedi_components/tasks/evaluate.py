@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from unimedi_components.data.datalist import load_datalist, select, write_json
+from unimedi_components.data.datalist import load_datalist, select, write_json, write_metrics
 from unimedi_components.distributed import rank
 from unimedi_components.errors import CheckpointError, ConfigError, DataError
 from unimedi_components.figures.curves import draw_loss_curves
@@ -156,7 +156,7 @@ def evaluate_task(
     if output_dir is not None:
         folder = Path(output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(values, folder / "metrics.json")
+        write_metrics(values, folder)
         write_csv(task.table(rows), folder / "cases.csv")
         with torch.no_grad():
             task.draw(rows, values, folder)
