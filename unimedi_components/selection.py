@@ -56,6 +56,13 @@ def slice_scores(attention: Tensor, grid: Grid) -> Tensor:
     return attention.view(attention.shape[0], slabs, rows * columns).mean(-1)
 
 
+def resample_profile(profile: Tensor, slabs: int) -> Tensor:
+    """A value for each of `slabs` slabs, (slabs,), linear between those of other slabs, (S,)."""
+    if len(profile) == slabs:
+        return profile
+    return F.interpolate(profile[None, None], size=slabs, mode="linear", align_corners=False)[0, 0]
+
+
 def relative_scores(scores: Tensor, profile: Tensor, power: float) -> Tensor:
     """Slab scores over what slabs of their place usually score, to a power.
 
@@ -67,9 +74,7 @@ def relative_scores(scores: Tensor, profile: Tensor, power: float) -> Tensor:
         profile: mean scores of other volumes, (S',); interpolated where S' is not S.
         power: 0 to 1.
     """
-    if len(profile) != scores.shape[1]:
-        profile = F.interpolate(profile[None, None], size=scores.shape[1], mode="linear", align_corners=False)[0, 0]
-    return scores / profile.to(scores).clamp_min(1e-6) ** power
+    return scores / resample_profile(profile, scores.shape[1]).to(scores).clamp_min(1e-6) ** power
 
 
 def random_scores(batch: int, slabs: int, device: torch.device, generator: torch.Generator | None = None) -> Tensor:

@@ -21,7 +21,6 @@ from unimedi_components.distributed import broadcast, rank, unwrap
 from unimedi_components.engines.samples import spread_images
 from unimedi_components.networks.heads import ProjectionHead
 from unimedi_components.networks.modality_norm import ModalityBatchNorm1d
-from unimedi_components.selection import slice_scores
 
 logger = logging.getLogger(__name__)
 
@@ -87,11 +86,8 @@ class CalibrateProjection:
     @torch.no_grad()
     def _measure(self, profile: Tensor) -> None:
         """Set `slab_profile` to the mean scores of whole training volumes."""
-        encoder, scores = self.network.encoder, []
-        for batch in self._batches(3):
-            image = batch.to(profile.device)
-            attention = encoder(image, return_attention=True).attention
-            scores.append(slice_scores(attention, encoder.token_grids(image)[0]))
+        network = self.network
+        scores = [network.select(batch.to(profile.device), by=network.encoder)[1] for batch in self._batches(3)]
         if scores:
             mean = torch.cat(scores).mean(0)
             profile.copy_(mean / mean.mean())

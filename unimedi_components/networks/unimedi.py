@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from unimedi_components import selection
 from unimedi_components.distributed import all_reduce_sum
@@ -240,7 +239,7 @@ class UniMedI(nn.Module):
         """
         grid = self.encoder.token_grids(volume)[0]
         if by is None and (self.selector == "random" or self.num_slices == 0):
-            scores = selection.random_scores(len(volume), grid[0], volume.device)
+            scores = ranked = selection.random_scores(len(volume), grid[0], volume.device)
         else:
             selector = by or (self.teacher if self.selector == "teacher" else self.encoder)
             assert selector is not None
@@ -249,7 +248,7 @@ class UniMedI(nn.Module):
             scores = selection.slice_scores(attention, grid)
             # what autocast cast here without a history would leave the student's own pass without a gradient
             torch.clear_autocast_cache()
-        ranked = scores if by is None and self.selector == "random" else self._ranked(scores)
+            ranked = self._ranked(scores)
         return selection.select_slices(ranked, self.num_slices, self.encoder.patch_depth, expand=self.expand), scores
 
     def _ranked(self, scores: Tensor) -> Tensor:
@@ -262,10 +261,8 @@ class UniMedI(nn.Module):
     def _follow_profile(self, scores: Tensor | None) -> None:
         """Move `slab_profile` towards the mean scores of a step's volumes on all ranks, of which some may have none."""
         profile = self.slab_profile
-        rows = profile.new_zeros(0, len(profile)) if scores is None else scores.to(profile)
-        if rows.shape[1] != len(profile):
-            rows = functional.interpolate(rows[:, None], size=len(profile), mode="linear", align_corners=False)[:, 0]
-        total = all_reduce_sum(rows.sum(0))
+        own = profile.new_zeros(len(profile)) if scores is None else scores.to(profile).sum(0)
+        total = all_reduce_sum(selection.resample_profile(own, len(profile)))
         # without a question to the GPU: no volume anywhere leaves the profile as it is
         mean = total.mean()
         profile.lerp_(total / mean.clamp_min(1e-12), (1.0 - _PROFILE_MOMENTUM) * (mean > 0))
