@@ -54,7 +54,6 @@ def collect(
             training and the split's other part.
         check_images: ``"quick"``, ``"full"``, ``"exists"`` or ``"none"``; see
             :func:`~unimedi_components.data.label_maps.pair_fault`.
-        assume_hu: take CT values for Hounsfield units that do not look like it.
 
     Returns:
         The builder. Drop reasons: ``no label map`` (the images for testing), ``duplicate id``, ``missing

@@ -12,7 +12,6 @@ import json
 import re
 import warnings
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 
 from unimedi_components.data.datalist import DatalistBuilder
@@ -70,9 +69,7 @@ def collect(
         root: ``covid19_posi`` or the folder that holds it; item paths are relative to it.
         validation_fraction: share of the patients for validation.
         test_fraction: share of the patients for test.
-        min_sentences: fewest sentences after cleaning (the paper's three).
         min_slices: fewest slices of a series.
-        assume_hu: take CT values for Hounsfield units that do not look like it.
         min_megabytes: fewest megabytes of voxels of a series.
         report_csv: table of English reports, if it is not ``BIMCV-R.csv`` below ``root``.
         text_column: column of the report text, if its name is unusual.
@@ -205,26 +202,7 @@ def _report_table(root: Path, tops: list[Path], report_csv: str | Path | None) -
 def _add_labels(builder: DatalistBuilder, tops: list[Path], table: Path) -> dict[_Session, list[int]]:
     """Session -> 1 or 0 for each name of the column Labels; names and source go into the meta block."""
     more = (first_source(top, [name]) for name in LABEL_TABLES for top in tops)
-    names, labels, path = _read_labels([table, *(path for path in more if path is not None and path != table)])
-    if path is not None:
-        builder.meta["label_names"] = names
-        builder.add_source(path)
-    return labels
-
-
-def _session_key(patient: str, report: str) -> _Session:
-    """(sub-..., ses-...) of a row, whose ids may lack these prefixes."""
-    return _prefixed(patient, "sub-"), _prefixed(report, "ses-")
-
-
-def _prefixed(name: str, prefix: str) -> str:
-    name = name.strip()
-    return name if name.startswith(prefix) else prefix + name
-
-
-def _read_labels(tables: Sequence[Path]) -> tuple[list[str], dict[_Session, list[int]], Path | None]:
-    """Read the findings of all sessions from the first table that has them."""
-    for path in tables:
+    for path in [table, *(path for path in more if path is not None and path != table)]:
         frame = read_source(path, ("PatientID", "ReportID"), "\t" if ".tsv" in path.name else ",")
         if LABEL_COLUMN not in frame.columns:
             continue
@@ -243,11 +221,18 @@ def _read_labels(tables: Sequence[Path]) -> tuple[list[str], dict[_Session, list
             warnings.warn(
                 f"{path}: {len(broken)} cells under {LABEL_COLUMN} are no list of names such as ['pneumonia'], "
                 f"so their sessions go without labels (first {broken[0]}). Correct or empty the cells.",
-                stacklevel=3,
+                stacklevel=2,
             )
         columns = sorted(set().union(*found.values()))
-        return columns, {session: [int(name in own) for name in columns] for session, own in found.items()}, path
-    return [], {}, None
+        builder.meta["label_names"] = columns
+        builder.add_source(path)
+        return {session: [int(name in own) for name in columns] for session, own in found.items()}
+    return {}
+
+
+def _session_key(patient: str, report: str) -> _Session:
+    """(sub-..., ses-...) of a row, whose ids may lack these prefixes."""
+    return "sub-" + patient.strip().removeprefix("sub-"), "ses-" + report.strip().removeprefix("ses-")
 
 
 def _names(cell: str) -> set[str] | None:

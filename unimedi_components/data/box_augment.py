@@ -13,17 +13,12 @@ from torch import Tensor
 
 
 class RowsFirstBoxesd(MapTransform):
-    """[x0, y0, x1, y1] to [y0, x0, y1, x1], as `monai.apps.detection.transforms` reads boxes; twice is nothing.
-
-    Args:
-        keys: of boxes (N, 4).
-    """
+    """Boxes (N, 4) to [y0, x0, y1, x1], as `monai.apps.detection.transforms` reads them, or back from it."""
 
     def __init__(self, keys: str = "boxes") -> None:
         super().__init__(keys)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Return `data` with the boxes' axes exchanged."""
         return {**data, **{key: _exchanged(data[key]) for key in self.key_iterator(dict(data))}}
 
 
@@ -32,17 +27,15 @@ class ToInputBoxesd(MapTransform):
 
     Args:
         keys: of boxes (N, 4), rows first.
-        ref_image_key: image (1, H, W).
-        min_visible: a box of which less than this share of the area is left is removed.
+        min_visible: a box of which less than this share of the area is left in "image" (1, H, W) is removed.
     """
 
-    def __init__(self, keys: str = "boxes", ref_image_key: str = "image", min_visible: float = 0.2) -> None:
+    def __init__(self, keys: str = "boxes", min_visible: float = 0.2) -> None:
         super().__init__(keys)
-        self.ref_image_key, self.min_visible = ref_image_key, min_visible
+        self.min_visible = min_visible
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Return `data` with the boxes."""
-        height, width = data[self.ref_image_key].shape[-2:]
+        height, width = data["image"].shape[-2:]
         limits = torch.tensor([width, height, width, height], dtype=torch.float32)
         result = dict(data)
         for key in self.key_iterator(result):

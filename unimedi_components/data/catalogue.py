@@ -23,11 +23,7 @@ def find_dataset(name: str) -> Dataset:
 
 
 def describe(name: str | None = None) -> str:
-    """Describe one data set, or all: task, where to get it, licence, layout and commands.
-
-    Raises:
-        ConfigError: no data set has this name.
-    """
+    """Task, source, licence, layout and commands of one data set, or all. Raises ConfigError: none has this name."""
     chosen = list(DATASETS.values()) if name is None else [find_dataset(name)]
     return "\n\n".join(map(_card, chosen))
 

@@ -82,7 +82,10 @@ def collect(
         ConfigError: an option has an unknown value.
         DataError: a table is missing or lacks a column, or a fault under ``strict``.
     """
-    _check_options(findings, uncertain, validation_images)
+    check_choice("findings", findings, TASKS, hint=True)
+    check_choice("uncertain", uncertain, POLICIES, hint=True)
+    if validation_images < 0:
+        raise ConfigError(f"validation_images={validation_images} is negative. Use 5000, or 0 for no validation.")
     columns = TASKS[findings]
     base = existing_root(root, "CheXpert")
     builder = DatalistBuilder("chexpert", root, strict)
@@ -95,7 +98,9 @@ def collect(
     shared = train["patient"].isin(test["patient"])
     builder.drop_many("patient in another split", train.loc[shared, "id"])
     train = train[~shared]
-    held = _validation_patients(train, validation_images, seed)
+    # of a set that is no larger, a tenth
+    count = int(len(train) / 10 + 0.5) if len(train) <= validation_images else validation_images
+    held = hold_out(train["patient"].value_counts().to_dict(), count, seed)
     train["split"] = np.where(train["patient"].isin(held), "validation", "training")
     test["split"] = "test"
     frame = pd.concat([test, train])
@@ -112,13 +117,6 @@ def collect(
         "split": "test: valid.csv; validation: patients of train.csv",
     }
     return builder
-
-
-def _check_options(findings: str, uncertain: str, validation_images: int) -> None:
-    check_choice("findings", findings, TASKS, hint=True)
-    check_choice("uncertain", uncertain, POLICIES, hint=True)
-    if validation_images < 0:
-        raise ConfigError(f"validation_images={validation_images} is negative. Use 5000, or 0 for no validation.")
 
 
 def _on_disk(base: Path, home: Path, images: pd.Series, check: str) -> pd.Series:
@@ -187,7 +185,6 @@ def _label(text: str) -> int | None:
 
 
 def _resolve(values: np.ndarray, columns: tuple[str, ...], policy: str) -> np.ndarray:
-    """Apply the policy for uncertain labels to (images, findings)."""
     by_policy = {
         "paper": [int(name in UNCERTAIN_ONES) for name in columns],
         "ones": [1] * len(columns),
@@ -195,13 +192,6 @@ def _resolve(values: np.ndarray, columns: tuple[str, ...], policy: str) -> np.nd
         "ignore": [UNCERTAIN] * len(columns),
     }
     return np.where(values == UNCERTAIN, by_policy[policy], values)
-
-
-def _validation_patients(train: pd.DataFrame, count: int, seed: int) -> set[str]:
-    """Choose the patients to hold out: ``count`` images or, of a set that is no larger, a tenth."""
-    if count and len(train) <= count:
-        count = int(len(train) / 10 + 0.5)
-    return hold_out(train["patient"].value_counts().to_dict(), count, seed)
 
 
 DATASET = Dataset(

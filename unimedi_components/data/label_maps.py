@@ -108,9 +108,6 @@ def pair_fault(
         None when sound, otherwise ``(reason, detail)``. Reasons: those of
         :func:`~unimedi_components.images.checks.check_ct`, ``missing mask``, ``unreadable mask``, ``mask and
         image differ in geometry`` and ``unknown label values``.
-
-    Raises:
-        ConfigError: ``check`` is none of the four.
     """
     check_choice("check_images", check, IMAGE_CHECKS)
     if check == "none":

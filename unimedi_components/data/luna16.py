@@ -67,7 +67,6 @@ def collect(
         test_subsets: numbers of the test subsets.
         check_images: ``"quick"`` or ``"exists"`` (header, and size of the ``.raw``), ``"full"`` (also Hounsfield units
             of some slices), or ``"none"``, which only lists the folders and so leaves out the voxel indices.
-        assume_hu: take CT values for Hounsfield units that do not look like it.
 
     Returns:
         The builder. Drop reasons: ``duplicate row``, ``row without numbers``, ``unknown class``, ``duplicate id``

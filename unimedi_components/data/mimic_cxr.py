@@ -61,7 +61,6 @@ def collect(
 
     Args:
         root: folder with the csv files and ``files/``.
-        min_sentences: fewest sentences after cleaning (the paper's three).
         fallback_sections: where a report has neither impression nor findings take its last paragraph or,
             without one, its comparison; otherwise such studies are dropped.
         labels: add the 14 CheXpert labels if ``-chexpert.csv`` is there: 1, 0, -1 uncertain, -2 not mentioned.
@@ -218,7 +217,6 @@ def _add_items(
     faults_of: Callable[[list[str]], list[tuple[str, str] | None]],
     labels: bool,
 ) -> None:
-    """Drop rows by report and image, add the rest."""
     reasons = frame["study_id"].map({study: found[0] for study, found in reports.items()})
     details = {study: found[1] for study, found in reports.items() if found[0]}
     for row in frame[reasons != ""].itertuples(index=False):

@@ -4,6 +4,7 @@
 import inspect
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,6 @@ def _plain_value(place: str, parameter: inspect.Parameter, value: Any) -> Any:
 
 
 def _summary(builder: DatalistBuilder, kept: Mapping[str, int]) -> str:
-    """Return the table of kept items by split and dropped items by reason, with first examples."""
     dims = [f"{sum(item['dim'] == dim for own in builder.items.values() for item in own)} {dim}D" for dim in (2, 3)]
     lines = [f"{builder.dataset} at {builder.root} ({', '.join(dims)})"]
     lines += [f"  kept     {kept[split]:>8}  {split}" for split in SPLITS]
@@ -130,10 +130,6 @@ def merge_datalists(datalists: Mapping[str, str | Path], out: str | Path, root: 
 
     Args:
         datalists: name -> datalist file.
-        root: folder above all images.
-
-    Returns:
-        The joined datalist.
 
     Raises:
         DataError: a datalist is invalid, or its images are neither below ``root/NAME`` nor below its recorded
@@ -141,11 +137,7 @@ def merge_datalists(datalists: Mapping[str, str | Path], out: str | Path, root: 
     """
     parts = {name: load_datalist(path) for name, path in datalists.items()}
     prefixes = {name: _prefix(name, Path(datalists[name]), part, Path(root)) for name, part in parts.items()}
-    seen: dict[str, int] = {}
-    for part in parts.values():
-        for split in SPLITS:
-            for item in part[split]:
-                seen[item["id"]] = seen.get(item["id"], 0) + 1
+    seen = Counter(item["id"] for part in parts.values() for split in SPLITS for item in part[split])
     joined: dict[str, Any] = {split: [] for split in SPLITS}
     for name, part in parts.items():
         for split in SPLITS:

@@ -51,7 +51,7 @@ def pretraining_datalist(
             write_phantom(source, root / source, patients=patients, seed=phantom_seed).fresh
             for source, patients in (phantoms or {}).items()
         ]
-        if any(fresh) or not _made_from(out, recipe):
+        if any(fresh) or not out.is_file() or load_datalist(out)["meta"].get("recipe") != recipe:
             parts = {source: str(root / f"{source}.json") for source in sources}
             for source, part in parts.items():
                 prepare(source, root / source, part, **options)
@@ -61,11 +61,6 @@ def pretraining_datalist(
         return str(out)
 
     return first_rank_first(make)
-
-
-def _made_from(path: Path, recipe: Mapping[str, Any]) -> bool:
-    """Whether the datalist is there and was made from these sources with these options."""
-    return path.is_file() and load_datalist(path)["meta"].get("recipe") == recipe
 
 
 def report_tokenizer(items: Sequence[Mapping[str, Any]], folder: str | Path, vocab_size: int = 2000) -> Any:

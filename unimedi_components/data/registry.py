@@ -11,8 +11,10 @@ from unimedi_components.data.datalist import DatalistBuilder
 OPTIONS = {
     "strict": "raise at the first broken or missing file.",
     "seed": "seed of the splits that the data set does not define.",
+    "min_sentences": "fewest sentences after cleaning (the paper's three).",
     "min_tokens": "fewest word tokens after cleaning.",
     "keep_punct": "keep the punctuation of reports, see clean_report.",
+    "assume_hu": "take CT values for Hounsfield units that do not look like it.",
     "check_images": '"quick" (first and last bytes), "full" (decode), "exists" or "none".',
     "num_workers": "threads that read files.",
     "progress": "show progress bars.",
@@ -40,5 +42,4 @@ class Dataset:
     notes: str = ""
 
     def convert(self, root: Any, **options: Any) -> dict[str, Any]:
-        """Return the datalist of ``collect``."""
         return self.collect(root, **options).build()

@@ -9,7 +9,6 @@ from typing import Any
 
 from unimedi_components.errors import DataError
 
-FIRST_SLICES = ("head", "foot")
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 
 
@@ -61,10 +60,3 @@ def slice_files(folder: str | Path, slices: Sequence[str] | None = None, first_s
         raise DataError(f"{folder}: holds no slice ({', '.join(IMAGE_ENDINGS)}). Fetch the scan again")
     files = [os.path.join(folder, name) for name in names]
     return files[::-1] if first_slice == "head" else files
-
-
-def checked_end(first_slice: str) -> str:
-    """Return `first_slice` if it is one of `FIRST_SLICES`. Raises DataError: it is neither."""
-    if first_slice not in FIRST_SLICES:
-        raise DataError(f"first_slice {first_slice!r} is unknown. Use one of {', '.join(FIRST_SLICES)}.")
-    return first_slice

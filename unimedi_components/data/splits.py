@@ -38,14 +38,10 @@ def strata_by_label(items: Iterable[Mapping[str, Any]]) -> dict[str, str]:
 
 
 def hold_out(images: Mapping[str, int], count: int, seed: int) -> set[str]:
-    """Choose patients that have a given number of images together.
+    """Choose patients, in the seed's order, that have ``count`` images together.
 
-    Args:
-        seed: seed of the order. Patients are taken in that order; one whose images would exceed the number is
-            passed over.
-
-    Returns:
-        The patients. They have exactly ``count`` images unless no patient with few enough images is left.
+    One whose images would exceed the number is passed over, so that there are fewer where no patient with few enough
+    is left.
     """
     chosen = set()
     for patient in patient_order(images, seed):

@@ -65,7 +65,7 @@ def _find_image(
     if content in PICTURES:
         return {"dim": 2}, xray_fault(path, check)
     if content in VOLUMES and not content_fault(path.name, content):
-        return {"dim": 3, **told}, _volume_fault(path, limits, assume_hu)
+        return {"dim": 3, **told}, check_ct(path, limits, assume_hu=assume_hu)
     try:
         image = image_at(path, assume_hu)
     except DataError as error:
@@ -75,11 +75,7 @@ def _find_image(
         return {"dim": 2, "image": image.path}, xray_fault(image.path, check)
     files = list(image.files) if image.is_folder else []
     fields: dict[str, Any] = {"dim": 3, **told, **({"files": files} if files else {})}
-    return fields, _volume_fault(image.path, limits, assume_hu, files)
-
-
-def _volume_fault(path: Path, limits: CTLimits, assume_hu: bool, files: Sequence[Path] = ()) -> tuple[str, str] | None:
-    return check_ct(path, limits, files=files, assume_hu=assume_hu)
+    return fields, check_ct(image.path, limits, files=files, assume_hu=assume_hu)
 
 
 def collect(
@@ -145,7 +141,8 @@ def collect(
         raise ConfigError(f"language={language!r} is unknown. Use 'en' or 'any'.")
     tables = _table_paths(root)
     rows = [row for table in tables for row in _read_rows(table, image_column, report_column, label_column)]
-    base = _common_folder(tables, rows)
+    folders = {str(path.parent) for path in tables} | {str(row.image.parent) for row in rows if row.image.name}
+    base = Path(os.path.commonpath(sorted(folders)))
     builder = DatalistBuilder("table", base, strict)
     builder.meta["keep_punct"] = keep_punct
     for table in tables:
@@ -231,12 +228,6 @@ def _read_rows(table: Path, image_column: str, report_column: str, label_column:
             _Row(place, image, record.get(report_column), patient, cell(record, "split"), labels, cell(record, "id"))
         )
     return rows
-
-
-def _common_folder(tables: list[Path], rows: list[_Row]) -> Path:
-    """Return the folder that is common to the tables and all images."""
-    folders = {str(path.parent) for path in tables} | {str(row.image.parent) for row in rows if row.image.name}
-    return Path(os.path.commonpath(sorted(folders)))
 
 
 def _relative(path: Path, base: Path) -> str:

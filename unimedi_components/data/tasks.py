@@ -74,7 +74,6 @@ def load_task(
     """Read a datalist for a task and check that it has what the task needs.
 
     Args:
-        root: folder that its image paths are relative to.
         label_fraction: share of the patients whose training items are kept, nested over fractions and stratified by
             label.
 

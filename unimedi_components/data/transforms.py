@@ -46,15 +46,9 @@ RAS_LABELS = (("L", "R"), ("P", "A"), ("I", "S"))
 
 
 class CheckVolumed(MapTransform):
-    """Let one-channel volumes with a usable affine pass; fail with one message otherwise."""
+    """Let one-channel volumes with a usable affine pass. Raises DataError: what else a file may hold."""
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Return `data` unchanged.
-
-        Raises:
-            DataError: several time points or channels, not three spatial dimensions, or a singular or
-                non-finite affine.
-        """
         for key in self.key_iterator(dict(data)):
             volume = data[key]
             name = volume.meta.get("filename_or_obj", key)
@@ -85,7 +79,6 @@ class WindowAread(MapTransform):
         self.window, self.spatial_size = tuple(window), tuple(spatial_size)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Return a copy of `data` with resized volumes."""
         resized = dict(data)
         low, high = self.window
         depth, height, width = self.spatial_size
@@ -213,8 +206,6 @@ def _is_random(transform: Any) -> bool:
 
 
 class _Branches(Transform):
-    """One chain per value of `item["dim"]`."""
-
     def __init__(self, branches: Mapping[int, Compose]) -> None:
         self.branches = dict(branches)
 
@@ -246,11 +237,6 @@ class ByDimension(Compose):
 
     Attributes:
         fingerprints: per dimension, a hash of what its deterministic transforms compute, for cache keys.
-
-    Example:
-        >>> transform = ByDimension(xray_transforms(64, random_crop=True), ct_transforms((32, 48, 48)))
-        >>> transform({"id": "a", "dim": 2, "image": "a.jpg"})["image"].shape  # doctest: +SKIP
-        torch.Size([1, 64, 64])
     """
 
     def __init__(self, two_d: Sequence[Callable] = (), three_d: Sequence[Callable] = ()) -> None:
