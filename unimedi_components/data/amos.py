@@ -14,9 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from unimedi_components.data.datalist import DatalistBuilder
+from unimedi_components.data.datalist import DatalistBuilder, Dataset
 from unimedi_components.data.label_maps import BACKGROUND, Case, add_cases
-from unimedi_components.data.registry import Dataset
 from unimedi_components.data.sources import check_choice, existing_root, find_source, read_text
 from unimedi_components.errors import DataError
 

@@ -14,8 +14,7 @@ import warnings
 from collections import Counter
 from pathlib import Path
 
-from unimedi_components.data.datalist import DatalistBuilder
-from unimedi_components.data.registry import Dataset
+from unimedi_components.data.datalist import DatalistBuilder, Dataset
 from unimedi_components.data.sources import (
     existing_root,
     first_source,
@@ -121,7 +120,13 @@ def collect(
     split_of = split_patients({item["patient"]: "3" for item in items}, validation_fraction, test_fraction, seed)
     for item in items:
         builder.add(split_of[item["patient"]], item)
-    _warn_not_english(builder)
+    if count := len(builder.dropped.get(NOT_ENGLISH, [])):
+        remedy = (
+            f"{count} reports are not English and were dropped (BIMCV-COVID19+ is Spanish). "
+            "Put BIMCV-R.csv, or a table of translated reports, into ROOT or name it with report_csv."
+        )
+        builder.remedies.append(remedy)
+        warnings.warn(f"{builder.root}: {remedy}", stacklevel=2)
     return builder
 
 
@@ -276,17 +281,6 @@ def _choose_series(files: list[Path], limits: CTLimits) -> tuple[Path | None, li
         else:
             kept = path
     return kept, dropped
-
-
-def _warn_not_english(builder: DatalistBuilder) -> None:
-    count = len(builder.dropped.get(NOT_ENGLISH, []))
-    if count:
-        remedy = (
-            f"{count} reports are not English and were dropped (BIMCV-COVID19+ is Spanish). "
-            "Put BIMCV-R.csv, or a table of translated reports, into ROOT or name it with report_csv."
-        )
-        builder.remedies.append(remedy)
-        warnings.warn(f"{builder.root}: {remedy}", stacklevel=3)
 
 
 DATASET = Dataset(

@@ -4,7 +4,7 @@
 import textwrap
 
 from unimedi_components.data import amos, bcv, bimcv, cc_ccii, chexpert, covidx, luna16, mimic_cxr, rsna, table
-from unimedi_components.data.registry import Dataset
+from unimedi_components.data.datalist import Dataset
 from unimedi_components.data.sources import nearest_hint
 from unimedi_components.errors import ConfigError
 

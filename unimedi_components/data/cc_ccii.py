@@ -16,8 +16,7 @@ import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from unimedi_components.data.datalist import DatalistBuilder
-from unimedi_components.data.registry import Dataset
+from unimedi_components.data.datalist import DatalistBuilder, Dataset
 from unimedi_components.data.slice_files import in_slice_order
 from unimedi_components.data.sources import (
     check_choice,
@@ -114,7 +113,7 @@ def collect(
     lists = _split_lists(builder, base, split_dir)
     builder.meta["split"] = "official" if lists else "seeded"
     if not lists:
-        lists = _drawn_lists(builder, _scans_on_disk(base, folders), test_fraction, seed)
+        lists = _drawn(builder, _scans_on_disk(base, folders), test_fraction, seed)
     elif check_images != "none":
         listed = {scan.id for scans in lists.values() for scan in scans}
         builder.drop_many("not in the split lists", (s.id for s in _scans_on_disk(base, folders) if s.id not in listed))
@@ -131,7 +130,10 @@ def collect(
         for scan, found in zip(scans, progress_map(look, scans, f"{split} scans", num_workers, progress), strict=True):
             _add(builder, split, scan, found, place(scan).relative_to(base).as_posix())
     builder.keep_apart()
-    _report_slices(builder)
+    for name, done in (("missing_slices", "left out"), ("repeated_slices", "counted once")):
+        if counts := builder.meta.get(name):
+            slices = f"{sum(counts.values())} listed slices of {len(counts)} kept scans"
+            builder.remedies.append(f"{slices} are {name.split('_')[0]} and were {done}.")
     return builder
 
 
@@ -217,9 +219,7 @@ def _scans_on_disk(base: Path, folders: dict[str, list[Path]]) -> list[_Scan]:
     return list(scans)
 
 
-def _drawn_lists(
-    builder: DatalistBuilder, scans: list[_Scan], test_fraction: float, seed: int
-) -> dict[str, list[_Scan]]:
+def _drawn(builder: DatalistBuilder, scans: list[_Scan], test_fraction: float, seed: int) -> dict[str, list[_Scan]]:
     builder.remedies.append(
         f"There are no split lists (ct_train.json, ct_test.json): a seeded {test_fraction:.0%} of the patients of each "
         "class are the test split, which is not the official one, and repeated slices or slices out of order stay. "
@@ -286,13 +286,6 @@ def _add(builder: DatalistBuilder, split: str, scan: _Scan, found: _Found, folde
     for name, count in found.counts.items():
         if count:
             builder.meta.setdefault(name, {})[scan.id] = count
-
-
-def _report_slices(builder: DatalistBuilder) -> None:
-    for name, done in (("missing_slices", "left out"), ("repeated_slices", "counted once")):
-        if counts := builder.meta.get(name):
-            slices = f"{sum(counts.values())} listed slices of {len(counts)} kept scans"
-            builder.remedies.append(f"{slices} are {name.split('_')[0]} and were {done}.")
 
 
 DATASET = Dataset(

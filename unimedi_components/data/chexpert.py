@@ -14,8 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from unimedi_components.data.datalist import DatalistBuilder
-from unimedi_components.data.registry import Dataset
+from unimedi_components.data.datalist import DatalistBuilder, Dataset
 from unimedi_components.data.sources import (
     check_choice,
     existing_root,
@@ -168,7 +167,14 @@ def _frontal_rows(builder: DatalistBuilder, path: Path, columns: tuple[str, ...]
         wrong = next(f"{name} is {text!r}" for name, text in row.items() if _label(text) is None)
         builder.drop("unknown label", str(item_id), f"{path}: {item_id}: {wrong}, it must be 1, 0, -1 or empty")
     frame = frame.loc[usable, ["id", "patient", "image"]]
-    frame["label"] = _resolve(values[usable].to_numpy(dtype=np.int8), columns, policy).tolist()
+    by_policy = {
+        "paper": [int(name in UNCERTAIN_ONES) for name in columns],
+        "ones": [1] * len(columns),
+        "zeros": [0] * len(columns),
+        "ignore": [UNCERTAIN] * len(columns),
+    }
+    labels = values[usable].to_numpy(dtype=np.int8)
+    frame["label"] = np.where(labels == UNCERTAIN, by_policy[policy], labels).tolist()
     return frame
 
 
@@ -182,16 +188,6 @@ def _label(text: str) -> int | None:
     except ValueError:
         return None
     return int(value) if value in (1, 0, UNCERTAIN) else None
-
-
-def _resolve(values: np.ndarray, columns: tuple[str, ...], policy: str) -> np.ndarray:
-    by_policy = {
-        "paper": [int(name in UNCERTAIN_ONES) for name in columns],
-        "ones": [1] * len(columns),
-        "zeros": [0] * len(columns),
-        "ignore": [UNCERTAIN] * len(columns),
-    }
-    return np.where(values == UNCERTAIN, by_policy[policy], values)
 
 
 DATASET = Dataset(

@@ -106,11 +106,7 @@ def luna_cube_transforms(
     window: tuple[float, float] = (-1000.0, 1000.0),
     spacing: Sequence[float] | None = None,
 ) -> list[Transform]:
-    """Transforms of one candidate {"image": file, "center": [x, y, z]} to "image", (1, D, H, W) in [-1, 1].
-
-    Args:
-        spacing: mm along D, H, W to resample to; None keeps the file's voxels.
-    """
+    """Transforms of one candidate {"image": file, "center": [x, y, z]} to "image", (1, D, H, W) in [-1, 1]."""
     return [
         LoadCubed("image", size=size, spacing=spacing),
         ScaleIntensityRanged("image", a_min=window[0], a_max=window[1], b_min=-1, b_max=1, clip=True),

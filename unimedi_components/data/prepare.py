@@ -43,8 +43,6 @@ def prepare(
         fraction: keep this share of the training patients, stratified by label and nested over fractions for
             one seed; other splits stay.
         seed: seed of the fraction and of splits that the data set does not define.
-        strict: make the first broken or missing file an error.
-        **options: the converter's own options, for example ``min_sentences``.
 
     Raises:
         ConfigError: the data set or an option is unknown (the nearest known name is given), an option is of another
@@ -191,9 +189,7 @@ def _joined_meta(parts: dict[str, Any], joined: dict[str, Any], root: str | Path
         "dataset": "+".join(parts),
         "root": str(root),
         "created_with": next((meta["created_with"] for meta in metas.values() if "created_with" in meta), ""),
-        "sources": {
-            f"{name}/{key}": value for name, meta in metas.items() for key, value in meta.get("sources", {}).items()
-        },
+        "sources": {f"{name}/{k}": sha for name, meta in metas.items() for k, sha in meta.get("sources", {}).items()},
         "kept": {split: len(joined[split]) for split in SPLITS},
         "dropped": dropped,
         "dropped_items": listed,

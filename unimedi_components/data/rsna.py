@@ -13,8 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from unimedi_components.data.datalist import DatalistBuilder
-from unimedi_components.data.registry import Dataset
+from unimedi_components.data.datalist import DatalistBuilder, Dataset
 from unimedi_components.data.sources import (
     check_choice,
     existing_root,
@@ -98,12 +97,16 @@ def collect(
         if patient in classes:
             item["class"] = classes[patient]
         builder.add(split_of[patient], item, fault)
+    _describe(builder, task, split)
+    return builder
+
+
+def _describe(builder: DatalistBuilder, task: str, split: str) -> None:
     names = ["no pneumonia" if task == "classification" else "background", "pneumonia"]
     builder.meta |= {"task": TASKS[task][0], "label_names": names, "split": split}
     builder.meta["boxes"] = "x0, y0, x1, y1 in pixels of the DICOM file, x1 and y1 just beyond the box"
     if task == "segmentation":
         builder.meta["masks"] = "painted from the boxes by the transform BoxesToMaskd; there are no mask files"
-    return builder
 
 
 def _read_rows(builder: DatalistBuilder, path: Path) -> pd.DataFrame:

@@ -24,12 +24,7 @@ from unimedi_components.images.xray_checks import xray_fault
 
 
 def nearest_hint(name: str, known: Iterable[str]) -> str:
-    """Say which known name an unknown one resembles most.
-
-    Example:
-        >>> nearest_hint("reports", ["image", "report"])
-        "did you mean 'report'? "
-    """
+    """Say which known name an unknown one resembles most: "did you mean 'report'? ", or nothing."""
 
     def likeness(candidate: str) -> float:
         # "mimc" is meant for the first part of "mimic_cxr", which as a whole is further away than "bimcv".

@@ -72,14 +72,12 @@ def split_patients(
             f"validation_fraction {validation_fraction} and test_fraction {test_fraction} "
             "leave no training data. Both must be at least 0 and together below 1."
         )
-    assigned = {}
+    assigned, shares = {}, (validation_fraction, test_fraction)
     for group in sorted(set(strata.values())):
         order = patient_order((name for name, own in strata.items() if own == group), seed)
-        counts = [int(share * len(order) + 0.5) for share in (validation_fraction, test_fraction)]
+        counts = [int(share * len(order) + 0.5) for share in shares]
         if len(order) >= 3:
-            counts = [
-                max(n, int(share > 0)) for n, share in zip(counts, (validation_fraction, test_fraction), strict=True)
-            ]
+            counts = [max(n, int(share > 0)) for n, share in zip(counts, shares, strict=True)]
         n_validation, n_test = counts
         for rank, patient in enumerate(order):
             in_test = n_validation <= rank < n_validation + n_test

@@ -5,11 +5,9 @@ The chains are lists of MONAI transforms, so that a config can extend or replace
 fits an item and keeps its random part apart, which is what lets a persistent dataset cache the rest.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -95,9 +93,8 @@ class WindowAread(MapTransform):
                 slices.append(adaptive_avg_pool3d(block, (1, height, width)))
             resized[key] = torch.cat(slices, dim=1)
             if isinstance(given, MetaTensor):
-                affine = given.affine @ torch.as_tensor(scale_affine(volume.shape[1:], self.spatial_size)).to(
-                    given.affine
-                )
+                scale = torch.as_tensor(scale_affine(volume.shape[1:], self.spatial_size))
+                affine = given.affine @ scale.to(given.affine)
                 meta = {name: value for name, value in given.meta.items() if name != "affine"}
                 resized[key] = MetaTensor(resized[key], affine=affine, meta=meta)
         return resized
@@ -147,14 +144,6 @@ def _intensity_jitter(amount: float) -> list[Transform]:
     ]
 
 
-def _rotation(degrees: float) -> list[Transform]:
-    if degrees == 0:
-        return []
-    options: dict[str, Any] = {"mode": "bilinear", "padding_mode": "border", "prob": 1.0}
-    turn = RandRotated("image", range_x=math.radians(degrees), **options)
-    return [turn, EnsureTyped("image", dtype=torch.float32, track_meta=False)]
-
-
 def ct_transforms(
     spatial_size: Sequence[int] = (32, 128, 128),
     window: tuple[float, float] = (-1000.0, 1000.0),
@@ -191,18 +180,12 @@ def ct_transforms(
             SpatialPadd("image", spatial_size=padded, value=-1.0),
             RandSpatialCropd("image", roi_size=size, random_size=False),
         ]
-    return [
-        *steps,
-        WindowAread("image", window, spatial_size),
-        EnsureTyped("image", dtype=torch.float32, track_meta=False),
-        *shift,
-        *_rotation(rotate),
-        *_intensity_jitter(jitter),
-    ]
-
-
-def _is_random(transform: Any) -> bool:
-    return isinstance(transform, RandomizableTrait) or not isinstance(transform, Transform)
+    plain = EnsureTyped("image", dtype=torch.float32, track_meta=False)
+    turn: list[Transform] = []
+    if rotate:
+        options: dict[str, Any] = {"mode": "bilinear", "padding_mode": "border", "prob": 1.0}
+        turn = [RandRotated("image", range_x=math.radians(rotate), **options), plain]
+    return [*steps, WindowAread("image", window, spatial_size), plain, *shift, *turn, *_intensity_jitter(jitter)]
 
 
 class _Branches(Transform):
@@ -219,7 +202,7 @@ class _Branches(Transform):
 class _RandomBranches(_Branches, Randomizable):
     """The chains from their first random transform on."""
 
-    def set_random_state(self, seed: int | None = None, state: np.random.RandomState | None = None) -> _RandomBranches:
+    def set_random_state(self, seed: int | None = None, state: np.random.RandomState | None = None) -> Self:
         for branch in self.branches.values():
             branch.set_random_state(seed, state)
         return self
@@ -243,7 +226,8 @@ class ByDimension(Compose):
         cached, random = {}, {}
         for dim, chain in ((2, list(two_d)), (3, list(three_d))):
             flat = list(Compose(chain).flatten().transforms)
-            first = next((i for i, transform in enumerate(flat) if _is_random(transform)), len(flat))
+            fixed = [isinstance(step, Transform) and not isinstance(step, RandomizableTrait) for step in flat]
+            first = [*fixed, False].index(False)
             if flat:
                 cached[dim], random[dim] = Compose(flat[:first]), Compose(flat[first:])
         self.cached, self.random = _Branches(cached), _RandomBranches(random)
@@ -263,10 +247,6 @@ class ByDimension(Compose):
 
 
 def input_transforms(preprocessing: Mapping[str, Any]) -> ByDimension:
-    """The chains of a trained network's input, as its card names them, without random crops.
-
-    Args:
-        preprocessing: arguments of `xray_transforms` under "xray", and of `ct_transforms` under "ct".
-    """
+    """The chains of a trained network's input, without random crops, by the "preprocessing" of its card."""
     two_d = {**preprocessing["xray"], "random_crop": False}
     return ByDimension(xray_transforms(**two_d), ct_transforms(**preprocessing["ct"]))

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A datalist as images with their targets: cached on disk, repeatable, and tolerant of unreadable files."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import hashlib
@@ -13,7 +11,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -113,18 +111,16 @@ class ImageDataset(PersistentDataset):
         if dim is not None:
             data = complete(data, target, dim, self.root, self.label_names, task)
         self.set_data(data)
-        self._stores = {} if self.cache_dir is None else {dim: self._store(dim, self.cache_dir) for dim in (2, 3)}
+        self._stores: dict[int, ImageStore] = {}
         if self.cache_dir is not None:
             _name_older_images(self.cache_dir)
+            made_by = {dim: [self.transform.fingerprints[dim], self.kept] for dim in (2, 3)}
+            self._stores = {dim: ImageStore(store_folder(self.cache_dir, dim, made)) for dim, made in made_by.items()}
         # shared memory, so that workers which outlive an epoch see the next one
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._run = uuid.uuid4().hex
         # what was named and is no image that can be read is listed with what turns out to be unreadable
         self._skipped = {one.file: Skipped(one.file, one.file, one.reason) for one in not_read}
-
-    def _store(self, dim: int, folder: Path) -> ImageStore:
-        """Where images of a dimension are kept that these transforms make."""
-        return ImageStore(store_folder(folder, dim, [self.transform.fingerprints[dim], self.kept]))
 
     def set_data(self, data: Sequence[Mapping[str, Any]]) -> None:
         """Replace the items. The cache stays: its keys tell which images are still valid."""
@@ -134,14 +130,13 @@ class ImageDataset(PersistentDataset):
         # what an item is kept under, once its files were looked at; zeros before
         self._keys = np.zeros((len(data), 16), np.uint8)
 
-    def without_stand_ins(self) -> ImageDataset:
+    def without_stand_ins(self) -> Self:
         """The same items, none of which stands in for an unreadable one."""
         dataset = copy.copy(self)
         dataset.refill = False
         return dataset
 
     def collate(self, items: Sequence[dict[str, Any] | Skipped]) -> dict[str, Any] | None:
-        """Items to a batch, see `collate.collate`."""
         return collate(items, self.target)
 
     def set_epoch(self, epoch: int) -> None:
@@ -150,7 +145,6 @@ class ImageDataset(PersistentDataset):
 
     @property
     def dims(self) -> list[int]:
-        """2 or 3 for every item."""
         return self._dims.tolist()
 
     @property
@@ -295,9 +289,7 @@ def _name_older_images(cache_dir: Path) -> None:
         text = (
             "%s: %s is of another version and not read; `python -m unimedi_components cache CONFIG --clean` removes it"
         )
-        logger.warning(
-            text, cache_dir, older[0].name if len(older) == 1 else f"{older[0].name} and {len(older) - 1} more"
-        )
+        logger.warning(text, cache_dir, f"{older[0].name} and {len(older) - 1} more" if older[1:] else older[0].name)
 
 
 def _key(source: Mapping[str, Any]) -> bytes:
