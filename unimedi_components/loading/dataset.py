@@ -35,8 +35,6 @@ _MAX_REFILL = 8
 _SKIPPED_FILE = "skipped.jsonl"
 # fields of an item that say what its file is to be taken for: the slices of a folder, the centre of a cube, units
 _PART_FIELDS = ("slices", "center", "assume_hu", "check_hu")
-# what a transform says of an image's values, which goes with it where nothing is cached
-_NOTES = ("film_values",)
 # fields that name a file, whose size and time decide whether what is kept of it is still valid
 _FILE_FIELDS = ("image", "mask")
 
@@ -216,7 +214,8 @@ class ImageDataset(PersistentDataset):
 
     def _kept(self, prepared: Mapping[str, Any]) -> dict[str, Any]:
         """The tensors of an item that its batch needs, and what was done to a film's values."""
-        notes = {name: prepared[name] for name in _NOTES if name in prepared}
+        # goes with the image where nothing is cached
+        notes = {name: prepared[name] for name in ("film_values",) if name in prepared}
         if self.keep_meta:
             return notes | {name: prepared[name] for name in self.kept}
         return notes | {name: _plain(prepared[name], float_only=name == "image") for name in self.kept}
