@@ -69,6 +69,7 @@ def test_keys_and_collapse(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
     batches = [{"image": torch.zeros(4, 1, 8, 8)}, {"image": torch.zeros(4, 1, 8, 8, 8)}]
     monkeypatch.setattr(self_distillation, "load_teacher", lambda pretrained: Constant())
+    monkeypatch.setattr(self_distillation, "make_dataset", lambda *args: None)
     monkeypatch.setattr(self_distillation, "ImageLoader", lambda *args, **options: batches)
     found = self_distillation_metrics(pretrained, [], ".")
     assert found["sd_cls_information_2d"] == pytest.approx(math.log(4)) and found["sd_cls_information_3d"] == 0
