@@ -41,8 +41,8 @@ class RocCurve:
     @classmethod
     def of(cls, name: str, truth: Any, score: Any, auroc: float | None, interval: Sequence[float] | None) -> Self:
         """The curve of scores (N,) by their truth, 1, 0 or -1 (does not count)."""
-        rates = (np.empty(0),) * 2 if auroc is None else roc_curve(truth[truth >= 0], score[truth >= 0])[:2]
-        return cls(name, *rates, auroc, interval)
+        false, true = (np.empty(0),) * 2 if auroc is None else roc_curve(truth[truth >= 0], score[truth >= 0])[:2]
+        return cls(name, false, true, auroc, interval)
 
 
 def draw_roc(curves: Sequence[RocCurve], path: str | Path, title: str = "") -> Path:
