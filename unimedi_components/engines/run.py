@@ -96,7 +96,8 @@ class TaskRun(_Run):
             history,
             stop,
             TaskCheckpoint(
-                ckpt_dir, network, state, network_card(network, **card), evaluator, resume, greater_is_better
+                *(ckpt_dir, network, state, network_card(network, **card), evaluator, resume, greater_is_better),
+                datasets[0],
             ),
             TensorBoardLosses(output_dir),
             TrainingProgress("training"),
@@ -146,7 +147,7 @@ class PretrainingRun(_Run):
         history = History(optimizer, evaluator)
         state = {"optimizer": optimizer, "lr_scheduler": lr_scheduler, "loss": loss, "history": history}
         self.checkpoint = TrainingCheckpoint(
-            ckpt_dir, network, state, preprocessing, tokenizer, evaluator, resume, card
+            ckpt_dir, network, state, preprocessing, tokenizer, evaluator, resume, card, datasets[0]
         )
         whiten = WhitenTokenizers(network, datasets[0], whiten_eps, position_std)
         calibration = CalibrateProjection(network, datasets[0])
