@@ -27,8 +27,8 @@ FIXED: dict[str, list[tuple[str, Any, str]]] = {
     "pretrain": [("dims", [2], "[2, 3]"), ("train#sampler#batch_2d", 8, "64"), ("size", "vit_b16", "tiny")],
     "chest_xray_classification": [("label_fraction", 0.1, "1.0"), ("recipe#probe#lr", 1.5, "0.01")],
     "chest_ct_classification": [("data#datalist#dataset", "luna16", "cc_ccii"), ("seed", 3, "0")],
-    "chest_xray_segmentation": [("train#dataloader#batch_size", 3, "16"), ("optimizer#lr", 0.5, "0.001")],
-    "chest_xray_detection": [("network_def#width", 8, "16"), ("img_size", 64, "96")],
+    "chest_xray_segmentation": [("train#dataloader#batch_size", 3, "16"), ("optimizer#lr", 0.5, "0.015")],
+    "chest_xray_detection": [("network_def#width", 8, "16"), ("img_size", 64, "128")],
     "abdomen_ct_segmentation": [("vol_size", [32, 24, 24], "[32, 48, 48]"), ("label_names", ["a", "b"], "")],
 }
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is known of each data set: the command ``datasets`` prints it, ``prepare`` calls its converter."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from unimedi_components.data.datalist import DatalistBuilder
@@ -28,6 +28,8 @@ class Dataset:
         tree: the layout that the converter reads, one path or group of paths per line.
         collect: called as (root, \\*, strict, ...); returns the kept and the dropped items.
         notes: what to know before using it: official figures, traps, options.
+        training: images in the training split that `collect` makes of the whole set, under ""; with other options, under
+            the value of one. Exact where the lists are official, else the share that the split takes.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Dataset:
     tree: str
     collect: Callable[..., DatalistBuilder]
     notes: str = ""
+    training: Mapping[str, int] = field(default_factory=dict)
 
     def convert(self, root: Any, **options: Any) -> dict[str, Any]:
         """Return the datalist of ``collect``."""
