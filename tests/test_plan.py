@@ -171,7 +171,7 @@ def test_a_tasks_step_is_what_torch_counts_on_real_tensors(name: str) -> None:
         assert cost.flops == pytest.approx(flops, rel=0.01) and cost.flops > 1e6
         assert cost.activations == pytest.approx(kept - halved, rel=0.03)
     # decoders keep float32 beside bfloat16, in their convolutions
-    assert (cost.float32 > 0.05 * cost.flops) == (name != "chest_ct_classification")
+    assert (cost.float32 > 0.01 * cost.flops) == (name != "chest_ct_classification")
     step.half = torch.float16
     half = step.cost(images)
     whole, bfloat16, float16 = *sizes, half.activations
@@ -185,7 +185,7 @@ def test_hours_count_a_decoders_convolutions_at_the_rate_of_float32() -> None:
     config = check_config([folder / "train.json", folder / "bcv.json"])
     step = TaskStep(config).cost(2)
     rest = step.flops - step.float32
-    assert 0.5 * step.flops < step.float32 < step.flops
+    assert 0.4 * step.flops < step.float32 < step.flops
     for gpu, half, whole in (("a100-40", 312, 156), ("h100-80", 989, 494)):
         text = describe(config, gpu=gpu, gpus=1, share=0.5)
         hours = 25_000 * (rest / half + step.float32 / whole) / 0.5e12 / 3600
