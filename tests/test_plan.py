@@ -189,7 +189,9 @@ def test_hours_count_a_decoders_convolutions_at_the_rate_of_float32() -> None:
     for gpu, half, whole in (("a100-40", 312, 156), ("h100-80", 989, 494)):
         text = describe(config, gpu=gpu, gpus=1, share=0.5)
         hours = 25_000 * (rest / half + step.float32 / whole) / 0.5e12 / 3600
-        assert f"hours          {hours:.1f}: 25000 steps, as `iterations` says, at 50% of {half} TFLOP/s in half " in text
+        assert (
+            f"hours          {hours:.1f}: 25000 steps, as `iterations` says, at 50% of {half} TFLOP/s in half " in text
+        )
         assert f"in half precision and {whole} in TF32 (assumed)" in text
     assert "data           21 volumes to train on, as bcv is published (another number: --cts)" in text
     assert f", {step.float32 / step.flops:.0%} of it convolutions in float32" in text
@@ -200,9 +202,24 @@ def test_hours_count_a_decoders_convolutions_at_the_rate_of_float32() -> None:
 @pytest.mark.parametrize(
     ("bundle", "files", "changes", "said"),
     [
-        ("abdomen_ct_segmentation", ["train", "bcv"], {"data#datalist#split": "monai"}, "24 volumes to train on, as bcv"),
-        ("abdomen_ct_segmentation", ["train"], {}, "45 volumes to train on, the 45 phantoms of the config before their"),
-        ("chest_xray_classification", ["train", "rsna"], {"label_fraction": 0.1}, "1868 X-rays to train on, as rsna is "),
+        (
+            "abdomen_ct_segmentation",
+            ["train", "bcv"],
+            {"data#datalist#split": "monai"},
+            "24 volumes to train on, as bcv",
+        ),
+        (
+            "abdomen_ct_segmentation",
+            ["train"],
+            {},
+            "45 volumes to train on, the 45 phantoms of the config before their",
+        ),
+        (
+            "chest_xray_classification",
+            ["train", "rsna"],
+            {"label_fraction": 0.1},
+            "1868 X-rays to train on, as rsna is ",
+        ),
         ("chest_xray_detection", ["train", "rsna"], {}, "16010 X-rays to train on, as rsna is published"),
         ("chest_ct_classification", ["train", "luna16"], {"cts": 7}, "7 volumes to train on, as given"),
         ("pretrain", ["train"], {"cts": 7}, "300000 X-rays and 7 CTs to train on, assumed: give --xrays"),
@@ -240,7 +257,10 @@ def test_what_cannot_be_planned_is_said(capsys: pytest.CaptureFixture[str]) -> N
         ([train, "--share", "2"], "--share must be in (0, 1], got 2"),
         ([train, "--gpus", "0"], "--gpus must be a whole number of at least 1, got 0"),
         ([inference], "plan reads the configs of pre-training and of the tasks' trainings: train.json, overlays"),
-        ([f"{CT}/train.json", f"{CT}/luna16.json", "--size", "tiny"], "an image of 32x128x128 cannot be cut into patches"),
+        (
+            [f"{CT}/train.json", f"{CT}/luna16.json", "--size", "tiny"],
+            "an image of 32x128x128 cannot be cut into patches",
+        ),
     ):
         with pytest.raises(SystemExit, match="2"):
             main(["plan", *words])

@@ -332,7 +332,8 @@ def describe(
     decoder = f", {step.float32 / step.flops:.0%} of it convolutions in float32" if step.float32 else ""
     lines = {
         "parameters": f"{trained:.1f} M trained; " + ", ".join(f"{n} {m:.1f} M" for n, m in count.items()),
-        "a step": f"{needs.shown(needs.times)} on each of {gpus} ranks: {step.flops / 1e12:.2f} TFLOP each{decoder}{once}",
+        "a step": f"{needs.shown(needs.times)} on each of {gpus} ranks: {step.flops / 1e12:.2f} TFLOP each"
+        f"{decoder}{once}",
         "memory a rank": f"{used:.1f} of {memory} GiB ({gpu}): {fixed / GIB:.1f} of weights, gradients, optimizer, "
         f"{step.activations / GIB:.1f} of activations, {step.passing / GIB:.1f} in passing",
         "largest batch": f"{needs.shown(largest) if largest else 'none fits'} a rank, in {_USABLE:.0%} of the memory"

@@ -100,7 +100,9 @@ def test_a_run_is_not_resumed_with_other_weights_or_data(name: str, task_bundle:
     for changes in ({"encoder_weights": str(other)}, {"seed": 1, "lr": 0.125}, {"label_fraction": 0.5}):
         told = fault_of(bundle.train, folder, **given, **changes)
         names = [SHORT.get(key, key) for key in changes]
-        assert told.startswith(f"{folder}/models/last.ckpt: its run was started with {names[0]} {before[names[0]]}, not ")
+        assert told.startswith(
+            f"{folder}/models/last.ckpt: its run was started with {names[0]} {before[names[0]]}, not "
+        )
         assert all(f"--{key} " in told for key in names)
     assert before["training images"].startswith(f"{len(read(folder / 'data.json')['training'])} (ids ")
     assert not any(str(part).startswith(str(folder)) for part in before.values())

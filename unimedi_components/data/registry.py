@@ -28,8 +28,8 @@ class Dataset:
         tree: the layout that the converter reads, one path or group of paths per line.
         collect: called as (root, \\*, strict, ...); returns the kept and the dropped items.
         notes: what to know before using it: official figures, traps, options.
-        training: images in the training split that `collect` makes of the whole set, under ""; with other options, under
-            the value of one. Exact where the lists are official, else the share that the split takes.
+        training: images in the training split that `collect` makes of the whole set, under ""; with other options,
+            under the value of one. Exact where the lists are official, else the share that the split takes.
     """
 
     name: str

@@ -26,11 +26,7 @@ class TrainingProgress:
     """
 
     def __init__(
-        self,
-        desc: str = "pre-training",
-        interval: float = 10.0,
-        file: TextIO | None = None,
-        total: int | None = None,
+        self, desc: str = "pre-training", interval: float = 10.0, file: TextIO | None = None, total: int | None = None
     ) -> None:
         self.desc, self.interval, self.file, self.total = desc, interval, file, total
         self.bar: Any = None

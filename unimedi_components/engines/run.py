@@ -66,7 +66,7 @@ class TaskRun(_Run):
         datasets: training and validation images, whose unreadable files are listed.
         card: "task", "label_names" and "preprocessing" of the network's card.
         resume: continue from `last.ckpt`.
-        total_steps: the run ends there, before the end of its last epoch, which then is validated and kept as any other.
+        total_steps: the run ends there, before its last epoch does, which is validated and kept as any other.
     """
 
     def __init__(
@@ -111,7 +111,8 @@ class TaskRun(_Run):
     def attach(self, engine: Engine) -> None:
         super().attach(engine)
         if self.total_steps is not None:
-            engine.add_event_handler(Events.ITERATION_COMPLETED(once=self.total_steps), lambda: engine.terminate_epoch())
+            last = Events.ITERATION_COMPLETED(once=self.total_steps)
+            engine.add_event_handler(last, lambda: engine.terminate_epoch())
 
 
 class PretrainingRun(_Run):

@@ -23,8 +23,9 @@ _FREE = (
     *(f"train#trainer#{name}" for name in ("max_epochs", "device", "non_blocking", "amp", "amp_kwargs")),
     *("tracking_uri", "experiment_name", "run_name", "save_execute_config", "is_not_rank0"),
 )
-_FREE_WORDS = frozenset(
-    "epochs num_workers share strict fused compile grad_checkpointing accumulation patience root out cache_dir".split()
+_FREE_WORDS = (
+    *("epochs", "patience", "num_workers", "share", "strict", "fused", "compile", "grad_checkpointing"),
+    *("accumulation", "root", "out", "cache_dir"),
 )
 # what is trained on and from: the checkpoint's own value would go on, or a mixture of both
 _FIXED = (
