@@ -98,6 +98,7 @@ def test_values_of_another_kind_than_the_configs(
         (TRAIN, "train#run#max_grad_norm", "$None"),
         (TRAIN, "network_def#encoder#patch_size", [8, 8]),
         (TRAIN, "datalist#phantoms", "$None"),
+        (TRAIN, "datalist", "own.json"),
         (TRAIN, "loss_def", "$unimedi_components.losses.UniMediLoss(out_dim=512)"),
         (PROBE, "amp", True),
         (PROBE, "freeze_encoder", 0),

@@ -263,8 +263,8 @@ def user_fault(error: BaseException) -> str | None:
     Returns:
         The message of the first exception in the chain of causes that is one of `unimedi_components.errors`, a
         ValueError or FloatingPointError that a line of this package raised, a file that may not be written (with the
-        options that name another place), a GPU that is not there, MLflow, which is not installed, or an argument that a
-        component of another library refuses; None when there is none.
+        options that name another place), a GPU that is not there, MLflow, which is not installed, or a component of the
+        config that its arguments do not fit; None when there is none.
     """
     cause: BaseException | None = error
     component = ""
@@ -284,7 +284,7 @@ def user_fault(error: BaseException) -> str | None:
             return f"no GPU can be used here ({str(cause).splitlines()[0]}); leave --device out, or give --device cpu"
         if isinstance(cause, ImportError) and "No module named 'mlflow'" in str(cause):
             return "--tracking mlflow needs MLflow: pip install 'unimedi-components[mlflow]', or leave it out"
-        if component and isinstance(cause, (TypeError, ValueError)) and not _raised_here(cause):
+        if component and isinstance(cause, (TypeError, ValueError)):
             reason = " ".join(str(cause).split())
             return f"{component}: {reason}; correct what the config gives it (UNIMEDI_DEBUG=1 shows where)"
         if isinstance(cause, RuntimeError) and (found := _NOT_BUILT.search(str(cause))):

@@ -15,8 +15,8 @@ MISSING = object()
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 # ids whose value is a file or folder; `inputs` too, which takes a number as it is
 _PATH = re.compile(r"(bundle_root|checkpoint|encoder_weights|.*_(dir|file|path))$")
-# of one or of several, whatever the config has
-_EITHER = re.compile(r"keys|inputs|dims|spatial_axis|mode|padding_mode|patch_size|batch_size|.*_range")
+# of one or of several, whatever the config has; of a datalist, what makes it or its file
+_EITHER = re.compile(r"datalist|keys|inputs|dims|spatial_axis|mode|padding_mode|patch_size|batch_size|.*_range")
 _AS_LONG = re.compile(r"vol_size|spatial_size|spacing|window|betas|scale")
 # last words of ids that count something, and the least that they may be
 _LEAST = {"seed": 0, "phantom_seed": 0, "num_workers": 0, "batch_2d": 0, "batch_3d": 0, "max_length": 3}
@@ -93,7 +93,7 @@ def _check_kind(last: str, value: Any, default: Any, what: str) -> None:
     text = isinstance(value, str)
     if value is None or (text and (value[:1] in ("$", "@", "%") or value.lower() in ("null", "none", "true", "false"))):
         return
-    if isinstance(default, dict) and not isinstance(value, bool):
+    if isinstance(default, dict) and not isinstance(value, bool) and not _EITHER.fullmatch(last):
         meant = "a component with a _target_" if "_target_" in default else f"a dictionary of {', '.join(default)}"
         raise ConfigError(f"{what} is {value!r} where {meant} is meant; write it in an overlay, or change its entries")
     if isinstance(default, list) and default and not _EITHER.fullmatch(last):
