@@ -138,7 +138,7 @@ def _below(key: str, ids: tuple[str, ...]) -> bool:
 
 def _shown(value: Any) -> str:
     text = str(value)
-    return text if len(text) < 100 else f"{text[:97]}..."
+    return text if len(text) < 300 else f"{text[:297]}..."
 
 
 def _option(key: str, old: Any, new: Any) -> str:
