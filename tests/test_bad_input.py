@@ -366,6 +366,13 @@ def test_which_faults_are_the_users() -> None:
         user_fault(chain(RuntimeError("a"), RuntimeError("b"), CheckpointError("model.pt: torn"))) == "model.pt: torn"
     )
     assert user_fault(chain(RuntimeError("a"), ValueError("of another package"))) is None
+    built = RuntimeError("Failed to instantiate component 'torch.nn.Dropout' with keywords: p\n set '_mode_=debug' to")
+    assert user_fault(chain(RuntimeError("run"), built, ValueError("p must be below 1,\n not 2"))) == (
+        "torch.nn.Dropout: p must be below 1, not 2; correct what the config gives it (UNIMEDI_DEBUG=1 shows where)"
+    )
+    assert user_fault(chain(built, KeyError("p"))) is None
+    device = RuntimeError("Expected one of cpu, cuda device type at start of device string: gpu")
+    assert str(user_fault(device)).endswith("at start of device string: gpu); leave --device out, or give --device cpu")
     missing = OptionalImportError("Please install mlflow before using MLFlowHandler. (No module named 'mlflow').")
     assert "pip install 'unimedi-components[mlflow]'" in str(user_fault(chain(RuntimeError("instantiate"), missing)))
     said = user_fault(chain(RuntimeError("instantiate"), AssertionError("Torch not compiled with CUDA enabled")))

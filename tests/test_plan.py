@@ -22,7 +22,10 @@ from unimedi_components.plan import GIB, describe, network_of_config, state_byte
 from unimedi_components.plan_task import TaskStep, task_needs
 
 CONFIGS = Path(__file__).parents[1] / "bundles" / "pretrain" / "configs"
+CT = CONFIGS.parents[1] / "chest_ct_classification" / "configs"
 TOKENS = 20
+#: What the overlays' volumes, films and decoders fit, and is counted in no time.
+SMALL = {"patch_size": 16, "patch_size_3d": (4, 16, 16), "embed_dim": 24, "depth": 10, "num_heads": 2}
 
 
 def build(grad_checkpointing: bool = False, **options: Any) -> UniMedI:
@@ -160,16 +163,76 @@ def test_a_tasks_step_is_what_torch_counts_on_real_tensors(name: str) -> None:
     real.network, real.fake = real._network(), contextlib.nullcontext()
     sizes = []
     for amp in (False, True):
-        flops, kept, _ = real._counted(images, amp)
+        flops, convolved, kept, _ = real._counted(images, amp)
         cost = step.cost(images, amp)
+        assert cost.float32 == pytest.approx(convolved if amp else 0.0, rel=0.01)
         sizes.append(cost.activations)
         halved = state_bytes(real.network, amp) - state_bytes(real.network, amp=False)
         assert cost.flops == pytest.approx(flops, rel=0.01) and cost.flops > 1e6
         assert cost.activations == pytest.approx(kept - halved, rel=0.03)
-    # decoders keep float32 beside bfloat16
+    # decoders keep float32 beside bfloat16, in their convolutions
+    assert (cost.float32 > 0.01 * cost.flops) == (name != "chest_ct_classification")
     step.half = torch.float16
-    whole, bfloat16, float16 = *sizes, step.cost(images).activations
+    half = step.cost(images)
+    whole, bfloat16, float16 = *sizes, half.activations
     assert whole > bfloat16 and (bfloat16 > 1.05 * float16) == (name != "chest_ct_classification")
+    assert half.float32 == 0.0
+
+
+def test_hours_count_a_decoders_convolutions_at_the_rate_of_float32() -> None:
+    """BCV at the paper's sizes, of which the config knows the data set and the steps."""
+    folder = CONFIGS.parents[1] / "abdomen_ct_segmentation" / "configs"
+    config = check_config([folder / "train.json", folder / "bcv.json"])
+    step = TaskStep(config).cost(2)
+    rest = step.flops - step.float32
+    assert 0.4 * step.flops < step.float32 < step.flops
+    for gpu, half, whole in (("a100-40", 312, 156), ("h100-80", 989, 494)):
+        text = describe(config, gpu=gpu, gpus=1, share=0.5)
+        hours = 25_000 * (rest / half + step.float32 / whole) / 0.5e12 / 3600
+        assert (
+            f"hours          {hours:.1f}: 25000 steps, as `iterations` says, at 50% of {half} TFLOP/s in half " in text
+        )
+        assert f"in half precision and {whole} in TF32 (assumed)" in text
+    assert "data           21 volumes to train on, as bcv is published (another number: --cts)" in text
+    assert f", {step.float32 / step.flops:.0%} of it convolutions in float32" in text
+    # that card has no bfloat16, and float16 reaches the decoder
+    assert "of 125 TFLOP/s in half precision (assumed)" in describe(config, gpu="v100-32", gpus=1)
+
+
+@pytest.mark.parametrize(
+    ("bundle", "files", "changes", "said"),
+    [
+        (
+            "abdomen_ct_segmentation",
+            ["train", "bcv"],
+            {"data#datalist#split": "monai"},
+            "24 volumes to train on, as bcv",
+        ),
+        (
+            "abdomen_ct_segmentation",
+            ["train"],
+            {},
+            "45 volumes to train on, the 45 phantoms of the config before their",
+        ),
+        (
+            "chest_xray_classification",
+            ["train", "rsna"],
+            {"label_fraction": 0.1},
+            "1868 X-rays to train on, as rsna is ",
+        ),
+        ("chest_xray_detection", ["train", "rsna"], {}, "16010 X-rays to train on, as rsna is published"),
+        ("chest_ct_classification", ["train", "luna16"], {"cts": 7}, "7 volumes to train on, as given"),
+        ("pretrain", ["train"], {"cts": 7}, "300000 X-rays and 7 CTs to train on, assumed: give --xrays"),
+    ],
+)
+def test_the_number_of_images_says_what_it_is_taken_from(
+    bundle: str, files: list[str], changes: dict[str, Any], said: str
+) -> None:
+    given = {name: changes[name] for name in changes if name == "cts"}
+    small: dict[str, Any] = {} if len(files) == 1 else {"size": SMALL}
+    small |= {name: value for name, value in changes.items() if name not in given}
+    config = check_config([CONFIGS.parents[1] / bundle / "configs" / f"{name}.json" for name in files], small)
+    assert f"\ndata           {said}" in describe(config, gpu="h100-80", **given)
 
 
 def test_a_frozen_classifier_makes_features_once() -> None:
@@ -194,7 +257,12 @@ def test_what_cannot_be_planned_is_said(capsys: pytest.CaptureFixture[str]) -> N
         ([train, "--share", "2"], "--share must be in (0, 1], got 2"),
         ([train, "--gpus", "0"], "--gpus must be a whole number of at least 1, got 0"),
         ([inference], "plan reads the configs of pre-training and of the tasks' trainings: train.json, overlays"),
+        (
+            [f"{CT}/train.json", f"{CT}/luna16.json", "--size", "tiny"],
+            "an image of 32x128x128 cannot be cut into patches",
+        ),
     ):
         with pytest.raises(SystemExit, match="2"):
             main(["plan", *words])
-        assert capsys.readouterr().err == f"error: {message}\n"
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: {message}") and error.count("\n") == 1

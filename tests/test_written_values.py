@@ -52,6 +52,64 @@ def test_numbers_that_yaml_reads_as_text(tmp_path: Path, text: str, words: str) 
     assert isinstance(yaml.safe_load(written), (int, float))
 
 
+@pytest.mark.parametrize(
+    ("config", "key", "value", "words"),
+    [
+        (PROBE, "epochs", 2.5, "is 2.5 where a whole number of at least 1 is meant"),
+        (PROBE, "epochs", "abc", "is 'abc' where a whole number of at least 1 is meant"),
+        (PROBE, "seed", "abc", "is the text 'abc' where a number is meant, such as 0"),
+        (PROBE, "seed", -1, "is -1 where a whole number of at least 0 is meant"),
+        (PROBE, "label_fraction", "10%", "is the text '10%' where a number is meant, such as 1.0"),
+        (PROBE, "freeze_encoder", "no", "is the text 'no' where True or False is meant"),
+        (PROBE, "preprocessing#xray#size", [32, 32], "is the list [32, 32] where one number is meant, such as 64"),
+        (PROBE, "label_names", "Edema", "is 'Edema' where a list is meant, such as ['Atelectasis', 'Cardiomegaly', "),
+        (
+            PROBE,
+            "loss",
+            "bce",
+            "is 'bce' where a component with a _target_ is meant; write it in an overlay, or change",
+        ),
+        (PROBE, "evaluation#split", "tst", "is 'tst'; use one of training, validation, test"),
+        (TRAIN, "datalist#phantoms", 12, "is 12 where a dictionary of mimic_cxr, bimcv is meant; write it in an"),
+        (TRAIN, "vol_size", 16, "is 16 where a list is meant, such as [32, 48, 48]"),
+        (TRAIN, "vol_size", (16, 24), "is [16, 24] where 3 numbers are meant, such as [32, 48, 48]"),
+        (TRAIN, "preprocessing#ct#window", [400, -160], "is [400, -160], from high to low; write it from low to high"),
+        (TRAIN, "preprocessing#max_length", 0, "is 0 where a whole number of at least 3 is meant"),
+    ],
+)
+def test_values_of_another_kind_than_the_configs(
+    tmp_path: Path, config: Path, key: str, value: Any, words: str
+) -> None:
+    with pytest.raises(ConfigError) as info:
+        check_config(config, {key: value})
+    assert str(info.value).startswith(f"override '--{key}' {words}")
+    written = overlay(tmp_path, yaml.safe_dump({key: list(value) if isinstance(value, tuple) else value}))
+    with pytest.raises(ConfigError) as info:
+        check_config([config, written])
+    assert str(info.value).startswith(f"'{key}' in own.yaml {words}")
+
+
+@pytest.mark.parametrize(
+    ("config", "key", "value"),
+    [
+        (TRAIN, "dims", 2),
+        (TRAIN, "validate#dataloader#batch_size", 4),
+        (TRAIN, "vol_size", (16, 24, 24)),
+        (TRAIN, "train#run#max_grad_norm", "$None"),
+        (TRAIN, "network_def#encoder#patch_size", [8, 8]),
+        (TRAIN, "datalist#phantoms", "$None"),
+        (TRAIN, "datalist", "own.json"),
+        (TRAIN, "loss_def", "$unimedi_components.losses.UniMediLoss(out_dim=512)"),
+        (PROBE, "amp", True),
+        (PROBE, "freeze_encoder", 0),
+        (PROBE, "train#run#patience", "$None"),
+        (PROBE, "label_fraction", 1),
+    ],
+)
+def test_values_of_another_kind_that_work(config: Path, key: str, value: Any) -> None:
+    check_config(config, {key: value})
+
+
 def test_the_same_where_the_default_is_an_expression_or_none(tmp_path: Path) -> None:
     for text in ("optimizer#lr: 1e-4", "train#run#max_grad_norm: 3e0"):
         with pytest.raises(ConfigError, match="where a number is meant"):

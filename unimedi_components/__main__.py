@@ -202,8 +202,9 @@ def plan(
         gpu: the card, one of v100-32, a100-40, a100-80 and h100-80.
         gpus: number of cards, one rank each.
         share: of the card's peak that the run reaches; assumed, so measure it.
-        xrays: X-rays in the training split; by default 300,000 in pre-training, a task's number of phantoms or 10,000.
-        cts: volumes in the training split; by default 10,000, or a task's number of phantoms.
+        xrays: X-rays in the training split; by default 300,000 in pre-training; of a task the config's phantoms, or
+            what its data set is published with.
+        cts: volumes in the training split; by default 10,000 in pre-training, of a task as X-rays.
         overrides: what `monai.bundle run` would be given, such as --train#sampler#batch_2d 48.
     """
     from unimedi_components.config_check import check_config
@@ -304,8 +305,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             text = f"{error.filename or 'a file'}: {error.strerror}. Name a file or folder that can be written"
         print(f"error: {text}", file=sys.stderr)
         raise SystemExit(2) from None
-    except RuntimeError as error:
-        # MONAI wraps what a component of a config raises
+    except (RuntimeError, ValueError) as error:
+        # MONAI wraps what a component of a config raises, and a network refuses sizes
         from unimedi_components.bundle import user_fault
 
         reason = None if debug else user_fault(error)

@@ -4,6 +4,7 @@
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -29,7 +30,15 @@ _RUN_OPTIONS = (
 _TRACKING_OPTIONS = ("output_dir", "tracking_uri", "experiment_name", "run_name", "save_execute_config")
 _RUN_SCRIPT = ("monai", "bundle", "__main__.py")
 # what PyTorch says of `--device cuda` without CUDA, a driver or that many devices
-_NO_GPU = ("not compiled with CUDA", "NVIDIA driver", "No CUDA GPUs", "invalid device ordinal")
+_NO_GPU = (
+    "not compiled with CUDA",
+    "NVIDIA driver",
+    "No CUDA GPUs",
+    "invalid device ordinal",
+    "start of device string",
+)
+# what MONAI says where a component of a config refuses its arguments
+_NOT_BUILT = re.compile(r"Failed to instantiate component '([^']+)'")
 _PACKAGE = Path(__file__).resolve().parent
 
 
@@ -254,10 +263,11 @@ def user_fault(error: BaseException) -> str | None:
     Returns:
         The message of the first exception in the chain of causes that is one of `unimedi_components.errors`, a
         ValueError or FloatingPointError that a line of this package raised, a file that may not be written (with the
-        options that name another place), a GPU that is not there, or MLflow, which is not installed; None when there is
-        none.
+        options that name another place), a GPU that is not there, MLflow, which is not installed, or a component of the
+        config that its arguments do not fit; None when there is none.
     """
     cause: BaseException | None = error
+    component = ""
     while cause is not None:
         if isinstance(cause, (CheckpointError, ConfigError, DataError)) or (
             isinstance(cause, (ValueError, FloatingPointError)) and _raised_here(cause)
@@ -274,6 +284,11 @@ def user_fault(error: BaseException) -> str | None:
             return f"no GPU can be used here ({str(cause).splitlines()[0]}); leave --device out, or give --device cpu"
         if isinstance(cause, ImportError) and "No module named 'mlflow'" in str(cause):
             return "--tracking mlflow needs MLflow: pip install 'unimedi-components[mlflow]', or leave it out"
+        if component and isinstance(cause, (TypeError, ValueError)):
+            reason = " ".join(str(cause).split())
+            return f"{component}: {reason}; correct what the config gives it (UNIMEDI_DEBUG=1 shows where)"
+        if isinstance(cause, RuntimeError) and (found := _NOT_BUILT.search(str(cause))):
+            component = found[1]
         cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
     return None
 

@@ -22,9 +22,9 @@ from monai.bundle.reference_resolver import ReferenceResolver
 from monai.bundle.utils import merge_kv
 from monai.utils import BundlePropertyConfig
 
+from unimedi_components.config_values import MISSING, SEP, check_value, items_of, shown
 from unimedi_components.errors import ConfigError
 
-_SEP = ReferenceResolver.sep
 _COMPONENT_KEYS = frozenset(ConfigComponent.non_arg_keys)
 _PROPERTY_IDS = frozenset(str(p[BundlePropertyConfig.ID]) for p in (TrainProperties | InferProperties).values())
 # read by `monai.bundle run`, its experiment tracking or MONAI Label, though no reference says so
@@ -79,10 +79,6 @@ _RENAMED = {
     **{f"search.{name}": f"retrieval.{name}" for name in ("evaluate_search", "headline")},
 }
 _OLD_NAME = re.compile(rf"\bunimedi_components\.({'|'.join(map(re.escape, _RENAMED))})\b")
-_MISSING = object()
-_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
-# ids whose value is a file or folder; `inputs` too, which takes a number as it is
-_PATH = re.compile(r"(bundle_root|checkpoint|encoder_weights|.*_(dir|file|path))$")
 
 Config = Mapping[str, Any] | str | Path
 
@@ -100,8 +96,8 @@ def check_config(
     - an argument that the ``_target_`` does not take, and a ``_target_`` that does not exist;
     - a reference ``@id`` to nothing;
     - two overlays of two data sets, from the folder of the first config;
-    - a number in quotes, or written `1e-4` in YAML, which is text to it, where the configs before have no text;
-    - a number where a path is meant, and a `#` in a text, which MONAI turns into `::`;
+    - a value of another kind than the one that it replaces, see ``check_value``: text for a number, such as `1e-4` in
+      YAML, a number for a path or a list, a word for a component; and a `#` in a text, which MONAI turns into `::`;
     - an override ``true``, ``false`` or ``null``, which MONAI takes as a word, and ``None``, which it drops.
 
     Args:
@@ -129,9 +125,9 @@ def check_config(
     for number, (name, content) in enumerate(layers):
         for key, value in content.items():
             id_ = ReferenceResolver.normalize_id(key.removeprefix("+"))
-            if number or _SEP in id_:
-                default = _check_defined(id_, parser, used, f"config key '{_shown(id_)}' in {name}")
-                _check_value(id_, value, default, f"'{_shown(id_)}' in {name}")
+            if number or SEP in id_:
+                default = _check_defined(id_, parser, used, f"config key '{shown(id_)}' in {name}")
+                check_value(id_, value, default, f"'{shown(id_)}' in {name}")
             _check_used(id_, value, used, name, content)
             merge_kv(parser, key, deepcopy(value))
     for key, value in overrides.items():
@@ -216,9 +212,9 @@ def _check_one_data_set(sources: Sequence[Config], layers: Sequence[tuple[str, d
 
 def _references(config: Any, id_: str = "") -> Iterator[tuple[str, str, str]]:
     """Yield (where, "@" or "%", what) of every reference ``@id`` and every macro ``%id``."""
-    for key, value in _items(config):
+    for key, value in items_of(config):
         key_id = ReferenceResolver.normalize_id(str(key).removeprefix("+"))
-        yield from _references(value, f"{id_}{_SEP}{key_id}" if id_ else key_id)
+        yield from _references(value, f"{id_}{SEP}{key_id}" if id_ else key_id)
     if isinstance(config, str):
         text = ConfigParser.resolve_relative_ids(id_, config)
         if text.startswith("%"):
@@ -229,50 +225,44 @@ def _references(config: Any, id_: str = "") -> Iterator[tuple[str, str, str]]:
             yield from ((id_, "@", target) for target in ReferenceResolver.match_refs_pattern(text))
 
 
-def _items(config: Any) -> Iterable[tuple[Any, Any]]:
-    if isinstance(config, dict):
-        return config.items()
-    return enumerate(config) if isinstance(config, list) else ()
-
-
 # MONAI Label writes the config with its own data in place, and so leaves keys without use
 _EXPORTED = "monailabel_train.json"
 
 
 def _check_used(id_: str, value: Any, used: set[str], name: str, content: Mapping[str, Any]) -> None:
     """Raise if no reference leads to ``id_``, or to a part of a plain dict that is used in parts."""
-    parts = id_.split(_SEP)
+    parts = id_.split(SEP)
     if name == _EXPORTED:
         return
-    if parts[0] == "_meta_" or any(_SEP.join(parts[:n]) in used for n in range(1, len(parts) + 1)):
+    if parts[0] == "_meta_" or any(SEP.join(parts[:n]) in used for n in range(1, len(parts) + 1)):
         return
     if not _is_used(id_, used):
         place = _place(id_, ConfigParser(dict(content)))
-        raise ConfigError(f"unknown config key '{_shown(id_)}' in {name}: nothing uses it{place}")
+        raise ConfigError(f"unknown config key '{shown(id_)}' in {name}: nothing uses it{place}")
     if isinstance(value, dict) and "_target_" not in value:
         for key, part in value.items():
-            _check_used(f"{id_}{_SEP}{key}", part, used, name, content)
+            _check_used(f"{id_}{SEP}{key}", part, used, name, content)
 
 
 def _is_used(id_: str, used: set[str]) -> bool:
-    return any(target == id_ or target.startswith(id_ + _SEP) for target in used)
+    return any(target == id_ or target.startswith(id_ + SEP) for target in used)
 
 
 def _check_defined(id_: str, parser: ConfigParser, used: set[str], what: str) -> Any:
     """Return the value or default at ``id_``; raise if neither the config nor a signature has it."""
     if id_ in parser:
         return parser[id_]
-    scope, _, last = id_.rpartition(_SEP)
+    scope, _, last = id_.rpartition(SEP)
     parent = parser.get(scope)
     if isinstance(parent, dict) and "_target_" in parent:
         parameters = _parameters(parent["_target_"], scope)
         if parameters is None or last in _COMPONENT_KEYS:
-            return _MISSING
+            return MISSING
         if last in parameters:
             return parameters[last].default
     # a new entry of a section, such as `train#sampler`, is sound when another line refers to it
     elif isinstance(parent, dict) and _is_used(id_, used):
-        return _MISSING
+        return MISSING
     raise ConfigError(f"unknown {what}: nothing defines it{_place(id_, parser)}")
 
 
@@ -280,13 +270,13 @@ def _place(id_: str, parser: ConfigParser) -> str:
     """Hint at where a key of the top stands now, its own value before a reference to it; at the nearest name else."""
     names = [name for name in _ids(parser.get()) if name != id_]
     moved = [name for name in map(ReferenceResolver.normalize_id, _MOVED.get(id_, ())) if name in names]
-    same = [name for name in names if _SEP not in id_ and name.split(_SEP)[-1] == id_]
+    same = [name for name in names if SEP not in id_ and name.split(SEP)[-1] == id_]
     same = [name for name in same if not str(parser[name]).startswith(("@", "%"))] or same
-    near = difflib.get_close_matches(id_, [name for name in names if _SEP not in name], n=1, cutoff=0.85)
-    joined = [name for name in names if f"_{name.replace(_SEP, '_')}".endswith(f"_{id_}")]
+    near = difflib.get_close_matches(id_, [name for name in names if SEP not in name], n=1, cutoff=0.85)
+    joined = [name for name in names if f"_{name.replace(SEP, '_')}".endswith(f"_{id_}")]
     for found in (moved, same, near, joined):
         if found:
-            return f"; did you mean '{_shown(min(found, key=len))}'?"
+            return f"; did you mean '{shown(min(found, key=len))}'?"
     return _hint(id_, [name for name in _ids(parser.get(), signatures=True) if name != id_])
 
 
@@ -296,56 +286,22 @@ def _check_override(key: str, value: Any, parser: ConfigParser, referenced: set[
             f"override '--{key}': '+' merges in config files only; write the whole value with --{key[1:]}"
         )
     id_ = ReferenceResolver.normalize_id(key)
-    default = _check_defined(id_, parser, referenced, f"override '--{_shown(id_)}'")
-    _check_value(id_, value, default, f"override '--{_shown(id_)}'", overridden=True)
+    default = _check_defined(id_, parser, referenced, f"override '--{shown(id_)}'")
+    check_value(id_, value, default, f"override '--{shown(id_)}'", overridden=True)
     if value is None:
-        raise ConfigError(f"override '--{_shown(id_)} None': MONAI drops it; write --{_shown(id_)} '$None'")
+        raise ConfigError(f"override '--{shown(id_)} None': MONAI drops it; write --{shown(id_)} '$None'")
     word = value.lower() if isinstance(value, str) else ""
     is_text = isinstance(default, str) and default[:1] not in ("$", "@", "%")
     if word == "null" or (word in ("true", "false") and not is_text):
-        option = f"--{_shown(id_)}"
+        option = f"--{shown(id_)}"
         meant = "'$None'" if word == "null" else word.capitalize()
         raise ConfigError(f"override '{option} {value}' is the word \"{value}\"; write {option} {meant}")
-
-
-def _check_value(id_: str, value: Any, default: Any, what: str, overridden: bool = False) -> None:
-    """Raise if a value is not of the kind that it was meant as: a number as text, a path as a number, a `#`."""
-    if isinstance(value, (dict, list)):
-        for key, part in _items(value):
-            inner = _MISSING
-            if isinstance(default, dict) or (isinstance(default, list) and isinstance(key, int) and key < len(default)):
-                inner = default.get(key, _MISSING) if isinstance(default, dict) else default[key]
-            _check_value(f"{id_}{_SEP}{key}", part, inner, f"{what}, entry {key}" if isinstance(value, list) else what)
-        return
-    last = id_.rpartition(_SEP)[2]
-    if isinstance(value, str):
-        plain = value[:1] not in ("$", "@", "%")
-        is_text = isinstance(default, str) and default[:1] not in ("$", "@", "%")
-        number = _NUMBER.fullmatch(value)
-        # where nothing tells, digits alone may be a name; an exponent is none
-        if number and not is_text and (default is not _MISSING or number[2]) and not _PATH.fullmatch(last):
-            raise ConfigError(f"{what} is the text '{value}' where a number is meant; write {_yaml_number(value)}")
-        if plain and "#" in value and last != "inputs":
-            raise ConfigError(
-                f"{what}: MONAI turns '#' into '::', so '{value}' would not be found; rename it, or name a link to it "
-                "without '#'"
-            )
-    elif _PATH.fullmatch(last) and isinstance(value, (int, float)) and not isinstance(value, bool):
-        written = f"--{_shown(id_)} ./{value}" if overridden else f'"./{value}"'
-        raise ConfigError(f"{what} is the number {value!r} where a path is meant; write {written}")
-
-
-def _yaml_number(text: str) -> str:
-    """A number as JSON and YAML 1.1 both read it: an exponent needs a point before it."""
-    number = repr(float(text)) if re.search(r"[.eE]", text) else str(int(text))
-    mantissa, e, exponent = number.partition("e")
-    return f"{mantissa}{'' if '.' in mantissa else '.0'}e{exponent}" if e else number
 
 
 def _check_name(text: str, id_: str) -> None:
     """Raise if a target or an expression names what has another name now."""
     if old := _OLD_NAME.search(text):
-        raise ConfigError(f"'{old[0]}' at '{_shown(id_)}' is now unimedi_components.{_RENAMED[old[1]]}")
+        raise ConfigError(f"'{old[0]}' at '{shown(id_)}' is now unimedi_components.{_RENAMED[old[1]]}")
 
 
 def _check_components(id_: str, config: Any) -> None:
@@ -358,10 +314,10 @@ def _check_components(id_: str, config: Any) -> None:
         for key in config:
             if key in known or (parameters is None and not (key.startswith("_") and key.endswith("_"))):
                 continue
-            where = f"'{config['_target_']}' at '{_shown(id_)}'"
+            where = f"'{config['_target_']}' at '{shown(id_)}'"
             raise ConfigError(f"unknown argument '{key}' of {where}{_hint(key, known)}")
-    for key, value in _items(config):
-        _check_components(f"{id_}{_SEP}{key}" if id_ else str(key), value)
+    for key, value in items_of(config):
+        _check_components(f"{id_}{SEP}{key}" if id_ else str(key), value)
 
 
 def _check_references(parser: ConfigParser, mark: str) -> None:
@@ -369,7 +325,7 @@ def _check_references(parser: ConfigParser, mark: str) -> None:
     for where, kind, target in _references(config):
         if kind == mark and target and target not in parser and not target.startswith("_meta_"):
             hint = _hint(target, _ids(config), mark)
-            raise ConfigError(f"'{_shown(where)}' refers to '{mark}{_shown(target)}', which nothing defines{hint}")
+            raise ConfigError(f"'{shown(where)}' refers to '{mark}{shown(target)}', which nothing defines{hint}")
 
 
 def _parameters(target: Any, id_: str) -> Mapping[str, inspect.Parameter] | None:
@@ -382,7 +338,7 @@ def _parameters(target: Any, id_: str) -> Mapping[str, inspect.Parameter] | None
         scope, _, last = target.rpartition(".")
         module = _locate(scope) if scope else None
         hint = _hint(last, [name for name in dir(module) if name[0] != "_"]) if module is not None else ""
-        raise ConfigError(f"cannot find '_target_' '{target}' at '{_shown(id_)}'{hint}")
+        raise ConfigError(f"cannot find '_target_' '{target}' at '{shown(id_)}'{hint}")
     try:
         parameters = inspect.signature(component).parameters
     except (TypeError, ValueError):
@@ -406,28 +362,24 @@ def _locate(target: str) -> Any:
 def _ids(config: Any, prefix: str = "", signatures: bool = False) -> list[str]:
     """All ids of a config, outer ones first; with ``signatures``, also what its components take."""
     ids: list[str] = []
-    for key, value in _items(config):
-        id_ = f"{prefix}{_SEP}{key}" if prefix else ReferenceResolver.normalize_id(str(key).removeprefix("+"))
+    for key, value in items_of(config):
+        id_ = f"{prefix}{SEP}{key}" if prefix else ReferenceResolver.normalize_id(str(key).removeprefix("+"))
         ids += [id_, *_ids(value, id_, signatures)]
     if signatures and isinstance(config, dict) and "_target_" in config:
-        ids += [f"{prefix}{_SEP}{name}" for name in _parameters(config["_target_"], prefix) or () if name not in config]
+        ids += [f"{prefix}{SEP}{name}" for name in _parameters(config["_target_"], prefix) or () if name not in config]
     return ids
 
 
 def _hint(id_: str, candidates: Iterable[str], mark: str = "") -> str:
     """Name the nearest: one with the same last word, else one beside it, else any; or all those beside it."""
     names = list(dict.fromkeys(candidates))
-    scope, _, last = id_.rpartition(_SEP)
-    same_word = [] if last.isdigit() else [name for name in names if name.rpartition(_SEP)[2] == last]
-    words = [name.rpartition(_SEP)[2] for name in names if name.rpartition(_SEP)[0] == scope]
+    scope, _, last = id_.rpartition(SEP)
+    same_word = [] if last.isdigit() else [name for name in names if name.rpartition(SEP)[2] == last]
+    words = [name.rpartition(SEP)[2] for name in names if name.rpartition(SEP)[0] == scope]
     near = difflib.get_close_matches(id_, same_word, n=1, cutoff=0)
     if not near and not last.isdigit():
-        near = [f"{scope}{_SEP * bool(scope)}{word}" for word in difflib.get_close_matches(last, words, n=1)]
+        near = [f"{scope}{SEP * bool(scope)}{word}" for word in difflib.get_close_matches(last, words, n=1)]
         near = near or difflib.get_close_matches(id_, names, n=1, cutoff=0.85)
     if near:
-        return f"; did you mean '{mark}{_shown(near[0])}'?"
-    return f"; '{_shown(scope)}' has: {', '.join(words)}" if scope and words else ""
-
-
-def _shown(id_: str) -> str:
-    return id_.replace(_SEP, "#")
+        return f"; did you mean '{mark}{shown(near[0])}'?"
+    return f"; '{shown(scope)}' has: {', '.join(words)}" if scope and words else ""

@@ -22,8 +22,13 @@ from unimedi_components.networks import DINOHead, ProjectionHead, ReportEncoder,
 from unimedi_components.networks.masking import MODALITIES
 from unimedi_components.selection import Grid, kept_counts
 
-#: Name -> memory in GiB, and peak of dense matrix products in TFLOP/s, half precision and float32 (data sheets, SXM).
-GPUS = {"v100-32": (32, 125, 15.7), "a100-40": (40, 312, 19.5), "a100-80": (80, 312, 19.5), "h100-80": (80, 989, 67)}
+#: Name -> memory in GiB, and peak of dense products in TFLOP/s: half precision, float32, TF32 (data sheets, SXM).
+GPUS = {
+    "v100-32": (32, 125, 15.7, 15.7),  # has no TF32
+    "a100-40": (40, 312, 19.5, 156),
+    "a100-80": (80, 312, 19.5, 156),
+    "h100-80": (80, 989, 67, 494),
+}
 _WITHOUT_BFLOAT16 = ("v100-32",)
 GIB = 2**30
 # of the card's memory; the rest is left to CUDA, cuDNN and fragments
@@ -49,11 +54,13 @@ class StepCost:
         flops: of all passes, forward and backward.
         activations: bytes that autograd keeps between forward and backward.
         passing: bytes of what is largest for a moment beside them.
+        float32: FLOPs that are computed in float32 though the rest is in half precision.
     """
 
     flops: float
     activations: float
     passing: float
+    float32: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -242,8 +249,10 @@ class Needs:
         times: the config's own batch.
         shown: a batch in words.
         steps: of the whole run.
-        once: FLOPs before the first step, of all ranks together.
+        schedule: what these are, in words.
         cache: bytes, and of what.
+        data: where the number of images comes from.
+        once: FLOPs before the first step, of all ranks together.
     """
 
     network: nn.Module
@@ -254,6 +263,7 @@ class Needs:
     steps: int
     schedule: str
     cache: tuple[float, str]
+    data: str
     once: float = 0.0
 
 
@@ -279,12 +289,12 @@ def describe(
     if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
         raise ConfigError(f"--share must be in (0, 1], got {share!r}")
     if "report_encoder" in config.get("network_def", {}):
-        needs = _pretraining_needs(config, gpus, xrays or 300_000, cts or 10_000)
+        needs = _pretraining_needs(config, gpus, xrays, cts)
     else:
         from unimedi_components.plan_task import task_needs
 
         needs = task_needs(config, gpus, xrays, cts, torch.float16 if gpu in _WITHOUT_BFLOAT16 else torch.bfloat16)
-    memory, *peaks = GPUS[gpu]
+    memory, *peaks, tf32 = GPUS[gpu]
     peak = peaks[0] if needs.amp else peaks[1]
     muon = ConfigParser(config).get_parsed_content("optimizer#muon_lr", default=None) is not None
     fixed, step = state_bytes(needs.network, needs.amp, muon), needs.cost(needs.times)
@@ -295,7 +305,10 @@ def describe(
         return fixed + larger.activations + larger.passing <= _USABLE * memory * GIB
 
     largest = _largest(fits)
-    hours = (needs.steps * step.flops + needs.once / gpus) / (peak * 1e12 * share) / 3600
+    # cuDNN convolves float32 in TF32, unless torch is told otherwise
+    seconds = (step.flops - step.float32 + needs.once / (gpus * needs.steps)) / peak + step.float32 / tf32
+    hours = needs.steps * seconds / (1e12 * share) / 3600
+    slower = f" and {tf32} in {'TF32' if tf32 > peaks[1] else 'float32'}" if step.float32 else ""
     count = {name: sum(p.numel() for p in part.parameters()) / 1e6 for name, part in needs.network.named_children()}
     trained = sum(p.numel() for p in needs.network.parameters() if p.requires_grad) / 1e6
     kind = "half precision" if needs.amp else "float32"
@@ -303,15 +316,18 @@ def describe(
     if any(parameter.requires_grad for parameter in needs.network.get_submodule("encoder").parameters()):
         room.append("--network_def#encoder#grad_checkpointing True")
     once = f"; features are made once, {needs.once / 1e12:.1f} TFLOP" if needs.once else ""
+    decoder = f", {step.float32 / step.flops:.0%} of it convolutions in float32" if step.float32 else ""
     lines = {
         "parameters": f"{trained:.1f} M trained; " + ", ".join(f"{n} {m:.1f} M" for n, m in count.items()),
-        "a step": f"{needs.shown(needs.times)} on each of {gpus} ranks: {step.flops / 1e12:.2f} TFLOP each{once}",
+        "a step": f"{needs.shown(needs.times)} on each of {gpus} ranks: {step.flops / 1e12:.2f} TFLOP each"
+        f"{decoder}{once}",
         "memory a rank": f"{used:.1f} of {memory} GiB ({gpu}): {fixed / GIB:.1f} of weights, gradients, optimizer, "
         f"{step.activations / GIB:.1f} of activations, {step.passing / GIB:.1f} in passing",
         "largest batch": f"{needs.shown(largest) if largest else 'none fits'} a rank, in {_USABLE:.0%} of the memory"
         + (f"; {' and '.join(room)} make{'s' * (len(room) == 1)} room" if room else ""),
         "hours": f"{hours:.1f}: {needs.steps} steps, {needs.schedule}, at {share:.0%} of {peak} TFLOP/s "
-        f"in {kind} (assumed), without waiting for data or other ranks",
+        f"in {kind}{slower} (assumed), without waiting for data or other ranks",
+        "data": needs.data,
         "cache": f"{needs.cache[0] / GIB:.0f} GiB of {needs.cache[1]}",
     }
     return "\n".join(f"{name:<15}{text}" for name, text in lines.items())
@@ -329,7 +345,10 @@ def _largest(fits: Callable[[int], bool]) -> int:
     return low
 
 
-def _pretraining_needs(config: dict[str, Any], gpus: int, xrays: int, cts: int) -> Needs:
+def _pretraining_needs(config: dict[str, Any], gpus: int, xrays: int | None, cts: int | None) -> Needs:
+    left_out = [f"--{name}" for name, count in (("xrays", xrays), ("cts", cts)) if count is None]
+    assumed = f"assumed: give {' and '.join(left_out)}" if left_out else "as given"
+    xrays, cts = xrays or 300_000, cts or 10_000
     network = network_of_config(config)
     at = {name: _plain(config, f"@{id_}") for name, id_ in _IDS.items()}
     batches, amp = (at["batch_2d"], at["batch_3d"]), at["amp"] is not False
@@ -353,4 +372,5 @@ def _pretraining_needs(config: dict[str, Any], gpus: int, xrays: int, cts: int) 
         steps=epochs * steps,
         schedule=f"{epochs} epochs of {steps} ({images} images)",
         cache=(float(xrays * side**2 + cts * volume), f"{xrays} X-rays and {cts} CTs"),  # a byte a value
+        data=f"{xrays} X-rays and {cts} CTs to train on, {assumed}",
     )

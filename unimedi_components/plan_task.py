@@ -12,10 +12,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from unimedi_components.data.catalogue import DATASETS
 from unimedi_components.engines import amp_dtype
 from unimedi_components.errors import ConfigError
 from unimedi_components.networks import UnifiedViT, encoder_sizes
 from unimedi_components.plan import Needs, StepCost, state_bytes
+
+aten = torch.ops.aten
 
 
 class TaskStep:
@@ -29,6 +32,7 @@ class TaskStep:
     half = torch.bfloat16
 
     def __init__(self, config: dict[str, Any]) -> None:
+        self._counts: dict[Any, list[tuple[float, ...]]] = {}
         self.parser = ConfigParser(deepcopy(config))
         if any(id_ not in self.parser for id_ in ("network_def", "freeze_encoder", "train#dataloader#batch_size")):
             raise ConfigError(
@@ -68,11 +72,16 @@ class TaskStep:
     def cost(self, images: int, amp: bool = True) -> StepCost:
         """Of a step over some images; of the head alone where the encoder runs once."""
         # a step is linear in its images, and a norm over a batch needs two
-        few, more = (self._counted(count, amp) for count in (2, 3))
-        flops, kept, largest = (a + (images - 2) * (b - a) for a, b in zip(few, more, strict=True))
+        key = amp, self.half
+        if key not in self._counts:
+            self._counts[key] = [self._counted(count, amp) for count in (2, 3)]
+        few, more = self._counts[key]
+        flops, convolved, kept, largest = (a + (images - 2) * (b - a) for a, b in zip(few, more, strict=True))
         # autocast's halved weights are counted with the weights
         halved = state_bytes(self.network) - state_bytes(self.network, amp=False) if amp else 0.0
-        return StepCost(flops, max(kept - halved, 0.0), 2.0 * largest)
+        # decoders alone convolve: the encoder's patches are one matrix product
+        float32 = convolved if amp and self.half is torch.bfloat16 else 0.0
+        return StepCost(flops, max(kept - halved, 0.0), 2.0 * largest, float32)
 
     def encoding(self) -> float:
         """FLOPs of the encoder alone over one image."""
@@ -80,8 +89,8 @@ class TaskStep:
             self.network.features(torch.zeros(1, 1, *self.image_size))
         return float(counter.get_total_flops())
 
-    def _counted(self, images: int, amp: bool) -> tuple[float, float, float]:
-        """FLOPs, bytes that autograd keeps, and those of the largest tensor among them."""
+    def _counted(self, images: int, amp: bool) -> tuple[float, float, float, float]:
+        """FLOPs, those of convolutions, bytes that autograd keeps, and those of the largest tensor among them."""
         parameters = {tensor.untyped_storage()._cdata for tensor in self.network.parameters()}
         kept: dict[int, torch.UntypedStorage] = {}
 
@@ -99,7 +108,9 @@ class TaskStep:
             with hooks, torch.autocast("cpu", self.half, enabled=amp):
                 self._objective(images)
         sizes = [storage.nbytes() for storage in kept.values()]
-        return float(counter.get_total_flops()), float(sum(sizes)), float(max(sizes, default=0))
+        flops = counter.get_flop_counts()["Global"]
+        convolutions = sum(flops.get(op, 0) for op in (aten.convolution, aten.convolution_backward))
+        return sum(flops.values()), convolutions, float(sum(sizes)), float(max(sizes, default=0))
 
     def _objective(self, images: int) -> Tensor:
         network = self.network
@@ -137,8 +148,12 @@ def task_needs(
     parser, named = step.parser, step.parser.get_parsed_content("amp")
     step.half, amp = half if named in ("auto", True) else amp_dtype(named), named is not False
     batch = int(parser.get_parsed_content("train#dataloader#batch_size"))
-    phantoms = parser["data#datalist"].get("phantoms")
-    images = (cts if step.volumes else xrays) or (phantoms if isinstance(phantoms, int) else 10_000)
+    images, source = (cts if step.volumes else xrays), "as given"
+    if images is None:
+        count, source = _published(parser["data#datalist"], "cts" if step.volumes else "xrays")
+        share = float(parser.get_parsed_content("label_fraction", default=1.0))
+        images = max(1, round(share * count))
+        source += f", of which label_fraction takes {share:g}" if share != 1 else ""
     name = "volumes" if step.volumes else "X-rays"
     if "iterations" in parser:
         steps, schedule = int(parser.get_parsed_content("iterations")), "as `iterations` says"
@@ -158,4 +173,16 @@ def task_needs(
         once=images * step.encoding() if step.once else 0.0,
         # what is kept of an image before its crop may be larger
         cache=(images * values, f"{images} {name}"),
+        data=f"{images} {name} to train on, {source}",
     )
+
+
+def _published(datalist: dict[str, Any], option: str) -> tuple[int, str]:
+    """How many images a config trains on before anything is read, and what that is taken from."""
+    phantoms, name = datalist.get("phantoms"), datalist.get("dataset")
+    if isinstance(phantoms, int):
+        return phantoms, f"the {phantoms} phantoms of the config before their split"
+    if name in DATASETS and (sizes := DATASETS[name].training):
+        count = next((sizes[value] for value in map(str, datalist.values()) if value in sizes), sizes[""])
+        return count, f"as {name} is published (another number: --{option})"
+    return 10_000, f"assumed: give --{option}"

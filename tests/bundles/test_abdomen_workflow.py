@@ -93,6 +93,19 @@ def test_amos_reports_the_last_weights_on_cases_that_chose_nothing(
     assert (metrics["split"], metrics["cases"]) == ("test", len(truth["validation"]))
 
 
+@pytest.mark.parametrize("iterations", [3, 13])
+def test_iterations_end_a_run_within_an_epoch(bundle: Any, tmp_path: Path, iterations: int) -> None:
+    made = bundle.train(tmp_path, iterations=iterations, epochs=read(CONFIGS / "train.json")["epochs"], bootstrap=0)
+    state, steps = last(tmp_path), len(made.parser.get_parsed_content("train#dataloader"))
+    assert steps == 8 and state["epoch_length"] == 8
+    rows = state["history"]["rows"]
+    assert [(row["iteration"], row["epoch"]) for row in rows] == [(i + 1, i // 8 + 1) for i in range(iterations)]
+    # the schedule ends with them: the last step is taken at the rate of what is left of it
+    assert rows[-1]["lr"] == pytest.approx(made.parser["optimizer#lr"] * (1 / iterations) ** 0.9)
+    weights = torch.load(tmp_path / "models" / "model.pt", weights_only=True)
+    assert all(torch.equal(weights[key], value) for key, value in state["network"].items())
+
+
 def test_crops_and_sliding_windows(bundle: Any, tmp_path: Path) -> None:
     """The paper's way in a small size: spacing, random crops, windows over the volume."""
     overlay = read(CONFIGS / "bcv.json")

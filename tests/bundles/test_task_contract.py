@@ -16,7 +16,8 @@ from jsonschema import validate
 from monai.bundle import ConfigParser
 from PIL import Image
 
-from tests.common import last, read
+from tests.bundles.conftest import SHORT
+from tests.common import fault_of, last, read
 from unimedi_components.bundle import user_fault
 from unimedi_components.errors import DataError
 from unimedi_components.networks import load_network
@@ -85,6 +86,26 @@ def test_a_resumed_run_equals_one_that_was_never_interrupted(
     best = [torch.load(place / "models" / "model.pt", weights_only=True) for place in (tmp_path, folder)]
     assert checkpoint_differences(*best) == []
     assert read(tmp_path / "eval" / "metrics.json") == read(folder / "eval" / "metrics.json")
+
+
+def test_a_run_is_not_resumed_with_other_weights_or_data(name: str, task_bundle: Any, tmp_path: Path) -> None:
+    bundle = task_bundle(name)
+    folder, _ = bundle.finished()
+    other = tmp_path / "model.pt"
+    torch.save({key: value + 1 for key, value in torch.load(bundle.encoder, weights_only=True).items()}, other)
+    other.with_name("model.json").write_bytes(bundle.encoder.with_name("model.json").read_bytes())
+    # more epochs and other folders are no reason
+    given = {"epochs": 2 * bundle.changes["epochs"], "output_dir": str(tmp_path), "resume": True}
+    before = last(folder)["settings"]
+    for changes in ({"encoder_weights": str(other)}, {"seed": 1, "lr": 0.125}, {"label_fraction": 0.5}):
+        told = fault_of(bundle.train, folder, **given, **changes)
+        names = [SHORT.get(key, key) for key in changes]
+        assert told.startswith(
+            f"{folder}/models/last.ckpt: its run was started with {names[0]} {before[names[0]]}, not "
+        )
+        assert all(f"--{key} " in told for key in names)
+    assert before["training images"].startswith(f"{len(read(folder / 'data.json')['training'])} (ids ")
+    assert not any(str(part).startswith(str(folder)) for part in before.values())
 
 
 def test_data_for_something_else_is_refused(name: str, task_bundle: Any) -> None:

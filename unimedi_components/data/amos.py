@@ -182,6 +182,7 @@ imagesTr/amos_0001.nii.gz  labelsTr/amos_0001.nii.gz
 imagesVa/amos_0008.nii.gz  labelsVa/amos_0008.nii.gz
 imagesTs/amos_0002.nii.gz                    (without labels)""",
     collect=collect,
+    training={"": 200},
     notes="200 training and 100 validation CT volumes; numbers above 500 are MRI and left out. The paper reports on "
     "the validation volumes, which are the test split unless --split official. The file's own names are kept but "
     "for its misspelt aorta.",

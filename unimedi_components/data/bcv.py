@@ -136,6 +136,7 @@ RawData/Training/img/img0001.nii.gz  RawData/Training/label/label0001.nii.gz    
 RawData/Testing/img/img0061.nii.gz                                              (0061-0080, without labels)
 imagesTr/img0001.nii.gz  labelsTr/label0001.nii.gz  imagesTs/img0061.nii.gz     (or so, as MONAI renames them)""",
     collect=collect,
+    training={"": 21, "monai": 24},
     notes="--split cotr (default): 21 training and 9 test cases of CoTr. --split monai: 24 training and 6 validation "
     "cases of MONAI. --fraction 0.2, 0.4 and 1.0 keep 4, 8 and 21 of CoTr's training cases.",
 )

@@ -299,6 +299,7 @@ dataset_cleaned/{CP,NCP,Normal}/PATIENT/SCAN/0000.png
 CP-1/CP/PATIENT/SCAN/0000.png  NCP-22/PATIENT/...     (or the archives' parts, each in its own folder)
 ct_train.json  ct_test.json  [ct_val_part.json]   (here, in a folder below, or --split_dir)""",
     collect=collect,
+    training={"": 2_876},
     notes=(
         "Official lists: 3,195 training scans (CP 1,210, NCP 1,213, Normal 772; 2,164 patients), 798 test scans "
         "(303, 302, 193; 534 patients), together 340,190 slices of 3,993 scans and 2,698 patients. The 800 scans of "

@@ -203,6 +203,7 @@ CheXpert-v1.0-small/valid/patient64541/study1/view1_frontal.jpg    (or ROOT is C
 CheXpert-v1.0 batch 1 (validate & csv)/{train.csv,valid.csv,valid/...}   (the original release, with its batches:)
 CheXpert-v1.0 batch 2 (train 1)/patient00001/study1/view1_frontal.jpg    (batch 3 (train 2), batch 4 (train 3))""",
     collect=collect,
+    training={"": 186_027},
     notes="Of 223,414 training rows 191,027 are frontal; 5,000 of them, by whole patients, are validation, and the "
     "202 frontal images of valid.csv are the test set. Options: --findings competition | all, --uncertain paper | "
     "ones | zeros | ignore, --validation_images.",

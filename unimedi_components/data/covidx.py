@@ -196,6 +196,7 @@ DATASET = Dataset(
 train_COVIDx9A.txt  test_COVIDx9A.txt                (or in labels/)
 train/IMAGE.png  test/IMAGE.png  [val/IMAGE.png]     (png, jpg, jpeg; grey or colour; or in a folder below)""",
     collect=collect,
+    training={"": 27_117},
     notes="V9A lists 30,130 training images (8,085 normal, 5,555 pneumonia, 16,490 COVID-19) and 400 test images "
     "(100, 100, 200). The lists within the Kaggle archive, the B lists and version 6 are binary: the A lists are "
     "in the COVID-Net repository. Options: --classes three | two, --list_version, --validation_fraction.",

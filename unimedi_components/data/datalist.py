@@ -11,7 +11,7 @@ never share a patient. ``monai.data.load_decathlon_datalist`` reads the same fil
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -149,6 +149,8 @@ class Dataset:
         tree: the layout that the converter reads, one path or group of paths per line.
         collect: called as (root, \\*, strict, ...); returns the kept and the dropped items.
         notes: what to know before using it: official figures, traps, options.
+        training: images in the training split that `collect` makes of the whole set, under ""; with other options,
+            under the value of one. Exact where the lists are official, else the share that the split takes.
     """
 
     name: str
@@ -159,6 +161,7 @@ class Dataset:
     tree: str
     collect: Callable[..., DatalistBuilder]
     notes: str = ""
+    training: Mapping[str, int] = field(default_factory=dict)
 
     def convert(self, root: Any, **options: Any) -> dict[str, Any]:
         return self.collect(root, **options).build()

@@ -260,6 +260,7 @@ subset0/1.3.6.1.4.1.14519.5.2.1.6279.6001.100225287222365663678666836860.mhd  (a
 annotations.csv[.gz]  candidates_V2.csv[.gz]       (or in CSVFILES/)
 LUNA16/subset0/subset0/SERIESUID.mhd               (or nested as the archives unpack)""",
     collect=collect,
+    training={"": 445, "candidates": 377_000},
     notes="888 scans, 1,186 nodules of at least 3 mm, 754,975 candidates (1,557 of them nodules) in candidates_V2.csv. "
     "The paper classifies volumes; its peer number for this data set (94.2) is that of candidate cubes of 32 x 64 x 64 "
     "voxels, folds 0-4, 5-6 and 7-9: --mode candidates. Values of -3024 outside the field of view are padding.",

@@ -228,6 +228,7 @@ stage_2_train_labels.csv[.gz]  [stage_2_detailed_class_info.csv[.gz]]
 stage_2_train_images/0004cfab-14fd-4e49-80ba-63a80b6bddd6.dcm
 [train.csv validation.csv test.csv]               (LoVT's lists, for --split lovt)""",
     collect=collect,
+    training={"": 18_678, "segmentation": 16_010, "detection": 16_010},
     notes=(
         "--task classification (default; 18,678 / 4,003 / 4,003 patients), segmentation or detection (16,010 / "
         "5,337 / 5,337), all from the same tables. The splits are MGCA's (scikit-learn, random_state=0); LoVT's are "

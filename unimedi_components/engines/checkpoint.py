@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from unimedi_components.data.datalist import write_json
 from unimedi_components.distributed import rank, unwrap
+from unimedi_components.engines.settings import check_settings, run_settings
 from unimedi_components.errors import CheckpointError
 from unimedi_components.images.greys import FILM_VALUES
 from unimedi_components.networks.pretrained import CARD, FULL, TEXT, make_card, student_state
@@ -54,14 +55,16 @@ def _on_cpu(content: Any) -> Any:
 class ResumableCheckpoint:
     """Save the training state as `last.pt` after every epoch, and resume from it bit for bit.
 
-    `last.pt` holds networks, optimizer, schedule, scaler, history and epoch. What else is written, and when, is up to
-    the subclass: `write_weights` after every epoch, `write_card` at the start.
+    `last.pt` holds networks, optimizer, schedule, scaler, history, epoch and what the run was started with, see
+    `check_settings`. What else is written, and when, is up to the subclass: `write_weights` after every epoch,
+    `write_card` at the start.
 
     Args:
         state: further objects with `state_dict`, by name: optimizer, lr_scheduler, loss, history.
         evaluator: validation engine whose key metric decides what is best, or None.
         resume: continue from `last.pt`; False starts anew and says so when an unfinished run is there.
         greater_is_better: False where the key metric is a loss.
+        dataset: of the training, see `run_settings`.
     """
 
     last = LAST
@@ -74,6 +77,7 @@ class ResumableCheckpoint:
         evaluator: Engine | None = None,
         resume: bool = False,
         greater_is_better: bool = True,
+        dataset: Any = None,
     ) -> None:
         self.folder = Path(save_dir)
         self.network = unwrap(network)
@@ -83,6 +87,8 @@ class ResumableCheckpoint:
         self.sign = 1.0 if greater_is_better else -1.0
         self.best: float | None = None
         self.best_epoch = 0
+        self.dataset = dataset
+        self.settings: dict[str, Any] = {}
         #: Of the card: the type that a run with mixed precision computes in.
         self.precision: dict[str, str] = {}
 
@@ -102,10 +108,11 @@ class ResumableCheckpoint:
         """Resume, or announce what an earlier run left.
 
         Raises:
-            CheckpointError: `resume` without `last.pt`, or a `last.pt` that is damaged, of another network, of other
-                steps per epoch or of a longer run.
+            CheckpointError: `resume` without `last.pt`, or a `last.pt` that is damaged, of another network, other
+                settings or other steps per epoch, or of a longer run.
         """
         path = self.folder / self.last
+        self.settings = run_settings(self.folder, self.dataset)
         if self.resume:
             self._load(engine, path)
         elif path.is_file() and rank() == 0:
@@ -129,6 +136,7 @@ class ResumableCheckpoint:
                 "epoch_length": engine.state.epoch_length,
                 "best": self.best,
                 "best_epoch": self.best_epoch,
+                "settings": self.settings,
                 "scaler": scaler.state_dict() if scaler is not None else {},
                 **{name: part.state_dict() for name, part in self.state.items()},
             },
@@ -153,6 +161,7 @@ class ResumableCheckpoint:
                 f"{path}: nothing to resume; run without --resume first, or set ckpt_dir to the run's models folder"
             )
         content = _read_training_state(path)
+        check_settings(content.get("settings", {}), self.settings, path)
         if content["epoch_length"] != engine.state.epoch_length:
             raise CheckpointError(
                 f"{path}: was trained with {content['epoch_length']} steps per epoch, this run has "
@@ -203,8 +212,9 @@ class TrainingCheckpoint(ResumableCheckpoint):
         evaluator: Engine | None = None,
         resume: bool = False,
         card: Mapping[str, Any] | None = None,
+        dataset: Any = None,
     ) -> None:
-        super().__init__(save_dir, network, state, evaluator, resume)
+        super().__init__(save_dir, network, state, evaluator, resume, dataset=dataset)
         self.preprocessing, self.tokenizer, self.card = preprocessing, tokenizer, dict(card or {})
 
     def write_weights(self, improved: bool) -> None:
@@ -243,8 +253,9 @@ class TaskCheckpoint(ResumableCheckpoint):
         evaluator: Engine | None = None,
         resume: bool = False,
         greater_is_better: bool = False,
+        dataset: Any = None,
     ) -> None:
-        super().__init__(save_dir, network, state, evaluator, resume, greater_is_better)
+        super().__init__(save_dir, network, state, evaluator, resume, greater_is_better, dataset)
         self.card = dict(card)
 
     def write_weights(self, improved: bool) -> None:

@@ -11,6 +11,7 @@ import torch
 from monai.optimizers import WarmupCosineSchedule
 from torch import nn
 
+from unimedi_components.command_options import whole_number
 from unimedi_components.distributed import rank, unwrap
 from unimedi_components.engines.muon import MuonAdamW, hidden_matrices
 from unimedi_components.errors import ConfigError
@@ -192,6 +193,19 @@ def warmup_poly(
         return rise * max(0.0, 1 - step / max(1, total_iters)) ** power
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def total_steps(iterations: int, epochs: int, steps_per_epoch: int) -> int:
+    """Steps of a run: `iterations` where they end within its last epoch, else those of whole epochs.
+
+    So a run stops in the middle of an epoch only if its epochs come from the iterations.
+
+    Raises:
+        ConfigError: `iterations` is no whole number of at least 1.
+    """
+    whole_number("iterations", iterations, 1)
+    whole = epochs * steps_per_epoch
+    return iterations if whole - steps_per_epoch < iterations else whole
 
 
 def choose_recipe(freeze_encoder: bool, probe: Mapping[str, Any], fine_tune: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -22,10 +22,13 @@ class TrainingProgress:
     Args:
         interval: seconds between two states of the bar where they pile up in a file.
         file: stream to write to; standard error by default.
+        total: steps of the run, where it ends before its last epoch does.
     """
 
-    def __init__(self, desc: str = "pre-training", interval: float = 10.0, file: TextIO | None = None) -> None:
-        self.desc, self.interval, self.file = desc, interval, file
+    def __init__(
+        self, desc: str = "pre-training", interval: float = 10.0, file: TextIO | None = None, total: int | None = None
+    ) -> None:
+        self.desc, self.interval, self.file, self.total = desc, interval, file, total
         self.bar: Any = None
         self._logging = ExitStack()
 
@@ -45,7 +48,7 @@ class TrainingProgress:
             live = file.isatty()
             pause = 0.1 if live else self.interval
             self.bar = tqdm(
-                total=state.max_epochs * state.epoch_length,
+                total=self.total or state.max_epochs * state.epoch_length,
                 initial=state.iteration,
                 unit="step",
                 file=file,

@@ -6,7 +6,7 @@ from typing import Any
 
 import monai
 import torch
-from ignite.engine import Engine
+from ignite.engine import Engine, Events
 from torch import nn
 
 from unimedi_components.engines.calibration import CalibrateProjection
@@ -66,6 +66,7 @@ class TaskRun(_Run):
         datasets: training and validation images, whose unreadable files are listed.
         card: "task", "label_names" and "preprocessing" of the network's card.
         resume: continue from `last.ckpt`.
+        total_steps: the run ends there, before its last epoch does, which is validated and kept as any other.
     """
 
     def __init__(
@@ -84,7 +85,9 @@ class TaskRun(_Run):
         max_grad_norm: float | None = None,
         patience: int | None = None,
         greater_is_better: bool = False,
+        total_steps: int | None = None,
     ) -> None:
+        self.total_steps = total_steps
         history = History(optimizer, evaluator)
         state = {"optimizer": optimizer, "lr_scheduler": lr_scheduler, "history": history}
         stop = EarlyStop(evaluator, patience, greater_is_better)
@@ -96,13 +99,20 @@ class TaskRun(_Run):
             history,
             stop,
             TaskCheckpoint(
-                ckpt_dir, network, state, network_card(network, **card), evaluator, resume, greater_is_better
+                *(ckpt_dir, network, state, network_card(network, **card), evaluator, resume, greater_is_better),
+                datasets[0],
             ),
             TensorBoardLosses(output_dir),
-            TrainingProgress("training"),
+            TrainingProgress("training", total=total_steps),
             SkippedStudies(datasets, output_dir),
         ]
         super().__init__(history, datasets, parts)
+
+    def attach(self, engine: Engine) -> None:
+        super().attach(engine)
+        if self.total_steps is not None:
+            last = Events.ITERATION_COMPLETED(once=self.total_steps)
+            engine.add_event_handler(last, lambda: engine.terminate_epoch())
 
 
 class PretrainingRun(_Run):
@@ -146,7 +156,7 @@ class PretrainingRun(_Run):
         history = History(optimizer, evaluator)
         state = {"optimizer": optimizer, "lr_scheduler": lr_scheduler, "loss": loss, "history": history}
         self.checkpoint = TrainingCheckpoint(
-            ckpt_dir, network, state, preprocessing, tokenizer, evaluator, resume, card
+            ckpt_dir, network, state, preprocessing, tokenizer, evaluator, resume, card, datasets[0]
         )
         whiten = WhitenTokenizers(network, datasets[0], whiten_eps, position_std)
         calibration = CalibrateProjection(network, datasets[0])

@@ -45,7 +45,7 @@ class OrganInferer(SlidingWindowInferer):
             mirrored back and averaged. None mirrors nothing.
 
     Raises:
-        ConfigError: an axis that does not exist.
+        ConfigError: an axis that does not exist, or an overlap out of [0, 1).
     """
 
     def __init__(
@@ -59,6 +59,8 @@ class OrganInferer(SlidingWindowInferer):
         axes = tuple(mirror_axes or ())
         if not set(axes) <= {0, 1, 2} or len(set(axes)) != len(axes):
             raise ConfigError(f"mirror_axes {list(axes)} must be different ones of 0 (depth), 1 (rows) and 2 (columns)")
+        if not 0 <= overlap < 1:
+            raise ConfigError(f"overlap must be in [0, 1), the share of a window, not {overlap}")
         options = {"mode": "gaussian", "cval": -1.0, **kwargs}
         super().__init__(tuple(roi_size), sw_batch_size=sw_batch_size, overlap=overlap, **options)
         self.mirrors = list(chain.from_iterable(combinations(axes, count) for count in range(len(axes) + 1)))

@@ -127,7 +127,9 @@ def test_a_set_of_the_earlier_version_is_refused(root, tmp_path):
     truth = json.loads((root / "truth.json").read_text())
     assert truth["version"] == 2
     (tmp_path / "truth.json").write_text(json.dumps({**truth, "version": 1}))
-    with pytest.raises(DataError, match=r"already holds the phantom set .*'version': 1.*choose another folder"):
+    with pytest.raises(
+        DataError, match=r"another phantom set \(version: has 1, asked for 2\); .*choose another folder"
+    ):
         write_phantom("rsna", tmp_path, PATIENTS, 4, workers=1, progress=False)
 
 

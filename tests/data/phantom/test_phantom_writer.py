@@ -139,8 +139,11 @@ def test_foreign_folders_and_bad_arguments_are_refused(mimic, tmp_path):
     with pytest.raises(DataError, match="not empty and holds no phantom set"):
         write_phantom("bimcv", tmp_path, 2)
     assert (tmp_path / "mine.txt").read_text() == "keep"
-    with pytest.raises(DataError, match=r"already holds the phantom set .*'seed': 4"):
-        write_phantom("mimic_cxr", mimic, PATIENTS, 5)
+    differing = (
+        rf"another phantom set \(seed: has 4, asked for 5, patients: has {PATIENTS}, asked for 1\); ask for that"
+    )
+    with pytest.raises(DataError, match=differing):
+        write_phantom("mimic_cxr", mimic, 1, 5)
     with pytest.raises(DataError, match="is a file"):
         write_phantom("bimcv", tmp_path / "mine.txt", 2)
     with pytest.raises(DataError, match=r"unknown phantom layout 'mimic'.*bimcv, .*mimic_cxr"):

@@ -123,7 +123,11 @@ def _is_complete(root: Path, key: dict[str, Any]) -> bool:
     except (OSError, ValueError, AttributeError) as error:
         raise DataError(f"{root / TRUTH}: not a phantom's truth file ({error}); choose another folder") from error
     if found != key:
-        raise DataError(f"{root} already holds the phantom set {found}, not {key}: choose another folder or delete it")
+        differing = ", ".join(f"{n}: has {found[n]}, asked for {key[n]}" for n in key if found[n] != key[n])
+        raise DataError(
+            f"{root} already holds another phantom set ({differing}); ask for that one, choose another folder "
+            "(--dataset_dir or UNIMEDI_DATA of a bundle's run), or delete this one"
+        )
     return True
 
 
