@@ -249,6 +249,16 @@ def test_text_of_any_encoding(tmp_path: Path) -> None:
     assert header.text("SeriesDescription") == "Crâne à dr" and header.text("BodyPartExamined") == "TÊTE"
     named = write(tmp_path / "b.dcm", GREY, SpecificCharacterSet="ISO_IR 100", SeriesDescription="à")
     assert read_header(named).text("SeriesDescription") == "à"
+    # code strings, which no set is meant for, in the file's own all the same; Latin-1 where they are not of it
+    for charset, value, wanted in (
+        ("ISO_IR 144", "ГРУДЬ".encode("iso8859_5"), "ГРУДЬ"),
+        ("ISO_IR 192", "TÓRAX".encode(), "TÓRAX"),
+        ("ISO_IR 192", b"T\xd3RAX\\A ", "TÓRAX\\A"),
+        ("\\ISO 2022 IR 87", b"\x1b$B6;It\x1b(B", "胸部"),
+    ):
+        path = write(tmp_path / "d.dcm", GREY, SpecificCharacterSet=charset.split("\\"), BodyPartExamined="x" * len(value))
+        path.write_bytes(path.read_bytes().replace(b"x" * len(value), value))
+        assert [read_header(path).text("BodyPartExamined") for _ in range(2)] == [wanted] * 2
     # said to be UTF-8, and is not; an unknown set; a control character
     for charset, value, wanted in (
         ("ISO_IR 192", b"T\xcaTE AB", "T\ufffdTE AB"),

@@ -219,9 +219,9 @@ def _by_pydicom(header: DicomHeader) -> Array:
     if header.pixels == "PixelData" and header.transfer_syntax in (*_PLAIN, _RLE):
         # all bits, since pydicom would take the lowest ones whatever HighBit says
         dataset.BitsStored, dataset.HighBit = header.bits_allocated, header.bits_allocated - 1
-    if _fits_pillow(dataset, header):
-        # what Pillow cannot read, GDCM may
-        with contextlib.suppress(Exception):
+    # what Pillow cannot read, GDCM may
+    with contextlib.suppress(Exception):
+        if _fits_pillow(dataset, header):
             return np.asarray(pixel_array(dataset, decoding_plugin="pillow"))
     return np.asarray(pixel_array(dataset))
 
