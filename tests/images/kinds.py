@@ -16,6 +16,7 @@ import numpy as np
 import pydicom
 from PIL import Image
 from pydicom.dataset import Dataset, FileDataset
+from pydicom.encaps import encapsulate_extended, generate_frames
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, ImplicitVRLittleEndian
 
 from tests.images.conftest import SPACING, Writer, body, new_file, put_pixels
@@ -252,6 +253,21 @@ def grey_with_alpha(writer: Writer) -> Path:
     return picture(writer, "a.png", np.stack([grey, np.full_like(grey, 9)], -1))
 
 
+@kind("xray", truth=Truth(GREYS.T[:, ::-1], near=1e-3))
+def turned_tiff(writer: Writer) -> Path:
+    return picture(writer, "a.tif", FILM, tiffinfo={0x0112: 6})
+
+
+@kind("xray", truth=GREY)
+def tiff_of_long_offsets(writer: Writer) -> Path:
+    return picture(writer, "a.tif", FILM, big_tiff=True)
+
+
+@kind("xray", "The film is FOR PROCESSING", GREY)
+def raw_values_of_a_detector(writer: Writer) -> Path:
+    return film(writer, PresentationIntentType="FOR PROCESSING")
+
+
 # volumes --------------------------------------------------------------------------------------------------------------
 
 
@@ -371,6 +387,17 @@ def run_lengths(writer: Writer) -> Path:
 
 
 @kind("volume", truth=BODY)
+def enhanced_jpeg_2000_with_offsets(writer: Writer) -> Path:
+    def change(file: FileDataset) -> None:
+        frames = list(generate_frames(file.PixelData, number_of_frames=24))
+        coded = encapsulate_extended(frames)
+        file.PixelData, file.ExtendedOffsetTable, file.ExtendedOffsetTableLengths = coded
+        file["PixelData"].VR = "OB"
+
+    return rewrite(compress(writer.enhanced("multi.dcm", range(24)), "JPEG2000Lossless"), change)
+
+
+@kind("volume", truth=BODY)
 def enhanced_out_of_order(writer: Writer) -> Path:
     return writer.enhanced("multi.dcm", np.random.default_rng(2).permutation(24).tolist())
 
@@ -405,6 +432,14 @@ def nifti(writer: Writer, name: str, values: np.ndarray, affine: Any = AFFINE, s
     if slope:
         image.header.set_slope_inter(slope, 0)
     nib.save(image, path)
+    return path
+
+
+def nifti_saying(writer: Writer, place: int, value: bytes) -> Path:
+    path = nifti(writer, "a.nii", body())
+    data = bytearray(path.read_bytes())
+    data[place : place + len(value)] = value
+    path.write_bytes(data)
     return path
 
 
@@ -678,11 +713,17 @@ def nifti_of_one_slice(writer: Writer) -> Path:
 
 @kind("", "the affine is zero")
 def nifti_of_no_place(writer: Writer) -> Path:
-    path = nifti(writer, "nowhere.nii", body())
-    data = bytearray(path.read_bytes())
-    data[252:256] = bytes(4)
-    path.write_bytes(data)
-    return path
+    return nifti_saying(writer, 252, bytes(4))
+
+
+@kind("", "its header gives places in um, not in mm")
+def nifti_in_micrometres(writer: Writer) -> Path:
+    return nifti_saying(writer, 123, b"\3")
+
+
+@kind("", "its header places the voxels inside the header itself")
+def nifti_whose_voxels_begin_at_zero(writer: Writer) -> Path:
+    return nifti_saying(writer, 108, struct.pack("<f", 0))
 
 
 @kind("", "raw stored values")

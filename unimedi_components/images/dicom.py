@@ -156,7 +156,7 @@ def _decoded(header: DicomHeader) -> Array:
     except MemoryError:
         raise
     except Exception as error:  # pydicom and its decoders raise many kinds
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()[:160]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip().partition(" <")[0][:160]
         raise DataError(f"{header.path}: the pixels cannot be decoded ({reason}). Export it uncompressed") from error
     plane = (header.rows, header.columns, *((header.samples,) if header.samples > 1 else ()))
     return pixels.reshape(-1, *plane)
