@@ -310,6 +310,14 @@ def scouts_that_nothing_names(writer: Writer) -> Path:
     return ct(writer)
 
 
+@kind("volume", "repeats one place of the scan, as bolus tracking does", BODY)
+def bolus_tracking_in_the_series(writer: Writer) -> Path:
+    for number in range(8):
+        place = {"places": [30.0], "volume": body()[:, :, 10:11] + np.int16(number)}
+        ct(writer, lambda n, f: setattr(f, "AcquisitionNumber", 2), start=100 + number, **place)
+    return ct(writer, lambda n, f: setattr(f, "AcquisitionNumber", 3))
+
+
 @kind("volume", "the same slice as another", BODY)
 def a_slice_exported_twice(writer: Writer) -> Path:
     ct(writer)
@@ -538,6 +546,13 @@ def slices_beside(header: Path, files: str) -> Path:
 
 
 @kind("volume", truth=BODY)
+def metaimage_of_other_letters(writer: Writer) -> Path:
+    path = headed(writer, ("scan.raw", "Müller #1.raw"))
+    path.with_name("scan.raw").rename(path.with_name("Müller #1.raw"))
+    return path
+
+
+@kind("volume", truth=BODY)
 def metaimage_that_lists_its_slices(writer: Writer) -> Path:
     return slices_beside(metaimage_beside_its_voxels(writer), "LIST\n{}\n")
 
@@ -643,6 +658,11 @@ def one_slice_of_many(writer: Writer) -> Path:
 @kind("", "is one CT slice")
 def enhanced_of_one_frame(writer: Writer) -> Path:
     return writer.enhanced("one.dcm", [7])
+
+
+@kind("", "all 24 slices lie at one place")
+def one_position_for_all(writer: Writer) -> Path:
+    return ct(writer, places=[0.0] * 24)
 
 
 @kind("", "lacks ImagePositionPatient")
@@ -848,6 +868,12 @@ def a_loop(writer: Writer) -> Path:
 @kind("", "is DICOM of modality MR (magnetic resonance)")
 def another_modality(writer: Writer) -> Path:
     return film(writer, Modality="MR")
+
+
+@kind("", "the pixels cannot be decoded (the codestream has 70 x 90 pixels, the header says 90 x 70)")
+def a_codestream_of_another_shape(writer: Writer) -> Path:
+    path = compress(film(writer), "JPEG2000Lossless")
+    return rewrite(path, lambda file: file.update({"Rows": 70, "Columns": 90}))
 
 
 @kind("", "the DICOM is cut off")

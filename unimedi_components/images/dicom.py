@@ -219,23 +219,39 @@ def _by_pydicom(header: DicomHeader) -> Array:
     if header.pixels == "PixelData" and header.transfer_syntax in (*_PLAIN, _RLE):
         # all bits, since pydicom would take the lowest ones whatever HighBit says
         dataset.BitsStored, dataset.HighBit = header.bits_allocated, header.bits_allocated - 1
-    # what Pillow cannot read, GDCM may
-    with contextlib.suppress(Exception):
-        if _fits_pillow(dataset, header):
-            return np.asarray(pixel_array(dataset, decoding_plugin="pillow"))
-    return np.asarray(pixel_array(dataset))
+    pixels = _by_pillow(dataset, header) if header.transfer_syntax in _JPEG_2000 else None
+    return np.asarray(pixel_array(dataset)) if pixels is None else pixels
 
 
-def _fits_pillow(dataset: Any, header: DicomHeader) -> bool:
-    """Whether pixels are grey JPEG 2000, of which Pillow makes the same as GDCM in less time."""
-    if header.transfer_syntax not in _JPEG_2000 or header.samples > 1:
-        return False
+def _by_pillow(dataset: Any, header: DicomHeader) -> Array | None:
+    """Grey JPEG 2000, of which Pillow makes the same as GDCM in less time; None where that is not sure.
+
+    Raises:
+        ValueError: a codestream is of another size than the header says.
+    """
     from pydicom.encaps import generate_frames
+    from pydicom.pixels import pixel_array
     from pydicom.pixels.utils import get_j2k_parameters
 
-    codes = [get_j2k_parameters(frame) for frame in generate_frames(dataset.PixelData, number_of_frames=header.frames)]
-    # signed values in a file that says unsigned come out of each as others; a JP2 file may hold a palette
-    return not any(code.get("jp2", True) or (code["is_signed"] and not header.signed) for code in codes)
+    frames = []
+    # of which the offsets may lie elsewhere
+    with contextlib.suppress(Exception):
+        frames = list(generate_frames(dataset.PixelData, number_of_frames=header.frames))
+    codes = [get_j2k_parameters(frame) for frame in frames]
+    # a JP2 file may hold a palette
+    if not frames or any(code.get("jp2", True) for code in codes):
+        return None
+    for frame in frames:
+        right, bottom, left, top = np.frombuffer(frame, ">u4", 4, 8).tolist()
+        if (right - left, bottom - top) != (header.columns, header.rows):
+            said = f"{header.columns} x {header.rows}"
+            raise ValueError(f"the codestream has {right - left} x {bottom - top} pixels, the header says {said}")
+    # signed values in a file that says unsigned come out of each as others
+    if header.samples == 1 and (header.signed or not any(code["is_signed"] for code in codes)):
+        # what Pillow cannot read, GDCM may
+        with contextlib.suppress(Exception):
+            return np.asarray(pixel_array(dataset, decoding_plugin="pillow"))
+    return None
 
 
 def _complete(dataset: Any, header: DicomHeader) -> None:
