@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -233,21 +234,21 @@ def _by_pillow(dataset: Any, header: DicomHeader) -> Array | None:
     from pydicom.pixels import pixel_array
     from pydicom.pixels.utils import get_j2k_parameters
 
-    frames = []
-    # of which the offsets may lie elsewhere
+    codes = []
+    # of frames in several fragments the offsets may lie elsewhere
     with contextlib.suppress(Exception):
-        frames = list(generate_frames(dataset.PixelData, number_of_frames=header.frames))
-    codes = [get_j2k_parameters(frame) for frame in frames]
+        frames = generate_frames(dataset.PixelData, number_of_frames=header.frames)
+        codes = [(get_j2k_parameters(frame), frame[8:24]) for frame in frames]
     # a JP2 file may hold a palette
-    if not frames or any(code.get("jp2", True) for code in codes):
+    if not codes or any(code.get("jp2", True) for code, _ in codes):
         return None
-    for frame in frames:
-        right, bottom, left, top = np.frombuffer(frame, ">u4", 4, 8).tolist()
+    for _, edges in codes:
+        right, bottom, left, top = struct.unpack(">4I", edges)
         if (right - left, bottom - top) != (header.columns, header.rows):
             said = f"{header.columns} x {header.rows}"
             raise ValueError(f"the codestream has {right - left} x {bottom - top} pixels, the header says {said}")
     # signed values in a file that says unsigned come out of each as others
-    if header.samples == 1 and (header.signed or not any(code["is_signed"] for code in codes)):
+    if header.samples == 1 and (header.signed or not any(code["is_signed"] for code, _ in codes)):
         # what Pillow cannot read, GDCM may
         with contextlib.suppress(Exception):
             return np.asarray(pixel_array(dataset, decoding_plugin="pillow"))
