@@ -33,7 +33,7 @@ from unimedi_components.networks.pretrained import Pretrained, load_pretrained
 from unimedi_components.provenance import commit, provenance
 from unimedi_components.retrieval.evaluate import evaluate, heldout_items
 from unimedi_components.retrieval.features import Features, extract_features
-from unimedi_components.retrieval.probe import linear_probe, transfer_scores
+from unimedi_components.retrieval.probe import STRENGTHS, LogisticProbe, linear_probe
 
 CONFIGS = Path("bundles/pretrain/configs")
 FRACTIONS = {"1pct": 0.01, "10pct": 0.1, "100pct": 1.0}
@@ -257,6 +257,34 @@ def _label_probes(cell: Mapping[str, Any], network: Pretrained, test: Mapping[in
             key = f"probe_auroc_{dim}d_{name}"
             result[key], result["intervals"][key] = _macro(scores, part[1], names, groups)
     return result
+
+
+def transfer_scores(
+    train: np.ndarray,
+    labels: np.ndarray,
+    test: np.ndarray,
+    groups: Sequence[str] | None = None,
+    strengths: Sequence[float] = STRENGTHS,
+    seed: int = 0,
+) -> np.ndarray:
+    """Decision values on other images of probes trained on these, one for each finding.
+
+    Args:
+        train: features to train on, (N, D); they alone set standardisation and penalty.
+        labels: 0 or 1 for each finding, (N, F).
+        test: features to score, (M, D).
+
+    Returns:
+        (M, F); a finding that the N images all have or all lack scores 0 everywhere, an AUROC of 0.5.
+    """
+    x, y, x_test = np.asarray(train, np.float64), np.asarray(labels), np.asarray(test, np.float64)
+    keys = None if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
+    scores = np.zeros((len(x_test), y.shape[1]))
+    for column in range(y.shape[1]):
+        if len(np.unique(y[:, column])) == 2:
+            probe = LogisticProbe(strengths, seed=seed).fit(x, y[:, column], keys)
+            scores[:, column] = probe.decision(x_test)
+    return scores
 
 
 def _macro(

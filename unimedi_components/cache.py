@@ -36,16 +36,13 @@ class _Items(Dataset[str]):
 
 
 def fill_cache(config: Mapping[str, Any], workers: int | None = None) -> str:
-    """Prepare the training and validation images of a config that are not in its cache yet.
+    """Prepare the images of a config, training and validation, that are not in its cache yet; returns its folder.
 
     An interrupted call loses nothing, and any number of them, on any number of machines, may run at a time.
 
     Args:
         config: merged, as `check_config` returns it, of any bundle that trains.
         workers: processes; None for one per core.
-
-    Returns:
-        the cache's folder.
 
     Raises:
         ConfigError: the config has no cache.
@@ -72,7 +69,6 @@ def fill_cache(config: Mapping[str, Any], workers: int | None = None) -> str:
 
 
 def remove_older(folder: str | Path) -> None:
-    """Delete what other versions left in a cache; prints each name."""
     for path in older_entries(Path(folder)):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
         print(f"removed {path}")

@@ -68,7 +68,7 @@ def command_help(name: str, function: Callable[..., Any], more: Callable[..., An
 def prepare_help(dataset: str | None, function: Callable[..., Any]) -> str:
     """Help of ``prepare``, or of ``prepare DATASET`` with the converter's options and the layout that it reads."""
     from unimedi_components.data.catalogue import DATASETS, describe, find_dataset
-    from unimedi_components.data.registry import OPTIONS
+    from unimedi_components.data.datalist import OPTIONS
 
     if dataset is None:
         lines = [command_help("prepare", function).rpartition("\nexample:")[0], "data sets:"]

@@ -13,7 +13,7 @@ from transformers.image_processing_base import ImageProcessingMixin
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from unimedi_components.data.transforms import input_transforms
-from unimedi_components.errors import CheckpointError, DataError
+from unimedi_components.errors import CheckpointError, DataError, reason_of
 from unimedi_components.images.find import image_at, image_items
 from unimedi_components.networks.hub import MODEL_TYPE, PROCESSOR_FILE, hub_folder, read_hub_json
 from unimedi_components.networks.unified_vit import UnifiedViT
@@ -22,12 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 class UniMediConfig(PretrainedConfig):
-    """Sizes of the encoder as `transformers` keeps them.
-
-    Args:
-        encoder: arguments of `UnifiedViT`.
-        kwargs: of `PretrainedConfig`.
-    """
+    """Sizes of the encoder as `transformers` keeps them. ``encoder``: arguments of `UnifiedViT`."""
 
     model_type = MODEL_TYPE
 
@@ -37,11 +32,7 @@ class UniMediConfig(PretrainedConfig):
 
 
 class UniMediVisionModel(PreTrainedModel):
-    """`UnifiedViT` as `AutoModel` gives it.
-
-    Args:
-        config: sizes.
-    """
+    """`UnifiedViT` as `AutoModel` gives it."""
 
     config_class = UniMediConfig
     base_model_prefix = "encoder"
@@ -58,11 +49,7 @@ class UniMediVisionModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """Load a hub folder; arguments as of `transformers`.
-
-        Raises:
-            CheckpointError: see `UnifiedViT.from_pretrained`.
-        """
+        """Load a hub folder; arguments as of `transformers`, errors as of `UnifiedViT.from_pretrained`."""
         folder = hub_folder(pretrained_model_name_or_path, **kwargs)
         encoder = UnifiedViT.from_pretrained(folder)
         kwargs["config"] = kwargs.get("config") or UniMediConfig.from_pretrained(folder)
@@ -74,7 +61,6 @@ class UniMediVisionModel(PreTrainedModel):
 
         Args:
             image: of `UniMediImageProcessor`.
-            kwargs: what `transformers` passes to every model; without effect.
 
         Returns:
             "last_hidden_state" (B, 1 + P, D), CLS first, and "pooler_output" (B, D), the CLS token.
@@ -90,12 +76,6 @@ class UniMediImageProcessor(ImageProcessingMixin):
     Args:
         preprocessing: arguments of `xray_transforms` under "xray" and of `ct_transforms` under "ct".
         film_values: what becomes of the values of films, in words.
-        kwargs: further entries of the file.
-
-    Example:
-        >>> processor = UniMediImageProcessor({"xray": {"size": 64}, "ct": {"spatial_size": (32, 48, 48)}})
-        >>> processor("film.png")["image"].shape  # doctest: +SKIP
-        torch.Size([1, 1, 64, 64])
     """
 
     model_input_names = ("image",)
@@ -140,9 +120,7 @@ class UniMediImageProcessor(ImageProcessingMixin):
         Raises:
             DataError: a path is no image or several, cannot be read, or X-rays and volumes are mixed.
         """
-        paths = (
-            [images] if isinstance(images, (str, Path)) else list(images) if isinstance(images, Sequence) else [images]
-        )
+        paths = list(images) if isinstance(images, Sequence) and not isinstance(images, str) else [images]
         if not all(isinstance(path, (str, Path)) for path in paths):
             raise DataError(f"the processor reads files, got {type(images).__name__}; give paths")
         items = [image_items([image_at(Path(path), assume_hu)], Path(path).parent, assume_hu)[0] for path in paths]
@@ -157,14 +135,7 @@ class UniMediImageProcessor(ImageProcessingMixin):
             except (DataError, MemoryError):
                 raise
             except Exception as error:  # readers raise many kinds for a damaged file
-                # MONAI wraps what a reader says
-                cause: BaseException = error
-                while cause.__cause__ is not None:
-                    cause = cause.__cause__
-                if isinstance(cause, DataError):
-                    raise DataError(str(cause)) from error
-                reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
-                raise DataError(f"{path}: cannot be read ({reason}). Download or export it again") from error
+                raise DataError(f"{path}: {reason_of(error, path)}") from error
             if not torch.isfinite(tensors[-1]).all():
                 raise DataError(f"{path}: holds values that are not finite numbers. Export it again")
         return BatchFeature({"image": torch.stack(tensors)}, tensor_type=return_tensors)

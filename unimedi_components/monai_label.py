@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """MONAI Label's answers with a reason: `give_reasons(MyApp)` below an app's `main.py`."""
 
-from __future__ import annotations
-
 import functools
 import json
 import os
@@ -16,8 +14,6 @@ from starlette.exceptions import HTTPException
 
 from unimedi_components.bundle import user_fault
 from unimedi_components.errors import DataError
-
-__all__ = ["give_reasons"]
 
 
 def give_reasons(app: type) -> None:
@@ -96,9 +92,7 @@ def _name_segments(info: list[Any], file: str, numbers: dict[str, int]) -> None:
     """Put in place, for each label that a mask has, the entry of its name, or one with its name alone."""
     names = {number: name for name, number in numbers.items()}
     given = {str(entry.get("name", "")).lower(): entry for entry in info}
-    found = [
-        names[int(label)] for label in np.unique(np.asanyarray(nib.Nifti1Image.from_filename(file).dataobj)) if label
-    ]
+    found = [names[int(n)] for n in np.unique(np.asanyarray(nib.Nifti1Image.from_filename(file).dataobj)) if n]
     first = {"model_name": info[0]["model_name"]} if info and "model_name" in info[0] else {}
     info[:] = [{**first, **given.get(name, {"name": name})} for name in found]
 

@@ -85,17 +85,14 @@ def step_cost(
 
     Args:
         network: on any device, also "meta".
-        batch_2d: X-rays of this rank.
-        batch_3d: volumes of this rank.
         text_tokens: tokens of a report, padding included.
         rounds: `sinkhorn_rounds` of the loss; 0 for targets "center".
         amp: mixed precision: matrix products and what they keep are of 2 bytes a value.
     """
     encoder: Any = network.encoder
     half = 2 if amp else 4
-    stack = _Stack(
-        encoder.embed_dim, encoder.blocks[0].mlp.fc1.out_features, len(encoder.blocks), encoder.num_heads, half
-    )
+    hidden = encoder.blocks[0].mlp.fc1.out_features
+    stack = _Stack(encoder.embed_dim, hidden, len(encoder.blocks), encoder.num_heads, half)
     parts, checkpointing = network.accumulation, encoder.grad_checkpointing
     flops = kept = passing = 0.0
     rows = 0
@@ -194,15 +191,9 @@ def state_bytes(network: nn.Module, amp: bool = True, muon: bool = False) -> flo
 
 
 def network_of_config(config: dict[str, Any]) -> UniMedI:
-    """The network of a pre-training config without any memory, on the device "meta".
+    """The network of a pre-training config that `check_config` gave, without any memory, on the device "meta".
 
-    A report encoder whose config is not at hand counts as a BERT-base.
-
-    Args:
-        config: merged, as `check_config` returns it.
-
-    Raises:
-        ConfigError: no pre-training config.
+    A report encoder whose config is not at hand counts as a BERT-base. Raises ConfigError: no pre-training config.
     """
     parts = _plain(config, "@network_def") if "network_def" in config else {}
     if "report_encoder" not in parts:
@@ -246,13 +237,11 @@ class Needs:
     """A run, as `describe` prints it.
 
     Args:
-        network: whose parameters are counted.
         amp: mixed precision.
         cost: of a step of one rank with so many times the smallest batch.
         times: the config's own batch.
         shown: a batch in words.
         steps: of the whole run.
-        schedule: what these are, in words.
         once: FLOPs before the first step, of all ranks together.
         cache: bytes, and of what.
     """
@@ -278,9 +267,6 @@ def describe(
     cts: int | None = None,
 ) -> str:
     """The lines that the command `plan` prints; arguments as there.
-
-    Args:
-        config: merged, as `check_config` returns it.
 
     Raises:
         ConfigError: an unknown GPU, a number out of its range, or no config of a training.

@@ -21,13 +21,11 @@ from unimedi_components.plan import Needs, StepCost, state_bytes
 class TaskStep:
     """The training step of a task bundle's config, for any number of images.
 
-    Attributes:
-        half: the type of mixed precision; decoders keep float32 beside bfloat16, and take more memory.
-
     Raises:
         ConfigError: not the config of a task's training.
     """
 
+    # the type of mixed precision; decoders keep float32 beside bfloat16, and take more memory
     half = torch.bfloat16
 
     def __init__(self, config: dict[str, Any]) -> None:
@@ -54,9 +52,7 @@ class TaskStep:
             for name in definition
             if name not in ("_target_", "encoder")
         }
-        sizes = {
-            name: value for name, value in definition["encoder"].items() if name not in ("_target_", "weights", "size")
-        }
+        sizes = {k: v for k, v in definition["encoder"].items() if k not in ("_target_", "weights", "size")}
         encoder = UnifiedViT(**encoder_sizes(self.parser.get_parsed_content("size"), **sizes))
         kind: Any = locate(definition["_target_"])
         return kind(encoder, **kwargs).train()

@@ -33,11 +33,7 @@ def commit() -> str:
 
 
 def provenance(command: Sequence[str] | None = None) -> dict[str, Any]:
-    """Where a number comes from.
-
-    Returns:
-        "command", "commit", "machine", "torch".
-    """
+    """Where a number comes from: "command", "commit", "machine", "torch"."""
     words = list(command) if command is not None else ["python", *(sys.orig_argv[1:] or sys.argv)]
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
     return {

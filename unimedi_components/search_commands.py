@@ -78,9 +78,9 @@ def index(
             CT values for Hounsfield units that do not say how they are rescaled).
     """
     with importing():
+        from unimedi_components.data.table import read_reports
         from unimedi_components.retrieval.embedder import Embedder
         from unimedi_components.retrieval.embeddings import Embeddings
-        from unimedi_components.retrieval.report_table import read_reports
 
     if not paths and datalist is None and reports is None:
         raise ConfigError("index: name images, or give --datalist or --reports")

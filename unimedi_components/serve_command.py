@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command serve."""
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Sequence
 

@@ -225,7 +225,7 @@ def test_errors(tmp_path):
     root = write_tree(tmp_path / "set")
     with pytest.raises(DataError, match=r"missing image: .*gone\.png: no such file"):
         collect(root, strict=True, num_workers=1, progress=False)
-    with pytest.raises(ConfigError, match=r"classes='tree' is unknown\. did you mean 'three'.*Use three or two"):
+    with pytest.raises(ConfigError, match=r"classes='tree' is unknown\. did you mean 'three'.*Use one of three, two"):
         collect(root, classes="tree")
     (root / "test_COVIDx9A.txt").write_text("\n")
     with pytest.raises(DataError, match=r"test_COVIDx9A\.txt: no line reads 'patient file class source'"):

@@ -15,7 +15,7 @@ from monai.data import MetaTensor
 from monai.transforms import Compose
 from PIL import Image
 
-from unimedi_components.data.box_augment import RowsFirstBoxesd, ToInputBoxesd
+from unimedi_components.data.augment import RowsFirstBoxesd, ToInputBoxesd
 from unimedi_components.data.roi_boxes import boxes_of_rois, rois_of_boxes
 from unimedi_components.errors import DataError
 from unimedi_components.tasks import RoisOfBoxesd

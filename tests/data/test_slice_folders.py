@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from unimedi_components.data.slice_files import evenly_spread, in_slice_order, slice_files
-from unimedi_components.data.slices import ChooseSlicesd, SliceFolderReader, slice_volume_transforms
+from unimedi_components.data.slices import read_slices, slice_volume_transforms
 from unimedi_components.data.transforms import ByDimension
 from unimedi_components.errors import DataError
 from unimedi_components.loading import ImageDataset
@@ -25,8 +25,7 @@ def flat(value, dtype=np.uint8, size=(4, 6)):
 
 
 def read(folder, **options):
-    reader = SliceFolderReader(**options)
-    return reader.get_data(reader.read(folder))[0]
+    return read_slices(slice_files(folder, **options))
 
 
 def test_names_are_sorted_by_number_and_other_files_left_out():
@@ -65,8 +64,6 @@ def test_reader_sorts_scales_and_takes_the_first_channel(tmp_path):
     # 51 / 255, 13107 / 65535, 102 / 255 and 153 / 255
     np.testing.assert_allclose(volume[1:, 2, 3], [0.2, 0.2, 0.4, 0.6], rtol=1e-6)
     np.testing.assert_array_equal(read(tmp_path), volume[::-1])
-    reader = SliceFolderReader()
-    assert reader.verify_suffix(tmp_path) and reader.verify_suffix(["a.png"]) and not reader.verify_suffix("a.nii.gz")
 
 
 def write_ramp(folder, count, size=(4, 6)):
@@ -90,13 +87,12 @@ def test_transforms_deliver_lowest_slice_first_and_read_no_other(tmp_path):
 
 def test_listed_slices_keep_their_order(tmp_path):
     write_ramp(tmp_path, 12)
-    choose = ChooseSlicesd("image")
     listed = ["5.png", "3.png", "11.png"]
     # the first listed is the highest
     expected = [str(tmp_path / name) for name in ("11.png", "3.png", "5.png")]
-    assert choose({"image": str(tmp_path), "slices": listed})["image"] == expected
+    assert slice_files(tmp_path, listed) == expected
     assert slice_files(tmp_path, listed, "foot") == expected[::-1]
-    assert len(choose({"image": str(tmp_path)})["image"]) == 12
+    assert len(slice_files(tmp_path)) == 12
 
 
 def test_in_plane_areas_are_averaged(tmp_path):

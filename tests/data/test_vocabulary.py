@@ -39,11 +39,6 @@ def test_loads_offline_with_special_ids_and_known_words(tmp_path, monkeypatch):
     assert [tokenizer.convert_tokens_to_ids(t) for t in lines] == list(range(len(tokenizer)))
 
 
-def test_case_is_kept_when_asked(tmp_path):
-    folder = build_wordpiece(["Left lung LEFT lung"] * 4, tmp_path / "v", vocab_size=80, lowercase=False)
-    assert AutoTokenizer.from_pretrained(folder).tokenize("Left LEFT") == ["Left", "LEFT"]
-
-
 def test_same_reports_same_bytes_in_another_process(tmp_path):
     reports = make_reports()
     here = digests(Path(build_wordpiece(reports, tmp_path / "a", vocab_size=400)))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from unimedi_components.figures import attention as figures
-from unimedi_components.figures.search import Found, _colour, draw_search
+from unimedi_components.figures.panels import Found, _colour, draw_search
 
 IMAGE = np.random.default_rng(0).normal(size=(20, 16))
 

@@ -4,8 +4,13 @@
 import numpy as np
 import pytest
 
-from unimedi_components.metrics.bootstrap import PatientResamples, percentile_interval, resample_patients
-from unimedi_components.metrics.measures import Measures, others_mean
+from unimedi_components.metrics.bootstrap import (
+    Measures,
+    PatientResamples,
+    others_mean,
+    percentile_interval,
+    resample_patients,
+)
 
 PATIENTS = ["a", "b", "a", "c", "b", "a"]
 ROWS = np.asarray([1.0, 0.0, 0.5, 1.0, 0.0, 0.25])

@@ -12,7 +12,7 @@ import torch
 
 from unimedi_components.data.datalist import write_json
 from unimedi_components.data.vocabulary import build_wordpiece
-from unimedi_components.metrics.measures import Measures
+from unimedi_components.metrics.bootstrap import Measures
 from unimedi_components.networks import ProjectionHead, ReportEncoder, UnifiedViT, UniMedI, load_tokenizer
 from unimedi_components.networks.pretrained import make_card, student_state
 

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from unimedi_components.metrics.bootstrap import PatientResamples
-from unimedi_components.metrics.measures import Measures
+from unimedi_components.metrics.bootstrap import Measures, PatientResamples
 from unimedi_components.retrieval import common_space
 from unimedi_components.retrieval.class_search import class_precision, same_findings_precision
 from unimedi_components.retrieval.common_space import cross_search_metrics, paired_search_metrics, separation_metrics

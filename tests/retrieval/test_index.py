@@ -62,13 +62,6 @@ def test_a_sentence_has_a_vector_for_each_dimension(embeddings):
     assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True) and len(hits) == COUNT
 
 
-def test_own_study_can_be_left_out(embeddings):
-    index = EmbeddingIndex(embeddings)
-    found = index.query(embeddings.embed[:2], "m1", k=3, exclude=["s0", "s0"])
-    assert all(hit.entry["id"] != "s0" for hits in found for hit in hits) and [len(hits) for hits in found] == [3, 3]
-    assert index.query(embeddings.embed[:1], "m1", k=1)[0][0].entry["id"] == "s0"
-
-
 def test_files_come_back_and_refuse_other_models(embeddings, tmp_path):
     embeddings.cls = vectors(COUNT, 5)
     path = EmbeddingIndex(embeddings).save(tmp_path / "index.npz")

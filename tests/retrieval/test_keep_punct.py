@@ -13,6 +13,7 @@ from monai.bundle import ConfigParser
 from unimedi_components.data import load_datalist, pretraining_datalist, select
 from unimedi_components.data.phantom import write_phantom
 from unimedi_components.data.prepare import merge_datalists, prepare
+from unimedi_components.data.table import read_reports
 from unimedi_components.data.text import as_trained, clean_report
 from unimedi_components.errors import DataError
 from unimedi_components.loading import MixedCollate
@@ -20,7 +21,6 @@ from unimedi_components.networks.pretrained import load_pretrained
 from unimedi_components.retrieval import Embedder, ZeroShot, evaluate_datalist, load_prompts
 from unimedi_components.retrieval.embedder import make_dataset
 from unimedi_components.retrieval.evaluate import heldout_items
-from unimedi_components.retrieval.report_table import read_reports
 
 BUNDLES = Path(__file__).resolve().parents[2] / "bundles"
 PATIENTS, SEED = 6, 5

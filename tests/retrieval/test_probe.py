@@ -8,8 +8,9 @@ from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.preprocessing import StandardScaler
 
+from benchmarks.cells import transfer_scores
 from unimedi_components.metrics.bootstrap import PatientResamples
-from unimedi_components.retrieval.probe import STRENGTHS, LogisticProbe, linear_probe, transfer_scores
+from unimedi_components.retrieval.probe import STRENGTHS, LogisticProbe, linear_probe
 
 
 @pytest.fixture

@@ -127,7 +127,7 @@ def test_own_file(tmp_path):
             ),
             "the name 'A_b' stands for 'a b' and 'A_b'",
         ),
-        ('{"format": 1, "name": "o", "dim": 2, "findings": {"a": {}, "a": {}}}', "'a' comes twice"),
+        ('{"format": 1, "name": "o", "dim": 2, "findings": {"a": {}, "a": {}}}', "'a' stands twice"),
     ],
 )
 def test_faults_of_files(tmp_path, content, message):

@@ -67,15 +67,16 @@ def test_keys_and_collapse(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
             cls = eye if image.ndim == 4 else eye[:1].expand(4, 4)
             return cls, eye.expand(4, 4, 4)
 
-    images = [torch.zeros(4, 1, 8, 8), torch.zeros(4, 1, 8, 8, 8)]
+    batches = [{"image": torch.zeros(4, 1, 8, 8)}, {"image": torch.zeros(4, 1, 8, 8, 8)}]
     monkeypatch.setattr(self_distillation, "load_teacher", lambda pretrained: Constant())
-    monkeypatch.setattr(self_distillation, "_images", lambda *args, **options: iter(images))
+    monkeypatch.setattr(self_distillation, "make_dataset", lambda *args: None)
+    monkeypatch.setattr(self_distillation, "ImageLoader", lambda *args, **options: batches)
     found = self_distillation_metrics(pretrained, [], ".")
     assert found["sd_cls_information_2d"] == pytest.approx(math.log(4)) and found["sd_cls_information_3d"] == 0
     assert found["sd_patch_information_2d"] == pytest.approx(0, abs=1e-9)
     assert found["sd_patch_information_any_position_3d"] == pytest.approx(math.log(4))
     assert found["sd_cls_prototypes_2d"] == pytest.approx(4) and found["sd_collapsed"] is True
-    monkeypatch.setattr(self_distillation, "_images", lambda *args, **options: iter(images[:1]))
+    monkeypatch.setattr(self_distillation, "ImageLoader", lambda *args, **options: batches[:1])
     assert self_distillation_metrics(pretrained, [], ".")["sd_collapsed"] is False
 
 

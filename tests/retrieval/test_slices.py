@@ -10,8 +10,7 @@ import torch
 
 from unimedi_components import selection
 from unimedi_components.errors import DataError
-from unimedi_components.metrics.bootstrap import PatientResamples
-from unimedi_components.metrics.measures import Measures
+from unimedi_components.metrics.bootstrap import Measures, PatientResamples
 from unimedi_components.retrieval.slices import is_focal, lesion_mask, slice_metrics, slice_score
 
 

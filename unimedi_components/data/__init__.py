@@ -9,16 +9,14 @@ from typing import Any
 from unimedi_components.lazy import import_lazily
 
 _HOMES = {
-    "box_augment": "RowsFirstBoxesd ToInputBoxesd",
+    "augment": "RandSimilarityd RowsFirstBoxesd ToInputBoxesd",
     "chains": "task_transforms",
     "datalist": "load_datalist select write_json",
     "films": "film_transforms",
     "inputs": "find_images",
-    "pretraining": "pretraining_datalist report_tokenizer",
+    "made": "load_task pretraining_datalist report_tokenizer task_datalist",
     "restore": "Restored",
     "segmentation": "segmentation_transforms",
-    "similarity": "RandSimilarityd",
-    "tasks": "load_task task_datalist",
     "transforms": "ByDimension ct_transforms xray_transforms",
 }
 

@@ -6,18 +6,17 @@ Layout read: ``dataset.json`` with lists ``training``, ``validation`` and ``test
 image's path alone) and the organs' names in ``labels``.
 """
 
-import gzip
 import json
 import posixpath
 import re
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from unimedi_components.data.datalist import DatalistBuilder
+from unimedi_components.data.datalist import DatalistBuilder, Dataset
 from unimedi_components.data.label_maps import BACKGROUND, Case, add_cases
-from unimedi_components.data.registry import Dataset
-from unimedi_components.data.sources import check_choice, existing_root, find_source
+from unimedi_components.data.sources import check_choice, existing_root, find_source, read_text
 from unimedi_components.errors import DataError
 
 #: Names of the labels 1 to 15.
@@ -57,7 +56,6 @@ def collect(
             names a label map that is on disk (looked up whatever ``check_images`` says), which the release lacks.
         check_images: ``"quick"``, ``"full"``, ``"exists"`` or ``"none"``; see
             :func:`~unimedi_components.data.label_maps.pair_fault`.
-        assume_hu: take CT values for Hounsfield units that do not look like it.
 
     Returns:
         The builder. Drop reasons: ``not CT`` (MRI, by number), ``no case number``, ``no label map``,
@@ -119,11 +117,9 @@ def _reason(name: str, seen: set[str], mask: str, withheld: bool) -> str:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    opener: Any = gzip.open if path.suffix == ".gz" else open
     try:
-        with opener(path, "rt", encoding="utf-8-sig") as stream:
-            content = json.load(stream)
-    except (OSError, EOFError, ValueError) as error:
+        content = json.loads(read_text(path))
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         raise DataError(f"{path}: cannot be read as JSON ({error}). Unpack the data set again.") from error
     if not isinstance(content, dict) or not content.get("training"):
         raise DataError(f'{path}: has no list "training". Give AMOS22\'s own dataset.json.')

@@ -8,9 +8,8 @@ Layout read: ``RawData/Training/img/img0001.nii.gz`` with ``RawData/Training/lab
 import re
 from pathlib import Path
 
-from unimedi_components.data.datalist import DatalistBuilder
+from unimedi_components.data.datalist import DatalistBuilder, Dataset
 from unimedi_components.data.label_maps import Case, add_cases
-from unimedi_components.data.registry import Dataset
 from unimedi_components.data.sources import check_choice, existing_root, undoubled
 from unimedi_components.data.splits import split_patients
 from unimedi_components.errors import DataError
@@ -54,7 +53,6 @@ def collect(
             training and the split's other part.
         check_images: ``"quick"``, ``"full"``, ``"exists"`` or ``"none"``; see
             :func:`~unimedi_components.data.label_maps.pair_fault`.
-        assume_hu: take CT values for Hounsfield units that do not look like it.
 
     Returns:
         The builder. Drop reasons: ``no label map`` (the images for testing), ``duplicate id``, ``missing

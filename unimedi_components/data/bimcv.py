@@ -12,11 +12,9 @@ import json
 import re
 import warnings
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 
-from unimedi_components.data.datalist import DatalistBuilder
-from unimedi_components.data.registry import Dataset
+from unimedi_components.data.datalist import DatalistBuilder, Dataset
 from unimedi_components.data.sources import (
     existing_root,
     first_source,
@@ -70,9 +68,7 @@ def collect(
         root: ``covid19_posi`` or the folder that holds it; item paths are relative to it.
         validation_fraction: share of the patients for validation.
         test_fraction: share of the patients for test.
-        min_sentences: fewest sentences after cleaning (the paper's three).
         min_slices: fewest slices of a series.
-        assume_hu: take CT values for Hounsfield units that do not look like it.
         min_megabytes: fewest megabytes of voxels of a series.
         report_csv: table of English reports, if it is not ``BIMCV-R.csv`` below ``root``.
         text_column: column of the report text, if its name is unusual.
@@ -124,7 +120,13 @@ def collect(
     split_of = split_patients({item["patient"]: "3" for item in items}, validation_fraction, test_fraction, seed)
     for item in items:
         builder.add(split_of[item["patient"]], item)
-    _warn_not_english(builder)
+    if count := len(builder.dropped.get(NOT_ENGLISH, [])):
+        remedy = (
+            f"{count} reports are not English and were dropped (BIMCV-COVID19+ is Spanish). "
+            "Put BIMCV-R.csv, or a table of translated reports, into ROOT or name it with report_csv."
+        )
+        builder.remedies.append(remedy)
+        warnings.warn(f"{builder.root}: {remedy}", stacklevel=2)
     return builder
 
 
@@ -205,26 +207,7 @@ def _report_table(root: Path, tops: list[Path], report_csv: str | Path | None) -
 def _add_labels(builder: DatalistBuilder, tops: list[Path], table: Path) -> dict[_Session, list[int]]:
     """Session -> 1 or 0 for each name of the column Labels; names and source go into the meta block."""
     more = (first_source(top, [name]) for name in LABEL_TABLES for top in tops)
-    names, labels, path = _read_labels([table, *(path for path in more if path is not None and path != table)])
-    if path is not None:
-        builder.meta["label_names"] = names
-        builder.add_source(path)
-    return labels
-
-
-def _session_key(patient: str, report: str) -> _Session:
-    """(sub-..., ses-...) of a row, whose ids may lack these prefixes."""
-    return _prefixed(patient, "sub-"), _prefixed(report, "ses-")
-
-
-def _prefixed(name: str, prefix: str) -> str:
-    name = name.strip()
-    return name if name.startswith(prefix) else prefix + name
-
-
-def _read_labels(tables: Sequence[Path]) -> tuple[list[str], dict[_Session, list[int]], Path | None]:
-    """Read the findings of all sessions from the first table that has them."""
-    for path in tables:
+    for path in [table, *(path for path in more if path is not None and path != table)]:
         frame = read_source(path, ("PatientID", "ReportID"), "\t" if ".tsv" in path.name else ",")
         if LABEL_COLUMN not in frame.columns:
             continue
@@ -243,11 +226,18 @@ def _read_labels(tables: Sequence[Path]) -> tuple[list[str], dict[_Session, list
             warnings.warn(
                 f"{path}: {len(broken)} cells under {LABEL_COLUMN} are no list of names such as ['pneumonia'], "
                 f"so their sessions go without labels (first {broken[0]}). Correct or empty the cells.",
-                stacklevel=3,
+                stacklevel=2,
             )
         columns = sorted(set().union(*found.values()))
-        return columns, {session: [int(name in own) for name in columns] for session, own in found.items()}, path
-    return [], {}, None
+        builder.meta["label_names"] = columns
+        builder.add_source(path)
+        return {session: [int(name in own) for name in columns] for session, own in found.items()}
+    return {}
+
+
+def _session_key(patient: str, report: str) -> _Session:
+    """(sub-..., ses-...) of a row, whose ids may lack these prefixes."""
+    return "sub-" + patient.strip().removeprefix("sub-"), "ses-" + report.strip().removeprefix("ses-")
 
 
 def _names(cell: str) -> set[str] | None:
@@ -291,17 +281,6 @@ def _choose_series(files: list[Path], limits: CTLimits) -> tuple[Path | None, li
         else:
             kept = path
     return kept, dropped
-
-
-def _warn_not_english(builder: DatalistBuilder) -> None:
-    count = len(builder.dropped.get(NOT_ENGLISH, []))
-    if count:
-        remedy = (
-            f"{count} reports are not English and were dropped (BIMCV-COVID19+ is Spanish). "
-            "Put BIMCV-R.csv, or a table of translated reports, into ROOT or name it with report_csv."
-        )
-        builder.remedies.append(remedy)
-        warnings.warn(f"{builder.root}: {remedy}", stacklevel=3)
 
 
 DATASET = Dataset(

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from monai.data import MetaTensor
-from monai.transforms import MapTransform
+from monai.transforms import Transform
 from torch import Tensor
 
 from unimedi_components.errors import DataError
@@ -23,7 +23,6 @@ def boxes_to_image(boxes: Any, affine: Tensor) -> Tensor:
     """Bring boxes from pixels of the file to pixels of the image.
 
     Args:
-        boxes: (N, 4) or nothing, pixels of the file.
         affine: of the image as it is now, (3, 3) or (4, 4).
 
     Returns:
@@ -39,15 +38,7 @@ def boxes_to_image(boxes: Any, affine: Tensor) -> Tensor:
 def boxes_to_file(boxes: Any, affine: Tensor) -> Tensor:
     """Bring boxes, such as a network's predictions, from pixels of the image back to pixels of the file.
 
-    Args:
-        boxes: (N, 4) or nothing, pixels of the image.
-        affine: what `BoxesToImaged` stored for this image, (3, 3) or (4, 4).
-
-    Returns:
-        (N, 4) float64, not clipped to the file's image.
-
-    Raises:
-        DataError: the boxes are not (N, 4), not finite or without area.
+    Result and errors are as of `boxes_to_image`. ``affine``: what `BoxesToImaged` stored for this image.
     """
     return _map_boxes(_checked(boxes), _plane(affine))
 
@@ -78,39 +69,32 @@ def _map_boxes(boxes: Tensor, matrix: Tensor) -> Tensor:
     return torch.cat((corners.amin(1).flip(-1), corners.amax(1).flip(-1)), 1)
 
 
-def _affine_of(data: Mapping[Hashable, Any], key: Hashable) -> Tensor:
-    image = data[key]
+def _affine_of(data: Mapping[Hashable, Any]) -> Tensor:
+    image = data["image"]
     if not isinstance(image, MetaTensor):
         raise DataError(
-            f"{key!r} of item {data.get('id')!r} is no MetaTensor, so its place in the file is unknown; "
+            f"'image' of item {data.get('id')!r} is no MetaTensor, so its place in the file is unknown; "
             "put the box transforms before anything that drops the meta data"
         )
     return torch.as_tensor(image.affine, dtype=torch.float64).cpu()
 
 
-class BoxesToMaskd(MapTransform):
+class BoxesToMaskd(Transform):
     """Paint boxes as a mask on the image's present grid.
 
     A pixel belongs to a box if its centre, taken to pixels of the file, lies in [x0, x1) and [y0, y1). After
     a resize this is what nearest neighbours give for a mask painted in the file's size, at less cost.
 
-    Args:
-        box_key: boxes in pixels of the file, as a datalist holds them; an empty list gives an empty mask.
-        ref_image_key: MetaTensor (C, H, W).
-        mask_key: gets a MetaTensor (1, H, W) of float32 0 and 1 with the image's affine.
+    Of "boxes" in pixels of the file, as a datalist holds them, and the MetaTensor "image" (C, H, W) comes "mask", a
+    MetaTensor (1, H, W) of float32 0 and 1 with the image's affine.
 
     Raises:
         DataError: a box has no area, or the image carries no affine.
     """
 
-    def __init__(self, box_key: str = "boxes", ref_image_key: str = "image", mask_key: str = "mask") -> None:
-        super().__init__(box_key)
-        self.box_key, self.ref_image_key, self.mask_key = box_key, ref_image_key, mask_key
-
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Return `data` with the mask."""
-        boxes, affine = _checked(data[self.box_key]), _affine_of(data, self.ref_image_key)
-        plane, shape = _plane(affine), data[self.ref_image_key].shape[-2:]
+        boxes, affine = _checked(data["boxes"]), _affine_of(data)
+        plane, shape = _plane(affine), data["image"].shape[-2:]
         rows, columns = (torch.arange(n, dtype=torch.float64) for n in shape)
         rows, columns = rows[:, None], columns[None, :]
         # rounded, so that a centre on the edge of a box is decided by [x0, x1), not by the last bit
@@ -118,56 +102,37 @@ class BoxesToMaskd(MapTransform):
         mask = torch.zeros(shape, dtype=torch.bool)
         for x0, y0, x1, y1 in boxes.tolist():
             mask |= (x >= x0) & (x < x1) & (y >= y0) & (y < y1)
-        return {**data, self.mask_key: MetaTensor(mask[None].to(torch.float32), affine=affine)}
+        return {**data, "mask": MetaTensor(mask[None].to(torch.float32), affine=affine)}
 
 
-class BoxesToImaged(MapTransform):
+class BoxesToImaged(Transform):
     """Bring boxes from pixels of the file to pixels of the image as transformed so far, clipped to it.
 
     It belongs after the last transform that moves pixels and before anything that drops the meta data.
 
+    "boxes" become (N, 4) float32, and "affine" is the one of the MetaTensor "image" (C, H, W), (4, 4) float64, for
+    `boxes_to_file`.
+
     Args:
-        box_key: boxes in pixels of the file; becomes (N, 4) float32.
-        ref_image_key: MetaTensor (C, H, W).
-        label_key: one label per box, filtered alongside; None when there are none.
-        affine_key: gets the image's affine, (4, 4) float64, for `boxes_to_file`; None stores none.
         min_visible: a box of which less than this share of the area is left in the image is removed. The
             default keeps what a centre crop leaves of a box at the border, and drops slivers.
 
     Raises:
-        DataError: a box has no area, labels and boxes differ in number, or the image carries no affine.
+        DataError: a box has no area, or the image carries no affine.
     """
 
-    def __init__(
-        self,
-        box_key: str = "boxes",
-        ref_image_key: str = "image",
-        label_key: str | None = None,
-        affine_key: str | None = "affine",
-        min_visible: float = 0.2,
-    ) -> None:
-        super().__init__(box_key)
+    def __init__(self, min_visible: float = 0.2) -> None:
         if not 0 <= min_visible <= 1:
             raise DataError(f"min_visible {min_visible} is not in [0, 1]: it is a share of a box's area")
-        self.box_key, self.ref_image_key, self.label_key = box_key, ref_image_key, label_key
-        self.affine_key, self.min_visible = affine_key, min_visible
+        self.min_visible = min_visible
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Return `data` with boxes of the image."""
-        affine = _affine_of(data, self.ref_image_key)
-        height, width = data[self.ref_image_key].shape[-2:]
-        whole = boxes_to_image(data[self.box_key], affine)
+        affine = _affine_of(data)
+        height, width = data["image"].shape[-2:]
+        whole = boxes_to_image(data["boxes"], affine)
         limits = torch.tensor([width, height, width, height], dtype=torch.float64)
         inside = torch.minimum(whole.clamp(min=0), limits)
         area, left = ((b[:, 2] - b[:, 0]) * (b[:, 3] - b[:, 1]) for b in (whole, inside))
         # the margin keeps a box that lies inside where min_visible is 1
         keep = (left > 0) & (left >= (self.min_visible - 1e-9) * area)
-        result: dict[Hashable, Any] = {**data, self.box_key: inside[keep].to(torch.float32)}
-        if self.label_key is not None:
-            labels = torch.as_tensor(data[self.label_key])
-            if labels.shape[:1] != keep.shape:
-                raise DataError(f"item {data.get('id')!r} has {len(keep)} boxes but {labels.numel()} labels")
-            result[self.label_key] = labels[keep]
-        if self.affine_key is not None:
-            result[self.affine_key] = affine.clone()
-        return result
+        return {**data, "boxes": inside[keep].to(torch.float32), "affine": affine.clone()}

@@ -4,7 +4,7 @@
 import textwrap
 
 from unimedi_components.data import amos, bcv, bimcv, cc_ccii, chexpert, covidx, luna16, mimic_cxr, rsna, table
-from unimedi_components.data.registry import Dataset
+from unimedi_components.data.datalist import Dataset
 from unimedi_components.data.sources import nearest_hint
 from unimedi_components.errors import ConfigError
 
@@ -23,11 +23,7 @@ def find_dataset(name: str) -> Dataset:
 
 
 def describe(name: str | None = None) -> str:
-    """Describe one data set, or all: task, where to get it, licence, layout and commands.
-
-    Raises:
-        ConfigError: no data set has this name.
-    """
+    """Task, source, licence, layout and commands of one data set, or all. Raises ConfigError: none has this name."""
     chosen = list(DATASETS.values()) if name is None else [find_dataset(name)]
     return "\n\n".join(map(_card, chosen))
 

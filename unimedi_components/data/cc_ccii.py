@@ -13,12 +13,10 @@ import json
 import os
 import re
 import zlib
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from unimedi_components.data.datalist import DatalistBuilder
-from unimedi_components.data.registry import Dataset
+from unimedi_components.data.datalist import DatalistBuilder, Dataset
 from unimedi_components.data.slice_files import in_slice_order
 from unimedi_components.data.sources import (
     check_choice,
@@ -27,6 +25,7 @@ from unimedi_components.data.sources import (
     first_source,
     progress_map,
     read_text,
+    unrepeated,
 )
 from unimedi_components.data.splits import split_patients, strata_by_label
 from unimedi_components.errors import DataError
@@ -38,13 +37,7 @@ LISTS = {"training": "ct_train*.json", "validation": "ct_val*.json", "test": "ct
 #: A folder of a class, or a part of one, at most so deep below ROOT.
 _PART_DEPTH = 3
 _PART = re.compile(r"(CP|NCP|Normal)(?:[-_ ]?\d+)?", re.IGNORECASE)
-LIST_FOLDERS = (
-    "",
-    "*/",
-    "*/*/covid19_pipeline/data/ccccii/",
-    "covid19_pipeline/data/ccccii/",
-    "*/covid19_pipeline/data/ccccii/",
-)
+LIST_FOLDERS = ("", "*/", *(f"{above}covid19_pipeline/data/ccccii/" for above in ("*/*/", "", "*/")))
 
 
 class _Scan(NamedTuple):
@@ -120,12 +113,15 @@ def collect(
     lists = _split_lists(builder, base, split_dir)
     builder.meta["split"] = "official" if lists else "seeded"
     if not lists:
-        lists = _drawn_lists(builder, _scans_on_disk(base, folders), test_fraction, seed)
+        lists = _drawn(builder, _scans_on_disk(base, folders), test_fraction, seed)
     elif check_images != "none":
         listed = {scan.id for scans in lists.values() for scan in scans}
         builder.drop_many("not in the split lists", (s.id for s in _scans_on_disk(base, folders) if s.id not in listed))
     parts = _hold_out(builder, lists, official_validation, validation_fraction, seed)
-    place = partial(_scan_folder, folders=folders)
+
+    def place(scan: _Scan) -> Path:
+        places = [folder / scan.patient / scan.name for folder in folders[scan.label]]
+        return next((path for path in places[:-1] if path.is_dir()), places[-1])
 
     def look(scan: _Scan) -> _Found:
         return _look(scan, place(scan), slice_order, min_slices, check_images)
@@ -134,7 +130,10 @@ def collect(
         for scan, found in zip(scans, progress_map(look, scans, f"{split} scans", num_workers, progress), strict=True):
             _add(builder, split, scan, found, place(scan).relative_to(base).as_posix())
     builder.keep_apart()
-    _report_slices(builder)
+    for name, done in (("missing_slices", "left out"), ("repeated_slices", "counted once")):
+        if counts := builder.meta.get(name):
+            slices = f"{sum(counts.values())} listed slices of {len(counts)} kept scans"
+            builder.remedies.append(f"{slices} are {name.split('_')[0]} and were {done}.")
     return builder
 
 
@@ -164,7 +163,7 @@ def _split_lists(builder: DatalistBuilder, base: Path, split_dir: str | Path | N
 def _read_list(path: Path) -> list[_Scan]:
     remedy = "Fetch it again from covid19_pipeline/data/ccccii of the HKBU-HPML repository."
     try:
-        content = json.loads(read_text(path), object_pairs_hook=_unrepeated)
+        content = json.loads(read_text(path), object_pairs_hook=unrepeated)
         scans = [
             _Scan(label, patient, scan, slices)
             for label, patients in content.items()
@@ -181,14 +180,6 @@ def _read_list(path: Path) -> list[_Scan]:
         if not isinstance(scan.slices, list) or not all(isinstance(name, str) for name in scan.slices):
             raise DataError(f"{path}: {scan.folder} has no list of file names. {remedy}")
     return scans
-
-
-def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a JSON object; of a repeated name Python would silently keep the last."""
-    names = [name for name, _ in pairs]
-    if len(set(names)) < len(names):
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands twice in one place")
-    return dict(pairs)
 
 
 def _class_folders(base: Path) -> dict[str, list[Path]]:
@@ -214,11 +205,6 @@ def _class_folders(base: Path) -> dict[str, list[Path]]:
     return {label: parts[label] or [tree / label] for label in CLASSES}
 
 
-def _scan_folder(scan: _Scan, folders: dict[str, list[Path]]) -> Path:
-    places = [folder / scan.patient / scan.name for folder in folders[scan.label]]
-    return next((path for path in places[:-1] if path.is_dir()), places[-1])
-
-
 def _scans_on_disk(base: Path, folders: dict[str, list[Path]]) -> list[_Scan]:
     scans = dict.fromkeys(
         _Scan(label, path.parent.name, path.name)
@@ -233,9 +219,7 @@ def _scans_on_disk(base: Path, folders: dict[str, list[Path]]) -> list[_Scan]:
     return list(scans)
 
 
-def _drawn_lists(
-    builder: DatalistBuilder, scans: list[_Scan], test_fraction: float, seed: int
-) -> dict[str, list[_Scan]]:
+def _drawn(builder: DatalistBuilder, scans: list[_Scan], test_fraction: float, seed: int) -> dict[str, list[_Scan]]:
     builder.remedies.append(
         f"There are no split lists (ct_train.json, ct_test.json): a seeded {test_fraction:.0%} of the patients of each "
         "class are the test split, which is not the official one, and repeated slices or slices out of order stay. "
@@ -246,7 +230,6 @@ def _drawn_lists(
 
 
 def _draw(scans: list[_Scan], fraction: float, seed: int) -> set[str]:
-    """Choose a share of the patients of each class."""
     strata = strata_by_label({"patient": scan.patient, "label": scan.label} for scan in scans)
     return {patient for patient, split in split_patients(strata, fraction, 0.0, seed).items() if split == "validation"}
 
@@ -303,14 +286,6 @@ def _add(builder: DatalistBuilder, split: str, scan: _Scan, found: _Found, folde
     for name, count in found.counts.items():
         if count:
             builder.meta.setdefault(name, {})[scan.id] = count
-
-
-def _report_slices(builder: DatalistBuilder) -> None:
-    """Say how many slices the kept scans lack, or name twice."""
-    for name, done in (("missing_slices", "left out"), ("repeated_slices", "counted once")):
-        if counts := builder.meta.get(name):
-            slices = f"{sum(counts.values())} listed slices of {len(counts)} kept scans"
-            builder.remedies.append(f"{slices} are {name.split('_')[0]} and were {done}.")
 
 
 DATASET = Dataset(

@@ -37,13 +37,9 @@ class BySource(Transform):
         self.slices, self.volume = Compose(slices), Compose(volume)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> Any:
-        """Return the prepared item."""
-        chain = self.slices if _is_slice_folder(Path(str(data["image"]))) else self.volume
-        return chain(dict(data))
-
-
-def _is_slice_folder(path: Path) -> bool:
-    return path.is_dir() and any(entry.name.lower().endswith(IMAGE_ENDINGS) for entry in path.iterdir())
+        path = Path(str(data["image"]))
+        pictures = path.is_dir() and any(entry.name.lower().endswith(IMAGE_ENDINGS) for entry in path.iterdir())
+        return (self.slices if pictures else self.volume)(dict(data))
 
 
 def task_transforms(preprocessing: Mapping[str, Mapping[str, Any]], **options: Any) -> list[Transform]:
@@ -56,10 +52,6 @@ def task_transforms(preprocessing: Mapping[str, Mapping[str, Any]], **options: A
 
     Raises:
         ConfigError: an unknown name, or a combination that has no meaning.
-
-    Example:
-        >>> len(task_transforms({"xray": {"size": 64}}))
-        6
     """
     names = set(preprocessing)
     if names == {"slices", "ct"}:

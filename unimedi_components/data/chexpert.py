@@ -14,8 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from unimedi_components.data.datalist import DatalistBuilder
-from unimedi_components.data.registry import Dataset
+from unimedi_components.data.datalist import DatalistBuilder, Dataset
 from unimedi_components.data.sources import (
     check_choice,
     existing_root,
@@ -82,7 +81,10 @@ def collect(
         ConfigError: an option has an unknown value.
         DataError: a table is missing or lacks a column, or a fault under ``strict``.
     """
-    _check_options(findings, uncertain, validation_images)
+    check_choice("findings", findings, TASKS, hint=True)
+    check_choice("uncertain", uncertain, POLICIES, hint=True)
+    if validation_images < 0:
+        raise ConfigError(f"validation_images={validation_images} is negative. Use 5000, or 0 for no validation.")
     columns = TASKS[findings]
     base = existing_root(root, "CheXpert")
     builder = DatalistBuilder("chexpert", root, strict)
@@ -95,7 +97,9 @@ def collect(
     shared = train["patient"].isin(test["patient"])
     builder.drop_many("patient in another split", train.loc[shared, "id"])
     train = train[~shared]
-    held = _validation_patients(train, validation_images, seed)
+    # of a set that is no larger, a tenth
+    count = int(len(train) / 10 + 0.5) if len(train) <= validation_images else validation_images
+    held = hold_out(train["patient"].value_counts().to_dict(), count, seed)
     train["split"] = np.where(train["patient"].isin(held), "validation", "training")
     test["split"] = "test"
     frame = pd.concat([test, train])
@@ -112,13 +116,6 @@ def collect(
         "split": "test: valid.csv; validation: patients of train.csv",
     }
     return builder
-
-
-def _check_options(findings: str, uncertain: str, validation_images: int) -> None:
-    check_choice("findings", findings, TASKS, hint=True)
-    check_choice("uncertain", uncertain, POLICIES, hint=True)
-    if validation_images < 0:
-        raise ConfigError(f"validation_images={validation_images} is negative. Use 5000, or 0 for no validation.")
 
 
 def _on_disk(base: Path, home: Path, images: pd.Series, check: str) -> pd.Series:
@@ -170,7 +167,14 @@ def _frontal_rows(builder: DatalistBuilder, path: Path, columns: tuple[str, ...]
         wrong = next(f"{name} is {text!r}" for name, text in row.items() if _label(text) is None)
         builder.drop("unknown label", str(item_id), f"{path}: {item_id}: {wrong}, it must be 1, 0, -1 or empty")
     frame = frame.loc[usable, ["id", "patient", "image"]]
-    frame["label"] = _resolve(values[usable].to_numpy(dtype=np.int8), columns, policy).tolist()
+    by_policy = {
+        "paper": [int(name in UNCERTAIN_ONES) for name in columns],
+        "ones": [1] * len(columns),
+        "zeros": [0] * len(columns),
+        "ignore": [UNCERTAIN] * len(columns),
+    }
+    labels = values[usable].to_numpy(dtype=np.int8)
+    frame["label"] = np.where(labels == UNCERTAIN, by_policy[policy], labels).tolist()
     return frame
 
 
@@ -184,24 +188,6 @@ def _label(text: str) -> int | None:
     except ValueError:
         return None
     return int(value) if value in (1, 0, UNCERTAIN) else None
-
-
-def _resolve(values: np.ndarray, columns: tuple[str, ...], policy: str) -> np.ndarray:
-    """Apply the policy for uncertain labels to (images, findings)."""
-    by_policy = {
-        "paper": [int(name in UNCERTAIN_ONES) for name in columns],
-        "ones": [1] * len(columns),
-        "zeros": [0] * len(columns),
-        "ignore": [UNCERTAIN] * len(columns),
-    }
-    return np.where(values == UNCERTAIN, by_policy[policy], values)
-
-
-def _validation_patients(train: pd.DataFrame, count: int, seed: int) -> set[str]:
-    """Choose the patients to hold out: ``count`` images or, of a set that is no larger, a tenth."""
-    if count and len(train) <= count:
-        count = int(len(train) / 10 + 0.5)
-    return hold_out(train["patient"].value_counts().to_dict(), count, seed)
 
 
 DATASET = Dataset(

@@ -14,11 +14,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from unimedi_components.data.datalist import DatalistBuilder
-from unimedi_components.data.registry import Dataset
-from unimedi_components.data.sources import existing_root, nearest_hint, read_text, xray_faults
+from unimedi_components.data.datalist import DatalistBuilder, Dataset
+from unimedi_components.data.sources import check_choice, existing_root, read_text, xray_faults
 from unimedi_components.data.splits import split_patients, strata_by_label
-from unimedi_components.errors import ConfigError, DataError
+from unimedi_components.errors import DataError
 
 #: Class names of both tasks in the order of their labels.
 CLASSES = {"three": ("normal", "pneumonia", "COVID-19"), "two": ("negative", "positive")}
@@ -72,8 +71,7 @@ def collect(
         DataError: no pair of lists is found, a list is binary but three classes are asked for, a list holds no
             usable line, or a fault under ``strict``.
     """
-    if classes not in CLASSES:
-        raise ConfigError(f"classes={classes!r} is unknown. {nearest_hint(str(classes), CLASSES)}Use three or two.")
+    check_choice("classes", classes, CLASSES, hint=True)
     base = existing_root(root, "COVIDx")
     builder = DatalistBuilder("covidx", root, strict)
     version, paths = _find_lists(base, None if list_version is None else str(list_version))
@@ -109,9 +107,8 @@ def _on_disk(builder: DatalistBuilder, base: Path, frame: pd.DataFrame, check: s
     plain = (frame["kind"] + "/" + frame["id"]).tolist()
     if check == "none":
         return plain
-    home = next(
-        (path for path in [base, *sorted(base.glob("*")), *sorted(base.glob("*/*"))] if (path / "train").is_dir()), None
-    )
+    places = [base, *sorted(base.glob("*")), *sorted(base.glob("*/*"))]
+    home = next((path for path in places if (path / "train").is_dir()), None)
     if home is None:
         raise DataError(
             f"{base}: no images. Looked for train/, test/ and val/ there and in folders below. Unpack the archive of "

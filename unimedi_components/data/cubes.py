@@ -22,18 +22,15 @@ from unimedi_components.images.itk_volumes import (
     world_to_voxel,
 )
 
-_AXCODES = ("S", "P", "L")
-
 
 class LoadCubed(MapTransform):
-    """Replace a file name by the cube around a place in it: (1, D, H, W) Hounsfield units with an affine.
+    """Replace a file name by the cube (1, D, H, W) around the item's "center" ([x, y, z], LPS mm), in Hounsfield units.
 
     Only the cube is read. Its axes are those of the file nearest to Superior, Posterior and Left, as in
     :func:`~unimedi_components.data.transforms.ct_transforms`; index (D // 2, H // 2, W // 2) is the voxel nearest
     to the place or, after resampling, the place itself.
 
     Args:
-        center_key: of the place, [x, y, z] in LPS mm.
         size: D, H, W in voxels.
         spacing: mm along D, H, W to resample to linearly; None keeps the file's voxels (Models Genesis).
         fill: Hounsfield units outside the volume.
@@ -42,25 +39,22 @@ class LoadCubed(MapTransform):
     def __init__(
         self,
         keys: KeysCollection,
-        center_key: str = "center",
         size: Sequence[int] = (32, 64, 64),
         spacing: Sequence[float] | None = None,
         fill: float = AIR_HU,
     ) -> None:
         super().__init__(keys)
-        self.center_key, self.fill = center_key, float(fill)
+        self.fill = float(fill)
         self.size = tuple(int(n) for n in size)
         self.spacing = None if spacing is None else tuple(float(step) for step in spacing)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Load. Raises DataError: the item has no place, or it lies outside the volume."""
         found = dict(data)
-        center = found.get(self.center_key)
+        center = found.get("center")
         for key in self.key_iterator(found):
             if center is None:
-                raise DataError(
-                    f"{found[key]}: the item has no {self.center_key!r}; prepare the data with --mode candidates"
-                )
+                raise DataError(f"{found[key]}: the item has no 'center'; prepare the data with --mode candidates")
             found[key] = self._cube(str(found[key]), np.asarray(center, dtype=float))
         return found
 
@@ -72,7 +66,7 @@ class LoadCubed(MapTransform):
             place = ", ".join(f"{mm:g}" for mm in center)
             raise DataError(f"{path}: the place ({place}) mm lies outside the volume; correct its row in the table")
         stored = nib.orientations.io_orientation(geometry.affine)
-        wanted = nib.orientations.axcodes2ornt(_AXCODES, labels=RAS_LABELS)
+        wanted = nib.orientations.axcodes2ornt("SPL", labels=RAS_LABELS)
         turn = nib.orientations.ornt_transform(stored, wanted)
         start, size = self._box(voxel, nearest, geometry, turn)
         block = read_block(path, start, size, self.fill)
@@ -112,11 +106,7 @@ def luna_cube_transforms(
     window: tuple[float, float] = (-1000.0, 1000.0),
     spacing: Sequence[float] | None = None,
 ) -> list[Transform]:
-    """Transforms of one candidate {"image": file, "center": [x, y, z]} to "image", (1, D, H, W) in [-1, 1].
-
-    Args:
-        spacing: mm along D, H, W to resample to; None keeps the file's voxels.
-    """
+    """Transforms of one candidate {"image": file, "center": [x, y, z]} to "image", (1, D, H, W) in [-1, 1]."""
     return [
         LoadCubed("image", size=size, spacing=spacing),
         ScaleIntensityRanged("image", a_min=window[0], a_max=window[1], b_min=-1, b_max=1, clip=True),

@@ -10,7 +10,8 @@ never share a patient. ``monai.data.load_decathlon_datalist`` reads the same fil
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,18 @@ from unimedi_components.files import ANY_NAME, replacing
 
 logger = logging.getLogger(__name__)
 
+#: Options that converters share; a docstring describes the others, and those that mean something else there.
+OPTIONS = {
+    "strict": "raise at the first broken or missing file.",
+    "seed": "seed of the splits that the data set does not define.",
+    "min_sentences": "fewest sentences after cleaning (the paper's three).",
+    "min_tokens": "fewest word tokens after cleaning.",
+    "keep_punct": "keep the punctuation of reports, see clean_report.",
+    "assume_hu": "take CT values for Hounsfield units that do not look like it.",
+    "check_images": '"quick" (first and last bytes), "full" (decode), "exists" or "none".',
+    "num_workers": "threads that read files.",
+    "progress": "show progress bars.",
+}
 SPLITS = ("training", "validation", "test")
 REQUIRED_KEYS = ("id", "patient", "image", "dim")
 LISTED_DROPS = 20
@@ -107,11 +120,7 @@ class DatalistBuilder:
             taken |= {item["patient"] for item in self.items[split]}
 
     def build(self) -> dict[str, Any]:
-        """Return the datalist with its ``meta`` block; items are sorted by id within a split.
-
-        Raises:
-            DataError: ids repeat or a patient is in two splits.
-        """
+        """The datalist with its ``meta`` block, sorted by id within a split; errors as of `validate_datalist`."""
         splits = {split: sorted(items, key=lambda item: item["id"]) for split, items in self.items.items()}
         listed = {reason: [drop["id"] for drop in drops[:LISTED_DROPS]] for reason, drops in self.dropped.items()}
         datalist: dict[str, Any] = {
@@ -129,6 +138,30 @@ class DatalistBuilder:
         }
         validate_datalist(datalist, f"{self.dataset} at {self.root}", require_training=False)
         return datalist
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set that can be prepared.
+
+    Args:
+        task: what it is used for here, with the paper's section.
+        tree: the layout that the converter reads, one path or group of paths per line.
+        collect: called as (root, \\*, strict, ...); returns the kept and the dropped items.
+        notes: what to know before using it: official figures, traps, options.
+    """
+
+    name: str
+    title: str
+    task: str
+    source: str
+    licence: str
+    tree: str
+    collect: Callable[..., DatalistBuilder]
+    notes: str = ""
+
+    def convert(self, root: Any, **options: Any) -> dict[str, Any]:
+        return self.collect(root, **options).build()
 
 
 def _version() -> str:
@@ -259,14 +292,7 @@ def _check_root(datalist: dict[str, Any], path: Path, root: Path) -> None:
 
 
 def select(datalist: dict[str, Any], split: str, dims: Iterable[int] | int | None = None) -> list[dict[str, Any]]:
-    """Return the items of a split.
-
-    Args:
-        dims: 2, 3 or several of them; None keeps both.
-
-    Raises:
-        DataError: the split's name is unknown.
-    """
+    """Return the items of a split; ``dims``: 2, 3 or several of them. Raises DataError: no split has this name."""
     if split not in SPLITS:
         raise DataError(f"split {split!r} is unknown. Use one of {', '.join(SPLITS)}.")
     wanted = {2, 3} if dims is None else {dims} if isinstance(dims, int) else set(dims)

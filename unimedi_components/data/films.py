@@ -34,36 +34,26 @@ class FilmMaskd(Transform):
 
     PNG, JPG, BMP and TIFF files, and whatever ITK reads as one slice (NIfTI, NRRD, DICOM), are taken in the same
     orientation as the film, a picture's EXIF rotation applied. Every value but 0 belongs to the mask.
+    "mask" becomes a MetaTensor (1, H, W) of float32 0 and 1 with the affine of "image", the film as loaded.
 
-    Args:
-        image: key of the film as loaded, (1, H, W).
-        mask: key of the file's name; gets a MetaTensor (1, H, W) of float32 0 and 1 with the film's affine.
-        boxes: key of boxes in pixels of the file, used where there is no mask file.
+    Raises:
+        DataError: there is neither a mask file nor a list of boxes, or the mask has other pixels than the film.
     """
 
-    def __init__(self, image: str = "image", mask: str = "mask", boxes: str = "boxes") -> None:
-        self.image, self.mask, self.boxes = image, mask, boxes
-        self.paint = BoxesToMaskd(boxes, image, mask)
-
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Return ``data`` with the mask.
-
-        Raises:
-            DataError: there is neither a mask file nor a list of boxes, or the mask has other pixels than the film.
-        """
-        if data.get(self.mask) is None:
-            if data.get(self.boxes) is None:
+        if data.get("mask") is None:
+            if data.get("boxes") is None:
                 raise DataError(
                     f"item {data.get('id')!r} has neither a mask nor boxes; prepare the data with --task segmentation"
                 )
-            return self.paint(data)
-        path, film = str(data[self.mask]), data[self.image]
+            return BoxesToMaskd()(data)
+        path, film = str(data["mask"]), data["image"]
         mask = _read_mask(path)
         if mask.shape != tuple(film.shape[1:]):
             found, wanted = (" x ".join(map(str, shape[::-1])) for shape in (mask.shape, tuple(film.shape[1:])))
             raise DataError(f"{path}: the mask has {found} pixels, its film {wanted}; give the film's own mask")
         tensor = torch.from_numpy((mask != 0).astype(np.float32))[None]
-        return {**data, self.mask: MetaTensor(tensor, affine=film.affine.clone())}
+        return {**data, "mask": MetaTensor(tensor, affine=film.affine.clone())}
 
 
 def _read_mask(path: str) -> np.ndarray:

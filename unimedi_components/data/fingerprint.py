@@ -52,7 +52,5 @@ def describe(value: Any) -> Any:
         return [f"{value.__module__}.{value.__qualname__}", value.__code__.co_code.hex(), repr(constants)]
     named = value if hasattr(value, "__qualname__") else type(value)
     attributes = {} if named is value else getattr(value, "__dict__", {})
-    kept = {
-        key: item for key, item in attributes.items() if not isinstance(item, (np.random.RandomState, threading.local))
-    }
+    kept = {k: v for k, v in attributes.items() if not isinstance(v, (np.random.RandomState, threading.local))}
     return [f"{named.__module__}.{named.__qualname__}", describe(kept)]

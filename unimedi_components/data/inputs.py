@@ -31,7 +31,6 @@ def find_images(
     Args:
         inputs: a file, folder, DICOMDIR or pattern, or several. None takes the test split of `datalist` if that is
             there, as after training, and all below `root` otherwise.
-        root: folder of relative inputs and of the datalist's images.
         assume_hu: take CT values for Hounsfield units that do not say how they are rescaled.
         dim: 2 or 3; images of the other dimension are left out with a warning. None takes both.
         slice_folders: two or more PNG, JPG, BMP or TIFF files in one folder are the slices of one volume; volumes only.

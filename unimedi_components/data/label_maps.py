@@ -108,9 +108,6 @@ def pair_fault(
         None when sound, otherwise ``(reason, detail)``. Reasons: those of
         :func:`~unimedi_components.images.checks.check_ct`, ``missing mask``, ``unreadable mask``, ``mask and
         image differ in geometry`` and ``unknown label values``.
-
-    Raises:
-        ConfigError: ``check`` is none of the four.
     """
     check_choice("check_images", check, IMAGE_CHECKS)
     if check == "none":
@@ -122,18 +119,12 @@ def pair_fault(
         return None
     if (fault := check_ct(image, replace(_LIMITS, hounsfield=hounsfield))) is not None:
         return fault.reason, fault.detail
-    if check == "full" and (problem := _voxel_fault(image)):
-        return problem
+    if check == "full":
+        proxy: Any = nib.load(image).dataobj  # type: ignore[attr-defined]
+        # Slope and intercept are known to be finite from the sample; applying them would copy into floats.
+        if not np.isfinite(proxy.get_unscaled()).all():
+            return "non-finite voxels", f"{image}: some voxels are NaN or infinite. Convert it again from DICOM"
     return _mask_fault(image, mask, num_classes)
-
-
-def _voxel_fault(path: Path) -> tuple[str, str] | None:
-    """Look at every voxel of an image whose header and sample are sound, so that it can be read."""
-    proxy: Any = nib.load(path).dataobj  # type: ignore[attr-defined]
-    # Slope and intercept are known to be finite from the sample; applying them would copy into floats.
-    if np.isfinite(proxy.get_unscaled()).all():
-        return None
-    return "non-finite voxels", f"{path}: some voxels are NaN or infinite. Convert it again from DICOM"
 
 
 def _mask_fault(image: Path, mask: Path, num_classes: int) -> tuple[str, str] | None:
@@ -153,7 +144,7 @@ def _mask_fault(image: Path, mask: Path, num_classes: int) -> tuple[str, str] | 
 
 
 def unknown_labels(values: np.ndarray, num_classes: int) -> str:
-    """Name the values that are no label; an empty string when all are."""
+    """Name the values that are no label; empty when all are."""
     if _are_labels(values, num_classes).all():
         return ""
     found = np.unique(values)
@@ -173,11 +164,7 @@ def _are_labels(values: np.ndarray, num_classes: int) -> np.ndarray:
 def geometry_difference(
     image_shape: Sequence[int], image_affine: Any, mask_shape: Sequence[int], mask_affine: Any
 ) -> str:
-    """Say how the voxels of a label map lie elsewhere than those of its image.
-
-    Returns:
-        An empty string when shapes agree and corners lie within a tenth of a voxel; otherwise both geometries.
-    """
+    """Say how a label map's voxels lie elsewhere than its image's, corners by over a tenth of a voxel; "" if not."""
     if tuple(image_shape) != tuple(mask_shape):
         sizes = ["x".join(map(str, shape)) for shape in (mask_shape, image_shape)]
         return f"shape {sizes[0]} where the image has {sizes[1]}"

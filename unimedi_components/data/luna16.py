@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from unimedi_components.data.datalist import SPLITS, DatalistBuilder
-from unimedi_components.data.registry import Dataset
+from unimedi_components.data.datalist import SPLITS, DatalistBuilder, Dataset
 from unimedi_components.data.sources import check_choice, existing_root, find_source, progress_map, read_source
 from unimedi_components.errors import ConfigError, DataError
 from unimedi_components.images.checks import Fault, check_metaimage
@@ -67,7 +66,6 @@ def collect(
         test_subsets: numbers of the test subsets.
         check_images: ``"quick"`` or ``"exists"`` (header, and size of the ``.raw``), ``"full"`` (also Hounsfield units
             of some slices), or ``"none"``, which only lists the folders and so leaves out the voxel indices.
-        assume_hu: take CT values for Hounsfield units that do not look like it.
 
     Returns:
         The builder. Drop reasons: ``duplicate row``, ``row without numbers``, ``unknown class``, ``duplicate id``
@@ -91,7 +89,22 @@ def collect(
     for uid in named[~named.isin(list(scans))]:
         builder.drop("missing image", uid, f"{base}: no subset0 to subset9 holds {uid}.mhd")
     wanted = scans if mode == "volume" else {uid: scans[uid] for uid in named if uid in scans}
-    scans = _sound_scans(builder, base, wanted, check_images, assume_hu, num_workers, progress)
+
+    # ITK changes the working folder while it reads a MetaImage: in threads, relative paths would not be found
+    place = base.absolute()
+
+    def look(scan: _Scan) -> tuple[Fault | None, VolumeGeometry | None]:
+        if check_images == "none":
+            return None, None
+        return check_metaimage(place / scan.image, check_images, not assume_hu)
+
+    found = progress_map(look, list(wanted.values()), "CT volumes", num_workers, progress)
+    scans = {}
+    for (uid, scan), (fault, geometry) in zip(wanted.items(), found, strict=True):
+        if fault is not None:
+            builder.drop(fault.reason, uid, fault.detail)
+        else:
+            scans[uid] = scan._replace(geometry=geometry)
     if mode == "volume":
         builder.meta["min_diameter"] = min_diameter
         _add_volumes(builder, frame, scans, split_of, min_diameter)
@@ -170,31 +183,6 @@ def _rows(builder: DatalistBuilder, root: Path, mode: str) -> pd.DataFrame:
 def _ids(frame: pd.DataFrame) -> list[str]:
     """SERIESUID_ROW; rows count from 0 below the header."""
     return [f"{uid}_{row:06d}" for uid, row in zip(frame["seriesuid"], frame["row"], strict=True)]
-
-
-def _sound_scans(
-    builder: DatalistBuilder,
-    root: Path,
-    scans: dict[str, _Scan],
-    check: str,
-    assume_hu: bool,
-    num_workers: int,
-    progress: bool,
-) -> dict[str, _Scan]:
-    """Return the scans whose files are sound, with their geometry."""
-
-    def look(scan: _Scan) -> tuple[Fault | None, VolumeGeometry | None]:
-        return (None, None) if check == "none" else check_metaimage(place / scan.image, check, not assume_hu)
-
-    # ITK changes the working folder while it reads a MetaImage: in threads, relative paths would not be found
-    place, sound = root.absolute(), {}
-    found = progress_map(look, list(scans.values()), "CT volumes", num_workers, progress)
-    for (uid, scan), (fault, geometry) in zip(scans.items(), found, strict=True):
-        if fault is not None:
-            builder.drop(fault.reason, uid, fault.detail)
-        else:
-            sound[uid] = scan._replace(geometry=geometry)
-    return sound
 
 
 def _voxels(frame: pd.DataFrame, scans: dict[str, _Scan]) -> tuple[np.ndarray, np.ndarray]:

@@ -8,13 +8,11 @@ Layout read: ``mimic-cxr-2.*-{metadata,split}.csv[.gz]``, optional ``-chexpert.c
 """
 
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
 
-from unimedi_components.data.datalist import DatalistBuilder
-from unimedi_components.data.registry import Dataset
+from unimedi_components.data.datalist import DatalistBuilder, Dataset
 from unimedi_components.data.sources import (
     existing_root,
     find_source,
@@ -61,7 +59,6 @@ def collect(
 
     Args:
         root: folder with the csv files and ``files/``.
-        min_sentences: fewest sentences after cleaning (the paper's three).
         fallback_sections: where a report has neither impression nor findings take its last paragraph or,
             without one, its comparison; otherwise such studies are dropped.
         labels: add the 14 CheXpert labels if ``-chexpert.csv`` is there: 1, 0, -1 uncertain, -2 not mentioned.
@@ -104,12 +101,21 @@ def collect(
         return "", report.text
 
     reports = {study: clean(study) for study in studies["study_id"]}
-
-    def faults_of(images: list[str]) -> list[tuple[str, str] | None]:
-        return xray_faults(base, images, check_images, num_workers, progress)
-
-    images = _image_folder(base, _required(base, "metadata").parent, frame)
-    _add_items(builder, base, images, frame, reports, faults_of, labels)
+    for row in frame.itertuples(index=False):
+        if reports[row.study_id][0]:
+            builder.drop(reports[row.study_id][0], row.dicom_id, reports[row.study_id][1])
+    files = _image_folder(base, _required(base, "metadata").parent, frame)
+    frame = frame[frame["study_id"].map({study: not found[0] for study, found in reports.items()}).astype(bool)]
+    folder = files + "/" + frame["subject_id"].str[:3] + "/" + frame["subject_id"] + "/" + frame["study_id"]
+    images = (folder + "/" + frame["dicom_id"] + ".jpg").tolist()
+    label_of = _chexpert_labels(builder, base) if labels else {}
+    faults = xray_faults(base, images, check_images, num_workers, progress)
+    for row, image, fault in zip(frame.itertuples(index=False), images, faults, strict=True):
+        item = {"id": row.dicom_id, "patient": row.subject_id, "image": image, "dim": 2}
+        item["report"] = reports[row.study_id][1]
+        if row.study_id in label_of:
+            item["label"] = label_of[row.study_id]
+        builder.add(row.split, item, fault)
     builder.keep_apart()
     return builder
 
@@ -207,32 +213,6 @@ def _report_folder(root: Path, names: list[str], reports_root: str | Path | None
             "Unpack mimic-cxr-reports.zip of MIMIC-CXR there, or give reports_root or sectioned_csv."
         )
     return candidates[0]
-
-
-def _add_items(
-    builder: DatalistBuilder,
-    root: Path,
-    files: str,
-    frame: pd.DataFrame,
-    reports: dict[str, _Report],
-    faults_of: Callable[[list[str]], list[tuple[str, str] | None]],
-    labels: bool,
-) -> None:
-    """Drop rows by report and image, add the rest."""
-    reasons = frame["study_id"].map({study: found[0] for study, found in reports.items()})
-    details = {study: found[1] for study, found in reports.items() if found[0]}
-    for row in frame[reasons != ""].itertuples(index=False):
-        builder.drop(reports[row.study_id][0], row.dicom_id, details[row.study_id])
-    frame = frame[reasons == ""].reset_index(drop=True)
-    folder = files + "/" + frame["subject_id"].str[:3] + "/" + frame["subject_id"] + "/" + frame["study_id"]
-    images = (folder + "/" + frame["dicom_id"] + ".jpg").tolist()
-    label_of = _chexpert_labels(builder, root) if labels else {}
-    for row, image, fault in zip(frame.itertuples(index=False), images, faults_of(images), strict=True):
-        item = {"id": row.dicom_id, "patient": row.subject_id, "image": image, "dim": 2}
-        item["report"] = reports[row.study_id][1]
-        if row.study_id in label_of:
-            item["label"] = label_of[row.study_id]
-        builder.add(row.split, item, fault)
 
 
 def _chexpert_labels(builder: DatalistBuilder, root: Path) -> dict[str, list[int]]:

@@ -4,6 +4,7 @@
 import inspect
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -42,8 +43,6 @@ def prepare(
         fraction: keep this share of the training patients, stratified by label and nested over fractions for
             one seed; other splits stay.
         seed: seed of the fraction and of splits that the data set does not define.
-        strict: make the first broken or missing file an error.
-        **options: the converter's own options, for example ``min_sentences``.
 
     Raises:
         ConfigError: the data set or an option is unknown (the nearest known name is given), an option is of another
@@ -108,7 +107,6 @@ def _plain_value(place: str, parameter: inspect.Parameter, value: Any) -> Any:
 
 
 def _summary(builder: DatalistBuilder, kept: Mapping[str, int]) -> str:
-    """Return the table of kept items by split and dropped items by reason, with first examples."""
     dims = [f"{sum(item['dim'] == dim for own in builder.items.values() for item in own)} {dim}D" for dim in (2, 3)]
     lines = [f"{builder.dataset} at {builder.root} ({', '.join(dims)})"]
     lines += [f"  kept     {kept[split]:>8}  {split}" for split in SPLITS]
@@ -130,10 +128,6 @@ def merge_datalists(datalists: Mapping[str, str | Path], out: str | Path, root: 
 
     Args:
         datalists: name -> datalist file.
-        root: folder above all images.
-
-    Returns:
-        The joined datalist.
 
     Raises:
         DataError: a datalist is invalid, or its images are neither below ``root/NAME`` nor below its recorded
@@ -141,11 +135,7 @@ def merge_datalists(datalists: Mapping[str, str | Path], out: str | Path, root: 
     """
     parts = {name: load_datalist(path) for name, path in datalists.items()}
     prefixes = {name: _prefix(name, Path(datalists[name]), part, Path(root)) for name, part in parts.items()}
-    seen: dict[str, int] = {}
-    for part in parts.values():
-        for split in SPLITS:
-            for item in part[split]:
-                seen[item["id"]] = seen.get(item["id"], 0) + 1
+    seen = Counter(item["id"] for part in parts.values() for split in SPLITS for item in part[split])
     joined: dict[str, Any] = {split: [] for split in SPLITS}
     for name, part in parts.items():
         for split in SPLITS:
@@ -199,9 +189,7 @@ def _joined_meta(parts: dict[str, Any], joined: dict[str, Any], root: str | Path
         "dataset": "+".join(parts),
         "root": str(root),
         "created_with": next((meta["created_with"] for meta in metas.values() if "created_with" in meta), ""),
-        "sources": {
-            f"{name}/{key}": value for name, meta in metas.items() for key, value in meta.get("sources", {}).items()
-        },
+        "sources": {f"{name}/{k}": sha for name, meta in metas.items() for k, sha in meta.get("sources", {}).items()},
         "kept": {split: len(joined[split]) for split in SPLITS},
         "dropped": dropped,
         "dropped_items": listed,

@@ -14,22 +14,18 @@ from unimedi_components.errors import DataError
 
 
 class Restored(Transform):
-    """Bring scores on the network's grid back to the geometry of the image's file.
+    """Bring "pred", scores (C, H, W) or (C, D, H, W), from the grid of "image" back to the geometry of its file.
 
     What the preparation did to the image (orientation, spacing, size, padding) is undone by MONAI's inverse transforms,
     one class at a time, so that memory holds two classes of the file's size; linear, so that outlines stay smooth.
 
     Args:
         labels: give the class of the highest score, uint8 (1, ...), in place of the scores, float32 (C, ...).
-        keys: of the scores, (C, H, W) or (C, D, H, W), which the result replaces.
-        orig_keys: of the prepared image, a MetaTensor.
     """
 
-    def __init__(
-        self, transform: Compose | Sequence[Any], labels: bool = False, keys: str = "pred", orig_keys: str = "image"
-    ) -> None:
+    def __init__(self, transform: Compose | Sequence[Any], labels: bool = False) -> None:
         self.transform = transform if isinstance(transform, Compose) else Compose(list(transform))
-        self.labels, self.keys, self.orig_keys = labels, keys, orig_keys
+        self.labels = labels
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Return `data` with a MetaTensor in the geometry of the image's file.
@@ -37,10 +33,10 @@ class Restored(Transform):
         Raises:
             DataError: the image has lost the record of its preparation.
         """
-        scores, image = torch.as_tensor(data[self.keys]), data[self.orig_keys]
+        scores, image = torch.as_tensor(data["pred"]), data["image"]
         if not isinstance(image, MetaTensor) or not image.applied_operations:
             raise DataError(
-                f"{data.get('id', self.orig_keys)}: the image does not say how it was prepared, so that its labels "
+                f"{data.get('id', 'image')}: the image does not say how it was prepared, so that its labels "
                 "cannot be brought back to its file; use an ImageDataset with keep_meta=True"
             )
         scores = scores.as_tensor() if isinstance(scores, MetaTensor) else scores
@@ -50,7 +46,7 @@ class Restored(Transform):
         for index, score in enumerate(scores.float().cpu()):
             one = MetaTensor(score[None], meta=deepcopy(image.meta), applied_operations=deepcopy(operations))
             with allow_missing_keys_mode(self.transform):
-                back: Any = self.transform.inverse({self.orig_keys: one})[self.orig_keys]
+                back: Any = self.transform.inverse({"image": one})["image"]
             value = back.as_tensor()
             if meta is None:
                 meta = deepcopy(back.meta)
@@ -60,7 +56,7 @@ class Restored(Transform):
                 best = torch.maximum(best, value)
             if not self.labels:
                 kept.append(value)
-        return {**data, self.keys: MetaTensor(labels if self.labels else torch.cat(kept), meta=meta)}
+        return {**data, "pred": MetaTensor(labels if self.labels else torch.cat(kept), meta=meta)}
 
 
 def _smooth(operation: Any, dims: int) -> Any:

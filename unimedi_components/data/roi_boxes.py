@@ -65,16 +65,10 @@ def boxes_of_rois(path: str | Path, rois: Iterable[Sequence[float]]) -> list[lis
 
 
 def rois_of_boxes(path: str | Path, boxes: Iterable[Sequence[float]]) -> list[list[float]]:
-    """Bring boxes to the world: what `boxes_of_rois` undoes.
-
-    Args:
-        boxes: [x0, y0, x1, y1] each, in pixels of the file.
+    """Bring boxes [x0, y0, x1, y1] in pixels of the file to the world: what `boxes_of_rois` undoes, with its errors.
 
     Returns:
         [x, y, z, width, height, depth] each, LPS, mm; the depth is the slice's thickness, 1 where the file has none.
-
-    Raises:
-        DataError: as `boxes_of_rois`.
     """
     plane = _plane(Path(path))
     _inverse(plane, path)
@@ -89,11 +83,7 @@ def rois_of_boxes(path: str | Path, boxes: Iterable[Sequence[float]]) -> list[li
 
 
 def film_affine(path: str | Path) -> Array:
-    """A film's (column, row, slice) to millimetres (4, 4), from right to left as NIfTI has it (RAS).
-
-    Raises:
-        DataError: the film cannot be read.
-    """
+    """A film's (column, row, slice) to mm (4, 4), RAS as NIfTI has it. Raises DataError: the film cannot be read."""
     plane, affine = _plane(Path(path)), np.eye(4)
     affine[:3, :3], affine[:3, 3] = plane.matrix, plane.origin
     return np.diag([-1.0, -1, 1, 1]) @ affine

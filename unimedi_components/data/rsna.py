@@ -13,8 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from unimedi_components.data.datalist import DatalistBuilder
-from unimedi_components.data.registry import Dataset
+from unimedi_components.data.datalist import DatalistBuilder, Dataset
 from unimedi_components.data.sources import (
     check_choice,
     existing_root,

@@ -32,9 +32,7 @@ class CheckLabelMapd(Transform):
         num_classes: number of labels with the background; None allows any up to 255.
     """
 
-    def __init__(self, image: str = "image", mask: str = "mask", num_classes: int | None = None) -> None:
-        self.image = image
-        self.mask = mask
+    def __init__(self, num_classes: int | None = None) -> None:
         self.num_classes = num_classes
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -43,21 +41,21 @@ class CheckLabelMapd(Transform):
         Raises:
             DataError: shape or affine differ from the image's, or a value is no label.
         """
-        image, mask = data[self.image], data[self.mask]
-        name = _name(mask, self.mask)
+        image, mask = data["image"], data["mask"]
+        name = _name(mask)
         difference = geometry_difference(image.shape[1:], image.affine, mask.shape[1:], mask.affine)
         if difference:
-            raise DataError(f"{name}: {difference}; resample the label map to {_name(image, self.image)}")
+            raise DataError(f"{name}: {difference}; resample the label map to {_name(image)}")
         unknown = unknown_labels(mask.numpy(), 256 if self.num_classes is None else self.num_classes)
         if unknown:
             raise DataError(f"{name}: {unknown}; give the label map with the data set's own labels")
         mask = mask.round()
         mask.affine = image.affine.clone()
-        return {**data, self.mask: mask}
+        return {**data, "mask": mask}
 
 
-def _name(volume: Any, key: Any) -> str:
-    return str(volume.meta.get("filename_or_obj", key))
+def _name(volume: Any) -> str:
+    return str(volume.meta.get("filename_or_obj", "the volume"))
 
 
 def segmentation_transforms(
@@ -90,15 +88,14 @@ def segmentation_transforms(
             a voxel is not finite, or the label map differs from its image in geometry or holds unknown values.
     """
     keys = ("image", "mask") if label_map else ("image",)
-    count = len(keys)
     steps: list[Transform] = [LoadVolumed("image")]
     if label_map:
         steps += [
             load_imaged("mask", NibabelReader(squeeze_non_spatial_dims=True)),
             EnsureChannelFirstd("mask"),
             CheckVolumed("mask"),
+            CheckLabelMapd(num_classes),
         ]
-        steps.append(CheckLabelMapd(num_classes=num_classes))
     steps.append(Orientationd(keys, axcodes="SPL", labels=RAS_LABELS))
     resized = keys if resize_labels else ("image",)
     if upright:
@@ -110,4 +107,4 @@ def segmentation_transforms(
     if spatial_size is not None:
         modes = ("area", "nearest-exact")[: len(resized)]
         steps.append(Resized(resized, spatial_size=tuple(spatial_size), mode=modes))
-    return [*steps, EnsureTyped(keys, dtype=(torch.float32, torch.uint8)[:count], track_meta=True)]
+    return [*steps, EnsureTyped(keys, dtype=(torch.float32, torch.uint8)[: len(keys)], track_meta=True)]

@@ -9,17 +9,11 @@ from typing import Any
 
 from unimedi_components.errors import DataError
 
-FIRST_SLICES = ("head", "foot")
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff")
 
 
 def in_slice_order(names: Sequence[str]) -> list[str]:
-    """Sort file names by the numbers in them, whatever their number of digits; other files are left out.
-
-    Example:
-        >>> in_slice_order(["10.png", "9.png", "Thumbs.db"])
-        ['9.png', '10.png']
-    """
+    """Sort file names by the numbers in them, whatever their number of digits; other files are left out."""
 
     def key(name: str) -> list[Any]:
         # Text and number alternate, so that like is compared with like.
@@ -35,10 +29,6 @@ def evenly_spread(count: int, wanted: int) -> list[int]:
     Place i is (i + 1/2) * count / wanted - 1/2, rounded, halves towards the middle (an exact middle goes up). So
     reversed slices give the reversed choice for even `wanted`; the examples of SymmetricalResampler in the
     HKBU-HPML repository come out the same.
-
-    Example:
-        >>> evenly_spread(7, 3), evenly_spread(3, 5)
-        ([1, 3, 5], [0, 0, 1, 2, 2])
     """
     lower = [(2 * i + 1) * count // (2 * wanted) for i in range(wanted)]
     return [lower[i] if 2 * i < wanted else count - 1 - lower[wanted - 1 - i] for i in range(wanted)]
@@ -61,10 +51,3 @@ def slice_files(folder: str | Path, slices: Sequence[str] | None = None, first_s
         raise DataError(f"{folder}: holds no slice ({', '.join(IMAGE_ENDINGS)}). Fetch the scan again")
     files = [os.path.join(folder, name) for name in names]
     return files[::-1] if first_slice == "head" else files
-
-
-def checked_end(first_slice: str) -> str:
-    """Return `first_slice` if it is one of `FIRST_SLICES`. Raises DataError: it is neither."""
-    if first_slice not in FIRST_SLICES:
-        raise DataError(f"first_slice {first_slice!r} is unknown. Use one of {', '.join(FIRST_SLICES)}.")
-    return first_slice

@@ -22,17 +22,9 @@ from tqdm import tqdm
 from unimedi_components.errors import ConfigError, DataError
 from unimedi_components.images.xray_checks import xray_fault
 
-# what macOS leaves beside the files of an archive
-_NOT_DATA = ("__MACOSX",)
-
 
 def nearest_hint(name: str, known: Iterable[str]) -> str:
-    """Say which known name an unknown one resembles most.
-
-    Example:
-        >>> nearest_hint("reports", ["image", "report"])
-        "did you mean 'report'? "
-    """
+    """Say which known name an unknown one resembles most: "did you mean 'report'? ", or nothing."""
 
     def likeness(candidate: str) -> float:
         # "mimc" is meant for the first part of "mimic_cxr", which as a whole is further away than "bimcv".
@@ -61,11 +53,7 @@ def existing_root(root: str | Path, dataset: str) -> Path:
 
 
 def find_source(root: Path, patterns: Sequence[str], what: str) -> Path:
-    """`first_source` of a table that must be there.
-
-    Raises:
-        DataError: nothing matches; the message calls the table ``what``.
-    """
+    """`first_source` of a table that must be there. Raises DataError, which calls it ``what``: nothing matches."""
     if (path := first_source(root, patterns)) is not None:
         return path
     looked = ", ".join(f"{pattern}[.gz]" for pattern in patterns)
@@ -83,7 +71,8 @@ def first_source(root: Path, patterns: Sequence[str]) -> Path | None:
 
 
 def _is_data(path: Path, root: Path) -> bool:
-    return not any(part.startswith(".") or part in _NOT_DATA for part in path.relative_to(root).parts)
+    # macOS leaves __MACOSX beside the files of an archive
+    return not any(part.startswith(".") or part == "__MACOSX" for part in path.relative_to(root).parts)
 
 
 def folders_below(root: Path, depth: int, closed: Callable[[Path], bool]) -> list[Path]:
@@ -119,6 +108,14 @@ def read_text(path: Path, utf_16: bool = False) -> str:
     data = gzip.decompress(data) if path.suffix == ".gz" else data
     wide = utf_16 and data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     return data.decode("utf-16" if wide else "utf-8-sig")
+
+
+def unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, for `object_pairs_hook`. Raises ValueError: a name stands in it twice."""
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands twice in one place")
+    return dict(pairs)
 
 
 def read_source(path: Path, required: Sequence[str] = (), sep: str = ",", remedy: str = "") -> pd.DataFrame:
@@ -180,12 +177,8 @@ def _read_cells(path: Path, sep: str) -> pd.DataFrame:
 
 
 def sha256_of(path: Path) -> str:
-    """Return the hexadecimal SHA-256 of a file."""
-    digest = hashlib.sha256()
     with open(path, "rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def progress_map(
@@ -214,18 +207,11 @@ def progress_map(
 
 
 def xray_faults(
-    root: str | Path,
-    images: Sequence[str],
-    check: str = "quick",
-    num_workers: int = 8,
-    progress: bool = True,
-    desc: str = "images",
+    root: Path, images: Sequence[str], check: str, num_workers: int, progress: bool
 ) -> list[tuple[str, str] | None]:
-    """Return :func:`~unimedi_components.images.xray_checks.xray_fault` of every image, in order, under a progress bar.
+    """`xray_fault` of every image below `root`, in order, under a progress bar."""
 
-    Args:
-        root: folder that the images are relative to.
-        check: see :func:`~unimedi_components.images.xray_checks.xray_fault`.
-    """
-    base = str(root)
-    return progress_map(lambda image: xray_fault(os.path.join(base, image), check), images, desc, num_workers, progress)
+    def fault(image: str) -> tuple[str, str] | None:
+        return xray_fault(os.path.join(root, image), check)
+
+    return progress_map(fault, images, "images", num_workers, progress)

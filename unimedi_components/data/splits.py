@@ -38,14 +38,10 @@ def strata_by_label(items: Iterable[Mapping[str, Any]]) -> dict[str, str]:
 
 
 def hold_out(images: Mapping[str, int], count: int, seed: int) -> set[str]:
-    """Choose patients that have a given number of images together.
+    """Choose patients, in the seed's order, that have ``count`` images together.
 
-    Args:
-        seed: seed of the order. Patients are taken in that order; one whose images would exceed the number is
-            passed over.
-
-    Returns:
-        The patients. They have exactly ``count`` images unless no patient with few enough images is left.
+    One whose images would exceed the number is passed over, so that there are fewer where no patient with few enough
+    is left.
     """
     chosen = set()
     for patient in patient_order(images, seed):
@@ -76,14 +72,12 @@ def split_patients(
             f"validation_fraction {validation_fraction} and test_fraction {test_fraction} "
             "leave no training data. Both must be at least 0 and together below 1."
         )
-    assigned = {}
+    assigned, shares = {}, (validation_fraction, test_fraction)
     for group in sorted(set(strata.values())):
         order = patient_order((name for name, own in strata.items() if own == group), seed)
-        counts = [int(share * len(order) + 0.5) for share in (validation_fraction, test_fraction)]
+        counts = [int(share * len(order) + 0.5) for share in shares]
         if len(order) >= 3:
-            counts = [
-                max(n, int(share > 0)) for n, share in zip(counts, (validation_fraction, test_fraction), strict=True)
-            ]
+            counts = [max(n, int(share > 0)) for n, share in zip(counts, shares, strict=True)]
         n_validation, n_test = counts
         for rank, patient in enumerate(order):
             in_test = n_validation <= rank < n_validation + n_test

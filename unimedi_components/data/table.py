@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from unimedi_components.data.datalist import DatalistBuilder
-from unimedi_components.data.registry import Dataset
+from unimedi_components.data.datalist import DatalistBuilder, Dataset
 from unimedi_components.data.sources import check_choice, nearest_hint, progress_map, read_source
 from unimedi_components.data.splits import split_patients, strata_by_dim
 from unimedi_components.data.text import clean_report, report_language
@@ -65,7 +64,7 @@ def _find_image(
     if content in PICTURES:
         return {"dim": 2}, xray_fault(path, check)
     if content in VOLUMES and not content_fault(path.name, content):
-        return {"dim": 3, **told}, _volume_fault(path, limits, assume_hu)
+        return {"dim": 3, **told}, check_ct(path, limits, assume_hu=assume_hu)
     try:
         image = image_at(path, assume_hu)
     except DataError as error:
@@ -75,11 +74,7 @@ def _find_image(
         return {"dim": 2, "image": image.path}, xray_fault(image.path, check)
     files = list(image.files) if image.is_folder else []
     fields: dict[str, Any] = {"dim": 3, **told, **({"files": files} if files else {})}
-    return fields, _volume_fault(image.path, limits, assume_hu, files)
-
-
-def _volume_fault(path: Path, limits: CTLimits, assume_hu: bool, files: Sequence[Path] = ()) -> tuple[str, str] | None:
-    return check_ct(path, limits, files=files, assume_hu=assume_hu)
+    return fields, check_ct(image.path, limits, files=files, assume_hu=assume_hu)
 
 
 def collect(
@@ -141,11 +136,11 @@ def collect(
             splits, or a fault under ``strict``.
         ConfigError: ``language`` or ``check_images`` is unknown.
     """
-    if language not in ("en", "any"):
-        raise ConfigError(f"language={language!r} is unknown. Use 'en' or 'any'.")
+    check_choice("language", language, ("en", "any"))
     tables = _table_paths(root)
     rows = [row for table in tables for row in _read_rows(table, image_column, report_column, label_column)]
-    base = _common_folder(tables, rows)
+    folders = {str(path.parent) for path in tables} | {str(row.image.parent) for row in rows if row.image.name}
+    base = Path(os.path.commonpath(sorted(folders)))
     builder = DatalistBuilder("table", base, strict)
     builder.meta["keep_punct"] = keep_punct
     for table in tables:
@@ -233,12 +228,6 @@ def _read_rows(table: Path, image_column: str, report_column: str, label_column:
     return rows
 
 
-def _common_folder(tables: list[Path], rows: list[_Row]) -> Path:
-    """Return the folder that is common to the tables and all images."""
-    folders = {str(path.parent) for path in tables} | {str(row.image.parent) for row in rows if row.image.name}
-    return Path(os.path.commonpath(sorted(folders)))
-
-
 def _relative(path: Path, base: Path) -> str:
     return path.relative_to(base).as_posix()
 
@@ -304,8 +293,8 @@ def _add_labels(
     label_names: str | Sequence[str] | None = None,
 ) -> None:
     """Turn label cells into class numbers, 0/1 vectors or mask paths."""
-    if task is not None and task not in TASKS:
-        raise ConfigError(f"task={task!r} is unknown. Use one of {', '.join(TASKS)}.")
+    if task is not None:
+        check_choice("task", task, TASKS)
     if label_names is not None and task is None:
         raise ConfigError(f"label_names needs task, one of {', '.join(TASKS)}.")
     named: list[tuple[str, dict[str, Any]]] = []
@@ -353,6 +342,38 @@ def _label(parts: Sequence[str], names: Sequence[str], task: str | None, place: 
     if number.isdigit() and int(number) < len(names):
         return int(number)
     raise DataError(f"{place} is none of the classes {', '.join(names)}. Correct it, or name it in label_names.")
+
+
+def read_reports(path: str | Path, dim: int | None = None, keep_punct: bool = True) -> list[dict[str, Any]]:
+    """Items of a csv (tsv by its ending) with the columns id and report, and dim unless it is given.
+
+    Args:
+        dim: what all reports are about, 2 for X-rays or 3 for volumes; a column dim comes first.
+
+    Returns:
+        {"id", "dim", "report"} of each row that has a report, cleaned as `prepare` cleans them.
+
+    Raises:
+        DataError: the table lacks a column, a row has no usable dim or an id that another one has, or there is no
+            report.
+    """
+    sep = "\t" if Path(path).name.removesuffix(".gz").lower().endswith(".tsv") else ","
+    remedy = "An index of reports needs the columns id and report, and dim (2 or 3) unless --dim gives it."
+    frame = read_source(Path(path), ["id", "report"] if dim else ["id", "report", "dim"], sep, remedy)
+    items: dict[str, dict[str, Any]] = {}
+    for number, row in enumerate(frame.to_dict("records"), 2):
+        own = row.get("dim") or str(dim)
+        if own not in ("2", "3"):
+            raise DataError(f"{path}, line {number}: dim is {own!r}; use 2 for X-rays or 3 for volumes")
+        # a report of single words is nothing to clean
+        text = clean_report(row["report"], keep_punct).text or row["report"].strip()
+        if text:
+            if row["id"] in items:
+                raise DataError(f"{path}, line {number}: the id {row['id']!r} comes twice; give every report its own")
+            items[row["id"]] = {"id": row["id"], "dim": int(own), "report": text}
+    if not items:
+        raise DataError(f"{path}: no row has a report; fill the column report")
+    return list(items.values())
 
 
 DATASET = Dataset(

@@ -68,10 +68,6 @@ def split_sections(text: str) -> dict[str, str]:
 
     Returns:
         ``impression``, ``findings``, ``last_paragraph`` and ``comparison``; ``""`` where absent.
-
-    Example:
-        >>> split_sections(" FINAL REPORT\\n FINDINGS: Clear lungs.\\n \\n IMPRESSION: Normal.")["findings"]
-        'Clear lungs.'
     """
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     found = {"impression": "", "findings": "", "last_paragraph": "", "comparison": ""}
@@ -106,10 +102,6 @@ def clean_report(text: str, keep_punct: bool = False, min_tokens: int = 2) -> Cl
         keep_punct: keep the punctuation within sentences and decimal points, and end each sentence with a
             period, as BERT's own training text has it.
         min_tokens: fewest tokens of a piece that is kept.
-
-    Example:
-        >>> clean_report("1. No effusion. 2. Heart\\nis normal.")
-        CleanReport(text='no effusion heart is normal', num_sentences=2, num_tokens=5)
     """
     text = _DOUBLE_PERIOD.sub(".", _RUNNING_HEADER.sub(". ", text.strip()))
     text = " ".join(text.replace("\ufffd", " ").split())
@@ -135,10 +127,6 @@ def as_trained(text: str, keep_punct: bool, min_tokens: int = 2) -> str:
     Args:
         keep_punct: whether the training reports kept their punctuation, see `Pretrained.keep_punct`.
         min_tokens: see `clean_report`; 1 keeps single words, which a query may be.
-
-    Example:
-        >>> as_trained("Cardiomegaly, mild", True), as_trained("cardiomegaly, mild.", False)
-        ('cardiomegaly, mild.', 'cardiomegaly mild')
     """
     text = " ".join(text.lower().split())
     if not keep_punct:
@@ -147,11 +135,7 @@ def as_trained(text: str, keep_punct: bool, min_tokens: int = 2) -> str:
 
 
 def report_language(text: str) -> str | None:
-    """Guess whether a report is English or Spanish from its common words.
-
-    Returns:
-        ``"en"``, ``"es"``, or None when the words do not tell (short texts, other languages).
-    """
+    """Guess by common words whether a report is English ("en") or Spanish ("es"); None where they do not tell."""
     folded = unicodedata.normalize("NFKD", text.lower())
     tokens = _TOKEN.findall("".join(char for char in folded if not unicodedata.combining(char)))
     english = sum(token in _ENGLISH for token in tokens)

@@ -5,11 +5,9 @@ The chains are lists of MONAI transforms, so that a config can extend or replace
 fits an item and keeps its random part apart, which is what lets a persistent dataset cache the rest.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -46,15 +44,9 @@ RAS_LABELS = (("L", "R"), ("P", "A"), ("I", "S"))
 
 
 class CheckVolumed(MapTransform):
-    """Let one-channel volumes with a usable affine pass; fail with one message otherwise."""
+    """Let one-channel volumes with a usable affine pass. Raises DataError: what else a file may hold."""
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Return `data` unchanged.
-
-        Raises:
-            DataError: several time points or channels, not three spatial dimensions, or a singular or
-                non-finite affine.
-        """
         for key in self.key_iterator(dict(data)):
             volume = data[key]
             name = volume.meta.get("filename_or_obj", key)
@@ -85,7 +77,6 @@ class WindowAread(MapTransform):
         self.window, self.spatial_size = tuple(window), tuple(spatial_size)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Return a copy of `data` with resized volumes."""
         resized = dict(data)
         low, high = self.window
         depth, height, width = self.spatial_size
@@ -102,9 +93,8 @@ class WindowAread(MapTransform):
                 slices.append(adaptive_avg_pool3d(block, (1, height, width)))
             resized[key] = torch.cat(slices, dim=1)
             if isinstance(given, MetaTensor):
-                affine = given.affine @ torch.as_tensor(scale_affine(volume.shape[1:], self.spatial_size)).to(
-                    given.affine
-                )
+                scale = torch.as_tensor(scale_affine(volume.shape[1:], self.spatial_size))
+                affine = given.affine @ scale.to(given.affine)
                 meta = {name: value for name, value in given.meta.items() if name != "affine"}
                 resized[key] = MetaTensor(resized[key], affine=affine, meta=meta)
         return resized
@@ -154,14 +144,6 @@ def _intensity_jitter(amount: float) -> list[Transform]:
     ]
 
 
-def _rotation(degrees: float) -> list[Transform]:
-    if degrees == 0:
-        return []
-    options: dict[str, Any] = {"mode": "bilinear", "padding_mode": "border", "prob": 1.0}
-    turn = RandRotated("image", range_x=math.radians(degrees), **options)
-    return [turn, EnsureTyped("image", dtype=torch.float32, track_meta=False)]
-
-
 def ct_transforms(
     spatial_size: Sequence[int] = (32, 128, 128),
     window: tuple[float, float] = (-1000.0, 1000.0),
@@ -198,23 +180,15 @@ def ct_transforms(
             SpatialPadd("image", spatial_size=padded, value=-1.0),
             RandSpatialCropd("image", roi_size=size, random_size=False),
         ]
-    return [
-        *steps,
-        WindowAread("image", window, spatial_size),
-        EnsureTyped("image", dtype=torch.float32, track_meta=False),
-        *shift,
-        *_rotation(rotate),
-        *_intensity_jitter(jitter),
-    ]
-
-
-def _is_random(transform: Any) -> bool:
-    return isinstance(transform, RandomizableTrait) or not isinstance(transform, Transform)
+    plain = EnsureTyped("image", dtype=torch.float32, track_meta=False)
+    turn: list[Transform] = []
+    if rotate:
+        options: dict[str, Any] = {"mode": "bilinear", "padding_mode": "border", "prob": 1.0}
+        turn = [RandRotated("image", range_x=math.radians(rotate), **options), plain]
+    return [*steps, WindowAread("image", window, spatial_size), plain, *shift, *turn, *_intensity_jitter(jitter)]
 
 
 class _Branches(Transform):
-    """One chain per value of `item["dim"]`."""
-
     def __init__(self, branches: Mapping[int, Compose]) -> None:
         self.branches = dict(branches)
 
@@ -228,7 +202,7 @@ class _Branches(Transform):
 class _RandomBranches(_Branches, Randomizable):
     """The chains from their first random transform on."""
 
-    def set_random_state(self, seed: int | None = None, state: np.random.RandomState | None = None) -> _RandomBranches:
+    def set_random_state(self, seed: int | None = None, state: np.random.RandomState | None = None) -> Self:
         for branch in self.branches.values():
             branch.set_random_state(seed, state)
         return self
@@ -246,18 +220,14 @@ class ByDimension(Compose):
 
     Attributes:
         fingerprints: per dimension, a hash of what its deterministic transforms compute, for cache keys.
-
-    Example:
-        >>> transform = ByDimension(xray_transforms(64, random_crop=True), ct_transforms((32, 48, 48)))
-        >>> transform({"id": "a", "dim": 2, "image": "a.jpg"})["image"].shape  # doctest: +SKIP
-        torch.Size([1, 64, 64])
     """
 
     def __init__(self, two_d: Sequence[Callable] = (), three_d: Sequence[Callable] = ()) -> None:
         cached, random = {}, {}
         for dim, chain in ((2, list(two_d)), (3, list(three_d))):
             flat = list(Compose(chain).flatten().transforms)
-            first = next((i for i, transform in enumerate(flat) if _is_random(transform)), len(flat))
+            fixed = [isinstance(step, Transform) and not isinstance(step, RandomizableTrait) for step in flat]
+            first = [*fixed, False].index(False)
             if flat:
                 cached[dim], random[dim] = Compose(flat[:first]), Compose(flat[first:])
         self.cached, self.random = _Branches(cached), _RandomBranches(random)
@@ -277,10 +247,6 @@ class ByDimension(Compose):
 
 
 def input_transforms(preprocessing: Mapping[str, Any]) -> ByDimension:
-    """The chains of a trained network's input, as its card names them, without random crops.
-
-    Args:
-        preprocessing: arguments of `xray_transforms` under "xray", and of `ct_transforms` under "ct".
-    """
+    """The chains of a trained network's input, without random crops, by the "preprocessing" of its card."""
     two_d = {**preprocessing["xray"], "random_crop": False}
     return ByDimension(xray_transforms(**two_d), ct_transforms(**preprocessing["ct"]))

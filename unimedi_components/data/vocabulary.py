@@ -20,10 +20,8 @@ _MAX_LENGTH = 512
 _RECORD = "vocabulary.json"
 
 
-def build_wordpiece(
-    reports: Sequence[str], out_dir: str | os.PathLike[str], vocab_size: int = 2000, lowercase: bool = True
-) -> str:
-    """Learn a WordPiece vocabulary and save it as a tokenizer folder of `transformers`.
+def build_wordpiece(reports: Sequence[str], out_dir: str | os.PathLike[str], vocab_size: int = 2000) -> str:
+    """Learn a WordPiece vocabulary, uncased and without accents, and save it as a tokenizer folder of `transformers`.
 
     The folder is written whole or not at all, and equal reports give equal bytes. A folder that was built from the same
     reports with the same settings is left as it is, so this may run at the start of every training, on every rank. Pass
@@ -32,7 +30,6 @@ def build_wordpiece(
     Args:
         out_dir: folder to make; `transformers.AutoTokenizer.from_pretrained(out_dir)` loads it without a network.
         vocab_size: largest number of tokens, with the five special ones ([PAD] is 0) and the characters.
-        lowercase: fold case and strip accents, as BERT's uncased models do.
 
     Raises:
         DataError: there is no report text, `vocab_size` has no room for words, or `out_dir` holds something else.
@@ -45,18 +42,18 @@ def build_wordpiece(
         "sha256": _digest(texts),
         "reports": len(texts),
         "vocab_size": vocab_size,
-        "lowercase": lowercase,
+        "lowercase": True,
         "min_frequency": _MIN_FREQUENCY,
     }
     if _recorded(folder) == record:
         return str(folder)
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and _recorded(folder) is None)):
         raise DataError(f"{folder} exists and holds no vocabulary of ours; choose another folder or remove it")
-    vocab = _train(texts, vocab_size, lowercase)
+    vocab = _train(texts, vocab_size)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
         new = Path(scratch) / "new"
-        _write(new, vocab, lowercase, record)
+        _write(new, vocab, record)
         _install(new, folder, Path(scratch) / "old", record)
     return str(folder)
 
@@ -76,22 +73,22 @@ def _recorded(folder: Path) -> dict | None:
         return None
 
 
-def _train(texts: Sequence[str], vocab_size: int, lowercase: bool) -> list[str]:
+def _train(texts: Sequence[str], vocab_size: int) -> list[str]:
     """Tokens in the order of their ids."""
     # the library numbers the ##characters in a hash map's order, which also decides ties between merges;
     # a first pass without merges finds the characters, and naming them in sorted order fixes all ids
-    alphabet = sorted(set(_run_trainer(texts, 0, lowercase, [])))
+    alphabet = sorted(set(_run_trainer(texts, 0, [])))
     if vocab_size <= len(SPECIAL_TOKENS) + len(alphabet):
         raise DataError(
             f"vocab_size {vocab_size} leaves no room for words: {len(SPECIAL_TOKENS)} special tokens and "
             f"{len(alphabet)} characters come first; make it larger"
         )
-    return _run_trainer(texts, vocab_size, lowercase, [*SPECIAL_TOKENS, *alphabet])
+    return _run_trainer(texts, vocab_size, [*SPECIAL_TOKENS, *alphabet])
 
 
-def _run_trainer(texts: Sequence[str], vocab_size: int, lowercase: bool, first: list[str]) -> list[str]:
+def _run_trainer(texts: Sequence[str], vocab_size: int, first: list[str]) -> list[str]:
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))  # type: ignore[call-arg]
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size, min_frequency=_MIN_FREQUENCY, special_tokens=first, show_progress=False
@@ -101,9 +98,9 @@ def _run_trainer(texts: Sequence[str], vocab_size: int, lowercase: bool, first: 
     return sorted(vocab, key=vocab.__getitem__)
 
 
-def _write(folder: Path, vocab: list[str], lowercase: bool, record: dict) -> None:
+def _write(folder: Path, vocab: list[str], record: dict) -> None:
     tokenizer = BertTokenizer(
-        vocab={token: i for i, token in enumerate(vocab)}, do_lower_case=lowercase, model_max_length=_MAX_LENGTH
+        vocab={token: i for i, token in enumerate(vocab)}, do_lower_case=True, model_max_length=_MAX_LENGTH
     )
     tokenizer.save_pretrained(folder)
     (folder / "vocab.txt").write_text("\n".join(vocab) + "\n", encoding="utf-8")

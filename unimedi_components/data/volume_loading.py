@@ -29,17 +29,12 @@ class LoadVolumed(MapTransform):
     Each key becomes a MetaTensor (1, X, Y, Z), int16 or float32 as of `read_volume`, in the file's own axes and affine.
     "assume_hu" and "check_hu" of an item say what to make of values that may be no Hounsfield units. What `prepare` and
     `inspect` say of a file is decided by the same readers and checks.
+
+    Raises:
+        DataError: when run: a path names no volume, one without sound geometry, or with values that are not finite.
     """
 
-    def __init__(self, keys: KeysCollection, allow_missing_keys: bool = False) -> None:
-        super().__init__(keys, allow_missing_keys)
-
     def __call__(self, data: Mapping[Any, Any]) -> dict[Hashable, Any]:
-        """Return a copy of `data` with volumes in place of paths.
-
-        Raises:
-            DataError: a path names no volume, one without sound geometry, or with values that are not finite.
-        """
         loaded = dict(data)
         for key in self.key_iterator(loaded):
             place = loaded[key]
@@ -54,7 +49,9 @@ class LoadVolumed(MapTransform):
             if volume.values.dtype.kind == "f" and not np.isfinite(volume.values).all():
                 raise DataError(f"{path}: {NOT_FINITE}")
             if loaded.get("check_hu") and not loaded.get("assume_hu"):
-                _check_values(path, volume.values)
+                places = np.unique(np.linspace(0, volume.values.shape[2] - 1, SAMPLED_SLICES).round().astype(int))
+                if text := refused_values(volume.values[..., places]):
+                    raise DataError(f"{path}: {text}")
             meta = {
                 "filename_or_obj": path,
                 "part": part_of({**loaded, "files": files}),
@@ -66,13 +63,6 @@ class LoadVolumed(MapTransform):
             values = torch.from_numpy(volume.values[None])
             loaded[key] = MetaTensor(values, affine=torch.as_tensor(volume.affine), meta=meta)
         return loaded
-
-
-def _check_values(path: str, values: np.ndarray) -> None:
-    """Raise a DataError for values that are no Hounsfield units."""
-    places = np.unique(np.linspace(0, values.shape[2] - 1, SAMPLED_SLICES).round().astype(int))
-    if text := refused_values(values[..., places]):
-        raise DataError(f"{path}: {text}")
 
 
 def part_of(item: Mapping[Any, Any]) -> str:
@@ -108,7 +98,6 @@ class Uprightd(MapTransform, InvertibleTransform):
         self.resample = SpatialResample(padding_mode="zeros", dtype=np.float64)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Return a copy of `data` with upright volumes."""
         turned = dict(data)
         for key, mode, fill in self.key_iterator(turned, self.modes[: len(self.keys)], self.fill[: len(self.keys)]):
             volume = turned[key]
@@ -122,7 +111,6 @@ class Uprightd(MapTransform, InvertibleTransform):
         return turned
 
     def inverse(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Return a copy of `data` with volumes on the grid that they had; those that passed pass again."""
         back = dict(data)
         for key in self.key_iterator(back):
             done = back[key].applied_operations

@@ -13,8 +13,6 @@ from monai.transforms import MapTransform
 from unimedi_components.errors import DataError
 from unimedi_components.images.xray import XrayReader
 
-__all__ = ["LoadXrayd"]
-
 
 class LoadXrayd(MapTransform):
     """Read the X-rays that an item names, see `read_xray`; each becomes a MetaTensor (1, H, W) of float32 in [0, 1].
@@ -22,8 +20,10 @@ class LoadXrayd(MapTransform):
     What was done to the values stands in the meta data, and in the item under "film_values".
 
     Args:
-        keys: of paths.
         draft_size: see `read_xray`.
+
+    Raises:
+        DataError, OSError: when run: an item does not name one file, or see `read_xray`.
     """
 
     def __init__(self, keys: KeysCollection, draft_size: int | None = None) -> None:
@@ -31,11 +31,6 @@ class LoadXrayd(MapTransform):
         self.draft_size = draft_size
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Return a copy of `data` with X-rays in place of paths.
-
-        Raises:
-            DataError, OSError: an item does not name one file, or see `read_xray`.
-        """
         loaded = dict(data)
         for key in self.key_iterator(loaded):
             place = loaded[key]

@@ -95,16 +95,7 @@ def _draw_study(part: SubFigure, view: CTView, text: list[str], height: float) -
         draw_overlay(axes, overlay, image.shape, view.attention)
     _draw_lesion(next(cells), view, low, high)
     _draw_scores(part.add_axes((0.79, below + 0.2 / height, 0.165, tall - 0.2 / height)), view)
-    part.text(
-        0.008,
-        below - 0.08 / height,
-        "\n".join(text),
-        va="top",
-        ha="left",
-        fontsize=9,
-        color="#222222",
-        parse_math=False,
-    )
+    _report(part, 0.008, below - 0.08 / height, text, 9)
 
 
 def _best(view: CTView) -> list[int]:
@@ -153,11 +144,7 @@ def _draw_scores(axes: Axes, view: CTView) -> None:
 
 
 def draw_xrays(views: Sequence[XrayView], path: str | Path, title: str = "") -> Path:
-    """Draw X-rays beside the attention over them and their reports, two studies to a row.
-
-    Raises:
-        ValueError: there is no study.
-    """
+    """Draw X-rays beside the attention over them and their reports, two to a row. Raises ValueError: there is none."""
     if not views:
         raise ValueError("no X-ray to draw")
     figure, parts = row_figure([2.45] * math.ceil(len(views) / 2), title)
@@ -203,7 +190,6 @@ def attention_strength(attention: Array, whole: Array) -> Array:
 
 
 def attention_opacity(strength: Array) -> Array:
-    """Opacity of attention that is drawn over an image."""
     return 0.8 * strength**0.7
 
 

@@ -6,13 +6,14 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import matplotlib
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from sklearn.metrics import roc_curve
 
 from unimedi_components.figures.curves import DPI, cut, save_png
 
@@ -36,6 +37,12 @@ class RocCurve:
     true_positive: Array
     auroc: float | None
     interval: Sequence[float] | None = None
+
+    @classmethod
+    def of(cls, name: str, truth: Any, score: Any, auroc: float | None, interval: Sequence[float] | None) -> Self:
+        """The curve of scores (N,) by their truth, 1, 0 or -1 (does not count)."""
+        false, true = (np.empty(0),) * 2 if auroc is None else roc_curve(truth[truth >= 0], score[truth >= 0])[:2]
+        return cls(name, false, true, auroc, interval)
 
 
 def draw_roc(curves: Sequence[RocCurve], path: str | Path, title: str = "") -> Path:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Panels of predictions: images with masks, boxes, organs, or attention and probabilities."""
+"""Panels: images with masks, boxes, organs, attention and probabilities, and searches with what they find."""
 
 import textwrap
 from collections.abc import Collection, Mapping, Sequence
@@ -30,6 +30,8 @@ _BOXES_PER_ROW = 4
 _SLICES, _ORGANS_HEADING, _LEGEND, _LEFT, _OPACITY = 6, 0.4, 0.5, 0.3, 0.55
 # predictions: slices of a volume, inches of heading and panel titles
 _MOST_SLICES, _HEADING, _TITLE = 10, 0.42, 0.24
+# searches: inches of an image, and of its findings below
+_FOUND, _BELOW = 1.83, 0.45
 
 
 def _grid(count: int, size: tuple[float, float], rows: int, columns: int, panels: int = 1) -> tuple[Figure, Array]:
@@ -73,11 +75,7 @@ class MaskView:
 
 
 def draw_masks(views: Sequence[MaskView], path: str | Path, title: str = "") -> Path:
-    """Draw each image plain, with the true mask where one is known, and with the predicted one; two images to a row.
-
-    Raises:
-        ValueError: there is no image.
-    """
+    """Draw images plain, with the true mask where known, and with the predicted one. Raises ValueError: none."""
     if not views:
         raise ValueError("no image to draw")
     known = any(view.truth is not None for view in views)
@@ -140,8 +138,7 @@ class BoxImage:
 def draw_boxes(images: Sequence[BoxImage], path: str | Path, title: str = "") -> Path:
     """Draw images in rows of four, true boxes as full green lines and predicted ones as dashed orange, with scores.
 
-    Raises:
-        ValueError: there is no image.
+    Raises ValueError: there is no image.
     """
     if not images:
         raise ValueError("no image to draw")
@@ -264,9 +261,8 @@ def draw_prediction(
     for place in range(count):
         row, column = divmod(place, columns)
         bottom = height - _HEADING - (row + 1) * (side + _TITLE) + 0.04
-        cells.append(
-            figure.add_axes((0.008 + column * side / WIDTH, bottom / height, 0.97 * side / WIDTH, side / height))
-        )
+        box = (0.008 + column * side / WIDTH, bottom / height, 0.97 * side / WIDTH, side / height)
+        cells.append(figure.add_axes(box))
     _draw_image(cells, image, attention)
     left = 0.05 + columns * side / WIDTH + 0.0065 * min(max(map(len, probability)), 24)
     bars = min(height - 0.8, 0.42 * len(probability) + 0.2)
@@ -301,3 +297,47 @@ def _draw_bars(axes: Axes, probability: Mapping[str, float], chosen: Collection[
     axes.tick_params(labelsize=9, length=0)
     axes.set_title("probability", fontsize=9, color=_TEXT)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+@dataclass(frozen=True)
+class Found:
+    """One image of a search.
+
+    Args:
+        image: (H, W).
+        similarity: to the query; None for the query itself.
+    """
+
+    image: Array
+    findings: Sequence[str] | None
+    similarity: float | None = None
+
+
+def draw_search(rows: Sequence[tuple[Found, Sequence[Found]]], path: str | Path, title: str = "") -> Path:
+    """Draw each query in a row with what was found, the nearest first.
+
+    Frames are green where something found shares a finding with the query, or has none as the query has none, grey
+    where it does not, and blue where labels are not known. Raises ValueError: there is no query.
+    """
+    if not rows:
+        raise ValueError("no query to draw")
+    height = _TITLE + _FOUND + _BELOW
+    figure, parts = maps.row_figure([height] * len(rows), title)
+    for part, (query, found) in zip(parts, rows, strict=True):
+        for place, one in enumerate((query, *found)):
+            left = 0.008 + place * (_FOUND + 0.12) / WIDTH + (0.02 if place else 0.0)
+            axes = part.add_axes((left, _BELOW / height, _FOUND / WIDTH, _FOUND / height))
+            low, high = np.percentile(one.image, (0.5, 99.5))
+            name = "query" if one.similarity is None else f"{place}: {one.similarity:.2f}"
+            maps.draw_panel(axes, one.image, float(low), float(high), name, _colour(query, one))
+            text = "labels not known" if one.findings is None else ", ".join(one.findings) or "none of these findings"
+            lines = textwrap.wrap(text, 30, max_lines=3, placeholder=" ...")
+            part.text(left, (_BELOW - 0.06) / height, "\n".join(lines), va="top", fontsize=8, parse_math=False)
+    return save_png(figure, path)
+
+
+def _colour(query: Found, one: Found) -> str:
+    if one.similarity is None or query.findings is None or one.findings is None:
+        return maps.NEUTRAL
+    mine, theirs = set(query.findings), set(one.findings)
+    return maps.RIGHT if mine & theirs or not (mine or theirs) else maps.WRONG

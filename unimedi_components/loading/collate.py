@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Items to batches: images of one dimension with their targets, or of both with tokenised reports."""
 
-from __future__ import annotations
-
 import copy
 import mmap
 import os
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -77,7 +75,7 @@ class MixedCollate:
         if isinstance(self._rows, Tensor):
             self._rows = self._rows.numpy().view(np.uint32)
 
-    def remembering(self, count: int, skip_empty: bool = False, forked: bool = True) -> MixedCollate:
+    def remembering(self, count: int, skip_empty: bool = False, forked: bool = True) -> Self:
         """A copy that tokenises the report of each of `count` items, told by their "index", once for all processes.
 
         Their tokens lie in one array, which later processes share, instead of lists in each of them.

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A datalist as images with their targets: cached on disk, repeatable, and tolerant of unreadable files."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import hashlib
@@ -13,7 +11,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -37,8 +35,6 @@ _MAX_REFILL = 8
 _SKIPPED_FILE = "skipped.jsonl"
 # fields of an item that say what its file is to be taken for: the slices of a folder, the centre of a cube, units
 _PART_FIELDS = ("slices", "center", "assume_hu", "check_hu")
-# what a transform says of an image's values, which goes with it where nothing is cached
-_NOTES = ("film_values",)
 # fields that name a file, whose size and time decide whether what is kept of it is still valid
 _FILE_FIELDS = ("image", "mask")
 
@@ -113,18 +109,16 @@ class ImageDataset(PersistentDataset):
         if dim is not None:
             data = complete(data, target, dim, self.root, self.label_names, task)
         self.set_data(data)
-        self._stores = {} if self.cache_dir is None else {dim: self._store(dim, self.cache_dir) for dim in (2, 3)}
+        self._stores: dict[int, ImageStore] = {}
         if self.cache_dir is not None:
             _name_older_images(self.cache_dir)
+            made_by = {dim: [self.transform.fingerprints[dim], self.kept] for dim in (2, 3)}
+            self._stores = {dim: ImageStore(store_folder(self.cache_dir, dim, made)) for dim, made in made_by.items()}
         # shared memory, so that workers which outlive an epoch see the next one
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._run = uuid.uuid4().hex
         # what was named and is no image that can be read is listed with what turns out to be unreadable
         self._skipped = {one.file: Skipped(one.file, one.file, one.reason) for one in not_read}
-
-    def _store(self, dim: int, folder: Path) -> ImageStore:
-        """Where images of a dimension are kept that these transforms make."""
-        return ImageStore(store_folder(folder, dim, [self.transform.fingerprints[dim], self.kept]))
 
     def set_data(self, data: Sequence[Mapping[str, Any]]) -> None:
         """Replace the items. The cache stays: its keys tell which images are still valid."""
@@ -134,14 +128,13 @@ class ImageDataset(PersistentDataset):
         # what an item is kept under, once its files were looked at; zeros before
         self._keys = np.zeros((len(data), 16), np.uint8)
 
-    def without_stand_ins(self) -> ImageDataset:
+    def without_stand_ins(self) -> Self:
         """The same items, none of which stands in for an unreadable one."""
         dataset = copy.copy(self)
         dataset.refill = False
         return dataset
 
     def collate(self, items: Sequence[dict[str, Any] | Skipped]) -> dict[str, Any] | None:
-        """Items to a batch, see `collate.collate`."""
         return collate(items, self.target)
 
     def set_epoch(self, epoch: int) -> None:
@@ -150,7 +143,6 @@ class ImageDataset(PersistentDataset):
 
     @property
     def dims(self) -> list[int]:
-        """2 or 3 for every item."""
         return self._dims.tolist()
 
     @property
@@ -222,7 +214,8 @@ class ImageDataset(PersistentDataset):
 
     def _kept(self, prepared: Mapping[str, Any]) -> dict[str, Any]:
         """The tensors of an item that its batch needs, and what was done to a film's values."""
-        notes = {name: prepared[name] for name in _NOTES if name in prepared}
+        # goes with the image where nothing is cached
+        notes = {name: prepared[name] for name in ("film_values",) if name in prepared}
         if self.keep_meta:
             return notes | {name: prepared[name] for name in self.kept}
         return notes | {name: _plain(prepared[name], float_only=name == "image") for name in self.kept}
@@ -295,9 +288,7 @@ def _name_older_images(cache_dir: Path) -> None:
         text = (
             "%s: %s is of another version and not read; `python -m unimedi_components cache CONFIG --clean` removes it"
         )
-        logger.warning(
-            text, cache_dir, older[0].name if len(older) == 1 else f"{older[0].name} and {len(older) - 1} more"
-        )
+        logger.warning(text, cache_dir, f"{older[0].name} and {len(older) - 1} more" if older[1:] else older[0].name)
 
 
 def _key(source: Mapping[str, Any]) -> bytes:

@@ -28,31 +28,25 @@ class _Derived(Dataset[Any]):
 
     @property
     def data(self) -> Sequence[dict[str, Any]]:
-        """The items of one pass."""
         return self.dataset.data
 
     @property
     def dims(self) -> list[int]:
-        """2 or 3 for every item."""
         return [item["dim"] for item in self.data]
 
     @property
     def skipped(self) -> list[Skipped]:
-        """The items that could not be read."""
         return self.dataset.skipped
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the random transforms; features have none."""
         self.dataset.set_epoch(epoch)
 
     def without_stand_ins(self) -> Any:
-        """The same items, none of which stands in for an unreadable one."""
         dataset = copy.copy(self)
         dataset.dataset = self.dataset.without_stand_ins()
         return dataset
 
     def collate(self, items: Sequence[dict[str, Any] | Skipped]) -> dict[str, Any] | None:
-        """Items to a batch, see `collate.collate`."""
         return self.dataset.collate(items)
 
     def __getitem__(self, index: int) -> Any:
@@ -107,7 +101,6 @@ class FeatureDataset(_Derived):
 
     Args:
         dataset: the images; with random transforms they pass through, or every epoch would see the same draw.
-        network: with `features`; in evaluation mode for the pass.
         share: let each rank run the encoder over its share of the items and exchange the features; for items that are
             the same on every rank.
 
@@ -136,7 +129,6 @@ class FeatureDataset(_Derived):
 
     @property
     def data(self) -> list[dict[str, Any]]:
-        """The items, without those that the pass could not read."""
         return self._computed() if self.enabled else list(self.dataset.data)
 
     def __len__(self) -> int:
@@ -150,7 +142,8 @@ class FeatureDataset(_Derived):
 
     def _computed(self) -> list[dict[str, Any]]:
         # a checkpoint that is loaded when training starts brings another encoder
-        encoder = self._versions()
+        tensors = (*self.network.encoder.parameters(), *self.network.encoder.buffers())
+        encoder = [tensor._version for tensor in tensors]
         if self._items is None or encoder != self._encoder:
             self._encoder = encoder
             images = self.dataset.without_stand_ins()
@@ -165,11 +158,6 @@ class FeatureDataset(_Derived):
                 first = next((f", first {record.file}: {record.reason}" for record in images.skipped), "")
                 raise DataError(f"none of {len(self.dataset.data)} images can be read{first}")
         return self._items
-
-    def _versions(self) -> list[int]:
-        """How often each tensor of the encoder was written to."""
-        encoder = self.network.encoder
-        return [tensor._version for tensor in (*encoder.parameters(), *encoder.buffers())]
 
     def _encode(self, images: ImageDataset) -> dict[str, Tensor]:
         """Features by item id."""

@@ -83,7 +83,6 @@ class ImageLoader(DataLoader):
         super().__init__(dataset, num_workers, batch_sampler=batches, collate_fn=collate_fn, **kwargs)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch of the next iteration."""
         self.dataset.set_epoch(epoch)
         if isinstance(self.batch_sampler, MixedBatchSampler):
             self.batch_sampler.set_epoch(epoch)

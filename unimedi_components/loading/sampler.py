@@ -48,10 +48,6 @@ class MixedBatchSampler(Sampler[list[int]]):
     Raises:
         ConfigError: an option is none of those named here.
         DataError: there is nothing to draw from, or fewer items of a dimension than replicas.
-
-    Example:
-        >>> list(MixedBatchSampler([2, 2, 3, 2, 2], batch_2d=2, batch_3d=1, shuffle=False))
-        [[0, 1, 2], [3, 4, 2]]
     """
 
     def __init__(
@@ -104,7 +100,6 @@ class MixedBatchSampler(Sampler[list[int]]):
         return n // batch + (0 if self.drop_last or rest == 0 else 1)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iteration draws."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -125,7 +120,8 @@ class MixedBatchSampler(Sampler[list[int]]):
         passes = 0
         wanted = n if dim == self.primary else batch * self.steps
         while len(order) < wanted:
-            order = self._append_pass(order, self._permutation(dim, epoch, passes), batch)
+            rng = np.random.default_rng([self.seed, epoch, dim, passes])
+            order = self._append_pass(order, rng.permutation(n) if self.shuffle else np.arange(n), batch)
             passes += 1
         steps = []
         for step in range(self.steps):
@@ -134,10 +130,6 @@ class MixedBatchSampler(Sampler[list[int]]):
             mine = joint[self.rank * share : (self.rank + 1) * share]
             steps.append(self.indices[dim][mine].tolist())
         return steps
-
-    def _permutation(self, dim: int, epoch: int, number: int) -> np.ndarray:
-        n = len(self.indices[dim])
-        return np.random.default_rng([self.seed, epoch, dim, number]).permutation(n) if self.shuffle else np.arange(n)
 
     @staticmethod
     def _append_pass(order: np.ndarray, following: np.ndarray, batch: int) -> np.ndarray:

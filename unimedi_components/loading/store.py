@@ -76,7 +76,6 @@ def pack(tensors: Mapping[str, Tensor], greys: Sequence[str] = ("image",)) -> by
 
 
 def unpack(block: bytes | memoryview) -> dict[str, Tensor]:
-    """Tensors of their own from the bytes of `pack`."""
     start = 4 + int.from_bytes(block[:4], "little")
     found = {}
     for name, kind, stored, shape, count, size in _header(bytes(block[4:start])):
@@ -261,7 +260,6 @@ class ItemList(Sequence[dict[str, Any]]):
     @overload
     def __getitem__(self, index: slice) -> list[dict[str, Any]]: ...
     def __getitem__(self, index: int | slice) -> Any:
-        """An item, or a list of some."""
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         if not -len(self) <= index < len(self):

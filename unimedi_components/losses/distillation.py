@@ -14,6 +14,9 @@ from torch.autograd.function import once_differentiable
 
 from unimedi_components.distributed import all_reduce_sum, is_distributed, world_size
 
+# a few tokens in a few chunks would save little memory; of fewer rows, matrix products are slow
+_FEWEST_CHUNKS, _FEWEST_ROWS = 14, 64
+
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Sum over rows of weight * CE(teacher, student), differentiated while each chunk is at hand."""
@@ -35,6 +38,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_rows = torch.empty_like(student) if need_rows else None
         grad_prototypes = torch.zeros_like(student_prototypes) if need_prototypes else None
         total = student.new_zeros(())
+        chunk_size = min(chunk_size, max(_FEWEST_ROWS, len(student) // _FEWEST_CHUNKS))
         for bias, part in _chunks(teacher_bias, groups, chunk_size):
             rows = student[part]
             target = torch.addmm(bias, teacher[part], teacher_prototypes.T, alpha=1 / teacher_temp)
@@ -51,6 +55,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grad_rows[part] = grad if scale is None else grad * scale
             if grad_prototypes is not None:
                 grad_prototypes.addmm_(grad_logits.T, rows if scale is None else rows * scale)
+            # else they live on beside the next chunk's
+            del target, log_prob, grad_logits
         ctx.save_for_backward(grad_rows, grad_prototypes)
         return total
 
@@ -96,7 +102,7 @@ def distillation_loss(
         student_prototypes, teacher_prototypes: last-layer weights, (K, b).
         center: what is taken off the teacher's logits, (K,), or one row for each of `groups`, (G, K).
         weight: weight of each row, (N,); the mean is then sum(weight * loss) / sum(weight). None for equal weights.
-        chunk_size: rows at a time; 128 rows of 65,536 prototypes are 32 MiB per buffer.
+        chunk_size: most rows at a time, fewer where N is small; 128 rows of 65,536 prototypes are 32 MiB per buffer.
         groups: how many rows each row of `center` is for, one after another; None for all rows, with one center.
 
     Returns:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bootstrap intervals over patients, all cases of a patient together.
+"""Bootstrap intervals over patients, all cases of a patient together, and values that are kept with theirs.
 
 Letters: N cases, C yes-or-no questions, K decisions, R resamples.
 """
@@ -41,14 +41,9 @@ class PatientResamples:
 
 
 def weighted_mean(weights: Array, values: Array, counts: Array) -> Array:
-    """Means of N cases' values under each row of their weights (R, N); NaN where no case counts.
+    """Means (R,) or (R, C) of N cases' values under each row of their weights (R, N); NaN where no case counts.
 
-    Args:
-        values: (N,) or (N, C).
-        counts: which of them count, of the same shape.
-
-    Returns:
-        (R,) or (R, C).
+    ``counts``: which of the values, (N,) or (N, C), count.
     """
     total = weights @ counts
     means = np.full(total.shape, np.nan)
@@ -56,14 +51,9 @@ def weighted_mean(weights: Array, values: Array, counts: Array) -> Array:
 
 
 def resampled_auroc(scores: Array, truth: Array, weights: Array) -> Array:
-    """AUROC under each row of case weights, ties counted half: scikit-learn's with `sample_weight`, in one pass.
+    """AUROC under each row of case weights, ties counted half: scikit-learn's with `sample_weight`, in one pass, (R,).
 
-    Args:
-        truth: 1, 0 or -1 (does not count), (N,).
-        weights: (R, N).
-
-    Returns:
-        (R,); NaN where a row leaves no positive or no negative case.
+    ``truth``: 1, 0 or -1 (does not count), (N,). NaN where weights (R, N) leave no positive or no negative case.
     """
     known = np.flatnonzero(truth >= 0)
     order = known[np.argsort(scores[known], kind="stable")]
@@ -168,3 +158,56 @@ def percentile_interval(values: Array) -> list[float] | None:
         return None
     tail = 50 * (1 - LEVEL)
     return [float(limit) for limit in np.percentile(defined, [tail, 100 - tail])]
+
+
+class Measures:
+    """Values by key, each with its 95% interval where it is made of cases of known patients.
+
+    Args:
+        resamples: of the patients of all cases; None gives no intervals.
+    """
+
+    def __init__(self, resamples: PatientResamples | None = None) -> None:
+        self.resamples = resamples
+        self.values: dict[str, Any] = {}
+        self.intervals: dict[str, list[float]] = {}
+
+    def add(self, key: str, value: Any, resampled: npt.NDArray[Any] | None = None) -> None:
+        """Keep a value; `resampled` is the same in each resample, (R,), NaN where it is not defined."""
+        self.values[key] = value
+        interval = None if resampled is None else percentile_interval(resampled)
+        if interval is not None:
+            self.intervals[key] = interval
+
+    def mean(self, key: str, rows: npt.ArrayLike, patients: Sequence[Hashable] | None = None) -> None:
+        """Keep the mean of one number for each of N cases; without cases, nothing.
+
+        Candidates of a search are no cases: they stay the same in every resample.
+        """
+        array = np.asarray(rows, dtype=np.float64)
+        if not len(array):
+            return
+        wanted = self.resamples is not None and patients is not None
+        self.add(key, float(array.mean()), self.resamples.mean(array, patients) if wanted else None)  # type: ignore[union-attr,arg-type]
+
+    def per_finding(self, key: str, rows: npt.ArrayLike, findings: Sequence[Sequence[str]]) -> None:
+        """Keep under KEY_per_finding the means over the cases that have each finding, in the order of their names."""
+        array = np.asarray(rows, dtype=np.float64)
+        names = sorted({name for case in findings for name in case})
+        having = {name: [name in case for case in findings] for name in names}
+        if names:
+            self.values[f"{key}_per_finding"] = {name: float(array[mask].mean()) for name, mask in having.items()}
+
+    def content(self) -> dict[str, Any]:
+        return {**self.values, **({"intervals": dict(self.intervals)} if self.intervals else {})}
+
+
+def others_mean(scores: Array, patients: Sequence[Hashable]) -> Array:
+    """Expectation of each case's score under the output of a case of another patient, all equally likely: (N,).
+
+    ``scores``: of case i under the output of case j, (N, N). NaN for a case without a case of another patient.
+    """
+    key = patient_index(patients)
+    other = key[:, None] != key[None]
+    count = other.sum(1)
+    return np.divide((scores * other).sum(1), count, out=np.full(len(key), np.nan), where=count > 0)

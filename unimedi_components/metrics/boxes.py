@@ -105,14 +105,11 @@ def _weighted_ap(hits: Array, weights: Array, truths: Array) -> Array:
     return values
 
 
-def detection_metrics(
-    found: Detections, bootstrap: int = 1000, seed: int = 0, ious: Sequence[float] = IOUS
-) -> dict[str, Any]:
+def detection_metrics(found: Detections, bootstrap: int = 1000, seed: int = 0) -> dict[str, Any]:
     """Measure boxes of one class.
 
     Args:
         found: predicted and true boxes of the images; scores above about 0.01, or average precision misses its tail.
-        ious: thresholds that `map_coco` and `map_mgca` average over.
 
     Returns:
         plain values for JSON; None where something is not defined. "map_coco" and "map_mgca", see "rules";
@@ -125,26 +122,28 @@ def detection_metrics(
         ValueError: lists of different lengths, values that are not finite, or not one true box.
     """
     patients = _checked(found)
-    thresholds = sorted({*ious, *SHOWN})
+    thresholds = sorted({*IOUS, *SHOWN})
     every = _pool(found, thresholds, 0.0)
     strict = _mgca(_pool(found, thresholds, MGCA_SCORE))
     index = {iou: i for i, iou in enumerate(thresholds)}
+    one = np.ones((1, len(every.truths)))
+    rows = _named(_precisions(every, one), _precisions(strict, one), index)
     result: dict[str, Any] = {
-        "ious": list(ious),
+        "ious": list(IOUS),
         "images": len(found.boxes),
         "patients": int(patients.max()) + 1,
         "images_with_truth": int((every.truths > 0).sum()),
         "images_of_mgca": int((strict.truths > 0).sum()),
         "true_boxes": int(every.truths.sum()),
         "predicted_boxes": len(every.scores),
-        **_values(every, strict, index, ious),
+        **{name: None if np.isnan(value[0]) else float(value[0]) for name, value in rows.items()},
         "sensitivity": _froc(every, index[0.4]),
         "rules": RULES,
     }
     if bootstrap > 0:
 
         def statistics(weights: Array) -> dict[str, Array]:
-            return _named(_precisions(every, weights), _precisions(strict, weights), index, ious)
+            return _named(_precisions(every, weights), _precisions(strict, weights), index)
 
         values = resampled(statistics, patients, bootstrap, seed, len(every.scores))
         limits = {"level": LEVEL, "resamples": bootstrap, **interval_table(values, patients)}
@@ -207,14 +206,8 @@ def _precisions(pool: _Pool, weights: Array) -> Array:
     return np.stack([_weighted_ap(hits, rows, truths) for hits in pool.hits])
 
 
-def _values(every: _Pool, strict: _Pool, index: Mapping[float, int], ious: Sequence[float]) -> dict[str, Any]:
-    one = np.ones((1, len(every.truths)))
-    rows = _named(_precisions(every, one), _precisions(strict, one), index, ious)
-    return {name: None if np.isnan(value[0]) else float(value[0]) for name, value in rows.items()}
-
-
-def _named(every: Array, strict: Array, index: Mapping[float, int], ious: Sequence[float]) -> dict[str, Array]:
-    chosen = [index[iou] for iou in ious]
+def _named(every: Array, strict: Array, index: Mapping[float, int]) -> dict[str, Array]:
+    chosen = [index[iou] for iou in IOUS]
     names = {"map_coco": every[chosen].mean(0), "map_mgca": strict[chosen].mean(0)}
     return names | {f"ap_{round(100 * iou)}": every[index[iou]] for iou in SHOWN}
 
@@ -236,7 +229,6 @@ class _PerImage(Metric):
         super().__init__(from_engine(["pred", "label"]))
 
     def reset(self) -> None:
-        """Forget all images."""
         self.rows = []
 
     def _all(self) -> list[Any]:
@@ -250,7 +242,6 @@ class DetectionLossMetric(_PerImage):
     """Mean over the images of the loss that each has alone, "loss" of `ViTDet` in evaluation with targets."""
 
     def update(self, output: tuple[Sequence[Mapping[str, Any]], Any]) -> None:
-        """Take in a batch."""
         self.rows += [float(row["loss"]) for row in output[0]]
 
     def compute(self) -> float:
@@ -269,7 +260,6 @@ class DetectionScore(_PerImage):
         super().__init__()
 
     def update(self, output: tuple[Sequence[Mapping[str, Any]], Sequence[Mapping[str, Any]]]) -> None:
-        """Take in a batch."""
         for found, true in zip(*output, strict=True):
             tensors = (found["boxes"], found["scores"], true["boxes"])
             self.rows.append(tuple(tensor.detach().float().cpu().numpy() for tensor in tensors))

@@ -262,9 +262,6 @@ class ClassificationLossMetric(Loss):
     """
 
     def __init__(self, task: str) -> None:
-        super().__init__(ClassificationLoss(task), _logits_and_label, batch_size=_count_known)
-
-
-def _count_known(label: Tensor) -> int:
-    # The loss is a mean over these: uncertain labels must not weigh a batch.
-    return int((label != UNCERTAIN).sum())
+        # The loss is a mean over labels that count: uncertain ones must not weigh a batch.
+        loss = ClassificationLoss(task)
+        super().__init__(loss, _logits_and_label, batch_size=lambda label: int((label != UNCERTAIN).sum()))

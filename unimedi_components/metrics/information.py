@@ -35,14 +35,7 @@ class Information:
 
 
 class TargetInformation:
-    """Adds up targets batch by batch, so that no samples x positions x prototypes array is held.
-
-    Example:
-        >>> targets = TargetInformation()
-        >>> targets.add(torch.eye(4))
-        >>> round(targets.result().information, 4)  # log(4)
-        1.3863
-    """
+    """Adds up targets batch by batch, so that no samples x positions x prototypes array is held."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -51,11 +44,7 @@ class TargetInformation:
 
     @torch.no_grad()
     def add(self, targets: Tensor) -> None:
-        """Add the distributions of further samples.
-
-        Args:
-            targets: rows that sum to 1, (N, K), or (N, P, K) at the same P positions for every sample.
-        """
+        """Add the distributions of further samples, (N, K), or (N, P, K) at the same P positions; rows sum to 1."""
         rows = targets[:, None] if targets.ndim == 2 else targets
         total = rows.sum(0, dtype=torch.float64)
         self._total = total if self._total is None else self._total + total

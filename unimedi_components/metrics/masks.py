@@ -101,13 +101,11 @@ class MaskScore(Metric):
 
     @reinit__is_reduced
     def reset(self) -> None:
-        """Forget all images."""
         self._total = torch.zeros((), dtype=torch.float64)
         self._images = torch.zeros((), dtype=torch.int64)
 
     @reinit__is_reduced
     def update(self, output: Sequence[Tensor]) -> None:
-        """Add a batch of logits and labels."""
         logits, label = output
         counts = mask_counts(logits.detach().float().sigmoid() >= self.threshold, label > 0.5)
         self._total = self._total + float(mask_scores(counts)["dice"].sum())
@@ -134,12 +132,10 @@ class MaskLossMetric(Metric):
 
     @reinit__is_reduced
     def reset(self) -> None:
-        """Forget all images."""
         self._sums = self.loss.no_sums(self.num_classes)
 
     @reinit__is_reduced
     def update(self, output: Sequence[Tensor]) -> None:
-        """Add a batch of logits and labels."""
         self._sums = self._sums + self.loss.sums(output[0].detach(), output[1]).cpu()
 
     @sync_all_reduce("_sums")

@@ -49,9 +49,7 @@ def organ_scores(
     if prediction.shape != truth.shape:
         raise ValueError(f"prediction {prediction.shape} and truth {truth.shape} differ in shape")
     scores = {name: np.full(num_organs, np.nan) for name in METRICS}
-    counts = [
-        np.bincount(labels.reshape(-1).astype(np.int64), minlength=num_organs + 1) for labels in (truth, prediction)
-    ]
+    counts = [np.bincount(labels.ravel().astype(np.int64), minlength=num_organs + 1) for labels in (truth, prediction)]
     voxels, predicted = (count[1 : num_organs + 1] for count in counts)
     for organ in range(num_organs):
         if not voxels[organ]:
@@ -167,13 +165,11 @@ class OrganDice(Metric):
 
     @reinit__is_reduced
     def reset(self) -> None:
-        """Forget all cases."""
         self._total = torch.zeros(self.num_classes - 1, dtype=torch.float64)
         self._count = torch.zeros(self.num_classes - 1, dtype=torch.float64)
 
     @reinit__is_reduced
     def update(self, output: Sequence[Tensor]) -> None:
-        """Add a batch of logits and labels."""
         logits, label = output
         for found, wanted in zip(logits.detach().argmax(1), label[:, 0].long(), strict=True):
             kinds = [torch.bincount(part.flatten(), minlength=self.num_classes).double().cpu()[1:] for part in

@@ -19,15 +19,7 @@ Array = npt.NDArray[Any]
 
 
 def best_choice(mask: Array, k: int, patch_depth: int, expand: str = "centre") -> Array:
-    """Slices that an oracle would choose, those with the most lesion slices among them.
-
-    Args:
-        mask: lesion slices, bool (D,).
-        patch_depth: slices per slab, d.
-
-    Returns:
-        (k,), ascending.
-    """
+    """Slices that an oracle would choose, (k,): those with the most lesion slices of `mask`, (D,), among them."""
     by_slab = mask.reshape(-1, patch_depth)
     if expand == "centre":
         return _chosen(by_slab[:, patch_depth // 2], k, patch_depth, expand)
@@ -54,14 +46,9 @@ def fixed_choices(
     folds: int = 5,
     seed: int = 0,
 ) -> Array | None:
-    """The same slabs for every volume: those that show lesions most often in other patients, cross-validated.
+    """The same slabs for every volume, (N, k): those that show lesions most often in other patients, cross-validated.
 
-    Args:
-        masks: lesion slices, bool (N, D).
-        folds: at most; a patient's volumes stay in one.
-
-    Returns:
-        (N, k), or None with a single patient.
+    ``masks``: lesion slices, bool (N, D). A patient's volumes stay in one fold. None with a single patient.
     """
     names = list(dict.fromkeys(patients))
     folds = min(folds, len(names))

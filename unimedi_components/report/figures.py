@@ -27,7 +27,6 @@ def draw_tsne(groups: Mapping[str, tuple[Array, str, str]], path: Path, title: s
 
     Args:
         groups: name -> features (N, D), colour, marker.
-        seed: of t-SNE.
     """
     rows = np.concatenate([features for features, _, _ in groups.values()]).astype(np.float64)
     perplexity = min(30.0, max(2.0, (len(rows) - 1) / 4))
@@ -61,7 +60,8 @@ def draw_bars(
                 continue
             x, colour = group + (number - (len(bars) - 1) / 2) * width, _COLOURS[number % len(_COLOURS)]
             limits = value.get("interval") or value.get("patients") or (value["mean"], value["mean"])
-            axes.bar(x, value["mean"], width * 0.92, color=colour, label=name if name not in _named(axes) else None)
+            named = name in axes.get_legend_handles_labels()[1]
+            axes.bar(x, value["mean"], width * 0.92, color=colour, label=None if named else name)
             axes.plot([x, x], limits, color="#222222", lw=1.4)
             lowest.append(min(value["mean"], limits[0]))
             highest.append(max(value["mean"], limits[1]))
@@ -74,10 +74,6 @@ def draw_bars(
     axes.set_axisbelow(True)
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=10)
     return save_png(figure, path)
-
-
-def _named(axes: Any) -> list[str]:
-    return axes.get_legend_handles_labels()[1]
 
 
 def draw_curves(lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], path: Path, title: str, x: str) -> Path:

@@ -44,9 +44,8 @@ class Gallery:
         image = f'<img src="{escape(source)}" alt="{escape(alt)}" loading="lazy">'
         if wide:
             image = f'<div class="wide" tabindex="0">{image}</div>'
-        return (
-            f'<figure class="{"whole" if wide else "panel"}">{image}<figcaption>{escape(caption)}</figcaption></figure>'
-        )
+        style = "whole" if wide else "panel"
+        return f'<figure class="{style}">{image}<figcaption>{escape(caption)}</figcaption></figure>'
 
     def copied(self, path: Path, caption: str) -> str:
         """A figure that a run left, 1200 pixels wide; it scrolls in its box on narrow screens."""
@@ -112,11 +111,8 @@ class Gallery:
             draw_bars(list(SHARES.values()), bars, path, name, label)
             ends = (f"{title} {values[-1]['mean']:.3f}" for title, values in bars.items() if values[-1])
             alt = f"{name}, {label} at 1, 10 and 100% of the labels; at 100%: {', '.join(ends)}"
-            parts.append(
-                self._figure(
-                    path, alt, f"{alt}. Lines are 95% intervals over training seeds; the axis does not begin at 0."
-                )
-            )
+            caption = f"{alt}. Lines are 95% intervals over training seeds; the axis does not begin at 0."
+            parts.append(self._figure(path, alt, caption))
         return _row(parts) if parts else _not_run("Fig. 6 needs the cells 2d_only, 3d_only, joint and ours")
 
     def curves(self, name: str, folder: Path) -> str:
@@ -173,9 +169,7 @@ class Gallery:
 
     def run(self, run: Run) -> str:
         """What a plain run left: its figures."""
-        return "".join(
-            self.copied(path, _KNOWN.get(path.name, path.stem.replace("_", " ")) + ".") for path in run.figures
-        )
+        return "".join(self.copied(png, _KNOWN.get(png.name, png.stem.replace("_", " ")) + ".") for png in run.figures)
 
 
 def _distance(xray: Array, ct: Array) -> float:

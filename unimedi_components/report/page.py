@@ -43,7 +43,6 @@ def report(run_dirs: Sequence[str | Path], out: str | Path, tables: str | Path =
     Args:
         run_dirs: folders of finished runs (with `eval/metrics.json`) and of experiments (with `experiment.json`).
         out: folder of the page; its `figures` are replaced.
-        tables: folder where `make tableN` left its tables.
 
     Returns:
         path of `index.html`, written last and whole.
@@ -109,11 +108,8 @@ def _run_section(run: Run, gallery: Gallery) -> Section:
     summary = f"<summary>{len(numbers)} values of metrics.json</summary>"
     table = f"<details>{summary}{boxed_table(['<th>measure</th><th>value</th>'], rows)}</details>"
     name = f"run-{''.join(c if c.isalnum() else '-' for c in run.name)}-{gallery.count}"
-    return (
-        name,
-        f"Run: {run.name}",
-        _origin(run.origin) + table + gallery.curves(run.name, run.folder) + gallery.run(run),
-    )
+    html = _origin(run.origin) + table + gallery.curves(run.name, run.folder) + gallery.run(run)
+    return name, f"Run: {run.name}", html
 
 
 def _downstream(folder: Path) -> str:

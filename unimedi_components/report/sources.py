@@ -32,7 +32,6 @@ class Run:
 
     @property
     def figures(self) -> list[Path]:
-        """The PNG files that the run left."""
         return sorted(self.folder.glob("*.png"))
 
 
@@ -45,16 +44,13 @@ class Experiment:
 
     @property
     def variants(self) -> Mapping[str, Any]:
-        """Each variant's title, seeds and measures."""
         return self.content["variants"]
 
     @property
     def cells(self) -> Sequence[Mapping[str, Any]]:
-        """Where each finished cell's numbers come from."""
         return self.content["cells"]
 
     def cell(self, variant: str) -> Path:
-        """Folder of the variant's first seed."""
         seeds = self.variants.get(variant, {}).get("seeds") or [0]
         return self.folder / variant / str(seeds[0])
 

@@ -100,7 +100,6 @@ _MEASURES: dict[str, dict[str, str]] = {
 
 
 def anchor(experiment: Experiment, variant: str) -> str:
-    """Name of the place on the page that says where a variant's numbers come from."""
     return f"cell-{experiment.content.get('size', 'experiment')}-{variant}"
 
 
@@ -130,7 +129,7 @@ def paper_table(number: str, table: Mapping[str, Any], folder: Path | None) -> s
     """
     groups = {group["name"]: [f"{share:.0%}" for share in group["fractions"]] for group in table["groups"]}
     body = [
-        f'<tr class="theirs"><th>{escape(name)}</th>{"".join(f"<td>{_printed(value)}</td>" for value in values)}</tr>'
+        f'<tr class="theirs"><th>{escape(name)}</th>{"".join(map(_printed, values))}</tr>'
         for name, *values in table["rows"]
     ]
     if folder is None:
@@ -195,7 +194,7 @@ def _read_rows(path: Path) -> Rows:
 
 
 def _printed(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"
+    return "<td>-</td>" if value is None else f"<td>{value:.1f}</td>"
 
 
 def _seeds(rows: Rows) -> str:
@@ -233,7 +232,8 @@ def _label(experiment: Experiment, variant: str) -> str:
 
 def ablation_table(experiment: Experiment) -> str:
     """Table 7's rows as we measured them, with the baselines: mean, deviation and interval over seeds, in percent."""
-    prefixes = {prefix: name for prefix, name in {**_DATA_SETS, **_PHANTOMS}.items() if _measured(experiment, prefix)}
+    found = {key for measures in experiment.variants.values() for key in measures}
+    prefixes = {p: name for p, name in {**_DATA_SETS, **_PHANTOMS}.items() if f"{p}_100pct" in found}
     body = []
     for variant in _NAMES:
         if variant in experiment.variants:
@@ -243,10 +243,6 @@ def ablation_table(experiment: Experiment) -> str:
             label, cells = (f"<th>{_NAMES[variant]}</th>", [f'<td colspan="{3 * max(len(prefixes), 1)}">not run</td>'])
         body.append(f'<tr class="ours">{label}{"".join(cells)}</tr>')
     return boxed_table(_head({name: list(SHARES.values()) for name in prefixes.values()}, "Variant"), body)
-
-
-def _measured(experiment: Experiment, prefix: str) -> bool:
-    return any(f"{prefix}_100pct" in measures for measures in experiment.variants.values())
 
 
 def measure_tables(experiment: Experiment) -> str:

@@ -9,10 +9,9 @@ from typing import Any
 from unimedi_components.lazy import import_lazily
 
 _HOMES = {
-    "datalist_search": "evaluate_search headline",
+    "datalist_search": "draw_examples evaluate_search headline",
     "embedder": "Embedder load_trained model_hash",
     "embeddings": "Embeddings",
-    "examples": "draw_examples",
     "index": "EmbeddingIndex Hit",
     "inference": "SaveEmbeddings SaveNeighbours embed_batch finish_embedding",
     "pretraining": "after_training evaluate_datalist",

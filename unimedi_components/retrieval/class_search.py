@@ -42,12 +42,9 @@ def class_precision(
     """P@K by finding: queries that have it, and the share of their K nearest candidates that have it.
 
     Args:
-        query: (N, E), normalised here.
-        candidates: (M, E), normalised here.
         query_labels: 1 present, 0 absent, -1 uncertain, below -1 not mentioned, (N, F).
         candidate_labels: the same of the candidates, (M, F). Uncertain ones are no candidates for that finding; not
             mentioned counts as absent.
-        ks: the K; one that exceeds the candidates of a query is left out.
 
     Returns:
         "precision_at_K" and "precision_at_K_chance" (a random order's), means over the findings that have queries and
@@ -57,7 +54,7 @@ def class_precision(
     by_finding: dict[str, Values] = {}
     for column, asked, known, having in queries_by_finding(query_labels, candidate_labels):
         excluded = None if own is None else own[asked][:, known]
-        values = _precisions(query[asked], candidates[known], having.expand(len(asked), -1), excluded, ks)
+        values = _p_at_k(query[asked], candidates[known], having.expand(len(asked), -1), excluded, ks)
         if values:
             by_finding[names[column]] = {**values, "queries": len(asked), "candidates": int(having.sum())}
     return {**_means(by_finding), "by_finding": by_finding}
@@ -73,7 +70,7 @@ def same_findings_precision(
     """
     same = same_findings(query_labels, candidate_labels)
     asked = same.any(1)
-    return _precisions(query[asked], candidates, same[asked], None, ks) if asked.any() else {}
+    return _p_at_k(query[asked], candidates, same[asked], None, ks) if asked.any() else {}
 
 
 def queries_by_finding(query_labels: Array, candidate_labels: Array) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
@@ -92,9 +89,7 @@ def same_findings(query_labels: Array, candidate_labels: Array) -> Tensor:
     return (mine[:, None] == other[None]).all(-1)
 
 
-def _precisions(
-    query: Tensor, candidates: Tensor, correct: Tensor, excluded: Tensor | None, ks: Sequence[int]
-) -> Values:
+def _p_at_k(query: Tensor, candidates: Tensor, correct: Tensor, excluded: Tensor | None, ks: Sequence[int]) -> Values:
     most = len(candidates) if excluded is None else int((~excluded).sum(1).min())
     values: Values = {}
     for k in ks:

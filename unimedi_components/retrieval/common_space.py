@@ -16,8 +16,8 @@ from torch import Tensor
 
 from unimedi_components.data.phantom.paired import write_paired_xray
 from unimedi_components.data.phantom.truth import labels_of
+from unimedi_components.metrics.bootstrap import Measures
 from unimedi_components.metrics.common_space import centred, centroid_distance, unit_rows
-from unimedi_components.metrics.measures import Measures
 from unimedi_components.networks.pretrained import Pretrained
 from unimedi_components.retrieval.class_search import queries_by_finding, same_findings
 from unimedi_components.retrieval.features import Features, extract_features
@@ -79,9 +79,7 @@ def separation_metrics(
 
 
 def _balanced_accuracy(kept: Measures, key: str, right: Array, truth: Array, patients: Sequence[str]) -> None:
-    sides = [
-        (right[truth == value], [p for p, t in zip(patients, truth, strict=True) if t == value]) for value in (0, 1)
-    ]
+    sides = [(right[truth == v], [p for p, t in zip(patients, truth, strict=True) if t == v]) for v in (0, 1)]
     draws = kept.resamples
     resampled = None if draws is None else np.mean([draws.mean(rows, people) for rows, people in sides], axis=0)
     kept.add(key, float(np.mean([rows.mean() for rows, _ in sides])), resampled)

@@ -12,16 +12,24 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from sklearn.metrics import roc_curve
 
 from unimedi_components.data.datalist import SPLITS, load_datalist, write_metrics
 from unimedi_components.distributed import rank
 from unimedi_components.errors import ConfigError, DataError
 from unimedi_components.figures.charts import RocCurve, draw_roc
-from unimedi_components.metrics.measures import Measures
-from unimedi_components.retrieval.class_search import NOT_MENTIONED, Studies, class_search, gather_studies, label_table
-from unimedi_components.retrieval.embedder import Embedder, check_punct
+from unimedi_components.figures.panels import Found, draw_search
+from unimedi_components.metrics.bootstrap import Measures
+from unimedi_components.retrieval.class_search import (
+    NOT_MENTIONED,
+    Studies,
+    class_search,
+    common_findings,
+    gather_studies,
+    label_table,
+)
+from unimedi_components.retrieval.embedder import Embedder, check_punct, make_dataset
 from unimedi_components.retrieval.embeddings import Embeddings
+from unimedi_components.retrieval.index import EmbeddingIndex, Hit
 from unimedi_components.retrieval.measuring import retrieval_metrics
 from unimedi_components.retrieval.prompts import PromptSet, load_prompt_sets
 from unimedi_components.retrieval.protocols import exclusive_sample, protocol_metrics
@@ -40,7 +48,6 @@ HEADLINE = (
 
 
 def headline(values: Values) -> Values:
-    """The values of `HEADLINE` alone."""
     return {name: values[name] for name in HEADLINE}
 
 
@@ -163,9 +170,8 @@ def _headline(values: Mapping[str, Any]) -> Values:
     search, zero_shot = values["class_search"], values["zero_shot"]
     found = {f"zero_shot_auroc_{dim}": zero_shot[dim]["macro_auroc"] for dim in zero_shot}
     for direction in ("xray_to_ct", "ct_to_xray"):
-        for key in ("precision_at_10", "precision_at_10_chance"):
-            if key in search.get(direction, {}):
-                found[f"{direction}_{key}"] = search[direction][key]
+        keys = search.get(direction, {}).keys() & {"precision_at_10", "precision_at_10_chance"}
+        found |= {f"{direction}_{key}": search[direction][key] for key in keys}
     return found
 
 
@@ -184,11 +190,91 @@ def _write(folder: Path, values: Values, table: pd.DataFrame, index: Embeddings)
 
 def _curves(table: pd.DataFrame, scores: Mapping[str, Any]) -> list[RocCurve]:
     intervals = scores.get("intervals", {}).get("auroc", {})
-    curves = []
-    for name, auroc in scores["auroc"].items():
-        known = table[table[f"label_{name}"] >= 0]
-        rates = (np.empty(0),) * 2
-        if auroc is not None:
-            rates = roc_curve(known[f"label_{name}"], known[f"probability_{name}"])[:2]
-        curves.append(RocCurve(name, *rates, auroc, intervals.get(name)))
-    return curves
+    return [
+        RocCurve.of(name, table[f"label_{name}"], table[f"probability_{name}"], auroc, intervals.get(name))
+        for name, auroc in scores["auroc"].items()
+    ]
+
+
+_Row = tuple[int, dict[str, Any]]
+
+
+def draw_examples(
+    embedder: Embedder,
+    index: str | Path,
+    datalist: str | Path,
+    dataset_dir: str | Path,
+    path: str | Path,
+    prompts: Sequence[str | Path] = ("chest_xray", "chest_ct"),
+    queries: int = 3,
+    neighbours: int = 5,
+) -> Path | None:
+    """Draw searches across dimensions with the findings that both data sets label; on rank 0 alone.
+
+    Args:
+        index: npz of images of the datalist.
+        dataset_dir: folder that its image paths are relative to.
+        prompts: sets whose aliases say which findings of two data sets are the same.
+        queries: of each dimension, the first images whose findings differ.
+
+    Returns:
+        the path; None where the index holds images of one dimension alone, and on other ranks.
+
+    Raises:
+        ConfigError: the index is of another model.
+    """
+    if rank() != 0:
+        return None
+    searched = EmbeddingIndex.load(index)
+    searched.check_model(embedder.model)
+    lists = load_datalist(datalist, dataset_dir)
+    items = {item["id"]: item for split in SPLITS for item in lists[split]}
+    found = _findings(list(items.values()), lists.get("meta", {}), prompts)
+    images = [(row, entry) for row, entry in enumerate(searched.entries) if entry["kind"] == "image"]
+    if len({entry["dim"] for _, entry in images}) < 2:
+        return None
+    rows = []
+    for dim in (2, 3):
+        asking = _different([pair for pair in images if pair[1]["dim"] == dim], found)
+        for row, entry in asking[:queries]:
+            embed = searched.embeddings.embed[row : row + 1]
+            (hits,) = searched.query(embed, embedder.model, neighbours, "image", 5 - dim)
+            shown = [_shown(embedder, items[hit.entry["id"]], dataset_dir, found, hit) for hit in hits]
+            rows.append((_shown(embedder, items[entry["id"]], dataset_dir, found), shown))
+    return draw_search(rows, path, "X-rays with the nearest CT volumes, and CT volumes with the nearest X-rays")
+
+
+def _different(images: Sequence[_Row], found: Mapping[str, list[str]]) -> list[_Row]:
+    """The first image of each combination of findings, in their order; those without any last."""
+    firsts: dict[tuple[str, ...], _Row] = {}
+    for row, entry in images:
+        firsts.setdefault(tuple(found.get(entry["id"], ())), (row, entry))
+    return [image for findings, image in sorted(firsts.items(), key=lambda pair: not pair[0])]
+
+
+def _findings(
+    items: Sequence[dict[str, Any]], meta: Mapping[str, Any], prompts: Sequence[str | Path]
+) -> dict[str, list[str]]:
+    """By id the findings that X-rays and volumes are both labelled for, of the items that have labels."""
+    parts = {dim: [item for item in items if item["dim"] == dim] for dim in (2, 3)}
+    tables = {dim: label_table(own, meta) for dim, own in parts.items()}
+    common = common_findings(tables[2][0], tables[3][0], load_prompt_sets(prompts))
+    found = {}
+    for dim, own in parts.items():
+        columns = [(name.lower(), pair[dim - 2]) for name, *pair in common]
+        for item, row in zip(own, tables[dim][1], strict=True):
+            if "label" in item:
+                found[item["id"]] = [name for name, column in columns if row[column] == 1]
+    return found
+
+
+def _shown(
+    embedder: Embedder, item: dict[str, Any], root: str | Path, found: Mapping[str, list[str]], hit: Hit | None = None
+) -> Found:
+    image = make_dataset(embedder.pretrained, [item], root)[0]["image"][0].numpy()
+    if image.ndim == 3:
+        # from the front, as a film is taken
+        depth, _, width = image.shape
+        front = image[::-1, image.shape[1] // 2]
+        image = np.repeat(front, max(1, round(width / depth)), axis=0)
+    return Found(image, found.get(item["id"]), None if hit is None else hit.score)

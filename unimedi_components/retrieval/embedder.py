@@ -87,11 +87,6 @@ class Embedder(nn.Module):
 
     Raises:
         CheckpointError: a file is missing or does not fit.
-
-    Example:
-        >>> embedder = Embedder("bundles/pretrain/models/model.pt")  # doctest: +SKIP
-        >>> embedder.images("scan.nii.gz").embed.shape  # doctest: +SKIP
-        (1, 128)
     """
 
     __jit_unused_properties__ = ("device",)
@@ -110,7 +105,6 @@ class Embedder(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the network is."""
         return self.network.encoder.cls_token.device
 
     @cached_property
@@ -135,7 +129,6 @@ class Embedder(nn.Module):
         return self.network.encoder.state_dict(*args, **kwargs)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Load another encoder's state."""
         self.__dict__.pop("model", None)
         return self.network.encoder.load_state_dict(state_dict, strict, assign)
 
@@ -288,9 +281,6 @@ class Embedder(nn.Module):
     def datalist(self, path: str | Path, root: str | Path, split: str = "test", **options: Any) -> Embeddings:
         """Images and reports of a datalist, the images first.
 
-        Args:
-            root: folder that its image paths are relative to.
-
         Raises:
             DataError: the datalist cannot be used, the split is empty, or not one image could be read.
         """
@@ -315,11 +305,7 @@ def _padded(rows: Sequence[Any], dtype: Any, fill: float) -> Any:
 def load_trained(checkpoint: str | Path) -> nn.Module:
     """The network that `model.pt` of any bundle holds, on the CPU, in evaluation mode.
 
-    Returns:
-        a task's network as of `load_network`, or an `Embedder` of what pre-training left.
-
-    Raises:
-        CheckpointError: a file is missing or does not fit.
+    That of a task, see `load_network`, or an `Embedder` of what pre-training left; errors as of these.
     """
     path = Path(checkpoint)
     return load_network(path) if KINDS.keys() & read_card(path) else Embedder(path, "cpu")

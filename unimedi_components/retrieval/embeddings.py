@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Embeddings of images and reports with what they are of, as one npz file."""
 
-from __future__ import annotations
-
 import json
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -63,18 +61,16 @@ class Embeddings:
 
     @property
     def ids(self) -> list[str]:
-        """Id of each row."""
         return [entry["id"] for entry in self.entries]
 
     @property
     def dims(self) -> Array:
-        """2 or 3 for each row."""
         return np.asarray([entry["dim"] for entry in self.entries], dtype=np.int64)
 
     def save(self, path: str | Path) -> Path:
-        """Write one npz file: the arrays by name, and as JSON text "entries", "card", "skipped" and "model".
+        """Write one npz file, whole or not at all, that loads without unpickling.
 
-        It is written whole or not at all, and loads without unpickling.
+        It holds the arrays by name, and as JSON text "entries", "card", "skipped" and "model".
         """
         path = Path(path)
         arrays = {name: value for name in ("cls", "scores", "selected") if (value := getattr(self, name)) is not None}
@@ -87,7 +83,7 @@ class Embeddings:
         return path
 
     @classmethod
-    def load(cls, path: str | Path) -> Embeddings:
+    def load(cls, path: str | Path) -> Self:
         """Read what `save` wrote. Raises DataError: missing, damaged, or something else."""
         try:
             with np.load(path, allow_pickle=False) as content:
@@ -103,12 +99,8 @@ class Embeddings:
         return cls(**arrays, **texts)
 
     @classmethod
-    def join(cls, parts: Sequence[Embeddings]) -> Embeddings:
-        """Several sets of one model as one; CLS features, scores and slices are left out.
-
-        Raises:
-            DataError: there is none, or they are of different models.
-        """
+    def join(cls, parts: Sequence[Self]) -> Self:
+        """Sets of one model as one, without CLS features, scores, slices. Raises DataError: none, or other models."""
         if not parts:
             raise DataError("no embeddings to join; name at least one file")
         if len({part.model for part in parts}) > 1:
@@ -118,6 +110,13 @@ class Embeddings:
         return cls(embed, entries, parts[0].model, card=parts[0].card, skipped=[s for p in parts for s in p.skipped])
 
 
+def finite_rows(rows: Array, width: int, name: str) -> Array:
+    """Rows (N, width) as float32. Raises DataError, which calls them `name`: another width, or not finite."""
+    array = np.ascontiguousarray(rows, dtype=np.float32)
+    if array.ndim != 2 or array.shape[1] != width or not np.isfinite(array).all():
+        raise DataError(f"{name} {array.shape} are not finite rows of {width} values")
+    return array
+
+
 def entry_of(name: str, kind: str, dim: int, source: str = "", text: str = "") -> dict[str, Any]:
-    """One entry of `Embeddings`."""
     return {"id": name, "kind": kind, "dim": dim, "source": source, "text": text}

@@ -3,7 +3,7 @@
 
 import math
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,47 +14,43 @@ from unimedi_components.data.datalist import SPLITS, write_json
 from unimedi_components.data.phantom import write_phantom
 from unimedi_components.data.phantom.truth import load_truth
 from unimedi_components.errors import CheckpointError, ConfigError, DataError
-from unimedi_components.networks.pretrained import Pretrained, load_pretrained, untrained
+from unimedi_components.networks.pretrained import load_pretrained, untrained
 from unimedi_components.retrieval.features import extract_features
 from unimedi_components.retrieval.measuring import all_metrics
 
+#: A title, a key, and what ends the keys of its baselines.
 Line = tuple[str, str, tuple[str, ...]]
-
-
-def _line(title: str, key: str, *ends: str) -> Line:
-    """A title, a key, and what ends the keys of its baselines."""
-    return title, key, ends
 
 
 _SEARCH = ("chance", "untrained")
 _LINES: tuple[Line, ...] = (
-    _line("probe AUROC, X-ray CLS", "probe_auroc_2d", "pixels", "untrained"),
-    _line("  minus pixels", "probe_minus_pixels_2d"),
-    _line("probe AUROC, CT CLS", "probe_auroc_3d", "voxels", "untrained"),
-    _line("  minus voxels", "probe_minus_pixels_3d"),
-    _line("slice precision", "slice_precision", "chance", "permuted", "fixed", "oracle", "untrained"),
-    _line("slice to lesion, mm", "slice_distance_mm", "chance", "permuted", "fixed", "oracle", "untrained"),
-    _line("X-ray attention in boxes", "xray_attention_ratio", "permuted", "untrained"),
-    _line("report R@5, pooled", "report_recall_at_5", *_SEARCH),
-    _line("report R@5, X-rays", "report_recall_2d_at_5", *_SEARCH),
-    _line("report R@5, CT", "report_recall_3d_at_5", *_SEARCH),
-    _line("X-ray to CT P@10", "xray_to_ct_precision_at_10", *_SEARCH),
-    _line("CT to X-ray P@10", "ct_to_xray_precision_at_10", *_SEARCH),
-    _line("X-ray to CT P@10, CLS", "xray_to_ct_cls_precision_at_10", *_SEARCH),
-    _line("CT to X-ray P@10, CLS", "ct_to_xray_cls_precision_at_10", *_SEARCH),
-    _line("own CT of an X-ray R@10", "drr_to_ct_recall_at_10", *_SEARCH),
-    _line("own CT of an X-ray R@10, CLS", "drr_to_ct_cls_recall_at_10", *_SEARCH),
-    _line("modalities told apart, CLS", "modality_accuracy_cls", "chance", "untrained"),
-    _line("modalities told apart", "modality_accuracy_embed", "chance", "untrained"),
-    _line("2D-3D centroid distance, CLS", "centroid_distance_cls", "chance", "untrained"),
-    _line("2D-3D centroid distance", "centroid_distance_embed", "chance", "untrained"),
-    _line("CLS attention on volumes", "cls_attention_3d", "uniform", "untrained"),
-    _line("CLS attention on slices", "cls_attention_slices", "uniform", "untrained"),
-    _line("temperature of L_vl", "temperature"),
-    _line("CLS code information, X-rays", "sd_cls_information_2d"),
-    _line("CLS code information, CT", "sd_cls_information_3d"),
-    _line("patch code information, X-rays", "sd_patch_information_2d"),
-    _line("patch code information, CT", "sd_patch_information_3d"),
+    ("probe AUROC, X-ray CLS", "probe_auroc_2d", ("pixels", "untrained")),
+    ("  minus pixels", "probe_minus_pixels_2d", ()),
+    ("probe AUROC, CT CLS", "probe_auroc_3d", ("voxels", "untrained")),
+    ("  minus voxels", "probe_minus_pixels_3d", ()),
+    ("slice precision", "slice_precision", ("chance", "permuted", "fixed", "oracle", "untrained")),
+    ("slice to lesion, mm", "slice_distance_mm", ("chance", "permuted", "fixed", "oracle", "untrained")),
+    ("X-ray attention in boxes", "xray_attention_ratio", ("permuted", "untrained")),
+    ("report R@5, pooled", "report_recall_at_5", _SEARCH),
+    ("report R@5, X-rays", "report_recall_2d_at_5", _SEARCH),
+    ("report R@5, CT", "report_recall_3d_at_5", _SEARCH),
+    ("X-ray to CT P@10", "xray_to_ct_precision_at_10", _SEARCH),
+    ("CT to X-ray P@10", "ct_to_xray_precision_at_10", _SEARCH),
+    ("X-ray to CT P@10, CLS", "xray_to_ct_cls_precision_at_10", _SEARCH),
+    ("CT to X-ray P@10, CLS", "ct_to_xray_cls_precision_at_10", _SEARCH),
+    ("own CT of an X-ray R@10", "drr_to_ct_recall_at_10", _SEARCH),
+    ("own CT of an X-ray R@10, CLS", "drr_to_ct_cls_recall_at_10", _SEARCH),
+    ("modalities told apart, CLS", "modality_accuracy_cls", ("chance", "untrained")),
+    ("modalities told apart", "modality_accuracy_embed", ("chance", "untrained")),
+    ("2D-3D centroid distance, CLS", "centroid_distance_cls", ("chance", "untrained")),
+    ("2D-3D centroid distance", "centroid_distance_embed", ("chance", "untrained")),
+    ("CLS attention on volumes", "cls_attention_3d", ("uniform", "untrained")),
+    ("CLS attention on slices", "cls_attention_slices", ("uniform", "untrained")),
+    ("temperature of L_vl", "temperature", ()),
+    ("CLS code information, X-rays", "sd_cls_information_2d", ()),
+    ("CLS code information, CT", "sd_cls_information_3d", ()),
+    ("patch code information, X-rays", "sd_patch_information_2d", ()),
+    ("patch code information, CT", "sd_patch_information_3d", ()),
 )
 
 
@@ -66,16 +62,9 @@ def _baseline(key: str, end: str) -> str:
 
 
 #: The keys that every evaluation has; a value is null where there was nothing to measure it on.
-HEADLINE = tuple(
-    dict.fromkeys(name for _, key, ends in _LINES for name in (key, *(_baseline(key, end) for end in ends)))
-)
+HEADLINE = tuple(dict.fromkeys(k for _, key, ends in _LINES for k in (key, *(_baseline(key, end) for end in ends))))
 
-Converter = Callable[..., dict[str, Any]]
-_LAYOUTS: dict[int, tuple[str, Converter]] = {
-    2: ("mimic_cxr", mimic_cxr.DATASET.convert),
-    3: ("bimcv", bimcv.DATASET.convert),
-}
-
+_LAYOUTS = {2: mimic_cxr.DATASET, 3: bimcv.DATASET}
 #: Measured on the untrained network too, under KEY_untrained.
 _ALSO_UNTRAINED = ("slice_recall", *(key for _, key, ends in _LINES if "untrained" in ends))
 
@@ -99,9 +88,7 @@ def evaluate(
 
     Args:
         checkpoint: `models/model.pt` or another weight file of a training run's folder.
-        patients: usable studies per dimension.
         seed: of the phantoms; not the one that the checkpoint was trained on.
-        json: file to write, whole or not at all.
         device: "cpu", "cuda", or "auto" for a GPU where there is one.
         keep: folder for the phantoms, reused if it holds them; by default a temporary one.
         workers: processes that write phantoms; None for one per CPU.
@@ -120,7 +107,12 @@ def evaluate(
         raise ConfigError(f"patients is {patients}; at least 2 are needed, and 200 for steady numbers")
     target = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     trained = load_pretrained(checkpoint, target)
-    _check_seed(trained, seed)
+    used = trained.card.get("phantom_seed")
+    if seed in (used if isinstance(used, list | tuple) else [used]):
+        raise ConfigError(
+            f"{trained.path}: was trained on the phantoms of seed {seed}, so they are not held out; "
+            f"choose another --seed, for example {seed + 1000}"
+        )
     random = untrained(trained)
     with tempfile.TemporaryDirectory(prefix="unimedi-evaluate-") as scratch:
         folder = Path(keep) if keep is not None else Path(scratch)
@@ -154,15 +146,6 @@ def _untrained(baseline: Mapping[str, Any]) -> dict[str, Any]:
     return {f"{k}_untrained{end}": baseline[k + end] for k in _ALSO_UNTRAINED for end in ends if k + end in baseline}
 
 
-def _check_seed(pretrained: Pretrained, seed: int) -> None:
-    used = pretrained.card.get("phantom_seed")
-    if seed in (used if isinstance(used, list | tuple) else [used]):
-        raise ConfigError(
-            f"{pretrained.path}: was trained on the phantoms of seed {seed}, so they are not held out; "
-            f"choose another --seed, for example {seed + 1000}"
-        )
-
-
 def heldout_items(
     dim: int,
     folder: Path,
@@ -175,7 +158,6 @@ def heldout_items(
     """Write phantoms of one dimension, convert them, take the first `patients` usable studies of all splits.
 
     Args:
-        dim: 2 for X-rays in MIMIC-CXR-JPG's layout, 3 for CT in BIMCV's.
         keep_punct: of the reports, as the network's training had it.
 
     Returns:
@@ -184,11 +166,12 @@ def heldout_items(
     Raises:
         DataError: the folder holds something else, or too few studies are usable.
     """
-    layout, convert = _LAYOUTS[dim]
-    root = folder / layout
+    layout = _LAYOUTS[dim]
+    root = folder / layout.name
     # Some patients have no usable study, as in the real sets.
-    write_phantom(layout, root, patients=math.ceil(patients * 1.05) + 2, seed=seed, workers=workers, progress=progress)
-    datalist, truth = convert(root, keep_punct=keep_punct, progress=progress), load_truth(root)
+    count = math.ceil(patients * 1.05) + 2
+    write_phantom(layout.name, root, patients=count, seed=seed, workers=workers, progress=progress)
+    datalist, truth = layout.convert(root, keep_punct=keep_punct, progress=progress), load_truth(root)
     assert truth is not None
     by_id = {item["id"]: item for split in SPLITS for item in datalist[split]}
     items = [by_id[name] for name in truth["studies"] if name in by_id][:patients]

@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A trained network over the items of a datalist: features, embeddings, selected slices, attention."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -37,7 +35,6 @@ class Paired:
 
     @property
     def patients(self) -> list[str]:
-        """Patient of each item."""
         return [item["patient"] for item in self.items]
 
 
@@ -65,16 +62,15 @@ class Features(Paired):
 
     @property
     def files(self) -> list[Path]:
-        """Image file of each item."""
         return [self.root / item["image"] for item in self.items]
 
-    def take(self, rows: Sequence[int]) -> Features:
+    def take(self, rows: Sequence[int]) -> Self:
         """Some of the images, in this order."""
         tensors: dict[str, Any] = {name: value[rows] for name, value in self._tensors().items()}
         return replace(self, items=[self.items[row] for row in rows], **tensors)
 
     @classmethod
-    def join(cls, parts: Sequence[Features]) -> Features:
+    def join(cls, parts: Sequence[Self]) -> Self:
         """Several parts of one dimension as one."""
         columns = [part._tensors() for part in parts]
         tensors: dict[str, Any] = {name: torch.cat([column[name] for column in columns]) for name in columns[0]}

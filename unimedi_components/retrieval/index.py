@@ -4,19 +4,17 @@
 Letters: N rows, E their width, Q queries.
 """
 
-from __future__ import annotations
-
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from unimedi_components.errors import ConfigError, DataError
-from unimedi_components.retrieval.embeddings import KINDS, Embeddings
+from unimedi_components.retrieval.embeddings import KINDS, Embeddings, finite_rows
 
 Array = npt.NDArray[Any]
 
@@ -79,7 +77,6 @@ class Approximate:
         self.index.add(data)
 
     def nearest(self, queries: Array, k: int) -> tuple[Array, Array]:
-        """See `Exact.nearest`."""
         scores, places = self.index.search(queries, k)
         return scores, places
 
@@ -142,7 +139,6 @@ class EmbeddingIndex:
         k: int = 10,
         kind: str | None = None,
         dim: int | None = None,
-        exclude: Sequence[str] | None = None,
     ) -> list[list[Hit]]:
         """The K nearest entries of each query, the nearest first; equal similarities in the entries' order.
 
@@ -150,8 +146,6 @@ class EmbeddingIndex:
             vectors: (Q, E) of unit norm, or one such array for each dimension, as sentences have.
             model: hash of the model that made them.
             kind: "image" or "report" alone.
-            exclude: an id for each query that its result must not hold, such as the query's own; with it goes
-                everything of this id, image and report.
 
         Raises:
             ConfigError: the queries are of another model, or `k`, `kind` or `dim` is none that there is.
@@ -164,19 +158,15 @@ class EmbeddingIndex:
             raise DataError(f"queries differ in number between dimensions: {sorted(count)}")
         (queries,) = count
         found: list[list[tuple[float, int]]] = [[] for _ in range(queries)]
-        wanted = k + (2 if exclude is not None else 0)
         for (own_kind, own_dim), (rows, search) in self._parts.items():
             if own_dim in by_dim and kind in (None, own_kind) and dim in (None, own_dim):
-                scores, places = search.nearest(self._queries(by_dim[own_dim]), min(wanted, len(rows)))
+                asked = finite_rows(by_dim[own_dim], self.embeddings.embed.shape[1], "queries")
+                scores, places = search.nearest(asked, min(k, len(rows)))
                 for query in range(queries):
                     pairs = zip(scores[query], places[query], strict=True)
                     found[query] += [(float(score), int(rows[place])) for score, place in pairs if place >= 0]
-        return [self._hits(pairs, k, None if exclude is None else exclude[query]) for query, pairs in enumerate(found)]
-
-    def _hits(self, pairs: list[tuple[float, int]], k: int, exclude: str | None) -> list[Hit]:
-        ordered = sorted(pairs, key=lambda pair: (-pair[0], pair[1]))
-        hits = [Hit(score, self.entries[row]) for score, row in ordered if self.entries[row]["id"] != exclude]
-        return hits[:k]
+        ordered = (sorted(pairs, key=lambda pair: (-pair[0], pair[1])) for pairs in found)
+        return [[Hit(score, self.entries[row]) for score, row in pairs[:k]] for pairs in ordered]
 
     def check_model(self, model: str) -> None:
         """Pass where the weights are those that the index was made with. Raises ConfigError: they are others."""
@@ -194,23 +184,11 @@ class EmbeddingIndex:
         if kind not in (None, *KINDS) or dim not in (None, 2, 3):
             raise ConfigError(f"kind {kind!r} and dim {dim!r}: use image or report, and 2 or 3, or leave them out")
 
-    def _queries(self, vectors: Array) -> Array:
-        array = np.ascontiguousarray(vectors, dtype=np.float32)
-        width = self.embeddings.embed.shape[1]
-        if array.ndim != 2 or array.shape[1] != width or not np.isfinite(array).all():
-            raise DataError(f"queries {array.shape} are not finite rows of {width} values")
-        return array
-
     def save(self, path: str | Path) -> Path:
         """Write the embeddings; the index itself is built again when loaded."""
         return self.embeddings.save(path)
 
     @classmethod
-    def load(cls, path: str | Path, backend: str = "exact", **options: Any) -> EmbeddingIndex:
-        """Read what `save` or `Embeddings.save` wrote; `backend` and `options` as of the class.
-
-        Raises:
-            ConfigError: see the class.
-            DataError: missing or damaged.
-        """
+    def load(cls, path: str | Path, backend: str = "exact", **options: Any) -> Self:
+        """Read what `save` or `Embeddings.save` wrote; options and errors as of the class and `Embeddings.load`."""
         return cls(Embeddings.load(path), backend, **options)

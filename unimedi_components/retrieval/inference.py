@@ -42,9 +42,6 @@ _MOST_BARS = 12
 def embed_batch(engine: Any, batchdata: Mapping[str, Any]) -> dict[str, Any]:
     """One iteration of an evaluator over an `Embedder`, for MONAI's `iteration_update`.
 
-    Args:
-        engine: MONAI's `SupervisedEvaluator`; its inferer is given the network's `encode`.
-
     Returns:
         "image", "pred" (B, E) of unit norm, "cls" (B, D), "attention" on the token grid (B, rows, columns) or
         (B, slabs, rows, columns), and for volumes "scores" (B, slabs) and "selected" (B, k).
@@ -89,7 +86,6 @@ class SaveEmbeddings(Transform):
         self.figures, self.volumes = figures, volumes
 
     def __call__(self, data: Mapping[Hashable, Any]) -> Mapping[Hashable, Any]:
-        """Write the files of one decollated item and return it unchanged."""
         name, dim = str(data["id"]), int(data["dim"])
         values = {key: _array(data[key]) for key in ("cls", "attention", "scores", "selected") if key in data}
         values |= {"embed": _array(data["pred"]), "dim": np.asarray(dim), "source": np.asarray(str(data["source"]))}
@@ -99,23 +95,21 @@ class SaveEmbeddings(Transform):
         if dim == 3:
             values["selected_position"] = (values["selected"] + 0.5) / len(image)
         self.folder.mkdir(parents=True, exist_ok=True)
-        _write_npz(self.folder / f"{name}.npz", values)
+        with replacing(self.folder / f"{name}.npz") as temporary:
+            np.savez_compressed(temporary, **values)  # type: ignore[arg-type]
         if self.figures:
-            self._draw(name, image, values, str(data.get("report") or ""))
+            path, report = self.folder / f"{name}.png", str(data.get("report") or "")
+            if dim == 3:
+                selected, scores = values["selected"].tolist(), values["scores"]
+                draw_selection([CTView(name, image, selected, scores, values["attention"], report)], path)
+            else:
+                draw_xrays([XrayView(name[-24:], image, values["attention"], report)], path)
         if self.volumes and dim == 3:
-            attention, affine = attention_in_file_geometry(
-                with_part(data["source"], data.get("part")), torch.as_tensor(values["attention"])
-            )
-            _write_nifti(self.folder / f"{name}_attention.nii.gz", attention, affine)
+            item = with_part(data["source"], data.get("part"))
+            attention, affine = attention_in_file_geometry(item, torch.as_tensor(values["attention"]))
+            with replacing(self.folder / f"{name}_attention.nii.gz") as temporary:
+                nib.save(nib.Nifti1Image(attention, affine), temporary)  # type: ignore[attr-defined]
         return data
-
-    def _draw(self, name: str, image: Array, values: Mapping[str, Array], report: str) -> None:
-        path, attention = self.folder / f"{name}.png", values["attention"]
-        if image.ndim == 3:
-            selected = values["selected"].tolist()
-            draw_selection([CTView(name, image, selected, values["scores"], attention, report)], path)
-        else:
-            draw_xrays([XrayView(name[-24:], image, attention, report)], path)
 
 
 def attention_in_file_geometry(item: Mapping[str, Any], attention: Tensor) -> tuple[Array, Array]:
@@ -139,11 +133,7 @@ def attention_in_file_geometry(item: Mapping[str, Any], attention: Tensor) -> tu
 
 
 def finish_embedding(dataset: Any, output_dir: str | Path) -> None:
-    """Write `summary.json`, the inputs and those that could not be read, and say how many there were.
-
-    Raises:
-        DataError: not one input could be read.
-    """
+    """Write `summary.json` and say how many inputs could not be read. Raises DataError: not one could be."""
     skipped = [record._asdict() for record in dataset.skipped]
     left_out = {record["id"] for record in skipped}
     written = [{"id": item["id"], "source": item["source"]} for item in dataset.data if item["id"] not in left_out]
@@ -166,7 +156,6 @@ class SaveNeighbours(PredictionWriter):
     - `<id>.png`: the image with Eq. 1's **v** over it and the highest probabilities; see `draw_prediction`.
 
     Args:
-        embedder: the network that the images go through.
         index: npz of `EmbeddingIndex`, made with the same weights; None searches nothing.
         prompts: prompt sets, at most one for each dimension; without one for a dimension its images get no probability.
 
@@ -232,7 +221,6 @@ class SaveNeighbours(PredictionWriter):
         return {name: hits for name, hits in found.items() if hits}
 
     def about(self) -> dict[str, Any]:
-        """Model, index and prompts."""
         return {
             "model": self.embedder.model,
             "index": None if self.index is None else {"entries": len(self.index)},
@@ -240,7 +228,6 @@ class SaveNeighbours(PredictionWriter):
         }
 
     def tables(self, rows: list[dict[str, Any]]) -> dict[str, pd.DataFrame]:
-        """`neighbours.csv` and `zero_shot.csv`."""
         near = [
             {"id": row["id"], "kind": kind, "rank": rank, "neighbour": hit["id"], **{key: hit[key] for key in _SHOWN}}
             for row in rows
@@ -260,13 +247,3 @@ class SaveNeighbours(PredictionWriter):
 
 def _array(value: Any) -> Array:
     return value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
-
-
-def _write_npz(path: Path, values: Mapping[str, Array]) -> None:
-    with replacing(path) as temporary:
-        np.savez_compressed(temporary, **values)  # type: ignore[arg-type]
-
-
-def _write_nifti(path: Path, values: Array, affine: Array) -> None:
-    with replacing(path) as temporary:
-        nib.save(nib.Nifti1Image(values, affine), temporary)  # type: ignore[attr-defined]

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from unimedi_components.data.phantom.truth import labels_of
 from unimedi_components.images.volume import read_volume_header
-from unimedi_components.metrics.bootstrap import PatientResamples
-from unimedi_components.metrics.measures import Measures
+from unimedi_components.metrics.bootstrap import Measures, PatientResamples
 from unimedi_components.networks.pretrained import Pretrained
 from unimedi_components.retrieval.common_space import cross_search_metrics, paired_search_metrics, separation_metrics
 from unimedi_components.retrieval.features import Features, Paired

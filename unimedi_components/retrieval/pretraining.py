@@ -24,7 +24,6 @@ Array = npt.NDArray[Any]
 Datalist = dict[str, Any]
 Studies = Mapping[str, Mapping[str, Any]]
 
-_CT_STUDIES = 3
 _XRAYS = 4
 
 
@@ -99,42 +98,25 @@ def after_training(
         draw_loss_curves(history, out / "loss_curves.png")
     write_json(provenance(), out / "run.json")
     write_metrics(values, out)
-    if shown := _shown(pretrained, lists, root, 3, split, features, studies, options):
-        views = ct_views(pretrained, shown[1], root, studies)
-        draw_selection(views, out / "slice_selection.png", f"Slices selected by CLS attention ({shown[0]} split)")
-    if shown := _shown(pretrained, lists, root, 2, split, features, studies, options):
-        draw_xrays(
-            xray_views(pretrained, shown[1], root), out / "xray_attention.png", f"CLS attention ({shown[0]} split)"
-        )
+    for dim in (3, 2):
+        shown, part = split, features.get(dim)
+        # another split if the evaluated one lacks this dimension
+        for other in ("test", "validation", "training") if part is None else ():
+            items = select(lists, other, dim)
+            if items and (found := extract_features(pretrained, items[: 4 * _XRAYS], root, **options)):
+                shown, part = other, found[dim]
+                break
+        if part is not None and dim == 3:
+            title = f"Slices selected by CLS attention ({shown} split)"
+            draw_selection(ct_views(pretrained, part, root, studies), out / "slice_selection.png", title)
+        elif part is not None:
+            views = xray_views(pretrained, part, root)
+            draw_xrays(views, out / "xray_attention.png", f"CLS attention ({shown} split)")
     return values
 
 
-def _shown(
-    pretrained: Pretrained,
-    lists: Datalist,
-    root: str | Path,
-    dim: int,
-    split: str,
-    features: Mapping[int, Features],
-    studies: Studies | None,
-    options: Mapping[str, Any],
-) -> tuple[str, Features] | None:
-    """Features to draw and their split: another one if the evaluated one lacks this dimension."""
-    if dim in features:
-        return split, features[dim]
-    for other in ("test", "validation", "training"):
-        items = select(lists, other, dim)
-        if items and (found := extract_features(pretrained, items[: 4 * _XRAYS], root, **options)):
-            return other, found[dim]
-    return None
-
-
 def ct_views(
-    pretrained: Pretrained,
-    features: Features,
-    root: str | Path,
-    studies: Studies | None = None,
-    count: int = _CT_STUDIES,
+    pretrained: Pretrained, features: Features, root: str | Path, studies: Studies | None = None, count: int = 3
 ) -> list[CTView]:
     """The first studies to draw; where lesions are known, the first focal ones."""
     truths = [(studies or {}).get(item["id"], {}) for item in features.items]

@@ -4,11 +4,9 @@
 Letters: N rows, D width of the features, F findings, R resamples.
 """
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -46,7 +44,7 @@ class LogisticProbe:
 
     # the fits are too small to share among threads, which would wait for each other
     @threadpool_limits.wrap(limits=1)
-    def fit(self, x: Array, y: Array, groups: Array | None = None) -> LogisticProbe:
+    def fit(self, x: Array, y: Array, groups: Array | None = None) -> Self:
         """Fit to features (N, D), classes (N,) and patients (N,); None: every row is a patient of its own."""
         keys = np.arange(len(x)) if groups is None else groups
         rows = self._scaler.fit_transform(x)
@@ -221,31 +219,3 @@ def _probe_one(
             probe = LogisticProbe(strengths, seed=seed).fit(x[fit], y[fit], groups[fit])
             parts.append(Fold(held, probe.decision(x[held]), y[held]))
     return parts or "no fold holds patients with and without it"
-
-
-def transfer_scores(
-    train: npt.ArrayLike,
-    labels: npt.ArrayLike,
-    test: npt.ArrayLike,
-    groups: Sequence[Hashable] | None = None,
-    strengths: Sequence[float] = STRENGTHS,
-    seed: int = 0,
-) -> Array:
-    """Decision values on other images of probes trained on these, one for each finding.
-
-    Args:
-        train: features to train on, (N, D); they alone set standardisation and penalty.
-        labels: 0 or 1 for each finding, (N, F).
-        test: features to score, (M, D).
-
-    Returns:
-        (M, F); a finding that the N images all have or all lack scores 0 everywhere, an AUROC of 0.5.
-    """
-    x, y, x_test = np.asarray(train, np.float64), np.asarray(labels), np.asarray(test, np.float64)
-    keys = None if groups is None else np.unique(np.asarray(groups), return_inverse=True)[1]
-    scores = np.zeros((len(x_test), y.shape[1]))
-    for column in range(y.shape[1]):
-        if len(np.unique(y[:, column])) == 2:
-            probe = LogisticProbe(strengths, seed=seed).fit(x, y[:, column], keys)
-            scores[:, column] = probe.decision(x_test)
-    return scores

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Phrasings that affirm and deny findings, for zero-shot classification."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from unimedi_components.data.sources import nearest_hint
+from unimedi_components.data.sources import nearest_hint, unrepeated
 from unimedi_components.errors import ConfigError, DataError
 
 SIDES = ("positive", "negative")
@@ -31,11 +29,6 @@ class PromptSet:
     Raises:
         DataError: there is no finding, a side has no phrasing or one without a word, both sides hold the same
             phrasing, or a name stands for two findings.
-
-    Example:
-        >>> prompts = load_prompts("chest_xray").select(["Pleural Effusion", "cardiomegaly"])
-        >>> list(prompts.findings)
-        ['Pleural Effusion', 'cardiomegaly']
     """
 
     name: str
@@ -66,7 +59,6 @@ class PromptSet:
             raise DataError(f"{where}: {min(both)!r} is on both sides; leave it on one")
 
     def _by_name(self) -> dict[str, str]:
-        """Findings by each folded name that they have."""
         known: dict[str, str] = {}
         for finding in self.findings:
             for name in (finding, *self.aliases.get(finding, ())):
@@ -81,7 +73,7 @@ class PromptSet:
         """The finding that a name or alias stands for; None where the set has no prompts for it."""
         return self._by_name().get(_fold(name))
 
-    def select(self, names: Sequence[str]) -> PromptSet:
+    def select(self, names: Sequence[str]) -> "PromptSet":
         """The prompts of some findings.
 
         Args:
@@ -169,7 +161,7 @@ def _shipped() -> Iterator[Any]:
 
 def _read(text: str, where: str) -> PromptSet:
     try:
-        content = json.loads(text, object_pairs_hook=lambda pairs: _once(pairs, where))
+        content = json.loads(text, object_pairs_hook=unrepeated)
     except ValueError as error:
         raise DataError(f"{where}: is no JSON ({error}); see a shipped prompt set for the format") from None
     _check_keys(content, _KEYS, _KEYS, where)
@@ -187,14 +179,6 @@ def _read(text: str, where: str) -> PromptSet:
         return PromptSet(content["name"], content["dim"], findings, aliases)
     except DataError as error:
         raise DataError(f"{where}: {error}") from None
-
-
-def _once(pairs: list[tuple[str, Any]], where: str) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice is not None:
-        raise DataError(f"{where}: {twice!r} comes twice; keep one of them")
-    return dict(pairs)
 
 
 def _check_keys(content: Any, needed: Sequence[str], known: Sequence[str], where: str) -> None:

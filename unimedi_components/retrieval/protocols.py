@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unimedi_components.errors import ConfigError, DataError
-from unimedi_components.retrieval.class_search import KS, PRESENT, UNCERTAIN, class_precision
+from unimedi_components.retrieval.class_search import PRESENT, UNCERTAIN, class_precision
 from unimedi_components.retrieval.embedder import Embedder
 from unimedi_components.retrieval.embeddings import Embeddings
 from unimedi_components.retrieval.prompts import PromptSet
@@ -139,9 +139,7 @@ def _apart(order: Sequence[dict[str, Any]], queries: int) -> tuple[list[dict[str
     return asking, [item for item in order if item["patient"] not in taken]
 
 
-def protocol_metrics(
-    embedder: Embedder, prompts: PromptSet, sample: ClassSample, images: Embeddings, ks: Sequence[int] = KS
-) -> dict[str, Any]:
+def protocol_metrics(embedder: Embedder, prompts: PromptSet, sample: ClassSample, images: Embeddings) -> dict[str, Any]:
     """Measure one protocol.
 
     Args:
@@ -172,8 +170,9 @@ def protocol_metrics(
     candidates = embed[[rows[item["id"]] for item in cand]]
 
     def search(query: Tensor, query_class: list[int], other: Tensor) -> dict[str, Any]:
-        mine, theirs = (_one_hot(index, len(sample.classes)) for index in (query_class, cand_class))
-        return class_precision(query, other, mine, theirs, sample.classes, ks=ks)
+        one_hot = np.eye(len(sample.classes), dtype=np.int64)
+        mine, theirs = (one_hot[np.asarray(index, dtype=np.int64)] for index in (query_class, cand_class))
+        return class_precision(query, other, mine, theirs, sample.classes)
 
     if asked:
         found["image_to_image"] = search(embed[[rows[item["id"]] for item in asked]], asked_class, candidates)
@@ -197,7 +196,3 @@ def _readable(
 ) -> tuple[list[dict[str, Any]], list[int]]:
     kept = [(item, index) for item, index in zip(items, classes, strict=True) if item["id"] in rows]
     return [item for item, _ in kept], [index for _, index in kept]
-
-
-def _one_hot(index: Sequence[int], count: int) -> Array:
-    return np.eye(count, dtype=np.int64)[np.asarray(index, dtype=np.int64)]

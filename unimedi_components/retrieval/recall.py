@@ -69,13 +69,6 @@ def recall_at_k(
 
     Returns:
         "image_to_report_at_K" and "report_to_image_at_K" for each K.
-
-    Raises:
-        ValueError: as `first_correct_rank`.
-
-    Example:
-        >>> recall_at_k(torch.eye(3), torch.eye(3), ks=(1,))
-        {'image_to_report_at_1': 1.0, 'report_to_image_at_1': 1.0}
     """
     result = {}
     pairs = {"image_to_report": (image_embed, text_embed), "report_to_image": (text_embed, image_embed)}
@@ -165,11 +158,9 @@ class RetrievalRecall(Metric):
         super().__init__(output_transform=output_transform, skip_unrolling=True)
 
     def reset(self) -> None:
-        """Forget all rows."""
         self._rows: list[Tensor] = []
 
     def update(self, output: UniMediOutput) -> None:
-        """Keep one batch's normalised embeddings."""
         embeds = (output.image_embed, output.text_embed)
         self._rows.append(torch.cat([F.normalize(embed.detach().float(), dim=-1) for embed in embeds], dim=1))
 
@@ -193,11 +184,9 @@ class ContrastiveLossMetric(Metric):
         super().__init__(output_transform=output_transform, skip_unrolling=True)
 
     def reset(self) -> None:
-        """Forget all batches."""
         self._sums: list[Tensor] = []
 
     def update(self, output: UniMediOutput) -> None:
-        """Add one batch."""
         with torch.no_grad():
             loss = contrastive_loss(output.image_embed, output.text_embed, output.logit_scale, gather=False)
         rows = len(output.image_embed)

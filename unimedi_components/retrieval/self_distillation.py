@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the targets of a run's self-distillation tell apart, measured with its teacher on images of a datalist."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -86,14 +86,6 @@ def load_teacher(pretrained: Pretrained) -> Teacher | None:
     return Teacher(encoder, head, loss.to(device).eval(), pretrained.network)
 
 
-def _images(
-    pretrained: Pretrained, items: Sequence[dict[str, Any]], root: str | Path, **options: Any
-) -> Iterator[Tensor]:
-    device = next(pretrained.network.parameters()).device
-    for batch in ImageLoader(make_dataset(pretrained, items, root, **options), (32, 16), allow_empty=True):
-        yield batch["image"].to(device)
-
-
 def self_distillation_metrics(
     pretrained: Pretrained, items: Sequence[dict[str, Any]], root: str | Path, cache_dir: str | Path | None = None
 ) -> dict[str, Any]:
@@ -109,7 +101,9 @@ def self_distillation_metrics(
     if teacher is None:
         return {}
     found = {(kind, dim): TargetInformation() for dim in (2, 3) for kind in ("cls", "patch")}
-    for image in _images(pretrained, items, root, cache_dir=cache_dir):
+    device = next(pretrained.network.parameters()).device
+    for batch in ImageLoader(make_dataset(pretrained, items, root, cache_dir), (32, 16), allow_empty=True):
+        image = batch["image"].to(device)
         for kind, part in zip(("cls", "patch"), teacher.targets(image), strict=True):
             found[kind, image.ndim - 2].add(part)
     result: dict[str, Any] = {}

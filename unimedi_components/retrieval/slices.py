@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from unimedi_components.errors import DataError
-from unimedi_components.metrics.measures import Measures, others_mean
+from unimedi_components.metrics.bootstrap import Measures, others_mean
 from unimedi_components.metrics.slice_choice import (
     best_choice,
     expected_minimum,
@@ -79,7 +79,6 @@ def slice_score(
     """Score one study.
 
     Args:
-        selected: k chosen slices of the input.
         expand: how slabs became slices, see `selection.select_slices`; it decides what chance can choose from.
 
     Raises:

@@ -14,7 +14,7 @@ from monai.transforms import Compose
 from torch.nn import functional as F
 
 from unimedi_components.data.films import film_transforms
-from unimedi_components.metrics.measures import Measures, others_mean
+from unimedi_components.metrics.bootstrap import Measures, others_mean
 from unimedi_components.networks.pretrained import Pretrained
 from unimedi_components.retrieval.features import Features
 from unimedi_components.retrieval.slices import FOCAL_SHARE
@@ -52,9 +52,7 @@ def xray_attention_metrics(
 def attention_ratios(attention: Array, cover: Array) -> Array:
     """Share of the attention of image j inside the boxes of image i, over the boxes' share of the image, (N, N).
 
-    Args:
-        attention: Eq. 1's **v**, (N, P).
-        cover: share of each patch that the boxes cover, (N, P); some of it in each row.
+    ``attention``: Eq. 1's **v**, (N, P). ``cover``: share of each patch that the boxes cover, (N, P); some in each row.
     """
     share = attention / attention.sum(1, keepdims=True)
     ratios: Array = (cover @ share.T) / cover.mean(1, keepdims=True)

@@ -17,7 +17,7 @@ from unimedi_components.errors import ConfigError, DataError
 from unimedi_components.losses.classification import UNCERTAIN
 from unimedi_components.metrics.classification import classification_metrics
 from unimedi_components.retrieval.embedder import Embedder
-from unimedi_components.retrieval.embeddings import Embeddings
+from unimedi_components.retrieval.embeddings import Embeddings, finite_rows
 from unimedi_components.retrieval.prompts import SIDES, PromptSet
 
 Array = npt.NDArray[Any]
@@ -40,10 +40,6 @@ class ZeroShot:
     Attributes:
         names: the findings, in the order of the columns.
         positive, negative: (F, E) float32 of unit norm, on the CPU.
-
-    Example:
-        >>> zero_shot = ZeroShot(embedder, load_prompts("chest_ct"))  # doctest: +SKIP
-        >>> ids, probabilities = zero_shot.classify(embedder.images("scans/"))  # doctest: +SKIP
     """
 
     def __init__(self, embedder: Embedder, prompts: PromptSet, sentences: int = 3) -> None:
@@ -69,11 +65,7 @@ class ZeroShot:
         Raises:
             DataError: another width, or values that are not finite.
         """
-        array = np.ascontiguousarray(embed, dtype=np.float32)
-        width = self.positive.shape[1]
-        if array.ndim != 2 or array.shape[1] != width or not np.isfinite(array).all():
-            raise DataError(f"embeddings {array.shape} are not finite rows of {width} values")
-        rows = torch.from_numpy(array)
+        rows = torch.from_numpy(finite_rows(embed, self.positive.shape[1], "embeddings"))
         cosines = torch.stack([rows @ side.T for side in (self.positive, self.negative)])
         return (self.logit_scale * cosines).softmax(0)[0].numpy()
 

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a trained network makes of one study or sentence: findings, what it looked at, neighbours."""
 
-from __future__ import annotations
-
 import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -65,11 +63,7 @@ class Analyser:
         self._thumbnails: OrderedDict[int, bytes] = OrderedDict()
 
     def study(self, study: Study) -> Analysis:
-        """Analyse an uploaded study.
-
-        Raises:
-            UploadError: it cannot be read.
-        """
+        """Analyse an uploaded study. Raises UploadError: it cannot be read."""
         start = time.perf_counter()
         view = view_of(study, self.embedder.card["preprocessing"])
         image = view.image[None].to(self.embedder.device)
@@ -108,11 +102,7 @@ class Analyser:
         )
 
     def sentence(self, text: str) -> Neighbours:
-        """The reports and studies nearest to a sentence.
-
-        Raises:
-            UploadError: there is no index, or no word in the text.
-        """
+        """The reports and studies nearest to a sentence. Raises UploadError: no index, or no word in the text."""
         if self.index is None:
             raise bad_request("there is no index to search. Start the server with --index.")
         if len(text) > _MAX_TEXT:

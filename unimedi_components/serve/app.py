@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The web application: a page, and the JSON that it asks for."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import tempfile

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an upload can be refused for, and the limits that it is held to."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import partial
 

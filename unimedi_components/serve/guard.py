@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What stands before every request: whose page may ask, how much it may send, and what browsers are told."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlsplit
@@ -47,7 +45,6 @@ class Guard:
         self.app, self.limits, self.hosts = app, limits, tuple(host.lower() for host in hosts)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer or pass on one request."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return

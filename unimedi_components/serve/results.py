@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the server answers with; FastAPI describes these classes in openapi.json."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Start the page: check what it is given, take the port, load the network, and serve until Ctrl-C."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import ipaddress

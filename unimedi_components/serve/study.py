@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """From the files of an upload to the one study that they are."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -128,11 +126,9 @@ def _one_study(contents: dict[Received, str], archive: str, folder: Path, limits
     kinds = {"metaimage": "MetaImage volume", "nrrd": "NRRD volume"}
     assert content in VOLUMES
     notes += header_warnings(path)
-    return Study(shown, 3, path, {"File": kinds.get(content, "NIfTI volume")}, notes, _part(limits))
-
-
-def _part(limits: Limits) -> str:
-    return part_of({"assume_hu": limits.assume_hu})
+    return Study(
+        shown, 3, path, {"File": kinds.get(content, "NIfTI volume")}, notes, part_of({"assume_hu": limits.assume_hu})
+    )
 
 
 def _dicom_study(files: Sequence[Received], archive: str, notes: Sequence[str], folder: Path, limits: Limits) -> Study:
@@ -142,9 +138,9 @@ def _dicom_study(files: Sequence[Received], archive: str, notes: Sequence[str], 
     damaged: list[UploadError] = []
     for upload in files:
         try:
-            headers.append(_header(upload))
-        except UploadError as error:
-            damaged.append(error)
+            headers.append(read_header(upload.path))
+        except DataError as error:
+            damaged.append(unusable(f"{upload.name}: {reason_of(error, upload.path, upload.name)}."))
     if not headers:
         raise damaged[0]
     found = sort_headers(headers, limits.assume_hu)
@@ -167,9 +163,8 @@ def _dicom_study(files: Sequence[Received], archive: str, notes: Sequence[str], 
     stack = found.stacks[0]
     check_voxels((stack.header.columns, stack.header.rows, len(stack.slices)), first.name, limits)
     several = len(stack.files) > 1
-    facts = {
-        "File": f"DICOM CT series of {len(stack.files)} files" if several else f"DICOM CT of {len(stack.slices)} frames"
-    }
+    frames = f"series of {len(stack.files)} files" if several else f"of {len(stack.slices)} frames"
+    facts = {"File": f"DICOM CT {frames}"}
     if description := stack.header.text("SeriesDescription")[:60]:
         facts["Series"] = description
     series = folder / "series"
@@ -180,14 +175,7 @@ def _dicom_study(files: Sequence[Received], archive: str, notes: Sequence[str], 
     shown = archive or (f"{first.name} and {len(stack.files) - 1} more" if several else first.name)
     path = series if several else series / "00000.dcm"
     warnings += [*dicom_warnings(stack.header), *stack.warnings]
-    return Study(shown, 3, path, facts, warnings, _part(limits))
-
-
-def _header(file: Received) -> DicomHeader:
-    try:
-        return read_header(file.path)
-    except DataError as error:
-        raise unusable(f"{file.name}: {reason_of(error, file.path, file.name)}.") from error
+    return Study(shown, 3, path, facts, warnings, part_of({"assume_hu": limits.assume_hu}))
 
 
 def _several(found: Sorted, received: Mapping[Path, Received]) -> UploadError:
@@ -206,14 +194,7 @@ def _several(found: Sorted, received: Mapping[Path, Received]) -> UploadError:
 
 
 def check_picture(path: Path, name: str, limits: Limits) -> dict[str, str]:
-    """Decode a picture as a check.
-
-    Returns:
-        what to say about the file.
-
-    Raises:
-        UploadError: too many pixels, damaged, or what `read_xray` refuses.
-    """
+    """Decode a picture, and say what it is. Raises UploadError: too many pixels, damaged, or refused by `read_xray`."""
     # a picture of too many pixels is refused by its header, before anything is decoded
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -232,11 +213,7 @@ def check_picture(path: Path, name: str, limits: Limits) -> dict[str, str]:
 
 
 def check_size(size: tuple[int, int], name: str, limits: Limits) -> None:
-    """Check an X-ray's width and height.
-
-    Raises:
-        UploadError: too many pixels.
-    """
+    """Check an X-ray's width and height. Raises UploadError: too many pixels."""
     width, height = size
     if width * height > limits.pixels:
         raise too_large(
@@ -245,14 +222,7 @@ def check_size(size: tuple[int, int], name: str, limits: Limits) -> None:
 
 
 def check_xray(header: DicomHeader, name: str, limits: Limits) -> tuple[dict[str, str], list[str]]:
-    """Check a DICOM X-ray.
-
-    Returns:
-        what to say about it, and warnings.
-
-    Raises:
-        UploadError: a strange size, or what `read_xray` refuses.
-    """
+    """What to say and to warn of about a DICOM X-ray. Raises UploadError: a strange size, or refused by `read_xray`."""
     check_size((header.columns, header.rows), name, limits)
     try:
         read_xray(header.path)

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Uploaded files into a folder of their own: their names are checked and shown, but never used as paths."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 import shutil
@@ -84,7 +82,8 @@ def unpack(archive: Received, folder: Path, limits: Limits) -> list[Received]:
     """
     try:
         with zipfile.ZipFile(archive.path) as content:
-            members = [member for member in content.infolist() if not _is_junk(member)]
+            members = [one for one in content.infolist() if not one.is_dir()]
+            members = [one for one in members if one.filename.split("/")[0] != "__MACOSX"]
             _check_members(archive, members, limits)
             left = limits.unpacked_bytes
             found = []
@@ -107,11 +106,6 @@ def unpack(archive: Received, folder: Path, limits: Limits) -> list[Received]:
         raise unusable(f"{archive.name}: the zip cannot be unpacked ({reason}). Pack it again with deflate.") from None
 
 
-def _is_junk(member: zipfile.ZipInfo) -> bool:
-    parts = member.filename.split("/")
-    return member.is_dir() or parts[0] == "__MACOSX"
-
-
 def _check_members(archive: Received, members: list[zipfile.ZipInfo], limits: Limits) -> None:
     name = archive.name
     if not members:
@@ -120,15 +114,15 @@ def _check_members(archive: Received, members: list[zipfile.ZipInfo], limits: Li
         raise too_large(f"{name}: the zip holds {len(members)} files, more than {limits.files}. Pack one series.")
     for member in members:
         try:
-            checked_name(member.filename)
+            last = checked_name(member.filename)
         except UploadError as fault:
             raise bad_request(f"{name}: in the zip, {fault}") from None
         if stat.S_ISLNK(member.external_attr >> 16):
-            raise bad_request(f"{name}: the zip holds a link ({_last(member)}). Pack the files themselves.")
+            raise bad_request(f"{name}: the zip holds a link ({last}). Pack the files themselves.")
         if member.flag_bits & 0x1:
             raise unusable(f"{name}: the zip is protected by a password. Unpack it and drop the files themselves.")
         if member.filename.lower().endswith((".zip", ".7z", ".rar", ".tar", ".tgz", ".tar.gz")):
-            raise unusable(f"{name}: the zip holds another archive ({_last(member)}). Unpack it and drop one series.")
+            raise unusable(f"{name}: the zip holds another archive ({last}). Unpack it and drop one series.")
     total, packed = sum(member.file_size for member in members), archive.path.stat().st_size
     if total > limits.unpacked_bytes or (total > _SMALL and total > _MAX_RATIO * packed):
         raise too_large(
@@ -148,10 +142,6 @@ def _copy(stream: IO[bytes], file: IO[bytes], left: int, name: str, limits: Limi
             )
         file.write(chunk)
     return done
-
-
-def _last(member: zipfile.ZipInfo) -> str:
-    return checked_name(member.filename)
 
 
 def _first_line(error: BaseException) -> str:

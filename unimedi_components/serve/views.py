@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A study as the network's input, and the same field of view in more pixels for people."""
 
-from __future__ import annotations
-
 import base64
 import io
 import math
@@ -151,7 +149,6 @@ def overlay_png(attention: Array, whole: Array, size: tuple[int, int]) -> bytes:
     Args:
         attention: of the image's tokens, (rows, columns).
         whole: of all tokens of the study, see `attention_strength`.
-        size: rows and columns of the image.
     """
     strength = attention_strength(attention, whole).astype(np.float32)
     fine = np.asarray(Image.fromarray(strength).resize(size[::-1], Image.Resampling.BILINEAR))

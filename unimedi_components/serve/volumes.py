@@ -6,12 +6,11 @@ machine as its voxels. So sizes are checked before anything is allocated, gz is 
 headers are written anew from the fields that are known.
 """
 
-from __future__ import annotations
-
 import gzip
 import math
 import os
 import re
+import shutil
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -74,11 +73,7 @@ def prepare_volume(content: str, file: Received, companions: Sequence[Received],
 
 
 def check_voxels(shape: Sequence[int], name: str, limits: Limits) -> None:
-    """Check a volume's size by its header.
-
-    Raises:
-        UploadError: it is too large.
-    """
+    """Check a volume's size by its header. Raises UploadError: it is too large."""
     if math.prod(shape) > limits.voxels:
         text = " × ".join(map(str, shape))
         raise too_large(
@@ -194,5 +189,4 @@ def _nrrd(file: Received, companions: Sequence[Received], folder: Path, limits: 
 def _copy_from(source: Path, start: int, target: Path) -> None:
     with open(source, "rb") as stream, open(target, "ab") as out:
         stream.seek(start)
-        while chunk := stream.read(_CHUNK):
-            out.write(chunk)
+        shutil.copyfileobj(stream, out, _CHUNK)

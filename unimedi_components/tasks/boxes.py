@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pandas as pd
 import torch
 from monai.data import MetaTensor
-from monai.transforms import MapTransform
+from monai.transforms import Transform
 from torch import Tensor, nn
 
 from unimedi_components.data.boxes import boxes_to_file, boxes_to_image
@@ -146,11 +146,7 @@ def _examples(rows: Sequence[Row]) -> list[Row]:
 
 
 def boxes_in_file(boxes: Any, affine: Any, width: int, height: int) -> np.ndarray:
-    """Boxes of the network's input in pixels of the file, clipped to it: float64 (n, 4).
-
-    Args:
-        boxes: (n, 4) in pixels of the input.
-    """
+    """Boxes (n, 4) of the network's input in pixels of the file, clipped to it: float64 (n, 4)."""
     limits = np.asarray([width, height, width, height], dtype=np.float64)
     return np.clip(boxes_to_file(boxes, affine).numpy(), 0, limits)
 
@@ -166,7 +162,6 @@ class SaveBoxes(PredictionWriter):
     columns, x1 and y1 just beyond the box.
 
     Args:
-        output_dir, figures: see `PredictionWriter`.
         threshold: boxes of lower score are left out; None keeps what the network returns.
         dicom: write `<id>.dcm` too, a DICOM structured report, of each DICOM film that has a box.
 
@@ -199,7 +194,6 @@ class SaveBoxes(PredictionWriter):
         return data
 
     def row(self, name: str, data: Mapping[Hashable, Any]) -> Row:
-        """Size of the film and its boxes."""
         found, image = data["pred"], data["image"]
         assert isinstance(image, MetaTensor)
         boxes, scores = (torch.as_tensor(found[key]).double().cpu() for key in ("boxes", "scores"))
@@ -225,7 +219,6 @@ class SaveBoxes(PredictionWriter):
         return {"width": width, "height": height, "film_values": meta["film_values"], "boxes": rows}
 
     def about(self) -> Row:
-        """Labels, threshold and what the numbers of a box are."""
         return {
             "label_names": self.label_names,
             "threshold": self.threshold,
@@ -233,7 +226,6 @@ class SaveBoxes(PredictionWriter):
         }
 
     def tables(self, rows: list[Row]) -> dict[str, pd.DataFrame]:
-        """`predictions.csv`."""
         cells = [
             [row["id"], row["source"], found["label"], found["score"], *found["box"]]
             for row in rows
@@ -265,11 +257,7 @@ def prepare_boxes(
 
 
 class ServedDetector(nn.Module):
-    """A detector as MONAI Label's `BundleInferTask` calls one: it sets `network`, and reads "box" and "label".
-
-    Args:
-        score_threshold, nms_threshold, max_boxes: see `ViTDet`; `select_boxes` changes them.
-    """
+    """A detector as MONAI Label's `BundleInferTask` calls one: it sets `network`, and reads "box" and "label"."""
 
     def __init__(
         self, network: nn.Module, score_threshold: float = 0.3, nms_threshold: float = 0.5, max_boxes: int = 100
@@ -292,30 +280,20 @@ class ServedDetector(nn.Module):
         return [{names[key]: value for key, value in row.items()} for row in self.network(image)]
 
 
-class RoisOfBoxesd(MapTransform):
+class RoisOfBoxesd(Transform):
     """Boxes of the network's input as regions of interest in the film's world, as Slicer shows them.
 
-    Items that no server asks for, with "pred" in place of "box", pass untouched.
-
-    Args:
-        box_key: (n, 4) in pixels of the input; clipped to the film, becomes (n, 6), centre and size, see
-            `rois_of_boxes`.
-        path_key: the film's file.
-        image_key: the input as a MetaTensor, whose affine says where its pixels lie in the file, and "spatial_shape"
-            how large the file is.
+    "box" (n, 4) becomes (n, 6), centre and size of what lies in the film "image_path", see `rois_of_boxes`; the input
+    "image" is a MetaTensor that says where its pixels lie in the file, and how large that is. Items that no server asks
+    for, with "pred" in place of "box", pass untouched.
     """
 
-    def __init__(self, box_key: str = "box", path_key: str = "image_path", image_key: str = "image") -> None:
-        super().__init__(box_key, allow_missing_keys=True)
-        self.box_key, self.path_key, self.image_key = box_key, path_key, image_key
-
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Return `data` with regions of interest."""
         result = dict(data)
-        if self.path_key in result and self.box_key in result:
-            image = result[self.image_key]
+        if "image_path" in result and "box" in result:
+            image = result["image"]
             height, width = (int(side) for side in image.meta["spatial_shape"][:2])
-            boxes = boxes_in_file(result[self.box_key], image.affine, width, height)
-            rois = rois_of_boxes(str(result[self.path_key]), boxes.tolist())
-            result[self.box_key] = torch.tensor(rois, dtype=torch.float64).reshape(-1, 6)
+            boxes = boxes_in_file(result["box"], image.affine, width, height)
+            rois = rois_of_boxes(str(result["image_path"]), boxes.tolist())
+            result["box"] = torch.tensor(rois, dtype=torch.float64).reshape(-1, 6)
         return result

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from sklearn.metrics import roc_curve
 from torch import Tensor
 
 from unimedi_components.data.chains import task_transforms
@@ -41,12 +40,8 @@ class ClassifierEvaluation(TaskEvaluation):
 
     def __init__(self, network: ImageClassifier, device: Any, transform: Sequence[Any] | None = None) -> None:
         super().__init__(network, device)
-        self.task: str = network.card["task"]
+        self.task, self.dim = network.card["task"], network.spatial_dims
         self.transform = task_transforms(network.card["preprocessing"]) if transform is None else transform
-
-    @property
-    def dim(self) -> int:
-        return self.network.spatial_dims
 
     def dataset(self, items: Sequence[Row], root: Path, **options: Any) -> ImageDataset:
         known: dict[str, Any] = {"label_names": self.label_names, "task": self.task, "dim": self.dim}
@@ -95,9 +90,7 @@ class ClassifierEvaluation(TaskEvaluation):
         for i, (name, auroc) in enumerate(values["auroc"].items()):
             score = probability[:, i]
             truth = (label == i).astype(int) if self.task == "multiclass" else label.reshape(len(score), -1)[:, i]
-            known = truth != UNCERTAIN
-            false, true = (np.empty(0),) * 2 if auroc is None else roc_curve(truth[known], score[known])[:2]
-            curves.append(RocCurve(name, false, true, auroc, intervals.get(name)))
+            curves.append(RocCurve.of(name, truth, score, auroc, intervals.get(name)))
         return curves
 
 
@@ -155,16 +148,12 @@ class SavePredictions(PredictionWriter):
         return image[0].float().cpu().numpy(), attention.float().cpu().numpy()
 
     def about(self) -> Row:
-        """Task, labels and threshold."""
         threshold = None if self.task == "multiclass" else self.threshold
         return {"task": self.task, "label_names": self.label_names, "threshold": threshold}
 
     def tables(self, rows: list[Row]) -> dict[str, pd.DataFrame]:
-        """`predictions.csv`."""
         columns = ["id", "source", *(f"probability_{name}" for name in self.scored), "predicted"]
-        cells = [[row["id"], row["source"], *row["probability"].values(), _joined(row["predicted"])] for row in rows]
-        return {"predictions.csv": pd.DataFrame(cells, columns=columns)}
-
-
-def _joined(predicted: str | list[str]) -> str:
-    return predicted if isinstance(predicted, str) else "; ".join(predicted)
+        cells = [[row["id"], row["source"], *row["probability"].values(), row["predicted"]] for row in rows]
+        table = pd.DataFrame(cells, columns=columns)
+        table["predicted"] = ["; ".join(found) if isinstance(found, list) else found for found in table["predicted"]]
+        return {"predictions.csv": table}

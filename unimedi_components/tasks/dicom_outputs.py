@@ -120,7 +120,7 @@ def write_boxes(source: str | Path, boxes: Boxes, target: str | Path) -> Path | 
     if _nameless(header):
         return None
     film = _source(header)
-    device = sr.DeviceObserverIdentifyingAttributes(uid=_uid(film, "device"), name="UniMedI")
+    device = sr.DeviceObserverIdentifyingAttributes(uid=_uid(film, "device"), name=_MAKER)
     observer = sr.ObserverContext(observer_type=codes.DCM.Device, observer_identifying_attributes=device)
     context = sr.ObservationContext(observer_device_context=observer)
     groups = []
@@ -131,11 +131,8 @@ def write_boxes(source: str | Path, boxes: Boxes, target: str | Path) -> Path | 
             graphic_data=corners,
             source_image=sr.SourceImageForRegion.from_source_image(film),
         )
-        probability = sr.Measurement(
-            name=sr.CodedConcept("score", "99UNIMEDI", "Score of the detector"),
-            value=float(score),
-            unit=codes.UCUM.NoUnits,
-        )
+        name = sr.CodedConcept("score", "99UNIMEDI", "Score of the detector")
+        probability = sr.Measurement(name=name, value=float(score), unit=codes.UCUM.NoUnits)
         groups.append(
             sr.PlanarROIMeasurementsAndQualitativeEvaluations(
                 tracking_identifier=sr.TrackingIdentifier(_uid(film, f"box {number}"), f"{label} {number}"),
@@ -169,9 +166,8 @@ def _write_segmentation(
     import highdicom as hd
     from pydicom.sr.codedict import codes
 
-    algorithm = hd.AlgorithmIdentificationSequence(
-        name="UniMedI", version=__version__, family=codes.DCM.ArtificialIntelligence
-    )
+    family = codes.DCM.ArtificialIntelligence
+    algorithm = hd.AlgorithmIdentificationSequence(name=_MAKER, version=__version__, family=family)
     segments = [
         hd.seg.SegmentDescription(
             segment_number=number,

@@ -20,10 +20,9 @@ from unimedi_components.figures.curves import draw_loss_curves
 from unimedi_components.loading import ImageDataset, ImageLoader, Skipped
 from unimedi_components.networks.cards import load_network
 from unimedi_components.provenance import provenance
-from unimedi_components.tasks.writer import write_csv
+from unimedi_components.tasks.writer import Row, write_csv
 
 Datalist = dict[str, Any]
-Row = dict[str, Any]
 
 #: Kind of network -> module here and class.
 TASKS = {
@@ -39,16 +38,13 @@ class TaskEvaluation(ABC):
 
     unit = "image"
     batch_size = 16
+    #: 2 or 3, of the items that are measured.
+    dim = 2
 
     def __init__(self, network: Any, device: torch.device | str) -> None:
         self.network, self.device = network, device
         self.label_names: list[str] = network.card["label_names"]
         self.data: Any = None
-
-    @property
-    def dim(self) -> int:
-        """2 or 3, of the items that are measured."""
-        return 2
 
     @abstractmethod
     def dataset(self, items: Sequence[Row], root: Path, **options: Any) -> ImageDataset:

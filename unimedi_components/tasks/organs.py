@@ -43,7 +43,6 @@ class OrganInferer(SlidingWindowInferer):
         roi_size: D, H, W of a window: the size that the network was trained on.
         mirror_axes: of the axes 0 (D), 1 (H) and 2 (W), those to mirror; each combination of them is predicted once,
             mirrored back and averaged. None mirrors nothing.
-        overlap: of neighbouring windows, as a share of their size.
 
     Raises:
         ConfigError: an axis that does not exist.
@@ -89,6 +88,7 @@ class OrganEvaluation(TaskEvaluation):
 
     unit = "volume"
     batch_size = 1
+    dim = 3
 
     def __init__(
         self,
@@ -106,10 +106,6 @@ class OrganEvaluation(TaskEvaluation):
         # windows are put together in main memory: the scores of a whole volume may take 20 GiB
         self.inferer = OrganInferer(network.hparams["vol_size"], mirror_axes, overlap, device="cpu")
         self.to_file = Restored(self.chain, labels=True)
-
-    @property
-    def dim(self) -> int:
-        return 3
 
     def dataset(self, items: Sequence[Row], root: Path, **options: Any) -> ImageDataset:
         return ImageDataset(items, self.chain.transforms, root, target="mask", dim=3, keep_meta=True, **options)
@@ -130,16 +126,11 @@ class OrganEvaluation(TaskEvaluation):
     def table(self, rows: Sequence[Row]) -> pd.DataFrame:
         fields = (*METRICS, "voxels", "predicted_voxels")
         cells = [
-            {
-                "id": row["id"],
-                "patient": row["patient"],
-                "organ": organ,
-                **{name: row["scores"][name][i] for name in fields},
-            }
+            [row["id"], row["patient"], organ, *(row["scores"][name][i] for name in fields)]
             for row in rows
             for i, organ in enumerate(self.organs)
         ]
-        return pd.DataFrame(cells)
+        return pd.DataFrame(cells, columns=["id", "patient", "organ", *fields])
 
     def draw(self, rows: Sequence[Row], values: Mapping[str, Any], folder: Path) -> None:
         means = [float(np.nanmean(row["scores"]["dice"])) if row["scores"]["voxels"].any() else 0.0 for row in rows]
@@ -181,7 +172,12 @@ class SaveOrgans(PredictionWriter):
         labels, file = data["pred"], self.folder / f"{name}_organs.nii.gz"
         affine = labels.affine.double().cpu().numpy()
         values = labels.as_tensor()[0].cpu().numpy().astype(np.uint8)
-        _save_labels(values, affine, file)
+        volume = nib.Nifti1Image(values, affine)
+        volume.header.set_xyzt_units("mm")
+        volume.set_qform(affine, code=1)
+        volume.set_sform(affine, code=1)
+        with replacing(file) as temporary:
+            nib.save(volume, temporary)
         litre = abs(float(np.linalg.det(affine[:3, :3]))) / 1000
         counts = np.bincount(values.reshape(-1), minlength=len(self.label_names))
         source = data.get("source") or data["image"].meta["filename_or_obj"]
@@ -198,7 +194,6 @@ class SaveOrgans(PredictionWriter):
         return {"labels": file.name, "volume_ml": volumes}
 
     def about(self) -> Row:
-        """Task and labels."""
         return {"task": "segmentation", "label_names": self.label_names}
 
 
@@ -218,12 +213,3 @@ def displayed_image(item: Mapping[str, Any]) -> tuple[np.ndarray, tuple[float, .
 def voxel_spacing(volume: MetaTensor) -> tuple[float, ...]:
     """mm between voxels along the three axes of a volume (1, ...)."""
     return tuple(float(step) for step in volume.affine[:3, :3].double().norm(dim=0))
-
-
-def _save_labels(values: np.ndarray, affine: np.ndarray, file: Path) -> None:
-    image = nib.Nifti1Image(values, affine)
-    image.header.set_xyzt_units("mm")
-    image.set_qform(affine, code=1)
-    image.set_sform(affine, code=1)
-    with replacing(file) as temporary:
-        nib.save(image, temporary)

@@ -65,17 +65,11 @@ class MaskEvaluation(TaskEvaluation):
     def table(self, rows: Sequence[Row]) -> pd.DataFrame:
         counts = np.stack([row["counts"] for row in rows])
         scores = mask_scores(counts)
-        return pd.DataFrame(
-            {
-                "id": [row["id"] for row in rows],
-                "patient": [row["patient"] for row in rows],
-                "true_pixels": counts[:, 1],
-                "predicted_pixels": counts[:, 0],
-                "dice": scores["dice"].round(6),
-                "iou": scores["iou"].round(6),
-                "probability": np.asarray([row["probability"] for row in rows]).round(6),
-            }
-        )
+        table = pd.DataFrame(rows, columns=["id", "patient"])
+        table["true_pixels"], table["predicted_pixels"] = counts[:, 1], counts[:, 0]
+        table["dice"], table["iou"] = scores["dice"].round(6), scores["iou"].round(6)
+        table["probability"] = np.asarray([row["probability"] for row in rows]).round(6)
+        return table
 
     def draw(self, rows: Sequence[Row], values: Mapping[str, Any], folder: Path) -> None:
         heading = f"{values['split']} split: Dice {values['dice']:.3f} over {values['cases']} images"
@@ -112,7 +106,6 @@ class SaveMasks(PredictionWriter):
     Pixels are those of the file as `XrayReader` reads it: upright, a picture's EXIF rotation applied.
 
     Args:
-        output_dir, figures: see `PredictionWriter`.
         threshold: a pixel belongs to the mask from this probability on.
         dicom: write `masks/<id>.dcm` too, a DICOM Segmentation, of each DICOM film.
 
@@ -135,7 +128,8 @@ class SaveMasks(PredictionWriter):
         check_finite(name, probability)
         mask = probability >= self.threshold
         target = self.folder / "masks" / f"{name}.png"
-        _write_mask(mask, target)
+        with replacing(target) as temporary:
+            Image.fromarray(mask.astype(np.uint8) * 255).save(temporary, format="PNG")
         if self.dicom:
             write_mask(str(data["source"]), mask, self.label_names[0], target.with_suffix(".dcm"))
         if self.figures:
@@ -152,18 +146,11 @@ class SaveMasks(PredictionWriter):
         }
 
     def about(self) -> Row:
-        """Label and threshold."""
         return {"label_names": self.label_names, "threshold": self.threshold}
 
     def tables(self, rows: list[Row]) -> dict[str, pd.DataFrame]:
-        """`predictions.csv`."""
         columns = ["id", "source", "mask", "width", "height", "area", "share", "probability"]
         return {"predictions.csv": pd.DataFrame(rows, columns=columns)}
-
-
-def _write_mask(mask: np.ndarray, path: Path) -> None:
-    with replacing(path) as temporary:
-        Image.fromarray(mask.astype(np.uint8) * 255).save(temporary, format="PNG")
 
 
 class ServedMaskd(Transform):
@@ -171,25 +158,19 @@ class ServedMaskd(Transform):
 
     MONAI Label writes an array as if its first axis ran along the columns, while `XrayReader`'s runs along the rows;
     and it would take the channel of a 2D mask for an axis of space. Items with "id", which are images of a data set,
-    pass untouched.
-
-    Args:
-        image: key of the image, whose "spatial_shape" and "original_affine" MONAI Label gives the mask.
+    pass untouched. MONAI Label gives the mask "spatial_shape" and "original_affine" of the image.
     """
-
-    def __init__(self, image: str = "image", pred: str = "pred", path: str = "image_path") -> None:
-        self.image, self.pred, self.path = image, pred, path
 
     def __call__(self, data: Mapping[Hashable, Any]) -> Mapping[Hashable, Any]:
         """Return `data` with the mask uint8 (W, H); (W, H, 1) of a film that has a place, which is written only so."""
         if "id" in data:
             return data
-        mask = torch.as_tensor(data[self.pred])[0].to(torch.uint8).T.contiguous()
-        image = data[self.image].clone()
-        if self.path in data:
-            affine = film_affine(data[self.path])
+        mask = torch.as_tensor(data["pred"])[0].to(torch.uint8).T.contiguous()
+        image = data["image"].clone()
+        if "image_path" in data:
+            affine = film_affine(data["image_path"])
             image.meta["original_affine"] = affine
             if not np.array_equal(np.abs(affine), np.eye(4)):
                 mask = mask[..., None]
         image.meta["spatial_shape"] = np.asarray(mask.shape)
-        return {**data, self.pred: mask, self.image: image}
+        return {**data, "pred": mask, "image": image}

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from unimedi_components.data import tasks
+from unimedi_components.data import made
+from unimedi_components.data.made import load_task, task_datalist
 from unimedi_components.data.phantom import write_phantom
-from unimedi_components.data.tasks import load_task, task_datalist
 from unimedi_components.errors import ConfigError, DataError
 
 NAMES = ["normal", "pneumonia", "COVID-19"]
@@ -34,13 +34,13 @@ def root(tmp_path):
 @pytest.fixture
 def prepared(monkeypatch):
     """The options of every call of `prepare`."""
-    calls, prepare = [], tasks.prepare
+    calls, prepare = [], made.prepare
 
     def counting(dataset, root, out, **options):
         calls.append(options)
         prepare(dataset, root, out, **options)
 
-    monkeypatch.setattr(tasks, "prepare", counting)
+    monkeypatch.setattr(made, "prepare", counting)
     return calls
 
 
@@ -68,16 +68,16 @@ def test_a_changed_option_prepares_again(root, prepared, tmp_path):
 
 
 def test_a_tuple_among_the_options_is_its_list(tmp_path, monkeypatch):
-    made = []
+    calls = []
 
     def prepare(dataset, root, out, **options):
-        made.append(options)
+        calls.append(options)
         out.write_text('{"training": [{"id": "a", "image": "a", "dim": 3, "patient": "a"}], "meta": {}}')
 
-    monkeypatch.setattr(tasks, "prepare", prepare)
+    monkeypatch.setattr(made, "prepare", prepare)
     for _ in range(2):
         task_datalist("luna16", tmp_path / "luna16", train_subsets=(0, 1))
-    assert made == [{"train_subsets": (0, 1)}]
+    assert calls == [{"train_subsets": (0, 1)}]
 
 
 @pytest.mark.parametrize("meta", [{}, {"meta": {"task": "multiclass", "label_names": NAMES}}])
@@ -101,7 +101,7 @@ def test_phantoms_are_written_once_and_their_datalist_with_them(tmp_path, prepar
         written.append(folder.fresh)
         return folder
 
-    monkeypatch.setattr(tasks, "write_phantom", write)
+    monkeypatch.setattr(made, "write_phantom", write)
     root = tmp_path / "covidx"
     for _ in range(2):
         path = task_datalist("covidx", root, phantoms=6, phantom_seed=1)
