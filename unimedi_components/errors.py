@@ -2,6 +2,7 @@
 """The project's exceptions. Each message names the file or key, the fault and the remedy."""
 
 import gzip
+import re
 import zlib
 from pathlib import Path
 
@@ -40,4 +41,6 @@ def reason_of(error: BaseException, path: str | Path, name: str = "") -> str:
         why = "the compressed data is damaged or cut off"
     elif not why or isinstance(error, (AssertionError, AttributeError, LookupError, TypeError)):
         why = f"{type(error).__name__}: {why}".rstrip(": ")
+    # addresses in memory, which no two runs share
+    why = re.sub(r"(ITK ERROR: )?\w+\(0x[0-9a-f]+\): | object at 0x[0-9a-f]+", "", why)
     return f"cannot be read ({why[:160]}). Download or export it again"

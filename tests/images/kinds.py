@@ -16,6 +16,7 @@ import numpy as np
 import pydicom
 from PIL import Image
 from pydicom.dataset import Dataset, FileDataset
+from pydicom.encaps import encapsulate_extended, generate_frames
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, ImplicitVRLittleEndian
 
 from tests.images.conftest import SPACING, Writer, body, new_file, put_pixels
@@ -252,6 +253,21 @@ def grey_with_alpha(writer: Writer) -> Path:
     return picture(writer, "a.png", np.stack([grey, np.full_like(grey, 9)], -1))
 
 
+@kind("xray", truth=Truth(GREYS.T[:, ::-1], near=1e-3))
+def turned_tiff(writer: Writer) -> Path:
+    return picture(writer, "a.tif", FILM, tiffinfo={0x0112: 6})
+
+
+@kind("xray", truth=GREY)
+def tiff_of_long_offsets(writer: Writer) -> Path:
+    return picture(writer, "a.tif", FILM, big_tiff=True)
+
+
+@kind("xray", "The film is FOR PROCESSING", GREY)
+def raw_values_of_a_detector(writer: Writer) -> Path:
+    return film(writer, PresentationIntentType="FOR PROCESSING")
+
+
 # volumes --------------------------------------------------------------------------------------------------------------
 
 
@@ -292,6 +308,14 @@ def scouts_that_nothing_names(writer: Writer) -> Path:
         change = {"ImageOrientationPatient": [*rows, 0, 0, -1], "SeriesInstanceUID": f"{writer.root}.{number + 1}"}
         ct(writer, lambda n, f, change=change: f.update(change), start=300 + number, places=[40])
     return ct(writer)
+
+
+@kind("volume", "repeats one place of the scan, as bolus tracking does", BODY)
+def bolus_tracking_in_the_series(writer: Writer) -> Path:
+    for number in range(8):
+        place = {"places": [30.0], "volume": body()[:, :, 10:11] + np.int16(number)}
+        ct(writer, lambda n, f: setattr(f, "AcquisitionNumber", 2), start=100 + number, **place)
+    return ct(writer, lambda n, f: setattr(f, "AcquisitionNumber", 3))
 
 
 @kind("volume", "the same slice as another", BODY)
@@ -371,6 +395,17 @@ def run_lengths(writer: Writer) -> Path:
 
 
 @kind("volume", truth=BODY)
+def enhanced_jpeg_2000_with_offsets(writer: Writer) -> Path:
+    def change(file: FileDataset) -> None:
+        frames = list(generate_frames(file.PixelData, number_of_frames=24))
+        coded = encapsulate_extended(frames)
+        file.PixelData, file.ExtendedOffsetTable, file.ExtendedOffsetTableLengths = coded
+        file["PixelData"].VR = "OB"
+
+    return rewrite(compress(writer.enhanced("multi.dcm", range(24)), "JPEG2000Lossless"), change)
+
+
+@kind("volume", truth=BODY)
 def enhanced_out_of_order(writer: Writer) -> Path:
     return writer.enhanced("multi.dcm", np.random.default_rng(2).permutation(24).tolist())
 
@@ -405,6 +440,14 @@ def nifti(writer: Writer, name: str, values: np.ndarray, affine: Any = AFFINE, s
     if slope:
         image.header.set_slope_inter(slope, 0)
     nib.save(image, path)
+    return path
+
+
+def nifti_saying(writer: Writer, place: int, value: bytes) -> Path:
+    path = nifti(writer, "a.nii", body())
+    data = bytearray(path.read_bytes())
+    data[place : place + len(value)] = value
+    path.write_bytes(data)
     return path
 
 
@@ -500,6 +543,13 @@ def slices_beside(header: Path, files: str) -> Path:
     (header.parent / "scan.raw").unlink()
     header.write_text(header.read_text().replace("./", "").replace("scan.raw", files.format("\n".join(names))))
     return header
+
+
+@kind("volume", truth=BODY)
+def metaimage_of_other_letters(writer: Writer) -> Path:
+    path = headed(writer, ("scan.raw", "Müller #1.raw"))
+    path.with_name("scan.raw").rename(path.with_name("Müller #1.raw"))
+    return path
 
 
 @kind("volume", truth=BODY)
@@ -610,6 +660,11 @@ def enhanced_of_one_frame(writer: Writer) -> Path:
     return writer.enhanced("one.dcm", [7])
 
 
+@kind("", "all 24 slices lie at one place")
+def one_position_for_all(writer: Writer) -> Path:
+    return ct(writer, places=[0.0] * 24)
+
+
 @kind("", "lacks ImagePositionPatient")
 def no_position(writer: Writer) -> Path:
     return ct(writer, lambda n, f: f.__delattr__("ImagePositionPatient"))
@@ -678,11 +733,17 @@ def nifti_of_one_slice(writer: Writer) -> Path:
 
 @kind("", "the affine is zero")
 def nifti_of_no_place(writer: Writer) -> Path:
-    path = nifti(writer, "nowhere.nii", body())
-    data = bytearray(path.read_bytes())
-    data[252:256] = bytes(4)
-    path.write_bytes(data)
-    return path
+    return nifti_saying(writer, 252, bytes(4))
+
+
+@kind("", "its header gives places in um, not in mm")
+def nifti_in_micrometres(writer: Writer) -> Path:
+    return nifti_saying(writer, 123, b"\3")
+
+
+@kind("", "its header places the voxels inside the header itself")
+def nifti_whose_voxels_begin_at_zero(writer: Writer) -> Path:
+    return nifti_saying(writer, 108, struct.pack("<f", 0))
 
 
 @kind("", "raw stored values")
@@ -807,6 +868,12 @@ def a_loop(writer: Writer) -> Path:
 @kind("", "is DICOM of modality MR (magnetic resonance)")
 def another_modality(writer: Writer) -> Path:
     return film(writer, Modality="MR")
+
+
+@kind("", "the pixels cannot be decoded (the codestream has 70 x 90 pixels, the header says 90 x 70)")
+def a_codestream_of_another_shape(writer: Writer) -> Path:
+    path = compress(film(writer), "JPEG2000Lossless")
+    return rewrite(path, lambda file: file.update({"Rows": 70, "Columns": 90}))
 
 
 @kind("", "the DICOM is cut off")

@@ -57,6 +57,17 @@ def test_lossless_pixels(tmp_path: Path, kind: str, signed: bool) -> None:
     np.testing.assert_array_equal(stored(path), pixels[None])
 
 
+def test_jpeg_2000_of_another_sign_than_the_header_says(tmp_path: Path) -> None:
+    values = GREY.astype(np.int16) - np.int16(2000)
+    path = compress(write(tmp_path / "a.dcm", values), "JPEG2000Lossless")
+    np.testing.assert_array_equal(stored_values(read_header(path))[0], values)
+    file = pydicom.dcmread(path)
+    file.PixelRepresentation = 0
+    file.save_as(path)
+    # the bits as the header calls them
+    np.testing.assert_array_equal(stored_values(read_header(path))[0], values.view(np.uint16))
+
+
 def test_lossy_pixels(tmp_path: Path) -> None:
     smooth = np.add.outer(np.arange(H) * 2, np.arange(W)).astype(np.uint8)
     eight = write(tmp_path / "a.dcm", smooth)
@@ -249,6 +260,18 @@ def test_text_of_any_encoding(tmp_path: Path) -> None:
     assert header.text("SeriesDescription") == "Crâne à dr" and header.text("BodyPartExamined") == "TÊTE"
     named = write(tmp_path / "b.dcm", GREY, SpecificCharacterSet="ISO_IR 100", SeriesDescription="à")
     assert read_header(named).text("SeriesDescription") == "à"
+    # code strings, which no set is meant for, in the file's own all the same; Latin-1 where they are not of it
+    for charset, value, wanted in (
+        ("ISO_IR 144", "ГРУДЬ".encode("iso8859_5"), "ГРУДЬ"),
+        ("ISO_IR 192", "TÓRAX".encode(), "TÓRAX"),
+        ("ISO_IR 192", b"T\xd3RAX\\A ", "TÓRAX\\A"),
+        ("\\ISO 2022 IR 87", b"\x1b$B6;It\x1b(B", "胸部"),
+    ):
+        path = write(
+            tmp_path / "d.dcm", GREY, SpecificCharacterSet=charset.split("\\"), BodyPartExamined="x" * len(value)
+        )
+        path.write_bytes(path.read_bytes().replace(b"x" * len(value), value))
+        assert [read_header(path).text("BodyPartExamined") for _ in range(2)] == [wanted] * 2
     # said to be UTF-8, and is not; an unknown set; a control character
     for charset, value, wanted in (
         ("ISO_IR 192", b"T\xcaTE AB", "T\ufffdTE AB"),

@@ -49,6 +49,7 @@ _MIN_TISSUE_SHARE = 0.01
 _REASONS = {
     "is one CT slice": "one CT slice",
     "scout view": "scout view",
+    "lie at one place": "one CT slice",
     "several stacks": "several volumes",
     " volumes (": "several volumes",
     "images and not one": "several images",

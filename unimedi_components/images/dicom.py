@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The pixels of one DICOM file: as stored, and as modality values (PS3.3 C.7.6.3, C.11.1).
 
-Compressed pixels are decoded by GDCM behind pydicom; of grey pixels, plain ones are numbers in the file, and Pillow
-knows the run lengths of RLE.
+Compressed pixels are decoded behind pydicom, by GDCM, grey JPEG 2000 by Pillow; of grey pixels, plain ones are numbers
+in the file, and Pillow knows the run lengths of RLE.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
+import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -52,6 +54,7 @@ _TAIL = 4096
 _LITTLE = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1")
 _PLAIN = (*_LITTLE, "1.2.840.10008.1.2.2", DEFLATED)
 _RLE, _JPEG_EXTENDED = "1.2.840.10008.1.2.5", "1.2.840.10008.1.2.4.51"
+_JPEG_2000 = ("1.2.840.10008.1.2.4.90", "1.2.840.10008.1.2.4.91")
 _NUMBERS = {8: "u1", 16: "<u2", 32: "<u4"}
 _PALETTES = ("RedPaletteColorLookupTableDescriptor", "PaletteColorLookupTableUID")
 # PS3.5 A.4: ends a sequence of fragments
@@ -154,7 +157,7 @@ def _decoded(header: DicomHeader) -> Array:
     except MemoryError:
         raise
     except Exception as error:  # pydicom and its decoders raise many kinds
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()[:160]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip().partition(" <")[0][:160]
         raise DataError(f"{header.path}: the pixels cannot be decoded ({reason}). Export it uncompressed") from error
     plane = (header.rows, header.columns, *((header.samples,) if header.samples > 1 else ()))
     return pixels.reshape(-1, *plane)
@@ -217,7 +220,39 @@ def _by_pydicom(header: DicomHeader) -> Array:
     if header.pixels == "PixelData" and header.transfer_syntax in (*_PLAIN, _RLE):
         # all bits, since pydicom would take the lowest ones whatever HighBit says
         dataset.BitsStored, dataset.HighBit = header.bits_allocated, header.bits_allocated - 1
-    return np.asarray(pixel_array(dataset))
+    pixels = _by_pillow(dataset, header) if header.transfer_syntax in _JPEG_2000 else None
+    return np.asarray(pixel_array(dataset)) if pixels is None else pixels
+
+
+def _by_pillow(dataset: Any, header: DicomHeader) -> Array | None:
+    """Grey JPEG 2000, of which Pillow makes the same as GDCM in less time; None where that is not sure.
+
+    Raises:
+        ValueError: a codestream is of another size than the header says.
+    """
+    from pydicom.encaps import generate_frames
+    from pydicom.pixels import pixel_array
+    from pydicom.pixels.utils import get_j2k_parameters
+
+    codes = []
+    # of frames in several fragments the offsets may lie elsewhere
+    with contextlib.suppress(Exception):
+        frames = generate_frames(dataset.PixelData, number_of_frames=header.frames)
+        codes = [(get_j2k_parameters(frame), frame[8:24]) for frame in frames]
+    # a JP2 file may hold a palette
+    if not codes or any(code.get("jp2", True) for code, _ in codes):
+        return None
+    for _, edges in codes:
+        right, bottom, left, top = struct.unpack(">4I", edges)
+        if (right - left, bottom - top) != (header.columns, header.rows):
+            said = f"{header.columns} x {header.rows}"
+            raise ValueError(f"the codestream has {right - left} x {bottom - top} pixels, the header says {said}")
+    # signed values in a file that says unsigned come out of each as others
+    if header.samples == 1 and (header.signed or not any(code["is_signed"] for code, _ in codes)):
+        # what Pillow cannot read, GDCM may
+        with contextlib.suppress(Exception):
+            return np.asarray(pixel_array(dataset, decoding_plugin="pillow"))
+    return None
 
 
 def _complete(dataset: Any, header: DicomHeader) -> None:

@@ -14,7 +14,7 @@ from unimedi_components.images.dicom import modality_values
 from unimedi_components.images.dicom_stacks import DicomSlice, is_even, offsets
 from unimedi_components.images.headers import numbers_of
 
-__all__ = ["SAME_MM", "at_places", "in_order", "interleaved", "split_phases"]
+__all__ = ["SAME_MM", "at_places", "in_order", "interleaved", "split_phases", "tracking_of"]
 
 #: Places along the normal that are nearer are one.
 SAME_MM = 0.01
@@ -83,11 +83,25 @@ def split_phases(group: list[DicomSlice]) -> tuple[list[tuple[str, list[DicomSli
             return [(name, part) for name, part in zip(label, cleaned, strict=True)], doubles
     if len(places) == len(group):
         return [("", group)], []
+    if len(places) == 1:
+        raise DataError(
+            f"all {len(group)} slices lie at one place, as in bolus tracking, and make no volume. Export the whole scan"
+        )
     counts = sorted({len(place) for place in places})
     raise DataError(
         f"the series holds several stacks: {len(places)} places with {' or '.join(map(str, counts))} slices at "
         f"each, as of several phases or reconstructions, and no element tells them apart. {_GIVE_ONE}"
     )
+
+
+def tracking_of(group: list[DicomSlice]) -> list[DicomSlice]:
+    """Slices that an element tells from an even stack and that all lie at one place, as bolus tracking does."""
+    for _, _, parts in _by_tags(group):
+        stack = max(parts, key=len)
+        rest = in_order(one for part in parts if part is not stack for one in part)
+        if 3 < len(at_places(stack)) == len(stack) and is_even(offsets(stack)) and len(at_places(rest)) == 1:
+            return rest
+    return []
 
 
 def _running_through(group: list[DicomSlice]) -> list[tuple[str, list[DicomSlice]]]:

@@ -17,7 +17,7 @@ import numpy as np
 
 from unimedi_components.errors import DataError
 from unimedi_components.images.dicom import pixel_fault, transform_fault
-from unimedi_components.images.dicom_phases import SAME_MM, at_places, in_order, interleaved, split_phases
+from unimedi_components.images.dicom_phases import SAME_MM, at_places, in_order, interleaved, split_phases, tracking_of
 from unimedi_components.images.dicom_stacks import (
     MAX_GAP_MM,
     ONE_SLICE,
@@ -282,7 +282,13 @@ def _add_stacks(group: list[DicomSlice], result: Sorted, assume_hu: bool) -> Non
             named = "; ".join(stack.described for stack in stacks[:4])
             raise DataError(f"holds {len(stacks)} volumes in one file ({named}). Export each to files of its own")
     except DataError as error:
-        result.leave(group, str(error))
+        if tracking := tracking_of(in_order(group)):
+            reason = "repeats one place of the scan, as bolus tracking does, and is no slice of the series"
+            result.leave(tracking, reason, fault=False)
+            kept = set(map(id, tracking))
+            _add_stacks([one for one in group if id(one) not in kept], result, assume_hu)
+        else:
+            result.leave(group, str(error))
         return
     result.stacks += stacks
     dropped = [one for one in doubles if Path(one.header.path) not in files]

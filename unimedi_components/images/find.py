@@ -20,7 +20,7 @@ from unimedi_components.images.headers import DicomHeader, read_header, values_o
 from unimedi_components.images.identify import DICOM, PICTURES, content_fault, identify, is_image
 from unimedi_components.images.itk_volumes import voxel_files
 from unimedi_components.images.volume import read_volume_header, stack_header
-from unimedi_components.images.xray_checks import body_part_warnings
+from unimedi_components.images.xray_checks import dicom_warnings
 
 __all__ = [
     "VOLUME_ENDINGS",
@@ -223,7 +223,7 @@ def sort_files(files: Iterable[Path], assume_hu: bool = False) -> tuple[list[Ima
     series = sort_headers(headers, assume_hu)
     for header in series.xrays:
         path = Path(header.path)
-        images.append(Image(path, 2, (path,), DICOM, body_part_warnings(header), header))
+        images.append(Image(path, 2, (path,), DICOM, dicom_warnings(header), header))
     for stack in series.stacks:
         if (unsound := header_fault(stack_header(stack), _GEOMETRY)) is not None:
             left_out += [LeftOut(str(file), unsound[1], True) for file in stack.files]
@@ -254,7 +254,7 @@ def _checked_geometry(file: Path) -> tuple[str, ...]:
 def _volume(stack: Stack) -> Image:
     files = tuple(stack.files)
     path = files[0] if len(files) == 1 else Path(os.path.commonpath([file.parent for file in files]))
-    return Image(path, 3, files, DICOM, (*stack.warnings, *body_part_warnings(stack.header)), stack=stack)
+    return Image(path, 3, files, DICOM, (*stack.warnings, *dicom_warnings(stack.header)), stack=stack)
 
 
 def image_items(images: Sequence[Image], base: Path, assume_hu: bool = False) -> list[dict[str, Any]]:

@@ -335,8 +335,17 @@ def _text(dataset: Any, keyword: str) -> str:
         and (vr not in _NUMBERS or not text or _plain_numbers(vr, value, little))
     ):
         return text.strip()
-    text = "\\".join(str(part) for part in values_of(dataset, keyword)).strip().strip("\0").strip()
+    parts = [_code_string(dataset, plain)] if vr == "CS" else values_of(dataset, keyword)
+    text = "\\".join(str(part) for part in parts).strip().strip("\0").strip()
     return "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
+
+
+def _code_string(dataset: Any, value: bytes) -> str:
+    """Text of VR CS, where makers write their language, in the file's character set: pydicom takes it for Latin-1."""
+    from pydicom.charset import convert_encodings, decode_bytes
+
+    text = decode_bytes(value, convert_encodings(values_of(dataset, "SpecificCharacterSet")), set())
+    return value.decode("latin-1") if "\ufffd" in text else text
 
 
 def _whole(dataset: Any, keyword: str, default: int) -> int:

@@ -28,6 +28,9 @@ _STARTS = (
     (b"BM", "bmp"),
     (b"II*\0", "tiff"),
     (b"MM\0*", "tiff"),
+    # of more than 4 GB, or so written
+    (b"II+\0", "tiff"),
+    (b"MM\0+", "tiff"),
     (b"NRRD000", "nrrd"),
     (b"PK\x03\x04", "zip"),
     (b"PK\x05\x06", "zip"),

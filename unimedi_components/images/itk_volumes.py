@@ -210,8 +210,9 @@ def _header(path: str | Path) -> _Header | None:
     # an attached NRRD's header ends with an empty line, a MetaImage's with the line ElementDataFile
     end = re.search(rb"\r?\n\r?\n" if nrrd else rb"(?m)^ElementDataFile[^\n]*\n?", head)
     length = end.end() if end else len(head)
-    text = (head[:length] if nrrd else head).decode("latin-1")
-    own = (line for line in head[:length].decode("latin-1").splitlines() if ":=" not in line)
+    # bytes of names as they are in the file system, whatever they are
+    text = (head[:length] if nrrd else head).decode("utf-8", "surrogateescape")
+    own = (line for line in head[:length].decode("utf-8", "surrogateescape").splitlines() if ":=" not in line)
     pairs = (line.partition(":" if nrrd else "=") for line in own)
     fields = {name.strip().lower(): value.strip() for name, _, value in pairs}
     return _Header(nrrd, text.splitlines(), fields, length)

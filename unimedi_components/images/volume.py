@@ -55,6 +55,9 @@ SAMPLED_SLICES = 9
 # beyond these Hounsfield units a padding value cannot be tissue, so that no corner has to show it
 _TISSUE = (-950.0, 4000.0)
 
+# NIfTI's codes of units, of which nibabel takes no notice
+_OTHER_UNITS = {1: "m", 3: "um"}
+
 # nibabel logs its own repairs of a header, which would repeat what the checks report.
 logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)
 
@@ -130,6 +133,12 @@ def read_volume_header(path: str | Path, files: Sequence[str | Path] = (), assum
         kind = image.header.get_data_dtype()
         if kind.names or kind.kind not in "iufb":
             raise DataError(f"{path}: {NOT_GREY}")
+        if unit := _OTHER_UNITS.get(int(image.header["xyzt_units"]) & 7):
+            raise DataError(f"{path}: its header gives places in {unit}, not in mm. Export it again")
+        if image.dataobj.offset < int(image.header["sizeof_hdr"]):
+            raise DataError(
+                f"{path}: its header places the voxels inside the header itself. Convert it again from DICOM"
+            )
         shape, spacing = tuple(image.shape), tuple(float(zoom) for zoom in image.header.get_zooms()[:3])
         voxel_bytes = int(kind.itemsize)
         packed = _is_packed(path)

@@ -95,6 +95,8 @@ def _read_picture(path: str, draft_size: int | None) -> tuple[Array, list[str]]:
             raise DataError(f"{path}: {text}")
         if image.mode not in ("1", "L") and _is_deep_colour(image, path):
             return _deep_colour(image, path)
+        # by a name Pillow maps the pixels, of a turned TIFF by the size that it has upright
+        image.filename = ""
         if draft_size is not None:
             # colours of a JPEG as they are coded, whose first channel is luma
             image.draft("L" if image.mode == "L" else "YCbCr", (draft_size, draft_size))

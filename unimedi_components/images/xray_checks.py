@@ -21,8 +21,8 @@ __all__ = [
     "PICTURE_FORMATS",
     "XRAYS",
     "Fault",
-    "body_part_warnings",
     "colour_fault",
+    "dicom_warnings",
     "film_fault",
     "marks_fault",
     "modality_of",
@@ -165,14 +165,17 @@ def film_fault(header: DicomHeader) -> Fault | None:
     return Fault(UNREADABLE if pixel_fault(header) else NO_XRAY, detail)
 
 
-def body_part_warnings(header: DicomHeader) -> tuple[str, ...]:
-    """A warning where the header names another part of the body than the trunk."""
-    part = header.text("BodyPartExamined")
+def dicom_warnings(header: DicomHeader) -> tuple[str, ...]:
+    """Warnings where the header names another part of the body than the trunk, or a detector's raw values."""
+    part, intent = header.text("BodyPartExamined"), header.text("PresentationIntentType").upper()
     # as TÓRAX
     plain = unicodedata.normalize("NFKD", part).encode("ascii", "ignore").decode().upper()
-    if not part or any(word in plain for word in _TRUNK):
-        return ()
-    return (f"The DICOM header names the body part {part[:40]}; the network knows chests.",)
+    found = []
+    if part and not any(word in plain for word in _TRUNK):
+        found.append(f"The DICOM header names the body part {part[:40]}; the network knows chests.")
+    if intent == "FOR PROCESSING":
+        found.append("The film is FOR PROCESSING, a detector's raw values. Give the one FOR PRESENTATION.")
+    return tuple(found)
 
 
 def modality_of(header: DicomHeader) -> str:

@@ -15,7 +15,7 @@ from unimedi_components.images.headers import DicomHeader, read_header
 from unimedi_components.images.identify import DICOM, PICTURES, VOLUMES, content_fault, family_of_name, identify
 from unimedi_components.images.itk_volumes import header_warnings, voxel_files
 from unimedi_components.images.xray import read_xray
-from unimedi_components.images.xray_checks import PICTURE_FORMATS, body_part_warnings, modality_words
+from unimedi_components.images.xray_checks import PICTURE_FORMATS, dicom_warnings, modality_words
 from unimedi_components.serve.faults import ACCEPTED, Limits, UploadError, bad_request, too_large, unsupported, unusable
 from unimedi_components.serve.uploads import Received, names_of, unpack
 from unimedi_components.serve.volumes import check_voxels, last_part, prepare_volume
@@ -174,7 +174,7 @@ def _dicom_study(files: Sequence[Received], archive: str, notes: Sequence[str], 
     first = min((received[file] for file in stack.files), key=lambda file: list(received).index(file.path))
     shown = archive or (f"{first.name} and {len(stack.files) - 1} more" if several else first.name)
     path = series if several else series / "00000.dcm"
-    warnings += [*body_part_warnings(stack.header), *stack.warnings]
+    warnings += [*dicom_warnings(stack.header), *stack.warnings]
     return Study(shown, 3, path, facts, warnings, part_of({"assume_hu": limits.assume_hu}))
 
 
@@ -229,4 +229,4 @@ def check_xray(header: DicomHeader, name: str, limits: Limits) -> tuple[dict[str
     except DataError as error:
         raise unusable(f"{name}: {reason_of(error, header.path, name)}.") from error
     facts = {"File": f"DICOM, modality {modality_words(header.modality)}, {header.columns} × {header.rows} pixels"}
-    return facts, list(body_part_warnings(header))
+    return facts, list(dicom_warnings(header))

@@ -8,6 +8,7 @@ headers are written anew from the fields that are known.
 
 import gzip
 import math
+import os
 import re
 import shutil
 import zlib
@@ -120,7 +121,7 @@ def last_part(name: str) -> str:
 
 def _voxel_paths(file: Received, companions: Sequence[Received], whole: bool) -> list[Path]:
     """The uploaded files that a header says its voxels are in, in its order; `whole`: they cannot be joined."""
-    names = [last_part(name) for name in voxel_files(file.path)]
+    names = [os.path.basename(name) for name in voxel_files(file.path)]
     if len(names) > 1 and (whole or len(set(names)) < len(names)):
         raise unusable(f"{file.name}: its slices lie in packed files or in several folders. Convert it to one file.")
     received = {other.name: other.path for other in companions}
