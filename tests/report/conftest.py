@@ -41,7 +41,8 @@ def fill(folder: Path, count: int = 40) -> Path:
                 lower = 0.05 * (2 - number)
                 measures[f"probe_auroc_{dim}d_{share}"] = summarise({s: v - lower for s, v in enumerate(values)})
             measures[f"probe_auroc_{dim}d"] = summarise(dict(enumerate(values)))
-            information = 0.1 if name == "vl_sd" else 2.0
+            # of a dimension that was not trained on, nothing is known
+            information = 0.1 if name == "vl_sd" or (name, dim) in (("2d_only", 3), ("3d_only", 2)) else 2.0
             measures[f"sd_cls_information_{dim}d"] = summarise({0: information, 1: information, 2: information})
         variants[name] = measures
         for seed in range(3):

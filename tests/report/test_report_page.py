@@ -112,6 +112,7 @@ def test_single_dimensions_are_not_asked_for_the_other(page: Page) -> None:
 def test_collapse_is_an_alarm_with_the_remedy(page: Page, page_file: Path) -> None:
     assert "pretrain: CT CLS targets carry 0.20 nats" in page.text
     assert "title of vl_sd, seed 2: X-ray CLS targets carry 0.10 nats" in page.text
+    assert "title of 2d_only, seed 0: CT" not in page.text and "title of 3d_only, seed 0: X-ray" not in page.text
     assert f"Remedy: {REMEDY}." in page.text
     assert page_file.read_text().count('class="collapsed"') == 2
 

@@ -88,6 +88,7 @@ def draw_curves(lines: Mapping[str, tuple[Sequence[float], Sequence[float]]], pa
             y = np.convolve(padded, np.ones(width) / width, mode="valid")
         axes.plot(steps, y, color=colour, lw=1.8, marker="o" if len(y) <= 25 else None, ms=4, label=name)
     axes.set_xlabel(x, fontsize=11)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(axis="y", alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=10)
     return save_png(figure, path)

@@ -18,6 +18,7 @@ from unimedi_components.report.tables import (
     ablation_table,
     anchor,
     boxed_table,
+    is_asked,
     measure_tables,
     paper_table,
     paper_tables,
@@ -151,8 +152,12 @@ def _alarms(runs: Sequence[Run], experiments: Sequence[Experiment]) -> str:
     """Runs whose CLS targets carry too little information, with the remedy."""
     values: list[tuple[str, Mapping[str, Any]]] = [(run.name, run.metrics) for run in runs]
     for experiment in experiments:
-        for measures in experiment.variants.values():
-            found = {key: value["values"] for key, value in measures.items() if isinstance(value, dict)}
+        for variant, measures in experiment.variants.items():
+            found = {
+                key: value["values"]
+                for key, value in measures.items()
+                if isinstance(value, dict) and is_asked(variant, key)
+            }
             for seed in measures["seeds"]:
                 own = {key: value.get(str(seed)) for key, value in found.items()}
                 values.append((f"{measures['title']}, seed {seed}", own))

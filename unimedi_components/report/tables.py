@@ -99,6 +99,11 @@ _MEASURES: dict[str, dict[str, str]] = {
 }
 
 
+def is_asked(variant: str, key: str) -> bool:
+    """Whether a variant's training makes a measure a question: not one of a dimension that it never saw."""
+    return not any(word in key for word in _HIDDEN.get(variant, ()))
+
+
 def anchor(experiment: Experiment, variant: str) -> str:
     return f"cell-{experiment.content.get('size', 'experiment')}-{variant}"
 
@@ -216,7 +221,7 @@ def _value(mean: float, sd: float | None, limits: Sequence[float] | None, scale:
 
 def _summary_cell(experiment: Experiment, variant: str, key: str, scale: float, digits: int) -> str:
     found = experiment.summary(variant, key)
-    if found is None or any(word in key for word in _HIDDEN.get(variant, ())):
+    if found is None or not is_asked(variant, key):
         return '<td class="none">-</td>'
     # what no seed changes, such as chance, has no deviation to show
     spread, over_seeds = (found.get("sd") or None), found.get("sd") and found.get("interval")
