@@ -10,7 +10,7 @@ from unimedi_components.report.sources import Experiment
 from unimedi_components.report.statistics import Comparison, compare
 from unimedi_components.report.tables import COLUMNS, SHARES, boxed_table
 
-_DISTANCE = "centroid_distance_cls"
+_DISTANCES = {"centroid_distance_embed": "over spread, projected", "centroid_distance_cls": "over spread, CLS"}
 _WORDS = {
     "holds": "holds",
     "undecided": "undecided",
@@ -60,9 +60,10 @@ def orderings(experiment: Experiment) -> list[Ordering]:
                 }
                 for step, pair in steps.items():
                     found.append(_ordering(experiment, step, f"{name}, {title}", key, *pair))
-    if any(_DISTANCE in measures for measures in experiment.variants.values()):
-        step = "Fig. 2: X-ray and CT centroids nearer than in joint training"
-        found.append(_ordering(experiment, step, "distance over spread", _DISTANCE, "joint", "ours", scale=1))
+    step = "Fig. 2: X-ray and CT centroids nearer than in joint training"
+    for key, column in _DISTANCES.items():
+        if any(key in measures for measures in experiment.variants.values()):
+            found.append(_ordering(experiment, step, column, key, "joint", "ours", scale=1))
     return found
 
 
