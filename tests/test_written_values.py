@@ -110,6 +110,11 @@ def test_values_of_another_kind_that_work(config: Path, key: str, value: Any) ->
     check_config(config, {key: value})
 
 
+def test_a_switch_that_may_be_a_word(tmp_path: Path) -> None:
+    check_config([TRAIN, TRAIN.with_name("literal.json")], {"network_def#vl_on_full": "image2d"})
+    check_config([PROBE, overlay(tmp_path, "amp: false")], {"amp": "bfloat16"})
+
+
 def test_the_same_where_the_default_is_an_expression_or_none(tmp_path: Path) -> None:
     for text in ("optimizer#lr: 1e-4", "train#run#max_grad_norm: 3e0"):
         with pytest.raises(ConfigError, match="where a number is meant"):

@@ -18,6 +18,8 @@ _PATH = re.compile(r"(bundle_root|checkpoint|encoder_weights|.*_(dir|file|path))
 # of one or of several, whatever the config has; of a datalist, what makes it or its file
 _EITHER = re.compile(r"datalist|keys|inputs|dims|spatial_axis|mode|padding_mode|patch_size|batch_size|.*_range")
 _AS_LONG = re.compile(r"vol_size|spatial_size|spacing|window|betas|scale")
+# True, False, or a word: a precision, a modality
+_SWITCH_OR_WORD = ("amp", "vl_on_full")
 # last words of ids that count something, and the least that they may be
 _LEAST = {"seed": 0, "phantom_seed": 0, "num_workers": 0, "batch_2d": 0, "batch_3d": 0, "max_length": 3}
 _LEAST |= dict.fromkeys(("epochs", "max_epochs", "iterations", "batch_size", "val_interval", "patience", "steps"), 1)
@@ -98,7 +100,7 @@ def _check_kind(last: str, value: Any, default: Any, what: str) -> None:
         raise ConfigError(f"{what} is {value!r} where {meant} is meant; write it in an overlay, or change its entries")
     if isinstance(default, list) and default and not _EITHER.fullmatch(last):
         raise ConfigError(f"{what} is {value!r} where a list is meant{_such_as(default)}")
-    if text and isinstance(default, bool):
+    if text and isinstance(default, bool) and last not in _SWITCH_OR_WORD:
         raise ConfigError(f"{what} is the text {value!r} where True or False is meant")
     if text and _is_number(default) and not _NUMBER.fullmatch(value):
         raise ConfigError(f"{what} is the text {value!r} where a number is meant, such as {default!r}")
