@@ -73,7 +73,19 @@ def test_numbers_that_yaml_reads_as_text(tmp_path: Path, text: str, words: str) 
         (TRAIN, "datalist#phantoms", 12, "is 12 where a dictionary of mimic_cxr, bimcv is meant; write it in an"),
         (TRAIN, "vol_size", 16, "is 16 where a list is meant, such as [32, 48, 48]"),
         (TRAIN, "vol_size", (16, 24), "is [16, 24] where 3 numbers are meant, such as [32, 48, 48]"),
-        (TRAIN, "preprocessing#ct#window", [400, -160], "is [400, -160], from high to low; write it from low to high"),
+        (TRAIN, "preprocessing#ct#window", [400, -160], "is [400, -160]; write the lower end first, then the"),
+        (TRAIN, "preprocessing#ct#window", (5, 5), "is [5, 5]; write the lower end first, then the higher one"),
+        (TRAIN, "train#run#momentum_teacher", 2, "is 2 where a number in [0, 1] is meant"),
+        (TRAIN, "train#run#max_grad_norm", 0, "is 0 where a number in (0, inf) is meant"),
+        (TRAIN, "optimizer#betas", (0.9, 1), ", entry 1 is 1 where a number in [0, 1) is meant"),
+        (TRAIN, "optimizer#muon_lr", -0.1, "is -0.1 where a number in [0, inf) is meant"),
+        (TRAIN, "loss_def#vl_weight", float("nan"), "is nan where a finite number is meant"),
+        (TRAIN, "loss_def#vl_weight", float("inf"), "is inf where a finite number is meant"),
+        (TRAIN, "vol_size", (16, 24.5, 24), ", entry 1 is 24.5 where a whole number of at least 1 is meant"),
+        (TRAIN, "validate#dataloader#batch_size", (0, 4), ", entry 0 is 0 where a whole number of at least 1 is meant"),
+        (TRAIN, "network_def#dino_head#out_dim", 0, "is 0 where a whole number of at least 1 is meant"),
+        (TRAIN, "train#dataloader#num_workers", 100000, "is 100000 where at most 512 is meant"),
+        (PROBE, "seed", 2**32, "is 4294967296 where at most 4294967295 is meant"),
         (TRAIN, "preprocessing#max_length", 0, "is 0 where a whole number of at least 3 is meant"),
     ],
 )
@@ -82,11 +94,12 @@ def test_values_of_another_kind_than_the_configs(
 ) -> None:
     with pytest.raises(ConfigError) as info:
         check_config(config, {key: value})
-    assert str(info.value).startswith(f"override '--{key}' {words}")
+    words = words if words.startswith(",") else f" {words}"
+    assert str(info.value).startswith(f"override '--{key}'{words}")
     written = overlay(tmp_path, yaml.safe_dump({key: list(value) if isinstance(value, tuple) else value}))
     with pytest.raises(ConfigError) as info:
         check_config([config, written])
-    assert str(info.value).startswith(f"'{key}' in own.yaml {words}")
+    assert str(info.value).startswith(f"'{key}' in own.yaml{words}")
 
 
 @pytest.mark.parametrize(
@@ -226,6 +239,17 @@ def test_a_place_that_cannot_be_written_has_a_remedy(code: int) -> None:
     )
     assert "--output_dir PATH" in message and "\n" not in message
     assert user_fault(FileNotFoundError(errno.ENOENT, "x", "y")) is None
+
+
+@pytest.mark.parametrize("make", [os.makedirs, lambda path: Path(path).mkdir(parents=True)])
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs /proc")
+def test_a_folder_that_cannot_be_made_has_the_same_remedy(make: Any) -> None:
+    with pytest.raises(FileNotFoundError) as caught:
+        make("/proc/unimedi/eval")
+    assert str(user_fault(caught.value)).startswith("/proc/unimedi")
+    with pytest.raises(FileNotFoundError) as caught:
+        Path("/proc/unimedi").read_text()
+    assert user_fault(caught.value) is None
 
 
 def test_exit_code_of_a_run_with_a_fault(tmp_path: Path) -> None:

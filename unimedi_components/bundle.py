@@ -39,6 +39,8 @@ _NO_GPU = (
 )
 # what MONAI says where a component of a config refuses its arguments
 _NOT_BUILT = re.compile(r"Failed to instantiate component '([^']+)'")
+# where no folder can be made, such as below /proc, the system says that there is none
+_MAKES_FOLDERS = ("mkdir", "makedirs")
 _PACKAGE = Path(__file__).resolve().parent
 
 
@@ -275,7 +277,7 @@ def user_fault(error: BaseException) -> str | None:
             text = str(cause).strip()
             # a loader's worker hands its traceback over as text
             return text.splitlines()[-1].partition(": ")[2] if text.startswith("Caught ") else text
-        if isinstance(cause, OSError) and cause.errno in NOT_WRITTEN:
+        if isinstance(cause, OSError) and (cause.errno in NOT_WRITTEN or _raised_in(cause)[1] in _MAKES_FOLDERS):
             return (
                 f"{cause.filename or 'a file'}: {cause.strerror}; name folders that can be written with --output_dir "
                 "PATH, and for a training with --ckpt_dir and --cache_dir, or set UNIMEDI_DATA for the data"
@@ -294,10 +296,15 @@ def user_fault(error: BaseException) -> str | None:
 
 
 def _raised_here(error: BaseException) -> bool:
+    return Path(_raised_in(error)[0]).is_relative_to(_PACKAGE)
+
+
+def _raised_in(error: BaseException) -> tuple[str, str]:
+    """File and name of the function that raised an exception."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    return trace is not None and Path(trace.tb_frame.f_code.co_filename).is_relative_to(_PACKAGE)
+    return (trace.tb_frame.f_code.co_filename, trace.tb_frame.f_code.co_name) if trace is not None else ("", "")
 
 
 def _report_user_faults() -> None:

@@ -8,21 +8,42 @@ from typing import Any
 from monai.bundle.reference_resolver import ReferenceResolver
 
 from unimedi_components.data.datalist import SPLITS
+from unimedi_components.data.table import TASKS
 from unimedi_components.errors import ConfigError
 
 SEP = ReferenceResolver.sep
 MISSING = object()
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 # ids whose value is a file or folder; `inputs` too, which takes a number as it is
-_PATH = re.compile(r"(bundle_root|checkpoint|encoder_weights|.*_(dir|file|path))$")
+_PATH = re.compile(r"(bundle_root|checkpoint|encoder_weights|.*_(dir|file|(?<!drop_)path))$")
 # of one or of several, whatever the config has; of a datalist, what makes it or its file
 _EITHER = re.compile(r"datalist|keys|inputs|dims|spatial_axis|mode|padding_mode|patch_size|batch_size|.*_range")
 _AS_LONG = re.compile(r"vol_size|spatial_size|spacing|window|betas|scale")
 # True, False, or a word: a precision, a modality
 _SWITCH_OR_WORD = ("amp", "vl_on_full")
-# last words of ids that count something, and the least that they may be
-_LEAST = {"seed": 0, "phantom_seed": 0, "num_workers": 0, "batch_2d": 0, "batch_3d": 0, "max_length": 3}
-_LEAST |= dict.fromkeys(("epochs", "max_epochs", "iterations", "batch_size", "val_interval", "patience", "steps"), 1)
+# plain words that a key may hold, by its id
+_CHOICES = {f"evaluation{SEP}split": SPLITS, "task": TASKS}
+# what counts something, by the last word of its id that is no index, and the least that it may be
+_COUNTS = {
+    0: "seed phantom_seed fraction_seed num_workers batch_2d batch_3d bootstrap center_kinds",
+    1: "epochs max_epochs iterations batch_size val_interval patience steps lr_batch depth embed_dim num_heads k "
+    "hidden_size num_hidden_layers num_classes hidden_dim out_dim bottleneck_dim feature_size width widths "
+    "img_size vol_size spatial_size roi_size patch_size patch_size_3d neighbours max_boxes per_class protocol_queries "
+    "sw_batch_size",
+    3: "max_length max_position_embeddings",
+}
+_LEAST = {name: least for least, names in _COUNTS.items() for name in names.split()}
+# more would be worker processes that no machine starts, and seeds that NumPy refuses
+_MOST = {"num_workers": 512, "seed": 2**32 - 1, "phantom_seed": 2**32 - 1, "fraction_seed": 2**32 - 1}
+# shares, and what may be any number from an end of the range on
+_WITHIN = {
+    "[0, 1]": "dropout prob flip_prob momentum_teacher threshold score_threshold nms_threshold jitter",
+    "[0, 1)": "betas",
+    "(0, inf)": "max_grad_norm spacing scale init_temperature",
+    "[0, inf)": "lr muon_lr encoder_lr weight_decay lr_power power start_lr end_lr rotate rotate_degrees random_shift "
+    "warmup_epochs warmup_iters teacher_temp_warmup_epochs freeze_last_layer_epochs figures",
+}
+_RANGES = {name: interval for interval, names in _WITHIN.items() for name in names.split()}
 
 
 def items_of(config: Any) -> Iterable[tuple[Any, Any]]:
@@ -47,13 +68,15 @@ def check_value(id_: str, value: Any, default: Any, what: str, overridden: bool 
 
     Raises:
         ConfigError: text for a number, a list or True and False, a number for a list or a path, a word for a component,
-            a list of another length, a count that is none, a `#` in a text.
+            a list of another length, a count that is none, a number out of its range, a `#` in a text.
     """
-    last = id_.rpartition(SEP)[2]
+    last = next((word for word in reversed(id_.split(SEP)) if not word.isdigit()), id_)
     if isinstance(value, (dict, list, tuple)):
         _check_parts(id_, value, default, what)
         return
     _check_kind(last, value, default, what)
+    if _is_number(value):
+        _check_range(last, value, what)
     if isinstance(value, str):
         plain = value[:1] not in ("$", "@", "%")
         is_text = isinstance(default, str) and default[:1] not in ("$", "@", "%")
@@ -61,8 +84,8 @@ def check_value(id_: str, value: Any, default: Any, what: str, overridden: bool 
         # where nothing tells, digits alone may be a name; an exponent is none
         if number and not is_text and (default is not MISSING or number[2]) and not _PATH.fullmatch(last):
             raise ConfigError(f"{what} is the text '{value}' where a number is meant; write {_yaml_number(value)}")
-        if plain and id_ == f"evaluation{SEP}split" and value not in SPLITS:
-            raise ConfigError(f"{what} is {value!r}; use one of {', '.join(SPLITS)}")
+        if plain and value not in (choices := _CHOICES.get(id_, (value,))):
+            raise ConfigError(f"{what} is {value!r}; use one of {', '.join(choices)}")
         if plain and "#" in value and last != "inputs":
             raise ConfigError(
                 f"{what}: MONAI turns '#' into '::', so '{value}' would not be found; rename it, or name a link to it "
@@ -81,13 +104,13 @@ def _check_parts(id_: str, value: Any, default: Any, what: str) -> None:
         plain = isinstance(default, list) and all(map(_is_number, [*default, *value]))
         if plain and len(value) != len(default) and _AS_LONG.fullmatch(last):
             raise ConfigError(f"{what} is {list(value)} where {len(default)} numbers are meant, such as {default}")
-        if last == "window" and all(map(_is_number, value)) and list(value) != sorted(value):
-            raise ConfigError(f"{what} is {list(value)}, from high to low; write it from low to high")
+        if last.endswith("window") and all(map(_is_number, value)) and list(value) != sorted(set(value)):
+            raise ConfigError(f"{what} is {list(value)}; write the lower end first, then the higher one")
     for key, part in items_of(list(value) if isinstance(value, tuple) else value):
         inner = MISSING
         if isinstance(default, dict) or (isinstance(default, list) and isinstance(key, int) and key < len(default)):
             inner = default.get(key, MISSING) if isinstance(default, dict) else default[key]
-        check_value(f"{id_}{SEP}{key}", part, inner, what if isinstance(value, dict) else f"{what}, entry {key}")
+        check_value(f"{id_}{SEP}{key}", part, inner, f"{what}, {'key' if isinstance(value, dict) else 'entry'} {key}")
 
 
 def _check_kind(last: str, value: Any, default: Any, what: str) -> None:
@@ -108,6 +131,18 @@ def _check_kind(last: str, value: Any, default: Any, what: str) -> None:
     counts = isinstance(value, int) and not isinstance(value, bool)
     if least is not None and not (counts and value >= least) and not (text and _NUMBER.fullmatch(value)):
         raise ConfigError(f"{what} is {value!r} where a whole number of at least {least} is meant")
+
+
+def _check_range(last: str, value: float, what: str) -> None:
+    interval = _RANGES.get(last, "(-inf, inf)")
+    low, high = map(float, interval[1:-1].split(", "))
+    above = value > low if interval[0] == "(" else value >= low
+    below = value < high if interval[-1] == ")" else value <= high
+    if not (above and below):
+        meant = f"a number in {interval}" if last in _RANGES else "a finite number"
+        raise ConfigError(f"{what} is {value!r} where {meant} is meant")
+    if value > _MOST.get(last, value):
+        raise ConfigError(f"{what} is {value!r} where at most {_MOST[last]} is meant")
 
 
 def _such_as(default: Any) -> str:

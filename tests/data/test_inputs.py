@@ -89,6 +89,9 @@ def test_files_patterns_and_where_they_are_looked_for(tmp_path: Path, monkeypatc
     with pytest.raises(DataError, match=r"w\.png: no such file, folder or pattern"):
         find_images(["z.png", "w.png"], root)
     (tmp_path / "empty").mkdir()
+    for nothing in ([], "", ()):
+        with pytest.raises(DataError, match="names nothing; give a file"):
+            find_images(nothing, tmp_path)
     with pytest.raises(DataError, match="empty: no image in it"):
         find_images(str(tmp_path / "empty"))
 

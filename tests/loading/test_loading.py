@@ -318,6 +318,8 @@ def test_a_dimension_without_readable_item_gets_a_stand_in(broken):
 def test_eval_loader_gives_each_readable_item_once(broken):
     root, items, vocabulary = broken
     dataset = images(items, transforms(crop=False), root)
+    with pytest.raises(ConfigError, match="must be at least 1, of X-rays and of volumes"):
+        ImageLoader(dataset, (0, 4))
     batches = list(ImageLoader(dataset, (4, 1), collate_fn=MixedCollate(vocabulary)))
     assert [batch["id"] for batch in batches] == [
         ["x0", "x1", "x2"],

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from tests.common import randomised
-from unimedi_components.errors import CheckpointError
+from unimedi_components.errors import CheckpointError, ConfigError
 from unimedi_components.networks import UnifiedViT
 from unimedi_components.networks.cards import network_card
 from unimedi_components.networks.classifier import ImageClassifier, load_classifier, task_encoder
@@ -183,6 +183,13 @@ def save_pretrained(folder, encoder):
     torch.save(encoder.state_dict(), folder / "model.pt")
     (folder / "model.json").write_text(json.dumps({"format": 1, "encoder": encoder.hparams}))
     return folder / "model.pt"
+
+
+def test_a_card_has_a_name_for_each_output() -> None:
+    network = ImageClassifier(encoder_of(), 1, 2)
+    assert network_card(network, "binary", ["clear", "ill"], {})["label_names"] == ["clear", "ill"]
+    with pytest.raises(ConfigError, match="num_classes 1 does not fit label_names"):
+        network_card(network, "multiclass", ["clear", "ill"], {})
 
 
 def save_classifier(folder, network):

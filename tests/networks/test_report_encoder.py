@@ -125,6 +125,9 @@ def test_messages(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         load_tokenizer(folder)
     with pytest.raises(ConfigError, match="report encoder config"):
         ReportEncoder(config={**SMALL, "num_attention_heads": 5})
+    tokens = torch.ones(1, 9, dtype=torch.long)
+    with pytest.raises(ConfigError, match="9 tokens meets an encoder of 8 positions"):
+        ReportEncoder(config={**SMALL, "max_position_embeddings": 8})(tokens, tokens)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for load in (ReportEncoder, load_tokenizer):
         with pytest.raises(CheckpointError, match="hf download nobody/nothing --local-dir FOLDER"):

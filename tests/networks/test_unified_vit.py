@@ -201,6 +201,9 @@ def test_inputs_that_do_not_fit_are_refused(shape, message):
 def test_sizes_that_cannot_be_built_are_refused():
     with pytest.raises(ValueError, match="224x224 cannot be cut into patches of 15x15"):
         UnifiedViT(224, patch_size=15)
+    for size in ("embed_dim", "depth", "num_heads"):
+        with pytest.raises(ValueError, match=f"{size} 0.* must be at least 1"):
+            UnifiedViT(**{**SMALL, size: 0})
     with pytest.raises(ValueError, match="embed_dim 24 is not a multiple of num_heads 5"):
         UnifiedViT(**{**SMALL, "num_heads": 5})
     with pytest.raises(ValueError, match="slices need slice_position"):

@@ -50,9 +50,11 @@ def find_images(
             kind = f"{dim}D image" if dim else "image"
             raise DataError(f"{path}: no {kind} in its test split; name files or folders with --inputs PATH")
         return find.ImageList(_absolute(item, base) for item in items)
+    if inputs is not None and not inputs and inputs != 0:
+        raise DataError(f"--inputs {inputs!r} names nothing; give a file, a folder, a pattern, or a list of them")
     if inputs is None and not base.is_dir():
         raise DataError(f"{base}: no such folder of images; name files or folders with --inputs PATH")
-    found = find.find_images(path_names(inputs) if inputs else None, base, assume_hu)
+    found = find.find_images(None if inputs is None else path_names(inputs), base, assume_hu)
     if dim is None:
         return found
     items = _gather_slices(found, base) if dim == 3 and slice_folders else found

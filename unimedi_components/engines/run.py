@@ -24,7 +24,10 @@ from unimedi_components.engines.optim import use_amp
 from unimedi_components.engines.progress import TrainingProgress
 from unimedi_components.engines.target_information import WatchTargets
 from unimedi_components.engines.whitening import WhitenTokenizers
+from unimedi_components.errors import ConfigError
 from unimedi_components.networks.cards import network_card
+
+_PRECISIONS = ("highest", "high", "medium")
 
 
 def set_up(seed: int, device: torch.device | str, matmul_precision: str | None = None) -> None:
@@ -34,7 +37,12 @@ def set_up(seed: int, device: torch.device | str, matmul_precision: str | None =
 
     Args:
         matmul_precision: of `torch.set_float32_matmul_precision`; None leaves it.
+
+    Raises:
+        ConfigError: another precision, which PyTorch would pass over with a warning.
     """
+    if matmul_precision not in (None, *_PRECISIONS):
+        raise ConfigError(f"matmul_precision is {matmul_precision!r}; use one of {', '.join(_PRECISIONS)}")
     monai.utils.set_determinism(seed)
     if torch.device(device).type == "cpu":
         # threads would sum the gradients of indexed tokens in any order

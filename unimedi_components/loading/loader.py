@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from monai.data import DataLoader
 
-from unimedi_components.errors import DataError
+from unimedi_components.errors import ConfigError, DataError
 from unimedi_components.loading.collate import MixedCollate
 from unimedi_components.loading.sampler import MixedBatchSampler, rank_share
 
@@ -36,6 +36,7 @@ class ImageLoader(DataLoader):
 
     Raises:
         DataError: there are no items.
+        ConfigError: batches of no images, without `shuffle`.
     """
 
     dataset: Any
@@ -61,6 +62,8 @@ class ImageLoader(DataLoader):
                 dataset.dims, batch_2d, batch_3d, seed=seed, drop_last=drop_last, epoch_over="longest"
             )
         elif batches is None:
+            if min(batch_2d, batch_3d) < 1:
+                raise ConfigError(f"batch_size {batch_size} must be at least 1, of X-rays and of volumes")
             dataset = dataset.without_stand_ins()
             if not (dims := dataset.dims) and not allow_empty:
                 raise DataError("no images to evaluate: the split is empty; prepare the data with items in it")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from unimedi_components.errors import CheckpointError
+from unimedi_components.errors import CheckpointError, ConfigError
 from unimedi_components.networks.pretrained import CARD, read_card
 from unimedi_components.networks.unified_vit import UnifiedViT
 from unimedi_components.networks.weights import load_strict, read_state_dict
@@ -32,8 +32,14 @@ def network_card(
     Args:
         label_names: of its classes, with the background where there is one.
         preprocessing: of its images, see `data.task_transforms`.
+
+    Raises:
+        ConfigError: a classifier or a segmenter of volumes that has not one output for each name.
     """
     own: Any = getattr(network, "module", network)
+    outputs = own.hparams.get("num_classes") if own.kind in ("classifier", "unetr") else None
+    if outputs not in (None, 1 if task == "binary" else len(label_names)):
+        raise ConfigError(f"num_classes {outputs} does not fit label_names {list(label_names)}; leave it as it is")
     card = {
         "format": 1,
         "encoder": own.encoder.hparams,

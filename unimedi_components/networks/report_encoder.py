@@ -173,7 +173,17 @@ class ReportEncoder(nn.Module):
             module.requires_grad_(False)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """CLS feature of the last layer, (B, width), of `input_ids` (B, T); padding does not change it."""
+        """CLS feature of the last layer, (B, width), of `input_ids` (B, T); padding does not change it.
+
+        Raises:
+            ConfigError: more tokens than the encoder has positions for.
+        """
+        positions = getattr(self.model.config, "max_position_embeddings", None) or input_ids.shape[1]
+        if input_ids.shape[1] > positions:
+            raise ConfigError(
+                f"a report of {input_ids.shape[1]} tokens meets an encoder of {positions} positions; lower "
+                "preprocessing#max_length, or raise max_position_embeddings of an encoder from scratch"
+            )
         if self.model.config.model_type == "bert" and self.model.config._attn_implementation == "sdpa":
             # transformers would ask the GPU whether anything is padded before it makes this of a 2D mask
             attention_mask = attention_mask[:, None, None, :].bool()

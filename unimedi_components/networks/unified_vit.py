@@ -50,8 +50,8 @@ class UnifiedViT(HubEncoder):
         grad_checkpointing: recompute the blocks in the backward pass instead of storing what is in them (timm's name).
 
     Raises:
-        ValueError: a size that its patch does not divide, an `embed_dim` that `num_heads` does not divide, or heads
-            whose channels 4 does not divide with `rope`.
+        ValueError: a width, depth or number of heads below 1, a size that its patch does not divide, an `embed_dim`
+            that `num_heads` does not divide, or heads whose channels 4 does not divide with `rope`.
 
     Example:
         >>> encoder = UnifiedViT(img_size=32, vol_size=(8, 32, 32), embed_dim=24, depth=2, num_heads=2)
@@ -83,6 +83,8 @@ class UnifiedViT(HubEncoder):
         grad_checkpointing: bool = False,
     ) -> None:
         super().__init__()
+        if min(embed_dim, depth, num_heads) < 1:
+            raise ValueError(f"embed_dim {embed_dim}, depth {depth} and num_heads {num_heads} must be at least 1")
         self.hparams = {
             "img_size": to_tuple(img_size, 2, "img_size"),
             "vol_size": to_tuple(vol_size, 3, "vol_size"),

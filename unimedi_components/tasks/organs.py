@@ -26,6 +26,7 @@ from unimedi_components.files import replacing
 from unimedi_components.images.volume import find_stack
 from unimedi_components.loading import ImageDataset
 from unimedi_components.metrics.organs import METRICS, organ_metrics, organ_scores
+from unimedi_components.networks.embed import to_tuple
 from unimedi_components.tasks.dicom_outputs import write_label_map
 from unimedi_components.tasks.evaluate import Row, TaskEvaluation
 from unimedi_components.tasks.writer import PredictionWriter
@@ -46,6 +47,7 @@ class OrganInferer(SlidingWindowInferer):
 
     Raises:
         ConfigError: an axis that does not exist, or an overlap out of [0, 1).
+        ValueError: a window that is not three positive sizes.
     """
 
     def __init__(
@@ -62,7 +64,7 @@ class OrganInferer(SlidingWindowInferer):
         if not 0 <= overlap < 1:
             raise ConfigError(f"overlap must be in [0, 1), the share of a window, not {overlap}")
         options = {"mode": "gaussian", "cval": -1.0, **kwargs}
-        super().__init__(tuple(roi_size), sw_batch_size=sw_batch_size, overlap=overlap, **options)
+        super().__init__(to_tuple(roi_size, 3, "roi_size"), sw_batch_size=sw_batch_size, overlap=overlap, **options)
         self.mirrors = list(chain.from_iterable(combinations(axes, count) for count in range(len(axes) + 1)))
 
     def __call__(self, inputs: Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
