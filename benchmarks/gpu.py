@@ -249,7 +249,7 @@ def _summarise(results: Path, work: Path, chosen: Sequence[Part], device: str) -
         spent = records["pretrain"]["seconds"] / 60
         bar = {"name": "minutes of pre-training", "value": spent, "limit": MOST_MINUTES, "holds": spent <= MOST_MINUTES}
         bars.append({"part": "pretrain", **bar})
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES} | {"torch": torch.__version__}
     write_json(
         {**provenance(), "device": _card(device), "versions": versions, "parts": records, "bars": bars},
         results / "results.json",

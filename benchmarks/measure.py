@@ -243,6 +243,7 @@ def report(
         "python": platform.python_version(),
         **({"cuda": torch.version.cuda} if gpu else {}),
         **{package: found for package in _PACKAGES if (found := _version(package)) is not None},
+        "torch": torch.__version__,  # with its build, which an index's file does not name
     }
     result = {
         "benchmark": name,
