@@ -355,3 +355,13 @@ def test_names_of_earlier_configs_say_the_new_place(bundle: str, old: str) -> No
     assert str(error.value) == f"unknown override '--{old}': nothing defines it; {hint}"
     told = fault_of(run_bundle, config, "train", start=False, **{old: 1})
     assert told == f"unknown config key '{old}' in the workflow: nothing uses it; {hint}"
+
+
+@pytest.mark.parametrize("name", ["rsna", "evaluate"])
+def test_an_overlay_alone(name: str) -> None:
+    overlay = REPOSITORY / "bundles" / "chest_xray_classification" / "configs" / f"{name}.json"
+    with pytest.raises(ConfigError) as caught:
+        check_config(overlay)
+    both = [overlay.with_name("train.json"), overlay]
+    assert str(caught.value).endswith(f"give both: {both[0]} {both[1]}")
+    check_config(both)

@@ -96,6 +96,7 @@ def check_config(
     - an argument that the ``_target_`` does not take, and a ``_target_`` that does not exist;
     - a reference ``@id`` to nothing;
     - two overlays of two data sets, from the folder of the first config;
+    - an overlay without the config that it changes;
     - a value of another kind than the one that it replaces, see ``check_value``: text for a number, such as `1e-4` in
       YAML, a number for a path or a list, a word for a component; and a `#` in a text, which MONAI turns into `::`;
     - an override ``true``, ``false`` or ``null``, which MONAI takes as a word, and ``None``, which it drops.
@@ -117,6 +118,10 @@ def check_config(
         raise ConfigError("no config file: name one with --config_file bundles/NAME/configs/train.json")
     layers = [_load(source) for source in sources]
     _check_one_data_set(sources, layers)
+    if not isinstance(sources[0], Mapping) and "imports" not in layers[0][1]:
+        whole = Path(sources[0]).with_name("train.json")
+        if whole.is_file() and whole != Path(sources[0]):
+            raise ConfigError(f"{layers[0][0]} is an overlay, of what train.json says; give both: {whole} {sources[0]}")
     overrides = dict(overrides or {})
     referenced = {target for _, content in [*layers, ("", overrides)] for _, _, target in _references(content)}
     used: set[str] = {*referenced, *_PROPERTY_IDS, *_READ_BY_MONAI, *run_ids}
