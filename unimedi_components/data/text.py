@@ -44,18 +44,19 @@ class CleanReport(NamedTuple):
     num_sentences: int
     num_tokens: int
 
+    def lack(self, min_sentences: int, min_tokens: int) -> str:
+        """The reason to drop it, or an empty string."""
+        if self.num_tokens < min_tokens:
+            return f"fewer than {min_tokens} tokens"
+        return f"fewer than {min_sentences} sentences" if self.num_sentences < min_sentences else ""
+
 
 def _section_kind(header: str) -> str:
     """Map a header to findings, impression, comparison, a view title, or itself."""
     name = " ".join(header.lower().split())
-    for kind, words in (
-        ("findings", ("finding",)),
-        ("impression", ("impression", "conclusion")),
-        ("comparison", ("comparison",)),
-    ):
-        if any(word in name for word in words):
-            return kind
-    return "view title" if _VIEW_TITLE.search(name) else name
+    words = {"finding": "findings", "impression": "impression", "conclusion": "impression", "comparison": "comparison"}
+    kind = next((kind for word, kind in words.items() if word in name), None)
+    return kind or ("view title" if _VIEW_TITLE.search(name) else name)
 
 
 def split_sections(text: str) -> dict[str, str]:

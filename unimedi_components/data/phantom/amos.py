@@ -15,8 +15,7 @@ from .writer import Layout, PatientRecord, register
 
 LABELS = (
     *("spleen", "right kidney", "left kidney", "gall bladder", "esophagus", "liver", "stomach", "aorta"),
-    *("postcava", "pancreas", "right adrenal gland", "left adrenal gland", "duodenum", "bladder"),
-    *("prostate/uterus",),
+    *("postcava", "pancreas", "right adrenal gland", "left adrenal gland", "duodenum", "bladder", "prostate/uterus"),
 )
 """Names of the labels 1 to 15; dataset.json of the real set spells the aorta arota."""
 MOST_PATIENTS = 450

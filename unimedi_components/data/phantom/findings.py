@@ -7,14 +7,8 @@ from typing import Literal
 import numpy as np
 
 FINDINGS = (
-    "nodule",
-    "consolidation",
-    "ground_glass",
-    "effusion",
-    "pneumothorax",
-    "cardiomegaly",
-    "atelectasis",
-    "edema",
+    *("nodule", "consolidation", "ground_glass", "effusion"),
+    *("pneumothorax", "cardiomegaly", "atelectasis", "edema"),
 )
 FOCAL = ("nodule", "consolidation", "ground_glass", "atelectasis")
 ZONES = ("upper", "middle", "lower")

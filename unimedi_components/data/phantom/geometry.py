@@ -110,8 +110,7 @@ def ellipsoid(
     grid: Grid, centre: tuple[float, float, float], half: tuple[float, float, float], margin: float = 1.25
 ) -> tuple[Box, FloatArray]:
     """Index box around an ellipsoid and its field, below 1 inside; ``margin`` leaves room for soft edges."""
-    reach = [(c - margin * h, c + margin * h) for c, h in zip(centre, half, strict=True)]
-    box = grid.box(reach[0], reach[1], reach[2])
+    box = grid.box(*((c - margin * h, c + margin * h) for c, h in zip(centre, half, strict=True)))
     axes = (grid.z[box[0]], grid.y[box[1]], grid.x[box[2]])
     z, y, x = (((a - np.float32(c)) / np.float32(h)) ** 2 for a, c, h in zip(axes, centre, half, strict=True))
     return box, z[:, None, None] + y[None, :, None] + x[None, None, :]

@@ -155,7 +155,4 @@ def _union(boxes: list[Any]) -> Any:
     corners = np.array(boxes)
     if corners.ndim == 2:
         return [*corners[:, :2].min(axis=0).tolist(), *corners[:, 2:].max(axis=0).tolist()]
-    return [
-        [low, high]
-        for low, high in zip(corners[..., 0].min(axis=0).tolist(), corners[..., 1].max(axis=0).tolist(), strict=True)
-    ]
+    return np.stack((corners[..., 0].min(axis=0), corners[..., 1].max(axis=0)), axis=1).tolist()

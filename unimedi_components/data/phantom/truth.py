@@ -34,8 +34,7 @@ def load_truth(root: str | Path, items: Sequence[Mapping[str, Any]] = ()) -> dic
         DataError: a file is damaged.
     """
     truth = _find_truth(root)
-    unknown = [] if truth is None else [item["id"] for item in items if item["id"] not in truth["studies"]]
-    if unknown:
+    if unknown := [item["id"] for item in items if truth is not None and item["id"] not in truth["studies"]]:
         text = "%s: the truth of phantoms there does not know %s (%d such) and is not used"
         logger.warning(text, root, unknown[0], len(unknown))
         return None

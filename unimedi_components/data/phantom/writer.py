@@ -41,7 +41,7 @@ class Layout:
     name: str
     code: int
     write_patient: Callable[[Path, int, np.random.SeedSequence], PatientRecord]
-    write_tables: Callable[[Path, list[PatientRecord], np.random.SeedSequence], None]
+    write_tables: Callable[[Path, list[PatientRecord], np.random.SeedSequence], None] = lambda *_: None
     most: int | None = None
     version: int = VERSION
 
@@ -67,10 +67,6 @@ class PhantomFolder:
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
-
-
-def _key(layout: str, patients: int, seed: int) -> dict[str, Any]:
-    return {"layout": layout, "seed": seed, "patients": patients, "version": LAYOUTS[layout].version}
 
 
 def write_phantom(
@@ -99,7 +95,7 @@ def write_phantom(
             f"phantom {layout}: the layout has numbers for {most} patients, not for {patients}; ask for fewer"
         )
     root = Path(out)
-    key = _key(layout, patients, seed)
+    key = {"layout": layout, "seed": seed, "patients": patients, "version": LAYOUTS[layout].version}
     if _is_complete(root, key):
         return PhantomFolder(root, fresh=False)
     _claim(root, key)
@@ -161,8 +157,7 @@ def _write_patients(
         records = (patient_record(layout, root, seed, index) for index in range(patients))
     else:
         records = _from_workers(layout, root, patients, seed, count)
-    bar = tqdm(records, total=patients, desc=f"phantom {layout}", disable=not progress, unit="patient")
-    return list(bar)
+    return list(tqdm(records, total=patients, desc=f"phantom {layout}", disable=not progress, unit="patient"))
 
 
 def _from_workers(layout: str, root: Path, patients: int, seed: int, count: int) -> Iterator[PatientRecord]:
