@@ -118,7 +118,7 @@ def _entries(content: dict[str, Any], split: str, path: Path) -> Iterator[tuple[
     if not isinstance(entries, list):
         raise DataError(f'{path}: "{split}" is not a list. Give AMOS22\'s own dataset.json.')
     for index, entry in enumerate(entries):
-        parts = [entry.get("image"), entry.get("label") or ""] if isinstance(entry, dict) else [entry, ""]
+        parts: list[Any] = [entry.get("image"), entry.get("label") or ""] if isinstance(entry, dict) else [entry, ""]
         below = (isinstance(p, str) and p[:1] != "/" and posixpath.normpath(p).split("/")[0] != ".." for p in parts)
         image, mask = parts
         if not image or not all(below):

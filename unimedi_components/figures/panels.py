@@ -12,6 +12,7 @@ import numpy.typing as npt
 from matplotlib import colormaps
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
@@ -95,20 +96,18 @@ def _draw_masks(cells: Array, view: MaskView) -> None:
     # a film of 3000 pixels would make the same figure slower
     step = max(1, max(view.image.shape) // _LARGEST)
     image = view.image[::step, ::step]
-    masks = [None if mask is None else mask[::step, ::step] for mask in (view.truth, view.found)]
-    titles = [cut(view.name, 26), *(["truth"] if len(cells) == 3 else []), view.note or "prediction"]
-    drawn = [None, *(masks[:1] if len(cells) == 3 else []), masks[1]]
-    colours = [None, *([TRUE] if len(cells) == 3 else []), FOUND]
-    for axes, title, mask, colour in zip(cells, titles, drawn, colours, strict=True):
+    plain = (cut(view.name, 26), None, "")
+    true, predicted = ("truth", view.truth, TRUE), (view.note or "prediction", view.found, FOUND)
+    panels = (plain, true, predicted) if len(cells) == 3 else (plain, predicted)
+    for axes, (title, mask, colour) in zip(cells, panels, strict=True):
         _show(axes, image, title)
-        if mask is not None and colour is not None and mask.any():
-            _shade(axes, mask, colour)
+        if mask is not None and mask.any():
+            _shade(axes, mask[::step, ::step], colour)
 
 
 def _shade(axes: Axes, mask: Array, colour: str) -> None:
-    red, green, blue = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
     shade = np.zeros((*mask.shape, 4))
-    shade[..., :3], shade[..., 3] = (red, green, blue), 0.3 * mask
+    shade[..., :3], shade[..., 3] = to_rgb(colour), 0.3 * mask
     axes.imshow(shade, interpolation="nearest")
     # a frame of background: a mask that reaches the border is closed there
     framed = np.pad(mask.astype(float), 1)
@@ -216,11 +215,9 @@ def draw_organs(
             axes.set_axis_off()
             if row == 0:
                 axes.text(0.02, 0.97, f"slice {index}", transform=axes.transAxes, va="top", fontsize=8, color="white")
-    present = [i for i in range(len(organs)) if (shown == i + 1).any()]
-    handles = [Patch(color=colours[i], label=organs[i]) for i in present]
+    handles = [Patch(color=colours[i], label=name) for i, name in enumerate(organs) if (shown == i + 1).any()]
     if handles:
-        columns = min(7, len(handles))
-        figure.legend(handles=handles, loc="lower center", ncols=columns, frameon=False, fontsize=8)
+        figure.legend(handles=handles, loc="lower center", ncols=min(7, len(handles)), frameon=False, fontsize=8)
     return save_png(figure, path)
 
 

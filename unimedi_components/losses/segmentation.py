@@ -73,11 +73,6 @@ class FocalDiceLoss(nn.Module):
     def _of_missing(self, missing: Tensor) -> Tensor:
         return -torch.log1p(-missing) if self.dice == "log" else missing
 
-    @staticmethod
-    def no_sums(num_classes: int = 1) -> Tensor:
-        """What `sums` gives for no images."""
-        return torch.zeros(4 + 3 * num_classes, dtype=torch.float64)
-
     @torch.no_grad()
     def sums(self, logits: Tensor, label: Tensor) -> Tensor:
         """What adds up over batches and ranks to the loss of all their images, for `from_sums`.

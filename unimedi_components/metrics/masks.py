@@ -10,14 +10,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from ignite.exceptions import NotComputableError
-from ignite.metrics import Metric
-from ignite.metrics.metric import reinit__is_reduced, sync_all_reduce
-from monai.handlers import from_engine
 from torch import Tensor
 
 from unimedi_components.losses.segmentation import FocalDiceLoss
 from unimedi_components.metrics.bootstrap import LEVEL, interval_table, patient_index, resampled, weighted_mean
+from unimedi_components.metrics.summed import SummedMetric
 
 Array = npt.NDArray[Any]
 
@@ -84,7 +81,7 @@ def _kept(counts: Array) -> dict[str, Array]:
     return {**kept, "false_alarms": ~positive, "missed": positive}
 
 
-class MaskScore(Metric):
+class MaskScore(SummedMetric):
     """Mean Dice per image over all batches and ranks of an evaluator run, empty masks as in `mask_metrics`.
 
     The engine's output holds logits "pred" and labels "label", both (B, 1, H, W).
@@ -97,29 +94,17 @@ class MaskScore(Metric):
         if not 0 <= threshold <= 1:
             raise ValueError(f"threshold must be a probability from 0 to 1, not {threshold!r}")
         self.threshold = threshold
-        super().__init__(from_engine(["pred", "label"]))
+        super().__init__(2)
 
-    @reinit__is_reduced
-    def reset(self) -> None:
-        self._total = torch.zeros((), dtype=torch.float64)
-        self._images = torch.zeros((), dtype=torch.int64)
+    def terms(self, logits: Tensor, label: Tensor) -> Tensor:
+        counts = mask_counts(logits.float().sigmoid() >= self.threshold, label > 0.5)
+        return torch.tensor([len(counts), mask_scores(counts)["dice"].sum()], dtype=torch.float64)
 
-    @reinit__is_reduced
-    def update(self, output: Sequence[Tensor]) -> None:
-        logits, label = output
-        counts = mask_counts(logits.detach().float().sigmoid() >= self.threshold, label > 0.5)
-        self._total = self._total + float(mask_scores(counts)["dice"].sum())
-        self._images = self._images + len(counts)
-
-    @sync_all_reduce("_total", "_images")
-    def compute(self) -> float:
-        """The mean. Raises NotComputableError: there was no image."""
-        if not int(self._images):
-            raise NotComputableError("no image was evaluated")
-        return float(self._total) / float(self._images)
+    def value(self, sums: Tensor) -> Tensor:
+        return sums[1] / sums[0]
 
 
-class MaskLossMetric(Metric):
+class MaskLossMetric(SummedMetric):
     """`FocalDiceLoss` of a whole evaluator run, over all batches and ranks.
 
     It is the loss of one batch that holds all images, so that neither the batch size nor the number of ranks changes
@@ -127,20 +112,5 @@ class MaskLossMetric(Metric):
     """
 
     def __init__(self, loss: FocalDiceLoss, num_classes: int = 1) -> None:
-        self.loss, self.num_classes = loss, num_classes
-        super().__init__(from_engine(["pred", "label"]))
-
-    @reinit__is_reduced
-    def reset(self) -> None:
-        self._sums = self.loss.no_sums(self.num_classes)
-
-    @reinit__is_reduced
-    def update(self, output: Sequence[Tensor]) -> None:
-        self._sums = self._sums + self.loss.sums(output[0].detach(), output[1]).cpu()
-
-    @sync_all_reduce("_sums")
-    def compute(self) -> float:
-        """The loss. Raises NotComputableError: there was no image."""
-        if not float(self._sums[0]):
-            raise NotComputableError("no image was evaluated")
-        return float(self.loss.from_sums(self._sums))
+        self.terms, self.value = loss.sums, loss.from_sums  # type: ignore[method-assign]
+        super().__init__(4 + 3 * num_classes)

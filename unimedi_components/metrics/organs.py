@@ -11,14 +11,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from ignite.exceptions import NotComputableError
-from ignite.metrics import Metric
-from ignite.metrics.metric import reinit__is_reduced, sync_all_reduce
-from monai.handlers import from_engine
 from monai.metrics import compute_hausdorff_distance, compute_surface_dice
 from torch import Tensor
 
 from unimedi_components.metrics.bootstrap import LEVEL, interval_table, patient_index, resampled, weighted_mean
+from unimedi_components.metrics.summed import SummedMetric
 
 Array = npt.NDArray[Any]
 
@@ -152,7 +149,7 @@ def _none(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-class OrganDice(Metric):
+class OrganDice(SummedMetric):
     """Mean Dice of an evaluator run on the network's grid: over cases for each organ, then over organs.
 
     Organs that a case's label map lacks do not count in it, as in `organ_scores`. Ranks may hold different numbers of
@@ -161,27 +158,18 @@ class OrganDice(Metric):
 
     def __init__(self, num_classes: int) -> None:
         self.num_classes = num_classes
-        super().__init__(from_engine(["pred", "label"]))
+        super().__init__(2 * (num_classes - 1), "case with an organ")
 
-    @reinit__is_reduced
-    def reset(self) -> None:
-        self._total = torch.zeros(self.num_classes - 1, dtype=torch.float64)
-        self._count = torch.zeros(self.num_classes - 1, dtype=torch.float64)
+    def terms(self, logits: Tensor, label: Tensor) -> Tensor:
+        sums = torch.zeros(2, self.num_classes - 1, dtype=torch.float64)
+        for found, wanted in zip(logits.argmax(1), label[:, 0].long(), strict=True):
+            parts = (found, wanted, wanted[found == wanted])
+            seen, true, both = (
+                torch.bincount(x.flatten(), minlength=self.num_classes).double().cpu()[1:] for x in parts
+            )
+            sums += torch.stack([true > 0, torch.where(true > 0, 2 * both / (seen + true).clamp(min=1), 0.0)])
+        return sums.flatten()
 
-    @reinit__is_reduced
-    def update(self, output: Sequence[Tensor]) -> None:
-        logits, label = output
-        for found, wanted in zip(logits.detach().argmax(1), label[:, 0].long(), strict=True):
-            kinds = [torch.bincount(part.flatten(), minlength=self.num_classes).double().cpu()[1:] for part in
-                     (found, wanted, wanted[found == wanted])]  # fmt: skip
-            present = kinds[1] > 0
-            self._total += torch.where(present, 2 * kinds[2] / (kinds[0] + kinds[1]).clamp(min=1), 0.0)
-            self._count += present
-
-    @sync_all_reduce("_total", "_count")
-    def compute(self) -> float:
-        """The mean. Raises NotComputableError: no case has an organ."""
-        present = self._count > 0
-        if not bool(present.any()):
-            raise NotComputableError("no case with an organ was evaluated")
-        return float((self._total[present] / self._count[present]).mean())
+    def value(self, sums: Tensor) -> Tensor:
+        count, total = sums.chunk(2)
+        return (total[count > 0] / count[count > 0]).mean()

@@ -98,10 +98,8 @@ class ImageClassifier(TaskNetwork):
 
     def features(self, image: Tensor) -> Tensor:
         """CLS features (B, D); without gradient if the encoder is frozen."""
-        if self.freeze_encoder:
-            with torch.no_grad():
-                return self.encode(image).cls
-        return self.encode(image).cls
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_encoder):
+            return self.encode(image).cls
 
     def forward(self, image: Tensor) -> Tensor:
         """Logits (B, C) of X-rays (B, 1, H, W) or volumes (B, 1, D, H, W) in [-1, 1], or of their features (B, D).

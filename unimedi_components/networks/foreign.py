@@ -7,8 +7,6 @@ checkpoints, CLEAR and BiomedCLIP (all of them timm's names, behind any prefix),
 towers of OpenAI's CLIP, open_clip and Hugging Face's CLIP. What would load only nearly is `REFUSED`.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import re
@@ -22,8 +20,6 @@ from torch import Tensor
 from unimedi_components.errors import CheckpointError
 from unimedi_components.networks.embed import resample_patch_embed, resample_pos_embed_2d
 from unimedi_components.networks.unified_vit import UnifiedViT
-
-__all__ = ["FAMILIES", "REFUSED", "Family", "adapt_vit_state", "layers_of_state", "vit_state"]
 
 logger = logging.getLogger(__name__)
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Heads on top of the encoders: MGCA's projection for L_vl and DINO's head for the self-distillation."""
 
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unimedi_components.errors import ConfigError
+from unimedi_components.networks.layers import arguments
 from unimedi_components.networks.modality_norm import ModalityBatchNorm1d
 
 _NORMS = ("batch_per_modality", "batch", "layer", "none")
@@ -47,7 +49,7 @@ class ProjectionHead(nn.Module):
         super().__init__()
         if norm not in _NORMS:
             raise ConfigError(f"norm is {norm!r}; use one of {', '.join(_NORMS)}")
-        self.hparams = {"in_dim": in_dim, "hidden_dim": hidden_dim, "out_dim": out_dim, "norm": norm}
+        self.hparams = arguments(locals())
         normalise_input = norm == "batch_per_modality" or (norm == "batch" and hidden_dim is None)
         self.input_norm = _make_norm(norm if normalise_input else "none", in_dim, affine=False)
         self.hidden: nn.Linear | None = None
@@ -115,15 +117,7 @@ class DINOHead(nn.Module):
         center_kinds: int = 0,
     ) -> None:
         super().__init__()
-        self.hparams = {
-            "in_dim": in_dim,
-            "out_dim": out_dim,
-            "hidden_dim": hidden_dim,
-            "bottleneck_dim": bottleneck_dim,
-            "nlayers": nlayers,
-            "norm_last_layer": norm_last_layer,
-            "center_kinds": center_kinds,
-        }
+        self.hparams = arguments(locals())
         widths = [in_dim, *[hidden_dim] * (max(nlayers, 1) - 1), bottleneck_dim]
         layers: list[nn.Module] = []
         for before, after in pairwise(widths):
@@ -135,9 +129,8 @@ class DINOHead(nn.Module):
         # DINO holds a single layer without a container, which decides its state keys.
         self.mlp = nn.Sequential(*layers) if len(layers) > 1 else layers[0]
         self.last_layer = _Prototypes(bottleneck_dim, out_dim, norm_last_layer)
-        self.center = (
-            ModalityBatchNorm1d(bottleneck_dim, center_kinds, affine=False, scale=False) if center_kinds else None
-        )
+        means = partial(ModalityBatchNorm1d, bottleneck_dim, affine=False, scale=False)
+        self.center = means(center_kinds) if center_kinds else None
 
     @property
     def prototypes(self) -> Tensor:

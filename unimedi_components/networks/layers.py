@@ -4,6 +4,7 @@
 Letters: B batch, N tokens (1 CLS + P patches), H heads, C channels per head, D = H * C.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -110,6 +111,11 @@ class Block(nn.Module):
         mixed, attention = self.attn(self.norm1(x), **options)
         x = x + mixed
         return x + self.mlp(self.norm2(x)), attention
+
+
+def arguments(scope: Mapping[str, Any]) -> dict[str, Any]:
+    """A constructor's arguments, from `locals()` before its other names, without networks; for a card."""
+    return {name: v for name, v in scope.items() if name != "__class__" and not isinstance(v, nn.Module)}
 
 
 def init_vit_weights(module: nn.Module) -> None:

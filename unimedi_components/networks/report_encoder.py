@@ -63,13 +63,6 @@ def _without_pooler(cls: Any) -> dict[str, bool]:
     return {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(cls).parameters else {}
 
 
-def _read_config(name: str, where: dict[str, bool]) -> PretrainedConfig:
-    try:
-        return AutoConfig.from_pretrained(name, **where)
-    except (OSError, ValueError) as error:
-        raise _unreachable(name, bool(where), error) from error
-
-
 def _cut(config: PretrainedConfig, num_hidden_layers: int | None) -> PretrainedConfig:
     if num_hidden_layers is None:
         return config
@@ -148,7 +141,10 @@ class ReportEncoder(nn.Module):
             self.model = _from_scratch(_cut(_small_config(config), num_hidden_layers))
         elif name_or_path is not None:
             name, where = _source(name_or_path)
-            resolved = _cut(_read_config(name, where), num_hidden_layers)
+            try:
+                resolved = _cut(AutoConfig.from_pretrained(name, **where), num_hidden_layers)
+            except (OSError, ValueError) as error:
+                raise _unreachable(name, bool(where), error) from error
             self.model = _load_pretrained(name, where, resolved) if pretrained else _from_scratch(resolved)
         # from_pretrained hands over a model in evaluation mode.
         self.model.train()

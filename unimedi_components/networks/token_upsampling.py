@@ -40,10 +40,11 @@ def upsampling_strides(patch_size: Sequence[int]) -> list[Stride]:
 def _prime_factors(number: int) -> list[int]:
     factors, divisor = [], 2
     while number > 1:
-        while number % divisor == 0:
+        if number % divisor:
+            divisor += 1
+        else:
             factors.append(divisor)
             number //= divisor
-        divisor += 1
     return factors[::-1]
 
 

@@ -161,8 +161,7 @@ class UnifiedUNETR(TaskNetwork):
 
     def _tokens(self, image: Tensor) -> list[Tensor]:
         """The hidden states and the last tokens on their grid, each (B, D, d, h, w)."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_encoder):
-            output = self.encoder(image, hidden_states=self.hidden_states)
+        output = self.encoded(image, hidden_states=self.hidden_states)
         states = [state[:, 1:] for state in output.hidden_states]
         if self.normalize_states:
             states = [F.layer_norm(state, state.shape[-1:]) for state in states]

@@ -22,8 +22,10 @@ from unimedi_components.networks.embed import (
     to_tuple,
 )
 from unimedi_components.networks.hub import HubEncoder
-from unimedi_components.networks.layers import Block, init_vit_weights
+from unimedi_components.networks.layers import Block, arguments, init_vit_weights
 from unimedi_components.networks.output import EncoderOutput
+
+_IN_CARD = (*("in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias", "norm_eps", "include_cls_key"),)
 
 
 class UnifiedViT(HubEncoder):
@@ -83,31 +85,20 @@ class UnifiedViT(HubEncoder):
         grad_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        self.hparams = {
-            "img_size": to_tuple(img_size, 2, "img_size"),
-            "vol_size": to_tuple(vol_size, 3, "vol_size"),
-            "patch_size": to_tuple(patch_size, 2, "patch_size"),
-            "patch_size_3d": to_tuple(patch_size_3d, 3, "patch_size_3d"),
-            "in_chans": in_chans,
-            "embed_dim": embed_dim,
-            "depth": depth,
-            "num_heads": num_heads,
-            "mlp_ratio": mlp_ratio,
-            "qkv_bias": qkv_bias,
-            "norm_eps": norm_eps,
-            "include_cls_key": include_cls_key,
-        }
-        added = {"reg_tokens": reg_tokens, "pre_norm": pre_norm, "rope": rope}
-        self.hparams |= {name: value for name, value in added.items() if value}
+        given = arguments(locals())
+        sizes = {"img_size": 2, "vol_size": 3, "patch_size": 2, "patch_size_3d": 3}
+        self.hparams = {name: to_tuple(given[name], length, name) for name, length in sizes.items()}
+        self.hparams |= {name: given[name] for name in _IN_CARD}
+        # cards of networks without these say nothing of them
+        self.hparams |= {name: given[name] for name in ("reg_tokens", "pre_norm", "rope") if given[name]}
         self.hparams |= {"act_layer": act_layer} if act_layer != "gelu" else {}
-        self.img_size = to_tuple(img_size, 2, "img_size")
-        self.vol_size = to_tuple(vol_size, 3, "vol_size")
+        self.img_size, self.vol_size = self.hparams["img_size"], self.hparams["vol_size"]
         self.embed_dim = self.num_features = embed_dim
         self.num_heads = num_heads
         self.include_cls_key = include_cls_key
         self.grad_checkpointing = grad_checkpointing
-        self.patch_embed = PatchEmbed(to_tuple(patch_size, 2, "patch_size"), in_chans, embed_dim)
-        self.patch_embed_3d = PatchEmbed(to_tuple(patch_size_3d, 3, "patch_size_3d"), in_chans, embed_dim)
+        self.patch_embed = PatchEmbed(self.hparams["patch_size"], in_chans, embed_dim)
+        self.patch_embed_3d = PatchEmbed(self.hparams["patch_size_3d"], in_chans, embed_dim)
         self.grid_2d = self.patch_embed.grid(self.img_size)
         self.grid_3d = self.patch_embed_3d.grid(self.vol_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
@@ -229,12 +220,8 @@ class UnifiedViT(HubEncoder):
         def without_registers(x: Tensor) -> Tensor:
             return x if first == 1 else torch.cat([x[:, :1], x[:, first:]], 1)
 
-        options: dict[str, Any] = {
-            "return_attention": return_attention,
-            "include_cls_key": self.include_cls_key,
-            "first": first,
-            "rope": rope,
-        }
+        options: dict[str, Any] = {"return_attention": return_attention, "include_cls_key": self.include_cls_key}
+        options |= {"first": first, "rope": rope}
         if self.norm_pre is not None:
             x = self.norm_pre(x)
         attention: Tensor | None = None

@@ -112,20 +112,19 @@ class UniMedI(nn.Module):
             raise ValueError(
                 f"mask_mode 'drop' leaves only visible tokens; patch_loss_on={patch_loss_on!r} needs 'mask_token'"
             )
-        if not 0.0 <= segment_dropout <= 1.0:
-            raise ValueError(f"segment_dropout must be in [0, 1], not {segment_dropout}")
-        if not 0.0 <= profile_power <= 1.0:
-            raise ValueError(f"profile_power must be in [0, 1], not {profile_power}")
+        for name, value in (("segment_dropout", segment_dropout), ("profile_power", profile_power)):
+            if not 0.0 <= value <= 1.0:
+                raise ValueError(f"{name} must be in [0, 1], not {value}")
         if accumulation < 1:
             raise ValueError(f"accumulation must be at least 1, not {accumulation}")
         head = dino_head if self_distillation else None
         if self_distillation and head is None:
             raise ValueError("self_distillation needs a dino_head")
-        _check_num_slices(num_slices, expand, encoder)
-        self.encoder = encoder
-        self.report_encoder = report_encoder
-        self.image_projection = image_projection
-        self.text_projection = text_projection
+        # fails here, not in the first step, when the volume has fewer slabs than slices wanted
+        slabs = torch.zeros(1, encoder.grid_3d[0])
+        selection.select_slices(slabs, num_slices, encoder.patch_depth, expand=expand)
+        self.encoder, self.report_encoder = encoder, report_encoder
+        self.image_projection, self.text_projection = image_projection, text_projection
         self.num_slices, self.selector, self.expand, self.pseudo_pairs = (num_slices, selector, expand, pseudo_pairs)
         self.profile_power = profile_power
         if profile_power:
@@ -136,9 +135,8 @@ class UniMedI(nn.Module):
         self.accumulation = accumulation
         # compiled is the function and not the modules, whose names in checkpoints therefore stay
         self._compiled = compiled_forward(compile) if compile else None
-        self.log_temperature = nn.Parameter(
-            torch.tensor(math.log(1.0 / init_temperature)), requires_grad=learn_temperature
-        )
+        scale = torch.tensor(math.log(1.0 / init_temperature))
+        self.log_temperature = nn.Parameter(scale, requires_grad=learn_temperature)
         self.dino_head = head
         needs_teacher = self_distillation or (pseudo_pairs and selector == "teacher")
         self.teacher = copy.deepcopy(encoder).requires_grad_(False) if needs_teacher else None
@@ -160,9 +158,7 @@ class UniMedI(nn.Module):
         pairs = [(self.teacher, self.encoder), (self.teacher_head, self.dino_head)]
         for teacher, student in pairs:
             if teacher is not None and student is not None:
-                targets: list[Tensor] = list(teacher.parameters())
-                sources: list[Tensor] = list(student.parameters())
-                torch._foreach_lerp_(targets, sources, 1.0 - momentum)
+                torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1.0 - momentum)
 
     def forward(self, batch: Mapping[str, Any]) -> UniMediOutput:
         """One mixed batch to everything that the losses need; in evaluation mode unmasked and without distillation.
@@ -339,9 +335,3 @@ class UniMedI(nn.Module):
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
-
-
-def _check_num_slices(k: int, expand: str, encoder: UnifiedViT) -> None:
-    """Fail at construction, not in the first step, when the volume has fewer slabs than slices wanted."""
-    scores = torch.zeros(1, encoder.grid_3d[0])
-    selection.select_slices(scores, k, encoder.patch_depth, expand=expand)

@@ -7,7 +7,6 @@ Letters: B images, D width of the encoder, A anchors per place, K classes, n box
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from monai.apps.detection.networks.retinanet_network import RetinaNetClassificationHead, RetinaNetRegressionHead
 from monai.data import MetaTensor
 from torch import Tensor, nn
@@ -104,9 +103,7 @@ class ViTDet(TaskNetwork):
 
     def features(self, image: Tensor) -> Tensor:
         """The encoder's map (B, D, h, w) of X-rays (B, 1, H, W); without gradient if the encoder is frozen."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_encoder):
-            patches = self.encoder(image).patches
-        return self.on_grid(patches, image)
+        return self.on_grid(self.encoded(image).patches, image)
 
     def head_maps(self, image: Tensor) -> dict[str, list[Tensor]]:
         """ "classification" (B, A K, ...) and "box_regression" (B, 4 A, ...): logits on each map of the pyramid."""

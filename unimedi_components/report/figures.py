@@ -53,21 +53,19 @@ def draw_bars(
     """
     figure, axes = _panel(title)
     width = 0.8 / len(bars)
-    lowest, highest = [], []
+    ends: list[float] = []
     for number, (name, values) in enumerate(bars.items()):
-        for group, value in enumerate(values):
-            if value is None:
-                continue
-            x, colour = group + (number - (len(bars) - 1) / 2) * width, _COLOURS[number % len(_COLOURS)]
+        colour = _COLOURS[number % len(_COLOURS)]
+        known = [(group, value) for group, value in enumerate(values) if value is not None]
+        for place, (group, value) in enumerate(known):
+            x = group + (number - (len(bars) - 1) / 2) * width
             limits = value.get("interval") or value.get("patients") or (value["mean"], value["mean"])
-            named = name in axes.get_legend_handles_labels()[1]
-            axes.bar(x, value["mean"], width * 0.92, color=colour, label=None if named else name)
+            axes.bar(x, value["mean"], width * 0.92, color=colour, label=None if place else name)
             axes.plot([x, x], limits, color="#222222", lw=1.4)
-            lowest.append(min(value["mean"], limits[0]))
-            highest.append(max(value["mean"], limits[1]))
-    if lowest:
-        room = max(0.02, 0.15 * (max(highest) - min(lowest)))
-        axes.set_ylim(max(0.0, min(lowest) - room), min(1.0, max(highest) + room))
+            ends += [value["mean"], *limits]
+    if ends:
+        room = max(0.02, 0.15 * (max(ends) - min(ends)))
+        axes.set_ylim(max(0.0, min(ends) - room), min(1.0, max(ends) + room))
     axes.set_xticks(range(len(groups)), groups)
     axes.set_ylabel(label, fontsize=11)
     axes.grid(axis="y", alpha=0.3)

@@ -165,15 +165,8 @@ def class_search(parts: Mapping[int, Studies], sets: Mapping[int, PromptSet]) ->
                 candidates, held = _side(other, candidate_kind)
                 if not kept.any() or not held.any():
                     continue
-                values = class_precision(
-                    query[kept],
-                    candidates[held],
-                    mine[kept],
-                    theirs[held],
-                    names,
-                    [patient for patient, keep in zip(part.patients, kept, strict=True) if keep],
-                    [patient for patient, keep in zip(other.patients, held, strict=True) if keep],
-                )
+                people = np.asarray(part.patients)[kept].tolist(), np.asarray(other.patients)[held].tolist()
+                values = class_precision(query[kept], candidates[held], mine[kept], theirs[held], names, *people)
                 if query_kind == candidate_kind == "" and dim != other_dim:
                     values["same_findings"] = same_findings_precision(query, candidates, mine, theirs)
                 found[f"{KIND[dim]}{query_kind}_to_{KIND[other_dim]}{candidate_kind}"] = values
@@ -224,12 +217,8 @@ def label_table(items: Sequence[Mapping[str, Any]], meta: Mapping[str, Any]) -> 
     rows = [_row(item, _names_of(item, by_source)) for item in items]
     # only of sources that have items here: X-rays alone need no column of the CT data
     names = list(dict.fromkeys(name for row in rows for name in row))
-    table = np.full((len(rows), len(names)), NOT_MENTIONED, dtype=np.int64)
-    column = {name: i for i, name in enumerate(names)}
-    for number, row in enumerate(rows):
-        for name, value in row.items():
-            table[number, column[name]] = value
-    return names, table
+    table = np.asarray([[row.get(name, NOT_MENTIONED) for name in names] for row in rows], dtype=np.int64)
+    return names, table.reshape(len(rows), len(names))
 
 
 def _names_of(item: Mapping[str, Any], by_source: Mapping[str, list[str]]) -> list[str]:

@@ -106,7 +106,7 @@ def evaluate_search(
         drawn: dict[str, Any] = {"per_class": per_class, "queries": protocol_queries, "seed": seed, "exact": exact}
         samples = [exclusive_sample(named, names, protocol, **drawn) for protocol in protocols]
         if not any(item.get("report") for item in items):
-            wanted = {item["id"] for sample in samples for item in (*sample.candidates, *sample.queries)}
+            wanted = {item["id"] for sample in samples for item, _ in (*sample.candidates, *sample.queries)}
             items = [item for item in items if item["id"] in wanted]
     images = embedder.items(items, dataset_dir, **options)
     reports = embedder.reports(items) if any(item.get("report") for item in items) else None
@@ -145,10 +145,8 @@ def _zero_shot(
     found: Values = {}
     tables = []
     for dim, part in parts.items():
-        if dim not in sets:
-            continue
         measurable = [i for i in range(len(part.names)) if (part.labels[:, i] == 1).any()]
-        columns = [i for i in measurable if sets[dim].finding_of(part.names[i])]
+        columns = [i for i in measurable if dim in sets and sets[dim].finding_of(part.names[i])]
         if not columns:
             continue
         names = [part.names[i] for i in columns]
@@ -181,19 +179,14 @@ def _write(folder: Path, values: Values, table: pd.DataFrame, index: Embeddings)
     if len(table):
         write_csv(table, folder / "zero_shot.csv")
     for dim, scores in values["zero_shot"].items():
-        own = table[table["dim"] == int(dim[0])]
+        own, intervals = table[table["dim"] == int(dim[0])], scores.get("intervals", {}).get("auroc", {})
+        curves = [
+            RocCurve.of(name, own[f"label_{name}"], own[f"probability_{name}"], auroc, intervals.get(name))
+            for name, auroc in scores["auroc"].items()
+        ]
         shown = "all splits" if values["split"] == "all" else f"{values['split']} split"
-        title = f"Zero-shot ROC, {dim[0]}D, {shown}, {len(own)} images"
-        draw_roc(_curves(own, scores), folder / f"roc_{dim}.png", title)
+        draw_roc(curves, folder / f"roc_{dim}.png", f"Zero-shot ROC, {dim[0]}D, {shown}, {len(own)} images")
     write_metrics(values, folder)
-
-
-def _curves(table: pd.DataFrame, scores: Mapping[str, Any]) -> list[RocCurve]:
-    intervals = scores.get("intervals", {}).get("auroc", {})
-    return [
-        RocCurve.of(name, table[f"label_{name}"], table[f"probability_{name}"], auroc, intervals.get(name))
-        for name, auroc in scores["auroc"].items()
-    ]
 
 
 _Row = tuple[int, dict[str, Any]]

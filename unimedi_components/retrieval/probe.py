@@ -60,22 +60,19 @@ class LogisticProbe:
 
     def decision(self, x: Array) -> Array:
         """Decision values, (N,) for two classes, (N, C) for more."""
-        values: Array = self._model.decision_function(self._prepared(x))
-        return values
+        return self._model.decision_function(self._prepared(x))
 
     def probabilities(self, x: Array) -> Array:
         """Probabilities of the classes that the training rows have, in ascending order, (N, C)."""
-        values: Array = self._model.predict_proba(self._prepared(x))
-        return values
+        return self._model.predict_proba(self._prepared(x))
 
     @property
     def classes(self) -> Array:
         """The classes that the training rows have, (C,)."""
-        values: Array = self._model.classes_
-        return values
+        return self._model.classes_
 
     def _prepared(self, x: Array) -> Array:
-        rows: Array = self._scaler.transform(x)
+        rows = self._scaler.transform(x)
         return rows if self._axes is None else rows @ self._axes
 
     def _choose(self, rows: Array, y: Array, groups: Array) -> float:

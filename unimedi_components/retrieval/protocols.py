@@ -43,18 +43,15 @@ class ClassSample:
 
     Args:
         classes: findings that the data have enough images of, C.
-        candidates, queries: items, class by class; no patient is in both.
-        candidate_class, query_class: index of each one's class.
+        candidates, queries: items with the index of their class, class by class; no patient is in both.
     """
 
     name: str
     classes: tuple[str, ...]
     missing: dict[str, str]
     per_class: int
-    candidates: list[dict[str, Any]]
-    queries: list[dict[str, Any]]
-    candidate_class: list[int]
-    query_class: list[int]
+    candidates: list[tuple[dict[str, Any], int]]
+    queries: list[tuple[dict[str, Any], int]]
 
 
 def exclusive_sample(
@@ -102,17 +99,9 @@ def exclusive_sample(
     count = min(per_class, *(len(rest) for _, rest in pools.values()))
     for name, reason in missing.items():
         logger.warning("protocol %s goes without %s: %s", protocol, name, reason)
-    classes = tuple(pools)
-    return ClassSample(
-        name=protocol,
-        classes=classes,
-        missing=missing,
-        per_class=count,
-        candidates=[item for _, rest in pools.values() for item in rest[:count]],
-        queries=[item for asking, _ in pools.values() for item in asking],
-        candidate_class=[i for i in range(len(classes)) for _ in range(count)],
-        query_class=[i for i in range(len(classes)) for _ in range(queries)],
-    )
+    candidates = [(item, i) for i, (_, rest) in enumerate(pools.values()) for item in rest[:count]]
+    asked = [(item, i) for i, (asking, _) in enumerate(pools.values()) for item in asking]
+    return ClassSample(protocol, tuple(pools), missing, count, candidates, asked)
 
 
 def _exclusive(
@@ -154,8 +143,8 @@ def protocol_metrics(embedder: Embedder, prompts: PromptSet, sample: ClassSample
     """
     rows = {name: row for row, name in enumerate(images.ids)}
     embed = torch.from_numpy(images.embed)
-    cand, cand_class = _readable(sample.candidates, sample.candidate_class, rows)
-    asked, asked_class = _readable(sample.queries, sample.query_class, rows)
+    cand, cand_class = _readable(sample.candidates, rows)
+    asked, asked_class = _readable(sample.queries, rows)
     texts = [list(prompts.select([name]).findings[name]["positive"]) for name in sample.classes]
     text_class = [i for i, own in enumerate(texts) for _ in own]
     text = embedder.sentences([line for own in texts for line in own], prompts.dim)
@@ -191,8 +180,6 @@ def protocol_metrics(embedder: Embedder, prompts: PromptSet, sample: ClassSample
     return found
 
 
-def _readable(
-    items: Sequence[dict[str, Any]], classes: Sequence[int], rows: dict[str, int]
-) -> tuple[list[dict[str, Any]], list[int]]:
-    kept = [(item, index) for item, index in zip(items, classes, strict=True) if item["id"] in rows]
+def _readable(pairs: Sequence[tuple[dict[str, Any], int]], rows: dict[str, int]) -> tuple[list[Any], list[int]]:
+    kept = [(item, index) for item, index in pairs if item["id"] in rows]
     return [item for item, _ in kept], [index for _, index in kept]

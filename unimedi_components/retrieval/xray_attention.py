@@ -55,8 +55,7 @@ def attention_ratios(attention: Array, cover: Array) -> Array:
     ``attention``: Eq. 1's **v**, (N, P). ``cover``: share of each patch that the boxes cover, (N, P); some in each row.
     """
     share = attention / attention.sum(1, keepdims=True)
-    ratios: Array = (cover @ share.T) / cover.mean(1, keepdims=True)
-    return ratios
+    return (cover @ share.T) / cover.mean(1, keepdims=True)
 
 
 def box_cover(
