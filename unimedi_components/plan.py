@@ -51,7 +51,6 @@ class StepCost:
     """One training step of one rank.
 
     Args:
-        flops: of all passes, forward and backward.
         activations: bytes that autograd keeps between forward and backward.
         passing: bytes of what is largest for a moment beside them.
         float32: FLOPs that are computed in float32 though the rest is in half precision.
@@ -244,12 +243,8 @@ class Needs:
     """A run, as `describe` prints it.
 
     Args:
-        amp: mixed precision.
         cost: of a step of one rank with so many times the smallest batch.
-        times: the config's own batch.
         shown: a batch in words.
-        steps: of the whole run.
-        schedule: what these are, in words.
         cache: bytes, and of what.
         data: where the number of images comes from.
         once: FLOPs before the first step, of all ranks together.

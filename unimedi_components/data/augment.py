@@ -62,10 +62,7 @@ class _OneScaleGrid(RandAffineGrid):
 class RandSimilarityd(RandAffined):
     """`monai.transforms.RandAffined` without shear and shift, whose scale factor is the same along each axis.
 
-    RandAffined draws a factor for each axis, and a flat list as a range for each.
-
     Args:
-        keys: of images and masks (C, *size), all moved alike.
         scale_range: (min, max); 1 is added. Above 0 the content shrinks, since it scales the sampling grid.
 
     Raises:

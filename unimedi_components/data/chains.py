@@ -26,12 +26,7 @@ CHAINS: dict[str, Callable[..., list[Transform]]] = {
 
 
 class BySource(Transform):
-    """Prepare a folder of slice images by one chain and any other volume by another.
-
-    Args:
-        slices: chain for folders of PNG, JPG or TIFF slices.
-        volume: chain for volume files and DICOM folders.
-    """
+    """Prepare a folder of PNG, JPG or TIFF slices by one chain, and volume files and DICOM folders by another."""
 
     def __init__(self, slices: Sequence[Transform], volume: Sequence[Transform]) -> None:
         self.slices, self.volume = Compose(slices), Compose(volume)

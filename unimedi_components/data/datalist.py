@@ -302,7 +302,7 @@ def _check_root(datalist: dict[str, Any], path: Path, root: Path) -> None:
 
 
 def select(datalist: dict[str, Any], split: str, dims: Iterable[int] | int | None = None) -> list[dict[str, Any]]:
-    """Return the items of a split; ``dims``: 2, 3 or several of them. Raises DataError: no split has this name."""
+    """Items of a split, of ``dims``: 2, 3 or several of them. Raises DataError: no split has this name."""
     if split not in SPLITS:
         raise DataError(f"split {split!r} is unknown. Use one of {', '.join(SPLITS)}.")
     wanted = {2, 3} if dims is None else {dims} if isinstance(dims, int) else set(dims)

@@ -58,13 +58,6 @@ def add_cases(
 
     Args:
         builder: gets items ``{"id", "patient", "image", "mask", "dim": 3}``, the task and the label names.
-        organs: names of the labels 1, 2, ... in order.
-        check: see :func:`pair_fault`.
-        assume_hu: take all values for Hounsfield units.
-
-    Raises:
-        ConfigError: ``check`` is unknown.
-        DataError: a fault under ``strict``.
     """
     names = [BACKGROUND, *organs]
     builder.meta |= {"task": "segmentation", "label_names": names}

@@ -36,7 +36,6 @@ def boxes_of_rois(path: str | Path, rois: Iterable[Sequence[float]]) -> list[lis
     """Bring regions of interest to pixels of the file.
 
     Args:
-        path: the film that they were drawn on.
         rois: [x, y, z, width, height, depth] each: centre and size along the axes of the DICOM world (LPS), mm.
 
     Returns:

@@ -170,9 +170,6 @@ def paper_split(patients: Sequence[str], task: str) -> dict[str, str]:
     training, and of the rest the first half for test and the second for validation. 26,684 patients give 18,678 / 4,003
     / 4,003 (training / validation / test) for classification; 16,010 / 5,337 / 5,337 for segmentation and detection,
     where MGCA holds out 2 x 5,337, which is 40%. Other numbers of patients are split by the same shares.
-
-    Raises:
-        DataError: there are too few patients for three splits.
     """
     from sklearn.model_selection import train_test_split
 

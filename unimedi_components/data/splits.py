@@ -17,7 +17,7 @@ _RARE = 10
 
 
 def patient_order(patients: Iterable[str], seed: int) -> list[str]:
-    """Return the distinct patients in the seeded order that splits and fractions share."""
+    """The distinct patients in the seeded order that splits and fractions share."""
     return sorted(set(patients), key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
 
 

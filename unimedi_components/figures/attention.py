@@ -59,9 +59,6 @@ class XrayView:
 def draw_selection(views: Sequence[CTView], path: str | Path, title: str = "") -> Path:
     """Draw selected slices with the attention over them, a true lesion slice, the slab scores and the report.
 
-    Args:
-        views: one row each; at most four slices of a study are shown, the best scored ones.
-
     Raises:
         ValueError: there is no study.
     """

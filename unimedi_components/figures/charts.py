@@ -48,9 +48,6 @@ class RocCurve:
 def draw_roc(curves: Sequence[RocCurve], path: str | Path, title: str = "") -> Path:
     """Draw ROC curves, with the AUROC and its interval in the legend.
 
-    Args:
-        curves: one line each; those without an AUROC are in the legend alone.
-
     Raises:
         ValueError: there is no curve.
     """

@@ -121,7 +121,6 @@ class BoxImage:
     """One image with boxes [x0, y0, x1, y1] in its pixels, x1 and y1 just beyond the box.
 
     Args:
-        image: (H, W).
         found: predicted, (n, 4).
         scores: of them, (n,).
         truth: (m, 4), or None where it is not known.
@@ -301,7 +300,6 @@ class Found:
     """One image of a search.
 
     Args:
-        image: (H, W).
         similarity: to the query; None for the query itself.
     """
 

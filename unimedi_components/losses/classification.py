@@ -16,9 +16,6 @@ class ClassificationLoss(nn.Module):
         task: "multiclass" (logits (B, C), labels (B,)), "multilabel" (logits and labels (B, C)) or "binary" (logits
             (B, 1), labels (B,)). A multilabel or binary label of -1 is uncertain and does not count.
 
-    Raises:
-        ValueError: an unknown task.
-
     Example:
         >>> loss = ClassificationLoss("multilabel")(torch.zeros(1, 3), torch.tensor([[1, 0, -1]]))
         >>> round(float(loss), 4)

@@ -107,9 +107,6 @@ def distillation_loss(
 
     Returns:
         Scalar; zero, still connected to its inputs, if no rank has a row.
-
-    Raises:
-        ValueError: shapes do not fit together, or a chunk without rows.
     """
     center = center if center.ndim == 2 else center[None]
     groups = [student.shape[0]] if groups is None else list(groups)
@@ -172,9 +169,7 @@ def update_center(
     the center stays as it is.
 
     Args:
-        center: (K,).
         teacher: bottleneck features, (N, b); N may differ between ranks.
-        teacher_prototypes: (K, b).
         weight: weight of each row, (N,), as in the loss; None for equal weights.
     """
     with torch.autocast(teacher.device.type, enabled=False):
@@ -206,8 +201,6 @@ def balanced_center(
     Args:
         center: where to begin, (K,).
         teacher: bottleneck features, (N, b); N may differ between ranks.
-        teacher_prototypes: (K, b).
-        rounds: of both scalings.
 
     Returns:
         (K,) in fp32 at least; `center` if no rank has a row.

@@ -66,7 +66,6 @@ class OrganLoss(nn.Module):
         return loss
 
     def _terms(self, logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-        """Dice loss and cross-entropy."""
         logits, target = logits.float(), label[:, 0].long()
         dice = self.dice(logits, target[:, None])
         entropy = F.cross_entropy(logits, target, reduction="none")

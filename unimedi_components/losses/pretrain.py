@@ -28,14 +28,11 @@ class UniMediLoss(nn.Module):
     DINOv2). The centers are buffers that follow the batches in training mode.
 
     Args:
-        out_dim: number of prototypes K of the DINO head.
-        targets: "sinkhorn" or "center".
         sinkhorn_rounds: rounds of Sinkhorn-Knopp from the running center on.
         teacher_temp: the teacher's temperature in the first epoch.
         teacher_temp_warmup_epochs: epochs of the linear warm-up between the two.
         center_momentum: share of the old center kept at each update.
         within_modality: contrast within each modality, both counting the same, see `contrastive_loss`.
-        chunk_size: rows of the distillation losses computed at a time.
 
     Raises:
         ConfigError: a temperature, weight, momentum or chunk size outside its range.
@@ -104,7 +101,6 @@ class UniMediLoss(nn.Module):
         Args:
             output: what the network returned. Without `student_cls` the distillation losses are left out, on
                 all ranks alike; without `student_patches` this rank adds no rows to the patch loss.
-            targets: ignored; the trainer passes it.
 
         Returns:
             Scalar, the same on every rank.

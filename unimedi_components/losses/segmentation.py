@@ -19,8 +19,6 @@ class FocalDiceLoss(nn.Module):
     -log(Dice) ("log", what MGCA's code does).
 
     Args:
-        alpha: weight of the focal loss.
-        dice: "linear" or "log".
         batch: one Dice over all images of a batch; False takes the mean of each image's own.
         auxiliary_weight: of each further prediction where the network returns several (SETR's heads).
 

@@ -108,9 +108,6 @@ def _weighted_ap(hits: Array, weights: Array, truths: Array) -> Array:
 def detection_metrics(found: Detections, bootstrap: int = 1000, seed: int = 0) -> dict[str, Any]:
     """Measure boxes of one class.
 
-    Args:
-        found: predicted and true boxes of the images; scores above about 0.01, or average precision misses its tail.
-
     Returns:
         plain values for JSON; None where something is not defined. "map_coco" and "map_mgca", see "rules";
         "ap_40", "ap_50", "ap_75": COCO's average precision at one IoU; "sensitivity" by "0.125", ... "2" mean false
@@ -245,7 +242,6 @@ class DetectionLossMetric(_PerImage):
         self.rows += [float(row["loss"]) for row in output[0]]
 
     def compute(self) -> float:
-        """The mean, equal on all ranks. Raises NotComputableError: no image came in."""
         return float(np.mean(self._all()))
 
 
@@ -265,7 +261,6 @@ class DetectionScore(_PerImage):
             self.rows.append(tuple(tensor.detach().float().cpu().numpy() for tensor in tensors))
 
     def compute(self) -> float:
-        """The value, equal on all ranks. Raises NotComputableError: no image came in."""
         boxes, scores, truth = zip(*self._all(), strict=True)
         finite = all(np.isfinite(part).all() for row in (*boxes, *scores) for part in (row,))
         if not finite or not any(len(part) for part in truth):

@@ -223,9 +223,6 @@ class ClassificationScore(EpochMetric):
 
     NaN where it is not defined: only one class occurs, or the logits are not finite. Ranks may hold different
     numbers of cases, or none. The engine's output holds logits "pred" (B, C) and labels "label" (with `decollate` off).
-
-    Raises:
-        ValueError: an unknown task.
     """
 
     def __init__(self, task: str) -> None:
@@ -255,11 +252,7 @@ def _score(logits: Tensor, label: Tensor, task: str) -> float:
 
 
 class ClassificationLossMetric(Loss):
-    """Mean `ClassificationLoss` over all labels that count, of all batches and ranks of an evaluator run.
-
-    Raises:
-        ValueError: an unknown task.
-    """
+    """Mean `ClassificationLoss` over all labels that count, of all batches and ranks of an evaluator run."""
 
     def __init__(self, task: str) -> None:
         # The loss is a mean over labels that count: uncertain ones must not weigh a batch.

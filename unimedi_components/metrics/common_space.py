@@ -43,11 +43,8 @@ def centroid_distance(
 
     Args:
         xray: features, (N, D), normalised here.
-        ct: (M, D).
         xray_labels: 1 where a finding is present, (N, F).
-        ct_labels: (M, F).
         xray_weights: how often each case counts, (R, N); None counts each once.
-        ct_weights: (R, M), given with `xray_weights`.
 
     Returns:
         (R, F), or (1, F) without weights; NaN where a finding has fewer than two images in a dimension, or no spread.

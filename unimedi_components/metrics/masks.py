@@ -42,9 +42,6 @@ def mask_metrics(counts: Array, patients: Sequence[Any], bootstrap: int = 1000, 
         "iou_positive", "false_alarms" (share of the images without a mask that got one) and "missed" (share of the
         images with a mask that got none), None where there is no such image; "intervals" with "level", "resamples"
         and [low, high] of each, None where a value is not defined or cannot vary.
-
-    Raises:
-        ValueError: no images, or another number of patients.
     """
     if not len(counts) or len(counts) != len(patients):
         raise ValueError(f"{len(counts)} images and {len(patients)} patients: give images, and a patient for each")
@@ -85,9 +82,6 @@ class MaskScore(SummedMetric):
     """Mean Dice per image over all batches and ranks of an evaluator run, empty masks as in `mask_metrics`.
 
     The engine's output holds logits "pred" and labels "label", both (B, 1, H, W).
-
-    Raises:
-        ValueError: a threshold that is no probability.
     """
 
     def __init__(self, threshold: float = 0.5) -> None:

@@ -33,7 +33,6 @@ def organ_scores(
 
     Args:
         prediction: labels 0 to O, (D, H, W).
-        truth: of the same shape.
         tolerance_mm: distance up to which surfaces agree (surface Dice, also called NSD).
 
     Returns:
@@ -101,9 +100,6 @@ def organ_metrics(
         None; "cases_with", "missed" (organs of the truth without a voxel) and "false_alarms" (cases in which an absent
         organ was given voxels) by organ; "intervals" with "level", "resamples" and [low, high] of the three means and
         of each organ's Dice.
-
-    Raises:
-        ValueError: no cases, or another number of patients.
     """
     if not cases or len(cases) != len(patients):
         raise ValueError(f"{len(cases)} cases and {len(patients)} patients: give at least one case, one patient each")

@@ -93,8 +93,6 @@ class BoxDetector(RetinaNetDetector):
         """MONAI's dict of losses, "classification" and "box_regression", scalars over the batch.
 
         Args:
-            images: (B, 1, H, W); their size is read.
-            maps: as `ViTDet.head_maps` returns them.
             targets: of each image "boxes" (n, 4) in pixels and "labels" (n,) from 0 to K - 1.
         """
         focal, distance, matched = self._terms(images, maps, targets)
@@ -141,8 +139,6 @@ class BoxDetector(RetinaNetDetector):
         Args:
             boxes: (B, n, 4).
             real: False where an image has fewer boxes, (B, n).
-            anchors: (A, 4).
-            places: places per map.
 
         Returns:
             index of the box, -1 for none, (B, A).

@@ -30,7 +30,6 @@ def network_card(
     """Describe a task's network, or the one in a distributed wrapper, so that `load_network` can build it.
 
     Args:
-        label_names: of its classes, with the background where there is one.
         preprocessing: of its images, see `data.task_transforms`.
     """
     own: Any = getattr(network, "module", network)

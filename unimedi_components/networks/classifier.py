@@ -26,11 +26,9 @@ class ImageClassifier(TaskNetwork):
 
     Args:
         encoder: reads X-rays or volumes; its CLS token before any projection is the feature.
-        num_classes: outputs C: findings, classes, or 1 for a binary question.
         spatial_dims: 2 for X-rays, 3 for volumes.
         freeze_encoder: linear probe (the encoder gets no gradient and stays in evaluation mode) or, if False, full
             fine-tuning.
-        dropout: on the feature.
         feature_norm: standardise each feature by batch statistics of all ranks without learnable scale first (the
             MAE repository's linear probe); the paper's head has none.
         use_slices: let the k slices of a volume that the encoder attends most join it as 2D images, as in

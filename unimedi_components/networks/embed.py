@@ -14,11 +14,7 @@ from torch.nn import functional as F
 
 
 def to_tuple(value: int | Sequence[int], length: int, name: str) -> tuple[int, ...]:
-    """An int repeated, or a sequence of the right length, as a tuple of positive ints.
-
-    Raises:
-        ValueError: wrong length or a value below 1.
-    """
+    """An int repeated, or a sequence, as `length` positive ints. Raises ValueError: other lengths or values."""
     values = (int(value),) * length if isinstance(value, int) else tuple(int(v) for v in value)
     if len(values) != length or min(values) < 1:
         raise ValueError(f"{name} must be a positive int or {length} of them, not {value!r}")
@@ -26,13 +22,7 @@ def to_tuple(value: int | Sequence[int], length: int, name: str) -> tuple[int, .
 
 
 class PatchEmbed(nn.Module):
-    """Non-overlapping patches to tokens, for 2D images or 3D volumes; timm's name `proj` for the kernel.
-
-    The kernel is stored as a convolution's, so that weights are exchanged by name, and applied as one matrix product.
-
-    Args:
-        patch_size: (ph, pw) or (pd, ph, pw).
-    """
+    """Non-overlapping patches to tokens, for 2D images or 3D volumes; timm's name `proj` for the kernel."""
 
     def __init__(self, patch_size: Sequence[int], in_chans: int, embed_dim: int) -> None:
         super().__init__()
@@ -93,14 +83,9 @@ def resample_patch_embed(kernel: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def resample_pos_embed_2d(table: Tensor, old: Sequence[int], new: Sequence[int], antialias: bool = True) -> Tensor:
-    """A 2D position table on another grid, bicubic.
+    """A 2D position table (1, h * w, D), without the CLS entry, on another grid, bicubic; itself where the grids agree.
 
-    Args:
-        table: (1, h * w, D) without the CLS entry.
-        antialias: as timm's `resample_abs_pos_embed`; False as `transformers`.
-
-    Returns:
-        (1, h' * w', D); the table itself where the grids agree.
+    ``antialias``: as timm's `resample_abs_pos_embed`; False as `transformers`.
     """
     if tuple(old) == tuple(new):
         return table

@@ -14,7 +14,6 @@ class ChannelLayerNorm(nn.LayerNorm):
     """Layer norm over the channels of each pixel of a map (B, C, h, w)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """The map, normalised."""
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 

@@ -32,9 +32,7 @@ class Family:
         anchor: pattern of the name that its files are known by; what stands before it is a wrapper's prefix.
         rules: patterns and what they become, applied to each name in this order; the result has timm's names.
         left_out: beginnings of timm names that are no part of an encoder.
-        norm_eps: epsilon of its layer norms.
         antialias: whether its own forward resamples position tables with antialiasing.
-        act_layer: of its MLPs.
         rope: whether it has rotary positions and no table, as DINOv3.
     """
 

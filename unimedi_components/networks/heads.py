@@ -97,9 +97,6 @@ class DINOHead(nn.Module):
     the loss, which computes it in chunks.
 
     Args:
-        out_dim: number of prototypes K.
-        bottleneck_dim: width b of the output.
-        nlayers: number of linear layers before the prototypes.
         norm_last_layer: keep the prototypes at unit norm.
         center_kinds: number of kinds of token whose bottleneck features are centered each by their own mean, before
             they get unit norm; 0 centers nothing, as DINO. What all tokens of a kind share says nothing about their
@@ -134,7 +131,7 @@ class DINOHead(nn.Module):
 
     @property
     def prototypes(self) -> Tensor:
-        """Weights of the last layer, (out_dim, bottleneck_dim); rows of unit norm if `norm_last_layer`."""
+        """Weights of the last layer, (out_dim, bottleneck_dim)."""
         return self.last_layer.weight
 
     def forward(self, x: Tensor, kind: Tensor | None = None) -> Tensor:

@@ -20,7 +20,6 @@ class ModalityBatchNorm1d(nn.Module):
 
     Args:
         num_modalities: number of statistics M; 1 is plain synchronised batch normalisation.
-        momentum: weight of the batch in the running statistics.
         scale: divide by the standard deviation; False only takes the mean off.
     """
 
@@ -47,7 +46,6 @@ class ModalityBatchNorm1d(nn.Module):
         self.register_buffer("num_batches_tracked", torch.zeros(num_modalities, dtype=torch.int64))
 
     def extra_repr(self) -> str:
-        """The arguments, for `print(module)`."""
         return f"{self.num_features}, num_modalities={self.num_modalities}, affine={self.weight is not None}"
 
     def forward(self, x: Tensor, modality: Tensor | None = None) -> Tensor:

@@ -67,14 +67,7 @@ def student_state(network: UniMedI) -> dict[str, Tensor]:
 
 
 def load_encoder(checkpoint: str | Path, device: str | torch.device = "cpu") -> UnifiedViT:
-    """The vision encoder of a trained bundle, in evaluation mode.
-
-    Args:
-        checkpoint: `models/model.pt` with `model.json` beside it.
-
-    Raises:
-        CheckpointError: a file is missing or does not fit.
-    """
+    """The vision encoder of a trained bundle's `models/model.pt`, in evaluation mode; see `load_pretrained`."""
     path = Path(checkpoint)
     card = read_card(path)
     encoder = UnifiedViT(**card["encoder"])

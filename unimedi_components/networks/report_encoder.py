@@ -118,7 +118,6 @@ class ReportEncoder(nn.Module):
         num_hidden_layers: cut the stack to its first layers; 6 is MGCA's.
         pretrained: load the weights of `name_or_path`; False takes its architecture alone.
         freeze_layers: freeze the embeddings and this many first layers; 0 trains everything.
-        gradient_checkpointing: recompute activations in the backward, for less memory.
 
     Raises:
         ConfigError: not exactly one of `name_or_path` and `config`, or a config that cannot be built.
@@ -156,7 +155,6 @@ class ReportEncoder(nn.Module):
 
     @property
     def width(self) -> int:
-        """Width of the features."""
         return int(self.model.config.hidden_size)
 
     def _freeze(self, num_layers: int) -> None:

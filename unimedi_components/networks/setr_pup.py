@@ -32,8 +32,6 @@ class SETRPUP(TaskNetwork):
     Args:
         encoder: its patch tokens after the final norm are decoded.
         num_classes: outputs C, each against the background by a sigmoid.
-        freeze_encoder: the encoder gets no gradient and stays in evaluation mode (the paper), or is fine-tuned.
-        variant: "mgca" or "original".
         widths: channels of each stage; None takes the variant's, halved from 512 on (mgca) or 256 (original).
         auxiliary: indices of the encoder's blocks whose tokens get a head of their own in training ("original").
         align_corners: of the upsampling; None takes the variant's, True for mgca.

@@ -37,10 +37,6 @@ def encoder_sizes(size: str | Mapping[str, Any] | None = None, **changes: Any) -
 
     Raises:
         ConfigError: no such size, or no such argument; the nearest name is given.
-
-    Example:
-        >>> encoder_sizes("vit_b16", depth=8)["depth"]
-        8
     """
     if size is not None and not isinstance(size, Mapping):
         if size not in SIZES:
@@ -62,7 +58,7 @@ def _hint(name: str, known: Iterable[str]) -> str:
 
 
 def size_name(sizes: Mapping[str, Any]) -> str:
-    """The name of the size that has these shapes; empty where none has."""
+    """The name of the size that has these shapes, or ""."""
     for name, named in SIZES.items():
         if not _differing(sizes, named) and all(key in sizes for key in named if key in SHAPES):
             return name

@@ -53,7 +53,6 @@ class TokenUpsampling(nn.Module):
 
     Args:
         strides: of the layers, one or more; each doubles, triples or keeps an axis.
-        norm: MONAI's name of a norm, or (name, options).
         res_block: convolve with a residual block after each layer but the first, else with a plain one.
     """
 

@@ -49,14 +49,11 @@ class UnifiedUNETR(TaskNetwork):
 
     Args:
         encoder: reads volumes; its position table is resampled to `vol_size` once and learned there.
-        num_classes: classes C with the background.
         vol_size: D, H, W of the volumes or crops that the network is trained on; None keeps the encoder's. Others can
             be fed, their position table is interpolated.
         hidden_states: blocks whose outputs reach the skip connections, 0 for the first, in rising order: the first
             one joins the finest stage. MONAI's UNETR takes (3, 6, 9) of twelve for its four stages.
         feature_size: channels of the finest stage, doubled at each coarser one.
-        norm: MONAI's name of a norm, or (name, options).
-        res_block: residual blocks of convolutions, else plain ones.
         freeze_encoder: train the decoder alone; the paper trains the entire model.
         deep_supervision: in training also return the scores of the coarser stages, which `OrganLoss` weighs in
             (UniMiSS's protocol); organs are found in fewer steps.

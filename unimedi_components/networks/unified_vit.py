@@ -39,10 +39,7 @@ class UnifiedViT(HubEncoder):
     Args:
         img_size: height and width that `pos_embed` is made for.
         vol_size: depth, height and width that `pos_embed_3d` is made for.
-        patch_size: 2D patch (height, width).
-        patch_size_3d: 3D patch (depth, height, width).
         in_chans: image channels, 1 for grey images.
-        norm_eps: epsilon of the layer norms (timm's ViTs use 1e-6).
         reg_tokens: register tokens between CLS and patches, as DINOv2's _reg models have; nothing of them is returned.
         pre_norm: a layer norm before the first block, `norm_pre`, as CLIP has it.
         act_layer: of the MLPs, "gelu", or "quick_gelu" as OpenAI's CLIP.
@@ -123,7 +120,7 @@ class UnifiedViT(HubEncoder):
 
     @property
     def patch_depth(self) -> int:
-        """Slices per slab: the depth of the 3D patch."""
+        """Slices of a slab."""
         return self.patch_embed_3d.patch_size[0]
 
     def token_grids(self, image: Tensor, slices: Tensor | None = None) -> list[tuple[int, int, int]]:

@@ -144,7 +144,6 @@ class UniMedI(nn.Module):
 
     @property
     def logit_scale(self) -> Tensor:
-        """1 / temperature."""
         return self.log_temperature.exp()
 
     @torch.no_grad()
@@ -227,12 +226,7 @@ class UniMedI(nn.Module):
 
     @torch.no_grad()
     def select(self, volume: Tensor, by: UnifiedViT | None = None) -> tuple[Tensor, Tensor]:
-        """Slices that the selector chooses and the slab scores of Eq. 2: (B3, k) and (B3, S).
-
-        Args:
-            volume: (B3, C, D, H, W).
-            by: encoder whose attention decides, instead of that of `selector`.
-        """
+        """Slices that the selector, or the encoder `by`, chooses and the slab scores of Eq. 2: (B3, k) and (B3, S)."""
         grid = self.encoder.token_grids(volume)[0]
         if by is None and (self.selector == "random" or self.num_slices == 0):
             scores = ranked = selection.random_scores(len(volume), grid[0], volume.device)
@@ -264,7 +258,6 @@ class UniMedI(nn.Module):
         profile.lerp_(total / mean.clamp_min(1e-12), (1.0 - _PROFILE_MOMENTUM) * (mean > 0))
 
     def take_slices(self, volume: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Slices as 2D images of the encoder's `img_size` and their depths; see `selection.take_slices`."""
         return selection.take_slices(volume, index, self.encoder.img_size)
 
     def _run(self, encoder: UnifiedViT, *inputs: Tensor, **options: Any) -> EncoderOutput:

@@ -36,8 +36,6 @@ class ViTDet(TaskNetwork):
         candidates, alpha, gamma: see `BoxDetector`.
         score_threshold: boxes of lower score are left out.
         lowest_score: the same where targets are given: average precision counts unlikely boxes too.
-        nms_threshold: of boxes that overlap by a larger IoU the likelier stays.
-        max_boxes: at most so many per image.
 
     Raises:
         ValueError: no class, more head convolutions than RetinaNet's 4, a width that 8 does not divide, or anchor

@@ -43,8 +43,6 @@ def class_precision(
 
     Args:
         query_labels: 1 present, 0 absent, -1 uncertain, below -1 not mentioned, (N, F).
-        candidate_labels: the same of the candidates, (M, F). Uncertain ones are no candidates for that finding; not
-            mentioned counts as absent.
 
     Returns:
         "precision_at_K" and "precision_at_K_chance" (a random order's), means over the findings that have queries and

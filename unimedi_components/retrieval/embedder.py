@@ -125,7 +125,6 @@ class Embedder(nn.Module):
         return F.normalize(self.encode(image).embed, dim=-1)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The encoder's state, which `model.pt` holds."""
         return self.network.encoder.state_dict(*args, **kwargs)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -262,11 +261,7 @@ class Embedder(nn.Module):
         return self.network.encode_text(tokens["input_ids"], tokens["attention_mask"], modality)
 
     def reports(self, items: Sequence[Mapping[str, Any]]) -> Embeddings:
-        """Embed the reports of datalist items, {"id", "dim", "report"}; those without text are left out.
-
-        Raises:
-            DataError: there is no report.
-        """
+        """Embed the reports of datalist items, {"id", "dim", "report"}, that have one. Raises DataError: none has."""
         known = [item for item in items if item.get("report")]
         if not known:
             raise DataError("no item has a report; give a datalist with reports")
@@ -279,11 +274,7 @@ class Embedder(nn.Module):
         return Embeddings(embed, entries, self.model, card=self.card)
 
     def datalist(self, path: str | Path, root: str | Path, split: str = "test", **options: Any) -> Embeddings:
-        """Images and reports of a datalist, the images first.
-
-        Raises:
-            DataError: the datalist cannot be used, the split is empty, or not one image could be read.
-        """
+        """Images and reports of a datalist, the images first."""
         content = load_datalist(path, root)
         check_punct(self.pretrained, content)
         items = [item for name in (SPLITS if split == "all" else (split,)) for item in select(content, name)]

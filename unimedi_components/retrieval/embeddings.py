@@ -68,10 +68,7 @@ class Embeddings:
         return np.asarray([entry["dim"] for entry in self.entries], dtype=np.int64)
 
     def save(self, path: str | Path) -> Path:
-        """Write one npz file, whole or not at all, that loads without unpickling.
-
-        It holds the arrays by name, and as JSON text "entries", "card", "skipped" and "model".
-        """
+        """Write one npz file, whole or not at all, that loads without unpickling: arrays, and the rest as JSON."""
         path = Path(path)
         arrays = {name: value for name in ("cls", "scores", "selected") if (value := getattr(self, name)) is not None}
         texts = {"entries": self.entries, "card": self.card, "skipped": self.skipped, "model": self.model}

@@ -190,5 +190,4 @@ class EmbeddingIndex:
 
     @classmethod
     def load(cls, path: str | Path, backend: str = "exact", **options: Any) -> Self:
-        """Read what `save` or `Embeddings.save` wrote; options and errors as of the class and `Embeddings.load`."""
         return cls(Embeddings.load(path), backend, **options)

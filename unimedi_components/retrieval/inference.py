@@ -133,7 +133,7 @@ def attention_in_file_geometry(item: Mapping[str, Any], attention: Tensor) -> tu
 
 
 def finish_embedding(dataset: Any, output_dir: str | Path) -> None:
-    """Write `summary.json` and say how many inputs could not be read. Raises DataError: not one could be."""
+    """Write `summary.json`, and say how many inputs could not be read. Raises DataError: not one could be."""
     skipped = [record._asdict() for record in dataset.skipped]
     left_out = {record["id"] for record in skipped}
     written = [{"id": item["id"], "source": item["source"]} for item in dataset.data if item["id"] not in left_out]

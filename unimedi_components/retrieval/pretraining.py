@@ -42,9 +42,6 @@ def evaluate_datalist(
 
     Returns:
         the values of `measuring.all_metrics`, with "split"; a split without items gives its name and counts of 0.
-
-    Raises:
-        DataError: the datalist or the truth is unreadable, or the split unknown.
     """
     lists = _parsed(datalist)
     check_punct(pretrained, lists)
@@ -71,15 +68,10 @@ def after_training(
     which: `loss_curves.png`, `slice_selection.png` (the paper's Fig. 5) and `xray_attention.png`.
 
     Args:
-        checkpoint: `models/model.pt` of the run.
         history: one dict per iteration, see `draw_loss_curves`.
 
     Returns:
         the content of `metrics.json`; empty on other ranks.
-
-    Raises:
-        CheckpointError: the checkpoint does not load.
-        DataError: the datalist is unreadable.
     """
     wait_for_ranks()  # for the first one's checkpoint
     pretrained, lists = load_pretrained(checkpoint, device), _parsed(datalist)

@@ -126,7 +126,6 @@ class ProbeResult:
     Args:
         macro: mean over the findings; None if none could be probed.
         per_finding: mean over the folds, by finding.
-        skipped: findings that could not be probed, each with the reason.
         folds: decision values of the folds' held-out rows, by finding.
     """
 
@@ -175,11 +174,6 @@ def linear_probe(
         features: (N, D).
         labels: 0 or 1 for each finding, (N, F); other values mean "not known" and leave the row out for that finding.
         groups: patients, (N,); a patient's rows stay in one fold.
-        folds: folds; a finding needs this many patients with and without it.
-        strengths: values of C, see `LogisticProbe`.
-
-    Raises:
-        ValueError: shapes that do not fit together, or features that are not finite.
     """
     x, y = np.asarray(features, dtype=np.float64), np.asarray(labels)
     if x.ndim != 2 or y.shape != (len(x), len(names)):

@@ -139,11 +139,7 @@ def load_prompts(source: str | Path) -> PromptSet:
 
 
 def load_prompt_sets(sources: Sequence[str | Path]) -> dict[int, PromptSet]:
-    """Read prompt sets, see `load_prompts`, by the dimension that they are for.
-
-    Raises:
-        ConfigError: two are for one dimension.
-    """
+    """Prompt sets, see `load_prompts`, by the dimension that they are for. Raises ConfigError: two are for one."""
     sets: dict[int, PromptSet] = {}
     for source in sources:
         found = load_prompts(source)

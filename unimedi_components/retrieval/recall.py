@@ -36,9 +36,6 @@ def first_correct_rank(query: Tensor, candidates: Tensor, groups: Sequence[Hasha
 
     Returns:
         1 + the number of wrong candidates at least as similar as the best correct one, int64 (N,).
-
-    Raises:
-        ValueError: shapes differ, there are no rows, or not one key per row.
     """
     if query.shape != candidates.shape or query.ndim != 2 or not len(query):
         raise ValueError(f"expected two (N, E) tensors, got {tuple(query.shape)} and {tuple(candidates.shape)}")
@@ -111,9 +108,6 @@ def precision_at_k(
 
     Returns:
         the shares, and beside them what a random order gives, (N,) float64 each.
-
-    Raises:
-        ValueError: the shapes do not fit together, or a query has fewer than `k` candidates left.
     """
     if correct.shape != (len(query), len(candidates)) or not correct.numel():
         raise ValueError(

@@ -80,9 +80,6 @@ def slice_score(
 
     Args:
         expand: how slabs became slices, see `selection.select_slices`; it decides what chance can choose from.
-
-    Raises:
-        DataError: no lesion slice, or an index outside the file.
     """
     mask: npt.NDArray[Any] = lesion_mask(lesion_slices, n_slices, depth)
     if not mask.any():

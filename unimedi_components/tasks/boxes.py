@@ -184,11 +184,7 @@ class SaveBoxes(PredictionWriter):
         self.label_names: list[str] = network.card["label_names"][1:]
 
     def __call__(self, data: Mapping[Hashable, Any]) -> Mapping[Hashable, Any]:
-        """Take in a batch with "image" (B, 1, H, W) MetaTensor, "id", "source" and "pred", and return it unchanged.
-
-        Raises:
-            CheckpointError: boxes that are not finite.
-        """
+        """Take in a batch with "image" (B, 1, H, W) MetaTensor, "id", "source" and "pred", and return it unchanged."""
         for i, name in enumerate(data.get("id", ())):
             super().__call__({key: data[key][i] for key in ("image", "source", "pred")} | {"id": name})
         return data
@@ -267,7 +263,6 @@ class ServedDetector(nn.Module):
         self.select_boxes(score_threshold, nms_threshold, max_boxes)
 
     def select_boxes(self, score_threshold: float, nms_threshold: float, max_boxes: int = 100) -> None:
-        """Set which boxes are returned."""
         self.selection = (score_threshold, nms_threshold, max_boxes)
 
     def forward(self, image: Tensor, use_inferer: bool = False) -> list[dict[str, Tensor]]:

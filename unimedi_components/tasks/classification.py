@@ -109,7 +109,6 @@ class SavePredictions(PredictionWriter):
     - `<id>.png`: the image with Eq. 1's **v** over it and the probabilities; see `draw_prediction`.
 
     Args:
-        output_dir, figures: see `PredictionWriter`; for a figure the image goes through the encoder once more.
         threshold: a finding, or the second class of a binary task, is predicted from this probability on.
 
     Raises:

@@ -66,7 +66,6 @@ class OrganInferer(SlidingWindowInferer):
         self.mirrors = list(chain.from_iterable(combinations(axes, count) for count in range(len(axes) + 1)))
 
     def __call__(self, inputs: Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
-        """Scores (B, C, D, H, W) of volumes (B, 1, D, H, W)."""
         volume = inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs
         total: Any = None
         for mirror in self.mirrors:
@@ -156,7 +155,6 @@ class SaveOrgans(PredictionWriter):
     - `predictions.json`: volume of each organ in millilitres, and the inputs that could not be read.
 
     Args:
-        output_dir, figures: see `PredictionWriter`; for a figure the image is read once more.
         dicom: write `<id>_organs.dcm` too, a DICOM Segmentation, of each series of DICOM slices.
 
     Raises:

@@ -42,11 +42,7 @@ class PredictionWriter(Transform):
         self.rows: dict[str, Row] = {}
 
     def __call__(self, data: Mapping[Hashable, Any]) -> Mapping[Hashable, Any]:
-        """Take in one decollated item with "pred" and return it unchanged.
-
-        Raises:
-            CheckpointError: values that are not finite.
-        """
+        """Take in one decollated item with "pred" and return it unchanged."""
         if "id" in data:
             name = str(data["id"])
             self.rows[name] = self.row(name, data)
@@ -67,11 +63,7 @@ class PredictionWriter(Transform):
         return {}
 
     def finish(self, dataset: ImageDataset) -> None:
-        """Write `predictions.json` and the tables, and say how many inputs could not be read.
-
-        Raises:
-            DataError: not one input could be read.
-        """
+        """Write `predictions.json` and the tables, and say what was not read. Raises DataError: no input could be."""
         rows = [
             {"id": item["id"], "source": item.get("source") or item["image"], **self.rows[item["id"]]}
             for item in dataset.data

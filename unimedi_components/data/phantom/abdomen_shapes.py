@@ -25,11 +25,9 @@ class Varied:
     rng: np.random.Generator
 
     def normal(self, deviation: float) -> float:
-        """One number around 0."""
         return deviation * min(max(float(self.rng.standard_normal()), -2.0), 2.0)
 
     def factor(self, deviation: float) -> float:
-        """One number around 1."""
         return 1.0 + self.normal(deviation)
 
     def shift(self, z: float, y: float, x: float) -> npt.NDArray[np.float64]:

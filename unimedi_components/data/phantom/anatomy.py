@@ -53,11 +53,9 @@ class Patient:
     findings: tuple[Finding, ...] = ()
 
     def finding(self, name: str) -> Finding | None:
-        """The finding of that name, or None."""
         return next((f for f in self.findings if f.name == name), None)
 
     def dome(self, side: str) -> float:
-        """Height of one dome of the diaphragm."""
         return self.domes[0] if side == "right" else self.domes[1]
 
     def zone_range(self, zone: str, side: str) -> tuple[float, float]:

@@ -36,7 +36,6 @@ class Finding:
 
     @property
     def sides(self) -> tuple[str, ...]:
-        """The sides that it touches."""
         return ("left", "right") if self.side == "bilateral" else (self.side,) if self.side else ()
 
 

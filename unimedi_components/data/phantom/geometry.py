@@ -32,17 +32,14 @@ class Grid:
 
     @cached_property
     def z(self) -> FloatArray:
-        """Slice positions in mm, (nz,)."""
         return self._axis(0)
 
     @cached_property
     def y(self) -> FloatArray:
-        """Row positions in mm, (ny,)."""
         return self._axis(1)
 
     @cached_property
     def x(self) -> FloatArray:
-        """Column positions in mm, (nx,)."""
         return self._axis(2)
 
     @cached_property
@@ -52,7 +49,6 @@ class Grid:
 
     @cached_property
     def voxel_volume(self) -> float:
-        """Volume of one voxel in cubic mm."""
         return float(np.prod(self.spacing))
 
     def span(self, axis: int, low: float, high: float) -> slice:
@@ -117,14 +113,9 @@ def ellipsoid(
 
 
 def splat(grid: Grid, points: FloatArray, volumes: FloatArray) -> tuple[Box, FloatArray]:
-    """Fraction of each voxel filled by many small parts, for tubes that are thinner than a voxel.
+    """Index box that holds many small parts, as of thin tubes, and the fraction of each voxel that they fill.
 
-    Args:
-        points: (N, 3) positions (z, y, x) in mm.
-        volumes: (N,) volume of each part in cubic mm.
-
-    Returns:
-        Index box that holds all parts on the grid, and the fraction (at most 1) inside it.
+    ``points``: positions (z, y, x) in mm, (N, 3). ``volumes``: of each part in cubic mm, (N,).
     """
     axes = [
         np.rint((points[:, i] - np.float32(grid.origin[i])) / np.float32(grid.spacing[i])).astype(np.int32)

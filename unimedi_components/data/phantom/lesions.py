@@ -33,9 +33,6 @@ class Lesion:
 def paint_lesions(scene: Scene, rng: np.random.Generator, erect: bool) -> list[Lesion]:
     """Paint all findings of the scene's patient, in place.
 
-    Args:
-        erect: True for a standing patient (fluid sinks, air rises), False for one who lies on the back.
-
     Returns:
         One `Lesion` per finding, in the patient's order. Cardiomegaly counts the slices in which the heart is
         wider than half the inner rib cage.

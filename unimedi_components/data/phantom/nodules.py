@@ -55,7 +55,6 @@ def make_nodule_ct(
     """CT of a patient who lies on the back, reconstructed close around the rib cage.
 
     Args:
-        n_others: how many places without a nodule to choose.
         padded: fill what lies outside the reconstruction circle with -3024, as some scanners do.
     """
     vessels, places, device = streams[:3]

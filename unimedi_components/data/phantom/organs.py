@@ -46,7 +46,6 @@ class Scene:
 
     @property
     def chest_hu(self) -> FloatArray:
-        """View of ``hu`` inside ``chest``."""
         return self.hu[self.chest]
 
 

@@ -47,7 +47,6 @@ class XrayStudy:
     grid: Grid
 
     def records(self) -> list[dict[str, Any]]:
-        """The findings' entries in truth.json."""
         return [lesion_record(lesion, self.film_boxes(lesion), slices=False) for lesion in self.lesions]
 
     def film_boxes(self, lesion: Lesion) -> list[list[int]]:
@@ -69,7 +68,6 @@ def labels_of(findings: tuple[Finding, ...]) -> list[int]:
 def make_patient(
     seed: np.random.SeedSequence, draw: Callable[[np.random.Generator], tuple[Finding, ...]] = draw_findings
 ) -> tuple[Patient, list[np.random.Generator]]:
-    """The patient of a seed and independent streams for vessels, lesions, acquisition and text."""
     streams = [np.random.default_rng(s) for s in seed.spawn(6)]
     return draw_patient(streams[1], draw(streams[0])), streams[2:]
 

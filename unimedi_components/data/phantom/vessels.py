@@ -22,14 +22,9 @@ def hilum(patient: Patient, side: str) -> FloatArray:
 
 
 def tube(path: FloatArray, radius: FloatArray | float, step: float) -> tuple[FloatArray, FloatArray]:
-    """Fill a tube with parts ``step`` mm apart.
+    """Positions (M, 3) of parts ``step`` mm apart that fill a tube, and volumes (M,) in cubic mm that add up to it.
 
-    Args:
-        path: (N, 3) corners (z, y, x) in mm.
-        radius: radius in mm at the corners, a number or (N,).
-
-    Returns:
-        (M, 3) positions and (M,) volumes in cubic mm that add up to the tube's volume.
+    ``path``: corners (z, y, x) in mm, (N, 3). ``radius``: in mm at the corners, a number or (N,).
     """
     radii = np.broadcast_to(np.float32(radius), len(path))
     length = np.concatenate(([0.0], np.cumsum(np.linalg.norm(np.diff(path, axis=0), axis=1))))

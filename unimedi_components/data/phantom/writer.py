@@ -78,8 +78,6 @@ def write_phantom(
     run. One that was left half-written is written anew. ``truth.json`` at the root is written last.
 
     Args:
-        layout: one of `LAYOUTS`, for example ``mimic_cxr`` or ``bimcv``.
-        seed: any non-negative integer.
         workers: processes; None for one per CPU, 0 or 1 for none beside this one.
 
     Raises:
