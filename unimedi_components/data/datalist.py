@@ -221,13 +221,12 @@ def validate_datalist(
 ) -> None:
     """Check what every user of a datalist relies on.
 
+    Raises DataError: not a datalist, a key is missing, an id repeats, ``dim`` is neither 2 nor 3, a patient is in two
+    splits, or training is empty.
+
     Args:
         required: keys that every item must have.
         require_training: whether an empty training split is an error.
-
-    Raises:
-        DataError: not a datalist, a key is missing, an id repeats, ``dim`` is neither 2 nor 3, a patient is
-            in two splits, or training is empty.
     """
     remedy = "Make it again with 'python -m unimedi_components prepare'."
     if not isinstance(datalist, dict) or "training" not in datalist:

@@ -30,8 +30,7 @@ class Restored(Transform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Return `data` with a MetaTensor in the geometry of the image's file.
 
-        Raises:
-            DataError: the image has lost the record of its preparation.
+        Raises DataError: the image has lost the record of its preparation.
         """
         scores, image = torch.as_tensor(data["pred"]), data["image"]
         if not isinstance(image, MetaTensor) or not image.applied_operations:

@@ -121,14 +121,12 @@ def read_source(path: Path, required: Sequence[str] = (), sep: str = ",", remedy
     """Read a csv or tsv, gzipped or not, every cell as the text that stands in the file.
 
     Byte-order marks (also of UTF-16), CRLF line ends, blanks around column names and before cells, semicolons or tabs
-    in place of `sep`, and a separator at the end of each row are accepted; an empty cell is ``""``.
+    in place of `sep`, and a separator at the end of each row are accepted; an empty cell is ``""``. Raises DataError:
+    the file is missing, empty, not a table, or lacks a required column (the nearest one is named).
 
     Args:
         required: columns that must be there (matched without regard to case and renamed to this spelling).
         remedy: sentence that ends the message about a missing column.
-
-    Raises:
-        DataError: the file is missing, empty, not a table, or lacks a required column (the nearest one is named).
     """
     try:
         frame = _read_cells(path, sep)

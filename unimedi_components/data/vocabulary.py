@@ -25,14 +25,12 @@ def build_wordpiece(reports: Sequence[str], out_dir: str | os.PathLike[str], voc
 
     The folder is written whole or not at all, and equal reports give equal bytes. A folder that was built from the same
     reports with the same settings is left as it is, so this may run at the start of every training, on every rank. Pass
-    the reports of the training split only: words of the held-out reports must not leak into the vocabulary.
+    the reports of the training split only: words of the held-out reports must not leak into the vocabulary. Raises
+    DataError: there is no report text, `vocab_size` has no room for words, or `out_dir` holds something else.
 
     Args:
         out_dir: folder to make; `transformers.AutoTokenizer.from_pretrained(out_dir)` loads it without a network.
         vocab_size: largest number of tokens, with the five special ones ([PAD] is 0) and the characters.
-
-    Raises:
-        DataError: there is no report text, `vocab_size` has no room for words, or `out_dir` holds something else.
     """
     texts = [text for text in reports if text and text.strip()]
     if not texts:

@@ -59,8 +59,7 @@ class XrayView:
 def draw_selection(views: Sequence[CTView], path: str | Path, title: str = "") -> Path:
     """Draw selected slices with the attention over them, a true lesion slice, the slab scores and the report.
 
-    Raises:
-        ValueError: there is no study.
+    Raises ValueError: there is no study.
     """
     if not views:
         raise ValueError("no CT study to draw")

@@ -46,11 +46,7 @@ class RocCurve:
 
 
 def draw_roc(curves: Sequence[RocCurve], path: str | Path, title: str = "") -> Path:
-    """Draw ROC curves, with the AUROC and its interval in the legend.
-
-    Raises:
-        ValueError: there is no curve.
-    """
+    """Draw ROC curves, with the AUROC and its interval in the legend. Raises ValueError: there is no curve."""
     if not curves:
         raise ValueError("no ROC curve to draw")
     figure = Figure(figsize=(10.0, 5.2), dpi=DPI, layout="constrained", facecolor="white")
@@ -100,13 +96,10 @@ def draw_precision_recall(curves: Mapping[str, tuple[Array, Array]], path: str |
 def draw_confusion(
     matrices: Mapping[str, npt.ArrayLike], names: Sequence[str], path: str | Path, title: str = ""
 ) -> Path:
-    """Draw confusion matrices: counts, and shares of each true class.
+    """Draw confusion matrices: counts, and shares of each true class. Raises ValueError: there is no matrix.
 
     Args:
         matrices: (C, C) with true classes in rows and predicted ones in columns, by panel title; "" for none.
-
-    Raises:
-        ValueError: there is no matrix.
     """
     if not matrices:
         raise ValueError("no confusion matrix to draw")

@@ -20,12 +20,13 @@ _CLS_GROUPS, _PATCH_GROUPS = 2, 3
 class UniMediLoss(nn.Module):
     """Weighted sum of the contrastive loss and of self-distillation on CLS and patch tokens.
 
-    L_vl is CLIP's loss over the joint batch; L_icl and L_pcl are the DINO loss on the CLS tokens and the iBOT
-    loss on the patch tokens. Defaults are iBOT's weights and momentum and DINO's temperatures; the paper gives
-    none. What is taken off the teacher's logits before its softmax decides whether the targets tell images apart:
-    "center" is DINO's, one moving mean for CLS and one for patch tokens, and both modalities then share few
-    prototypes; "sinkhorn" balances the prototypes over the batch for X-rays, volumes and slices each (SwAV,
-    DINOv2). The centers are buffers that follow the batches in training mode.
+    L_vl is CLIP's loss over the joint batch; L_icl and L_pcl are the DINO loss on the CLS tokens and the iBOT loss on
+    the patch tokens. Defaults are iBOT's weights and momentum and DINO's temperatures; the paper gives none. What is
+    taken off the teacher's logits before its softmax decides whether the targets tell images apart: "center" is DINO's,
+    one moving mean for CLS and one for patch tokens, and both modalities then share few prototypes; "sinkhorn" balances
+    the prototypes over the batch for X-rays, volumes and slices each (SwAV, DINOv2). The centers are buffers that
+    follow the batches in training mode. Raises ConfigError: a temperature, weight, momentum or chunk size outside its
+    range.
 
     Args:
         sinkhorn_rounds: rounds of Sinkhorn-Knopp from the running center on.
@@ -33,9 +34,6 @@ class UniMediLoss(nn.Module):
         teacher_temp_warmup_epochs: epochs of the linear warm-up between the two.
         center_momentum: share of the old center kept at each update.
         within_modality: contrast within each modality, both counting the same, see `contrastive_loss`.
-
-    Raises:
-        ConfigError: a temperature, weight, momentum or chunk size outside its range.
     """
 
     center_cls: Tensor
@@ -98,15 +96,14 @@ class UniMediLoss(nn.Module):
     def forward(self, output: UniMediOutput, targets: Any = None) -> Tensor:
         """Loss of one batch; its unweighted parts stay, detached, in `last` ("vl", "icl", "pcl").
 
+        Raises ConfigError: the head's number of prototypes is not `out_dim`.
+
         Args:
             output: what the network returned. Without `student_cls` the distillation losses are left out, on
                 all ranks alike; without `student_patches` this rank adds no rows to the patch loss.
 
         Returns:
             Scalar, the same on every rank.
-
-        Raises:
-            ConfigError: the head's number of prototypes is not `out_dim`.
         """
         loss = contrastive_loss(
             output.image_embed,

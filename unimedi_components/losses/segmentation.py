@@ -16,14 +16,12 @@ class FocalDiceLoss(nn.Module):
     The focal loss is the mean over pixels of -(1 - p_t)^gamma log p_t, p_t being the probability of the pixel's true
     value. Dice is (2 sum(p t) + smooth) / (sum(p) + sum(t) + smooth) over all images of the batch together, as in
     MGCA's code, so that images without a mask count too; its loss is 1 - Dice ("linear", what the paper writes) or
-    -log(Dice) ("log", what MGCA's code does).
+    -log(Dice) ("log", what MGCA's code does). Raises ValueError: a negative weight or exponent, no smoothing, or an
+    unknown `dice`.
 
     Args:
         batch: one Dice over all images of a batch; False takes the mean of each image's own.
         auxiliary_weight: of each further prediction where the network returns several (SETR's heads).
-
-    Raises:
-        ValueError: a negative weight or exponent, no smoothing, or an unknown `dice`.
 
     Example:
         >>> round(float(FocalDiceLoss()(torch.zeros(1, 1, 2, 2), torch.ones(1, 1, 2, 2))), 4)
@@ -56,8 +54,7 @@ class FocalDiceLoss(nn.Module):
     def forward(self, logits: Tensor | Sequence[Tensor], label: Tensor) -> Tensor:
         """Scalar loss of logits (B, C, H, W), or several (the main prediction first), and labels of 0 and 1.
 
-        Raises:
-            ValueError: logits and label differ in shape.
+        Raises ValueError: logits and label differ in shape.
         """
         if not isinstance(logits, Tensor):
             main, *others = (self(prediction, label) for prediction in logits)

@@ -108,15 +108,14 @@ def _weighted_ap(hits: Array, weights: Array, truths: Array) -> Array:
 def detection_metrics(found: Detections, bootstrap: int = 1000, seed: int = 0) -> dict[str, Any]:
     """Measure boxes of one class.
 
+    Raises ValueError: lists of different lengths, values that are not finite, or not one true box.
+
     Returns:
         plain values for JSON; None where something is not defined. "map_coco" and "map_mgca", see "rules";
         "ap_40", "ap_50", "ap_75": COCO's average precision at one IoU; "sensitivity" by "0.125", ... "2" mean false
         boxes per image at IoU 0.4, the highest that some threshold on the score reaches; "images", "patients",
         "true_boxes", "predicted_boxes", "images_with_truth", "images_of_mgca" are counts; "intervals": [low, high]
         of "map_coco", "map_mgca", "ap_40", "ap_50", "ap_75", with "resamples_used".
-
-    Raises:
-        ValueError: lists of different lengths, values that are not finite, or not one true box.
     """
     patients = _checked(found)
     thresholds = sorted({*IOUS, *SHOWN})

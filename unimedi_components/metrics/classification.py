@@ -63,6 +63,9 @@ def classification_metrics(
 ) -> dict[str, Any]:
     """Measure a classifier's probabilities against the labels.
 
+    Raises ValueError: an unknown task, shapes or labels that do not fit, values that are not finite, or no case that
+    counts.
+
     Args:
         probabilities: (N, C); binary: (N,) or (N, 1), of the positive class.
         labels: multiclass and binary (N,), multilabel (N, C); -1 is uncertain and does not count, and a case
@@ -81,10 +84,6 @@ def classification_metrics(
         "intervals": [low, high] of the same keys, 95% percentiles over resamples of the patients, each with all of its
         cases; resamples where a value is not defined are left out, and "resamples_used" counts the others. "cases",
         "patients", "positives" (by finding or class) and "uncertain" (multilabel: by finding) are counts.
-
-    Raises:
-        ValueError: an unknown task, shapes or labels that do not fit, values that are not finite, or no case that
-            counts.
     """
     cases, uncertain = _prepare(probabilities, labels, task, label_names, patients)
     found = [_auroc(score, truth) for score, truth in zip(cases.scores.T, cases.truth.T, strict=True)]

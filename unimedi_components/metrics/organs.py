@@ -29,7 +29,8 @@ def organ_scores(
 
     An organ that the truth lacks has no score, and neither counts for it nor against it; the voxels that the prediction
     gives it are "false_voxels". An organ that the truth has and the prediction misses scores 0 in both kinds of Dice
-    and has no HD95, since no distance to an empty surface is defined; it is "missed".
+    and has no HD95, since no distance to an empty surface is defined; it is "missed". Raises ValueError: the shapes
+    differ.
 
     Args:
         prediction: labels 0 to O, (D, H, W).
@@ -38,9 +39,6 @@ def organ_scores(
     Returns:
         each (O,): "dice", "surface_dice", "hd95_mm" as float64 with NaN where there is no score, "voxels" of the truth,
         "predicted_voxels", "false_voxels", and "missed" as bool.
-
-    Raises:
-        ValueError: the shapes differ.
     """
     if prediction.shape != truth.shape:
         raise ValueError(f"prediction {prediction.shape} and truth {truth.shape} differ in shape")

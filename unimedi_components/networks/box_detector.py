@@ -43,7 +43,7 @@ class BoxDetector(RetinaNetDetector):
     Boxes are [x0, y0, x1, y1], x along the columns (MONAI's own detectors count x along the first axis). Anchors are
     matched by ATSS (Zhang et al. 2020), since MONAI's other matcher is torchvision's. The classification loss is
     RetinaNet's focal loss over all anchors, divided by the number of matched ones, and draws nothing; MONAI's default
-    is a mean.
+    is a mean. Raises ValueError: maps with different numbers of anchors.
 
     Args:
         num_classes: K, without background.
@@ -51,9 +51,6 @@ class BoxDetector(RetinaNetDetector):
         aspect_ratios: height over width of the anchors of each size.
         candidates: nearest anchors per map and box that ATSS chooses among, as a multiple of the anchors per place.
         alpha, gamma: of the focal loss.
-
-    Raises:
-        ValueError: maps with different numbers of anchors.
     """
 
     def __init__(

@@ -48,14 +48,13 @@ def network_card(
 def load_network(checkpoint: str | Path, device: str | torch.device = "cpu", kind: str | None = None) -> Any:
     """A task's trained network, in evaluation mode, from `models/model.pt` with `model.json` beside it.
 
+    Raises CheckpointError: a file is missing or does not fit, or the network is of another kind.
+
     Args:
         kind: the one of `KINDS` that is wanted; None takes any.
 
     Returns:
         the network; its attribute `card` holds label names, the kind of task and the images' preparation.
-
-    Raises:
-        CheckpointError: a file is missing or does not fit, or the network is of another kind.
     """
     path = Path(checkpoint)
     if not path.is_file():

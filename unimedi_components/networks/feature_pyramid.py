@@ -21,15 +21,13 @@ class SimpleFeaturePyramid(nn.Module):
     """Maps of several scales, each from the same single map (Li et al., ViTDet, section 3; detectron2's `vit.py`).
 
     4 x: two transposed convolutions with a layer norm and GELU between; 2 x: one; 1 x: nothing; 1/2 x: max-pooling.
-    Then a 1x1 and a 3x3 convolution to C channels, each with a layer norm over the channels.
+    Then a 1x1 and a 3x3 convolution to C channels, each with a layer norm over the channels. Raises ValueError: no
+    scale, or one that is not known.
 
     Args:
         out_channels: C; ViTDet has 256.
         scales: of the maps, finest first, each of 4, 2, 1 and 0.5; ViTDet has all four.
         last_pool: one more map, every second row and column of the coarsest (ViTDet's `LastLevelMaxPool`).
-
-    Raises:
-        ValueError: no scale, or one that is not known.
 
     Example:
         >>> maps = SimpleFeaturePyramid(32, 16)(nn.Parameter(Tensor(1, 32, 6, 6)))

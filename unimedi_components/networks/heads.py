@@ -30,17 +30,14 @@ def _apply_norm(norm: nn.Module, x: Tensor, modality: Tensor | None) -> Tensor:
 class ProjectionHead(nn.Module):
     """Projects CLS features of images or reports into the common space.
 
-    The default is MGCA's GlobalEmbedding (Linear, BN, ReLU, Linear, BN without affine) with statistics per
-    modality, preceded by a normalisation of the features per modality; both are ours, see
-    `ModalityBatchNorm1d`. Reports use the modality of their image.
+    The default is MGCA's GlobalEmbedding (Linear, BN, ReLU, Linear, BN without affine) with statistics per modality,
+    preceded by a normalisation of the features per modality; both are ours, see `ModalityBatchNorm1d`. Reports use the
+    modality of their image. Raises ConfigError: unknown `norm`.
 
     Args:
         hidden_dim: width of the hidden layer; None for A-CLIP's single Linear, after a normalisation of the
             features if `norm` is one of the batch kinds.
         norm: "batch_per_modality"; "batch" for statistics over the joint batch (MGCA); "layer"; or "none".
-
-    Raises:
-        ConfigError: unknown `norm`.
     """
 
     def __init__(
@@ -64,11 +61,10 @@ class ProjectionHead(nn.Module):
     def forward(self, x: Tensor, modality: Tensor | None = None) -> Tensor:
         """Embed features (B, in_dim) as (B, out_dim), not L2-normalised.
 
+        Raises ValueError: `modality` is needed and missing, or has not one entry per row.
+
         Args:
             modality: 0 for 2D and 1 for 3D rows, (B,); needed by "batch_per_modality" alone.
-
-        Raises:
-            ValueError: `modality` is needed and missing, or has not one entry per row.
         """
         x = _apply_norm(self.input_norm, x, modality)
         if self.hidden is not None:

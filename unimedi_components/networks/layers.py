@@ -18,13 +18,11 @@ class Attention(nn.Module):
     """Multi-head self-attention through `scaled_dot_product_attention`.
 
     Parameter names and behaviour match timm's `Attention` (`qkv`, `proj`). The attention matrix is never formed; the
-    CLS row that Eq. 1 needs is computed from the CLS query alone, at the cost of one multiply-and-reduce.
+    CLS row that Eq. 1 needs is computed from the CLS query alone, at the cost of one multiply-and-reduce. Raises
+    ValueError: `dim` is not a multiple of `num_heads`.
 
     Args:
         num_heads: heads H; must divide `dim`.
-
-    Raises:
-        ValueError: `dim` is not a multiple of `num_heads`.
     """
 
     def __init__(self, dim: int, num_heads: int, *, qkv_bias: bool = True) -> None:

@@ -51,15 +51,14 @@ class ModalityBatchNorm1d(nn.Module):
     def forward(self, x: Tensor, modality: Tensor | None = None) -> Tensor:
         """Normalise each row by the statistics of its modality.
 
+        Raises ValueError: `modality` is missing or has not one entry per row.
+
         Args:
             x: (B, C); B may differ between ranks and may be 0.
             modality: index of each row's modality, (B,); not needed with one modality.
 
         Returns:
             (B, C), in the type of `x`.
-
-        Raises:
-            ValueError: `modality` is missing or has not one entry per row.
         """
         if self.num_modalities == 1:
             modality = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)

@@ -109,7 +109,8 @@ class ReportEncoder(nn.Module):
     """CLS features of reports from a `transformers` encoder, without pooler.
 
     The paper's is `emilyalsentzer/Bio_ClinicalBERT`, all layers trainable. Nothing reaches the network unless
-    `name_or_path` is the name of a hub model.
+    `name_or_path` is the name of a hub model. Raises ConfigError: not exactly one of `name_or_path` and `config`, or a
+    config that cannot be built; CheckpointError: the folder or hub model cannot be loaded.
 
     Args:
         name_or_path: folder saved by `save_pretrained`, or the name of a hub model.
@@ -118,10 +119,6 @@ class ReportEncoder(nn.Module):
         num_hidden_layers: cut the stack to its first layers; 6 is MGCA's.
         pretrained: load the weights of `name_or_path`; False takes its architecture alone.
         freeze_layers: freeze the embeddings and this many first layers; 0 trains everything.
-
-    Raises:
-        ConfigError: not exactly one of `name_or_path` and `config`, or a config that cannot be built.
-        CheckpointError: the folder or hub model cannot be loaded.
     """
 
     def __init__(
@@ -177,8 +174,7 @@ class ReportEncoder(nn.Module):
 def load_tokenizer(name_or_path: str | Path) -> Any:
     """The fast tokenizer of a folder (vocab.txt or tokenizer.json with its config) or of a hub model.
 
-    Raises:
-        CheckpointError: the folder has no tokenizer, or the hub model cannot be reached.
+    Raises CheckpointError: the folder has no tokenizer, or the hub model cannot be reached.
     """
     name, where = _source(name_or_path)
     if where and not any((Path(name) / file).is_file() for file in ("vocab.txt", "tokenizer.json", "vocab.json")):

@@ -30,13 +30,10 @@ _HEADS = {(192, 12): 3, (384, 12): 6, (768, 12): 12, (1024, 24): 16, (1280, 32):
 
 
 def encoder_sizes(size: str | Mapping[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
-    """Arguments of `UnifiedViT`.
+    """Arguments of `UnifiedViT`. Raises ConfigError: no such size, or no such argument; the nearest name is given.
 
     Args:
         size: a name in `SIZES`, a dict of arguments, or None for the class's own defaults.
-
-    Raises:
-        ConfigError: no such size, or no such argument; the nearest name is given.
     """
     if size is not None and not isinstance(size, Mapping):
         if size not in SIZES:
@@ -68,12 +65,11 @@ def size_name(sizes: Mapping[str, Any]) -> str:
 def check_size(sizes: Mapping[str, Any], wanted: Mapping[str, Any], source: str, names: Sequence[str] = SHAPES) -> None:
     """Compare the sizes that weights were trained with with those that the config asks for.
 
+    Raises CheckpointError: they differ in more than the grids of the position tables; both are named.
+
     Args:
         sizes: of the weights' card, all arguments.
         wanted: of the config; what it does not name may be anything.
-
-    Raises:
-        CheckpointError: they differ in more than the grids of the position tables; both are named.
     """
     differing = [name for name in _differing(sizes, wanted) if name in names]
     if not differing:

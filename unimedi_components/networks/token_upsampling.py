@@ -18,10 +18,7 @@ def upsampling_strides(patch_size: Sequence[int]) -> list[Stride]:
 
     Each side of the patch is taken apart into its prime factors, the largest first, so that the axis with the most of
     them sets the number of stages, and a side with fewer is upsampled at the coarse stages alone (nnU-Net's and
-    UniMiSS's convention for thick slices).
-
-    Raises:
-        ValueError: a patch of one voxel, whose tokens need no decoder.
+    UniMiSS's convention for thick slices). Raises ValueError: a patch of one voxel, whose tokens need no decoder.
 
     Example:
         >>> upsampling_strides((4, 16, 16))

@@ -23,11 +23,10 @@ from unimedi_components.networks.unified_vit import UnifiedViT
 def resize_positions_3d(encoder: UnifiedViT, vol_size: Sequence[int]) -> UnifiedViT:
     """Make an encoder's 3D tables for another size of volume, so that training at that size has its own positions.
 
+    Raises ValueError: the patch does not divide the size.
+
     Args:
         encoder: changed in place; what it computes for volumes of `vol_size` stays the same.
-
-    Raises:
-        ValueError: the patch does not divide the size.
     """
     size = to_tuple(vol_size, 3, "vol_size")
     grid = encoder.patch_embed_3d.grid(size)
@@ -44,8 +43,9 @@ def resize_positions_3d(encoder: UnifiedViT, vol_size: Sequence[int]) -> Unified
 class UnifiedUNETR(TaskNetwork):
     """UNETR (Hatamizadeh et al., WACV 2022) with the unified encoder in the transformer's place (supplement, 7.2).
 
-    The decoder is MONAI's, stage for stage, but its strides follow the 3D patch: `upsampling_strides`. n stages take
-    n - 1 hidden states beside the last tokens and the image itself.
+    The decoder is MONAI's, stage for stage, but its strides follow the 3D patch: `upsampling_strides`. n stages take n
+    - 1 hidden states beside the last tokens and the image itself. Raises ValueError: hidden states that the encoder
+    lacks, or not one for each skip connection; too few classes.
 
     Args:
         encoder: reads volumes; its position table is resampled to `vol_size` once and learned there.
@@ -65,9 +65,6 @@ class UnifiedUNETR(TaskNetwork):
         normalize_states: bring every token of the hidden states to zero mean and unit variance, as the encoder's last
             norm does with the last tokens, so that no skip connection is louder than another. MONAI's UNETR takes them
             as they are.
-
-    Raises:
-        ValueError: hidden states that the encoder lacks, or not one for each skip connection; too few classes.
 
     Example:
         >>> encoder = UnifiedViT(vol_size=(8, 32, 32), embed_dim=24, depth=4, num_heads=2)
@@ -130,12 +127,11 @@ class UnifiedUNETR(TaskNetwork):
     def forward(self, image: Tensor) -> Tensor | list[Tensor]:
         """Segment volumes (B, 1, D, H, W) in [-1, 1], each side a multiple of the encoder's patch.
 
+        Raises ValueError: other axes, or sides that the patch does not divide.
+
         Returns:
             logits (B, C, D, H, W); with deep supervision in training mode a list of them, the finest first, each
             coarser one on its stage's grid.
-
-        Raises:
-            ValueError: other axes, or sides that the patch does not divide.
         """
         if image.ndim != 5:
             raise ValueError(f"expected volumes (B, 1, D, H, W), got {tuple(image.shape)}")

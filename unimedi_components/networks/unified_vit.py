@@ -35,6 +35,8 @@ class UnifiedViT(HubEncoder):
     ViT weights load by name. The 3D half adds `patch_embed_3d.proj` and `pos_embed_3d`; pseudo-pairs add
     `segment_embed` (volume, slice) and `depth_embed` (one row per slab), both zero at the start, so that a new network
     treats a slice as the 2D image that the paper regards it as. Position tables are resampled to the grid of the input.
+    Raises ValueError: a size that its patch does not divide, an `embed_dim` that `num_heads` does not divide, or heads
+    whose channels 4 does not divide with `rope`.
 
     Args:
         img_size: height and width that `pos_embed` is made for.
@@ -47,10 +49,6 @@ class UnifiedViT(HubEncoder):
             `rope_periods` are its periods.
         include_cls_key: let the CLS key share in Eq. 1's softmax, as A-CLIP's code does; the paper's equation does not.
         grad_checkpointing: recompute the blocks in the backward pass instead of storing what is in them (timm's name).
-
-    Raises:
-        ValueError: a size that its patch does not divide, an `embed_dim` that `num_heads` does not divide, or heads
-            whose channels 4 does not divide with `rope`.
 
     Example:
         >>> encoder = UnifiedViT(img_size=32, vol_size=(8, 32, 32), embed_dim=24, depth=2, num_heads=2)
@@ -148,6 +146,9 @@ class UnifiedViT(HubEncoder):
     ) -> EncoderOutput:
         """Encode images, volumes, or volumes with their slices.
 
+        Raises ValueError: wrong number of axes or channels, slices without positions, or a size that its patch does not
+        divide.
+
         Args:
             image: X-rays (B, C, H, W) or volumes (B, C, D, H, W) with D from inferior to superior, in [-1, 1].
             slices: selected slices regarded as 2D images, (B, k, C, H, W); volumes only.
@@ -159,10 +160,6 @@ class UnifiedViT(HubEncoder):
 
         Returns:
             `EncoderOutput`; P counts the kept tokens.
-
-        Raises:
-            ValueError: wrong number of axes or channels, slices without positions, or a size that its patch does not
-                divide.
         """
         tokens, position = self._tokenize(image, slices, slice_position)
         if mask is not None:

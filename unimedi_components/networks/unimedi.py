@@ -40,11 +40,12 @@ class _View:
 class UniMedI(nn.Module):
     """Image-report pre-training network: L_vl's two towers and the self-distillation pair.
 
-    A volume goes three ways: the selector scores its slabs (Eq. 1 and 2, no gradient), the k best slices join it as
-    2D images, and teacher and student encode volume and slices together, the student masked where the teacher attends
+    A volume goes three ways: the selector scores its slabs (Eq. 1 and 2, no gradient), the k best slices join it as 2D
+    images, and teacher and student encode volume and slices together, the student masked where the teacher attends
     least. An X-ray skips the selection. The ablation of Table 7 is `self_distillation=False, selector="random"` (VL),
-    `selector="random"` (VL + SD) and the defaults (VL + SD + Attn); `pseudo_pairs=False` trains both dimensions
-    jointly without slices (Fig. 2b); 2D only and 3D only are a matter of the batches.
+    `selector="random"` (VL + SD) and the defaults (VL + SD + Attn); `pseudo_pairs=False` trains both dimensions jointly
+    without slices (Fig. 2b); 2D only and 3D only are a matter of the batches. Raises ValueError: an unknown option, or
+    options that cannot work together.
 
     Args:
         dino_head: head shared by CLS and patch tokens; None only without self-distillation.
@@ -69,9 +70,6 @@ class UniMedI(nn.Module):
             all of it: the same gradients with the activations of one part, see `in_micro_batches`.
         compile: compile the vision encoders' training passes with `torch.compile`, one graph for each shape; a
             backend's name instead of True chooses it.
-
-    Raises:
-        ValueError: an unknown option, or options that cannot work together.
     """
 
     slab_profile: Tensor
@@ -162,15 +160,14 @@ class UniMedI(nn.Module):
     def forward(self, batch: Mapping[str, Any]) -> UniMediOutput:
         """One mixed batch to everything that the losses need; in evaluation mode unmasked and without distillation.
 
+        Raises ValueError: no image at all, or a number of reports that is not the number of images.
+
         Args:
             batch: "image2d" (B2, C, H, W) and/or "image3d" (B3, C, D, H, W), "input_ids" and "attention_mask" (B, T)
                 with the X-rays' reports before the volumes'.
 
         Returns:
             `UniMediOutput` with rows in the order of the reports.
-
-        Raises:
-            ValueError: no image at all, or a number of reports that is not the number of images.
         """
         views = {name: self._view(batch[name]) for name in MODALITIES if batch.get(name) is not None}
         if not views:

@@ -23,7 +23,9 @@ OCTAVES = (1.0, 2 ** (1 / 3), 2 ** (2 / 3))
 class ViTDet(TaskNetwork):
     """A one-stage detector over the last map of a plain ViT.
 
-    The pyramid is ViTDet's; the detector is MONAI's RetinaNet where ViTDet has Mask R-CNN, see `BoxDetector`.
+    The pyramid is ViTDet's; the detector is MONAI's RetinaNet where ViTDet has Mask R-CNN, see `BoxDetector`. Raises
+    ValueError: no class, more head convolutions than RetinaNet's 4, a width that 8 does not divide, or anchor sizes
+    that do not fit the pyramid's maps.
 
     Args:
         encoder: reads X-rays; its patch tokens after the final norm are the map.
@@ -36,10 +38,6 @@ class ViTDet(TaskNetwork):
         candidates, alpha, gamma: see `BoxDetector`.
         score_threshold: boxes of lower score are left out.
         lowest_score: the same where targets are given: average precision counts unlikely boxes too.
-
-    Raises:
-        ValueError: no class, more head convolutions than RetinaNet's 4, a width that 8 does not divide, or anchor
-            sizes that do not fit the pyramid's maps.
 
     Example:
         >>> encoder = UnifiedViT(img_size=32, vol_size=(8, 32, 32), embed_dim=24, depth=2, num_heads=2)
@@ -120,6 +118,8 @@ class ViTDet(TaskNetwork):
     def forward(self, image: Tensor, targets: Targets | None = None) -> Any:
         """Losses in training, boxes in evaluation.
 
+        Raises ValueError: images of another shape, no targets in training, or another number of them.
+
         Args:
             image: X-rays (B, 1, H, W) in [-1, 1]; patch size times 2 should divide their sides.
             targets: of each image "boxes" (n, 4), [x0, y0, x1, y1] in pixels of the image, x along the columns, and
@@ -128,9 +128,6 @@ class ViTDet(TaskNetwork):
         Returns:
             in training {"classification", "box_regression"}, scalars; in evaluation for each image "boxes" (n, 4),
             "labels" (n,), "scores" (n,), highest first, and with targets "loss", the image's summed losses.
-
-        Raises:
-            ValueError: images of another shape, no targets in training, or another number of them.
         """
         if image.ndim != 4:
             raise ValueError(f"expected X-rays (B, 1, H, W), got {tuple(image.shape)}")

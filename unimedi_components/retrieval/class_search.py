@@ -197,7 +197,7 @@ def common_findings(
 
 
 def label_table(items: Sequence[Mapping[str, Any]], meta: Mapping[str, Any]) -> tuple[list[str], Array]:
-    """Labels of items by finding.
+    """Labels of items by finding. Raises DataError: a label does not fit its names.
 
     Args:
         meta: of the datalist: "label_names", of all items or by source for a joined datalist, whose patients are called
@@ -206,9 +206,6 @@ def label_table(items: Sequence[Mapping[str, Any]], meta: Mapping[str, Any]) -> 
     Returns:
         the names, in the order of their first source, and int64 (N, F): 1 present, 0 absent, -1 uncertain, -2 not
         mentioned, as for an item without labels or of a source that does not know the finding.
-
-    Raises:
-        DataError: a label does not fit its names.
     """
     known = meta.get("label_names") or {}
     by_source: dict[str, list[str]] = known if isinstance(known, dict) else {"": list(known)}

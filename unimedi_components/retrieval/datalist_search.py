@@ -68,6 +68,9 @@ def evaluate_search(
 ) -> Values:
     """Embed the images and reports of a datalist and measure search and zero-shot classification; on rank 0 alone.
 
+    Raises ConfigError: an unknown split, or two prompt sets for one dimension; DataError: nothing to measure on, or
+    images that cannot be read.
+
     Args:
         datalist: file, with reports, labels or both.
         dataset_dir: folder that its image paths are relative to.
@@ -85,10 +88,6 @@ def evaluate_search(
         for each direction between X-rays, CT and their reports the values of `class_precision` (and "same_findings"
         between images); "zero_shot" by dimension, as of `zero_shot_scores`, with "without_prompts", the labels that the
         prompt set does not know; "protocols" by name. Empty on other ranks.
-
-    Raises:
-        ConfigError: an unknown split, or two prompt sets for one dimension.
-        DataError: nothing to measure on, or images that cannot be read.
     """
     if rank() != 0:
         return {}
@@ -204,6 +203,8 @@ def draw_examples(
 ) -> Path | None:
     """Draw searches across dimensions with the findings that both data sets label; on rank 0 alone.
 
+    Raises ConfigError: the index is of another model.
+
     Args:
         index: npz of images of the datalist.
         dataset_dir: folder that its image paths are relative to.
@@ -212,9 +213,6 @@ def draw_examples(
 
     Returns:
         the path; None where the index holds images of one dimension alone, and on other ranks.
-
-    Raises:
-        ConfigError: the index is of another model.
     """
     if rank() != 0:
         return None

@@ -73,7 +73,8 @@ class Embedder(nn.Module):
     """A trained network for embedding files and sentences; as a module it takes images and returns embeddings.
 
     MONAI's inferers, exports and checks take it as it is. Its state is the encoder's, as `model.pt` holds it, so that
-    MONAI's tools save and load it; the projection stays as it was built. It is in evaluation mode.
+    MONAI's tools save and load it; the projection stays as it was built. It is in evaluation mode. Raises
+    CheckpointError: a file is missing or does not fit.
 
     Args:
         checkpoint: `models/model.pt` (or another weight file) of a pre-training run, with its card beside it, or a
@@ -84,9 +85,6 @@ class Embedder(nn.Module):
     Attributes:
         card: how the network was built, and under "preprocessing" how its input was prepared.
         model: hash of the weights, see `model_hash`.
-
-    Raises:
-        CheckpointError: a file is missing or does not fit.
     """
 
     __jit_unused_properties__ = ("device",)
@@ -231,14 +229,13 @@ class Embedder(nn.Module):
     def sentences(self, texts: Sequence[str], dim: int) -> Tensor:
         """Embed sentences or reports in the form of the network's training reports, see `data.text.as_trained`.
 
+        Raises DataError: a text holds no word.
+
         Args:
             dim: 2 for texts about X-rays, 3 for texts about volumes: the projection keeps statistics of either kind.
 
         Returns:
             (N, E) float32 of unit norm, on the CPU.
-
-        Raises:
-            DataError: a text holds no word.
         """
         for text in texts:
             if not any(letter.isalpha() for letter in text):

@@ -22,7 +22,7 @@ _ENTRY = ("id", "kind", "dim", "source", "text")
 
 @dataclass
 class Embeddings:
-    """N embeddings of one model.
+    """N embeddings of one model. Raises DataError: rows and entries differ in number, or an entry lacks a field.
 
     Args:
         embed: (N, E) float32 of unit norm, in the space that X-rays, volumes and reports share.
@@ -34,9 +34,6 @@ class Embeddings:
         selected: selected slices of the network's input, from inferior to superior, (N, k); -1 where a row has none.
         card: how the network was built and its input prepared.
         skipped: {"id", "file", "reason"} of images that were left out.
-
-    Raises:
-        DataError: rows and entries differ in number, or an entry lacks a field.
     """
 
     embed: Array

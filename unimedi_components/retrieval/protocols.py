@@ -65,15 +65,13 @@ def exclusive_sample(
 ) -> ClassSample:
     """Draw the images of a protocol: positive for one of its findings, neither positive nor uncertain for another.
 
+    Raises ConfigError: an unknown protocol; DataError: fewer than two classes are left, or too few images and `exact`.
+
     Args:
         items: with "label", 1, 0, -1 (uncertain) or less (not mentioned) for each of `label_names`, and "patient".
         queries: further images of each class, of other patients, to search with (ConVIRT's 10).
         exact: too few images of a class are an error. Otherwise every class gets as many candidates as the rarest one
             has, at least as many as `queries`, and classes rarer than that are left out.
-
-    Raises:
-        ConfigError: an unknown protocol.
-        DataError: fewer than two classes are left, or too few images and `exact`.
     """
     if protocol not in PROTOCOLS:
         raise ConfigError(f"protocol {protocol!r} is unknown; use one of {', '.join(PROTOCOLS)}")

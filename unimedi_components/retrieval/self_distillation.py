@@ -55,8 +55,7 @@ class Teacher:
 def load_teacher(pretrained: Pretrained) -> Teacher | None:
     """The teacher of the run that a checkpoint is of, from `last.pt` beside it; None without one.
 
-    Raises:
-        CheckpointError: `last.pt` is damaged or of another network.
+    Raises CheckpointError: `last.pt` is damaged or of another network.
     """
     path = pretrained.path.with_name(LAST)
     if "dino_head" not in pretrained.card or not path.is_file():

@@ -65,9 +65,7 @@ class ZeroShot:
     def classify(self, embeddings: Embeddings) -> tuple[list[str], Array]:
         """Ids and probabilities (N, F) of the images of the prompts' dimension; other rows are left out.
 
-        Raises:
-            ConfigError: the embeddings are of another model.
-            DataError: there is no such image.
+        Raises ConfigError: the embeddings are of another model; DataError: there is no such image.
         """
         if embeddings.model != self.model:
             raise ConfigError(

@@ -38,14 +38,12 @@ class OrganInferer(SlidingWindowInferer):
     """Sliding windows with Gaussian blending (nnU-Net's and UniMiSS's), over mirrored copies too where asked for.
 
     A volume that is smaller than the window is padded with -1 (the lowest intensity), and the padding cut off again.
+    Raises ConfigError: an axis that does not exist, or an overlap out of [0, 1).
 
     Args:
         roi_size: D, H, W of a window: the size that the network was trained on.
         mirror_axes: of the axes 0 (D), 1 (H) and 2 (W), those to mirror; each combination of them is predicted once,
             mirrored back and averaged. None mirrors nothing.
-
-    Raises:
-        ConfigError: an axis that does not exist, or an overlap out of [0, 1).
     """
 
     def __init__(
