@@ -6,6 +6,7 @@ Rows are patch tokens that the self-distillation compares. Of a task, torch coun
 """
 
 import math
+from bisect import bisect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -299,7 +300,11 @@ def describe(
         larger = needs.cost(times)
         return fixed + larger.activations + larger.passing <= _USABLE * memory * GIB
 
-    largest = _largest(fits)
+    too_large = 1
+    while fits(too_large):
+        too_large *= 2
+    # how many of the batches below it fit
+    largest = bisect(range(1, too_large), False, key=lambda times: not fits(times))
     # cuDNN convolves float32 in TF32, unless torch is told otherwise
     seconds = (step.flops - step.float32 + needs.once / (gpus * needs.steps)) / peak + step.float32 / tf32
     hours = needs.steps * seconds / (1e12 * share) / 3600
@@ -326,18 +331,6 @@ def describe(
         "cache": f"{needs.cache[0] / GIB:.0f} GiB of {needs.cache[1]}",
     }
     return "\n".join(f"{name:<15}{text}" for name, text in lines.items())
-
-
-def _largest(fits: Callable[[int], bool]) -> int:
-    """The largest number that fits, 0 if none does."""
-    high = 1
-    while fits(high):
-        high *= 2
-    low = high // 2
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
 
 
 def _pretraining_needs(config: dict[str, Any], gpus: int, xrays: int | None, cts: int | None) -> Needs:

@@ -37,7 +37,7 @@ def build_wordpiece(reports: Sequence[str], out_dir: str | os.PathLike[str], voc
         raise DataError("no report text to build a vocabulary from; check the datalist's `report` fields")
     folder = Path(out_dir)
     record = {
-        "sha256": _digest(texts),
+        "sha256": hashlib.sha256("".join(f"{text}\0" for text in texts).encode()).hexdigest(),
         "reports": len(texts),
         "vocab_size": vocab_size,
         "lowercase": True,
@@ -54,14 +54,6 @@ def build_wordpiece(reports: Sequence[str], out_dir: str | os.PathLike[str], voc
         _write(new, vocab, record)
         _install(new, folder, Path(scratch) / "old", record)
     return str(folder)
-
-
-def _digest(texts: Sequence[str]) -> str:
-    digest = hashlib.sha256()
-    for text in texts:
-        digest.update(text.encode())
-        digest.update(b"\0")
-    return digest.hexdigest()
 
 
 def _recorded(folder: Path) -> dict | None:

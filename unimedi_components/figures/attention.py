@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
 
+from unimedi_components.arrays import Array
 from unimedi_components.figures.curves import DPI, WIDTH, save_png
-
-Array = npt.NDArray[Any]
 
 RIGHT, WRONG, NEUTRAL, LESION = "#2a9d4a", "#8a8f98", "#2f6fb2", "#d1495b"
 COLOUR_MAP = "inferno"

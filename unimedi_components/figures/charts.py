@@ -15,9 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.metrics import roc_curve
 
+from unimedi_components.arrays import Array
 from unimedi_components.figures.curves import DPI, cut, save_png
-
-Array = npt.NDArray[Any]
 
 _TEXT = "#222222"
 _PER_ROW = 5

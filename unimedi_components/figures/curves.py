@@ -8,18 +8,16 @@ import io
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
+from unimedi_components.arrays import Array
 from unimedi_components.files import replacing
 
-Array = npt.NDArray[Any]
 Rows = Sequence[Mapping[str, float]]
 
 #: Figures are 12 inches wide at 100 dots per inch: 1200 pixels, as wide as a README shows.

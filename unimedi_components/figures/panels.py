@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from matplotlib import colormaps
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
@@ -16,11 +15,10 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
+from unimedi_components.arrays import Array
 from unimedi_components.data.slice_files import evenly_spread
 from unimedi_components.figures import attention as maps
 from unimedi_components.figures.curves import DPI, WIDTH, cut, save_png
-
-Array = npt.NDArray[Any]
 
 TRUE, FOUND = "#2ca02c", "#ff7f0e"
 _TEXT, _CHOSEN, _OTHER = "#222222", "#2f6fb2", "#c5cad3"

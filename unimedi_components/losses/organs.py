@@ -75,9 +75,7 @@ class OrganLoss(nn.Module):
         """Weight of each voxel, (B, D, H, W)."""
         # `bincount` would ask the GPU for the largest label of every image
         flat = target.flatten(1)
-        counts = torch.zeros(len(flat), classes, device=flat.device).scatter_add_(
-            1, flat, torch.ones_like(flat, dtype=torch.float32)
-        )
+        counts = torch.zeros(len(flat), classes, device=flat.device)
+        counts.scatter_add_(1, flat, torch.ones_like(flat, dtype=torch.float32))
         share = counts.clamp(min=1) / target[0].numel()
-        weights = share**-self.class_balance
-        return weights.gather(1, target.flatten(1)).view_as(target)
+        return (share**-self.class_balance).gather(1, flat).view_as(target)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-Array = npt.NDArray[Any]
+from unimedi_components.arrays import Array
 
 LEVEL = 0.95
 # Weights of resamples held at a time; bounds the memory, changes no value.
@@ -172,7 +172,7 @@ class Measures:
         self.values: dict[str, Any] = {}
         self.intervals: dict[str, list[float]] = {}
 
-    def add(self, key: str, value: Any, resampled: npt.NDArray[Any] | None = None) -> None:
+    def add(self, key: str, value: Any, resampled: Array | None = None) -> None:
         """Keep a value; `resampled` is the same in each resample, (R,), NaN where it is not defined."""
         self.values[key] = value
         interval = None if resampled is None else percentile_interval(resampled)

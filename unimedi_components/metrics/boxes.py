@@ -14,10 +14,9 @@ from ignite.exceptions import NotComputableError
 from ignite.metrics import Metric
 from monai.handlers import from_engine
 
+from unimedi_components.arrays import Array
 from unimedi_components.distributed import gather_objects
 from unimedi_components.metrics.bootstrap import LEVEL, interval_table, patient_index, resampled, resamples_used
-
-Array = npt.NDArray[Any]
 
 IOUS = (0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75)
 """IoU thresholds of the MGCA repository, whose tables the paper compares with."""

@@ -18,11 +18,10 @@ from monai.metrics import CalibrationErrorMetric
 from sklearn.metrics import accuracy_score, confusion_matrix, roc_auc_score
 from torch import Tensor
 
+from unimedi_components.arrays import Array
 from unimedi_components.distributed import gather_objects
 from unimedi_components.losses.classification import TASKS, UNCERTAIN, ClassificationLoss
 from unimedi_components.metrics.bootstrap import patient_intervals
-
-Array = npt.NDArray[Any]
 
 THRESHOLD = 0.5
 

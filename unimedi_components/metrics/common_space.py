@@ -4,12 +4,10 @@
 Letters: N X-rays, M volumes, D width of the features, F findings, R resamples.
 """
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 
-Array = npt.NDArray[Any]
+from unimedi_components.arrays import Array
 
 
 def unit_rows(rows: npt.ArrayLike) -> Array:

@@ -8,15 +8,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from unimedi_components.arrays import Array
 from unimedi_components.losses.segmentation import FocalDiceLoss
 from unimedi_components.metrics.bootstrap import LEVEL, interval_table, patient_index, resampled, weighted_mean
 from unimedi_components.metrics.summed import SummedMetric
-
-Array = npt.NDArray[Any]
 
 
 def mask_counts(predicted: Tensor, truth: Tensor) -> Array:

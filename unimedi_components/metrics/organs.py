@@ -9,15 +9,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from monai.metrics import compute_hausdorff_distance, compute_surface_dice
 from torch import Tensor
 
+from unimedi_components.arrays import Array
 from unimedi_components.metrics.bootstrap import LEVEL, interval_table, patient_index, resampled, weighted_mean
 from unimedi_components.metrics.summed import SummedMetric
-
-Array = npt.NDArray[Any]
 
 METRICS = ("dice", "surface_dice", "hd95_mm")
 

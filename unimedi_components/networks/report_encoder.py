@@ -138,9 +138,10 @@ class ReportEncoder(nn.Module):
         elif name_or_path is not None:
             name, where = _source(name_or_path)
             try:
-                resolved = _cut(AutoConfig.from_pretrained(name, **where), num_hidden_layers)
+                whole = AutoConfig.from_pretrained(name, **where)
             except (OSError, ValueError) as error:
                 raise _unreachable(name, bool(where), error) from error
+            resolved = _cut(whole, num_hidden_layers)
             self.model = _load_pretrained(name, where, resolved) if pretrained else _from_scratch(resolved)
         # from_pretrained hands over a model in evaluation mode.
         self.model.train()

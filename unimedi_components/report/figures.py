@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from matplotlib.figure import Figure
 from sklearn.manifold import TSNE
 
+from unimedi_components.arrays import Array
 from unimedi_components.figures.curves import save_png
-
-Array = npt.NDArray[Any]
 
 _SIZE, _DPI = (4.8, 3.9), 150
 XRAY, CT = "#2f6fb2", "#d98324"

@@ -10,17 +10,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from unimedi_components.arrays import Array
 from unimedi_components.errors import DataError
 from unimedi_components.retrieval.embeddings import Embeddings
 from unimedi_components.retrieval.features import Paired
 from unimedi_components.retrieval.prompts import PromptSet
 from unimedi_components.retrieval.recall import group_index, precision_at_k
 
-Array = npt.NDArray[Any]
 Values = dict[str, Any]
 
 KS = (5, 10, 100)
@@ -55,7 +54,9 @@ def class_precision(
         values = _p_at_k(query[asked], candidates[known], having.expand(len(asked), -1), excluded, ks)
         if values:
             by_finding[names[column]] = {**values, "queries": len(asked), "candidates": int(having.sum())}
-    return {**_means(by_finding), "by_finding": by_finding}
+    keys = dict.fromkeys(key for values in by_finding.values() for key in values if key.startswith("precision"))
+    means = {key: float(np.mean([v[key] for v in by_finding.values() if key in v])) for key in keys}
+    return {**means, "by_finding": by_finding}
 
 
 def same_findings_precision(
@@ -96,11 +97,6 @@ def _p_at_k(query: Tensor, candidates: Tensor, correct: Tensor, excluded: Tensor
             values[f"precision_at_{k}"] = rows.mean().item()
             values[f"precision_at_{k}_chance"] = chance.mean().item()
     return values
-
-
-def _means(by_finding: dict[str, Values]) -> Values:
-    keys = dict.fromkeys(key for values in by_finding.values() for key in values if key.startswith("precision"))
-    return {key: float(np.mean([v[key] for v in by_finding.values() if key in v])) for key in keys}
 
 
 def _own(
@@ -209,17 +205,14 @@ def label_table(items: Sequence[Mapping[str, Any]], meta: Mapping[str, Any]) -> 
     """
     known = meta.get("label_names") or {}
     by_source: dict[str, list[str]] = known if isinstance(known, dict) else {"": list(known)}
-    rows = [_row(item, _names_of(item, by_source)) for item in items]
+    rows = []
+    for item in items:
+        sources = (names for source, names in by_source.items() if item["patient"].startswith(f"{source}-"))
+        rows.append(_row(item, by_source[""] if "" in by_source else next(sources, [])))
     # only of sources that have items here: X-rays alone need no column of the CT data
     names = list(dict.fromkeys(name for row in rows for name in row))
     table = np.asarray([[row.get(name, NOT_MENTIONED) for name in names] for row in rows], dtype=np.int64)
     return names, table.reshape(len(rows), len(names))
-
-
-def _names_of(item: Mapping[str, Any], by_source: Mapping[str, list[str]]) -> list[str]:
-    if "" in by_source:
-        return by_source[""]
-    return next((names for source, names in by_source.items() if item["patient"].startswith(f"{source}-")), [])
 
 
 def _row(item: Mapping[str, Any], names: Sequence[str]) -> dict[str, int]:

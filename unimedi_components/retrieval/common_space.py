@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from unimedi_components.arrays import Array
 from unimedi_components.data.phantom.paired import write_paired_xray
 from unimedi_components.data.phantom.truth import labels_of
 from unimedi_components.metrics.bootstrap import Measures
@@ -23,7 +23,6 @@ from unimedi_components.retrieval.features import Features, extract_features
 from unimedi_components.retrieval.probe import linear_probe
 from unimedi_components.retrieval.recall import first_correct_rank, precision_at_k, recall_chance
 
-Array = npt.NDArray[Any]
 Studies = Mapping[str, Mapping[str, Any]]
 
 _SPACES = ("cls", "embed")

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
 from unimedi_components.data.datalist import SPLITS, load_datalist, write_metrics
@@ -36,7 +35,6 @@ from unimedi_components.retrieval.protocols import exclusive_sample, protocol_me
 from unimedi_components.retrieval.zero_shot import ZeroShot, zero_shot_scores
 from unimedi_components.tasks.writer import write_csv
 
-Array = npt.NDArray[Any]
 Values = dict[str, Any]
 
 #: Keys that every evaluation has; null where there was nothing to measure them on.

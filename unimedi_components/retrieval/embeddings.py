@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import numpy.typing as npt
 
+from unimedi_components.arrays import Array
 from unimedi_components.errors import DataError
 from unimedi_components.files import replacing
-
-Array = npt.NDArray[Any]
 
 KINDS = ("image", "report")
 _ENTRY = ("id", "kind", "dim", "source", "text")

@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from unimedi_components.arrays import Array
 from unimedi_components.errors import ConfigError, DataError
 from unimedi_components.retrieval.embeddings import KINDS, Embeddings, finite_rows
-
-Array = npt.NDArray[Any]
 
 BACKENDS = ("exact", "faiss")
 # below this many rows, exact search takes milliseconds

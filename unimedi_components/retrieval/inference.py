@@ -8,7 +8,6 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 import torch
 from monai.data import MetaTensor
@@ -17,6 +16,7 @@ from monai.transforms import Compose, Orientationd, Transform
 from torch import Tensor
 from torch.nn import functional as F
 
+from unimedi_components.arrays import Array
 from unimedi_components.data.datalist import write_json
 from unimedi_components.data.transforms import RAS_LABELS
 from unimedi_components.data.volume_loading import LoadVolumed, Uprightd, with_part
@@ -32,7 +32,6 @@ from unimedi_components.retrieval.zero_shot import ZeroShot
 from unimedi_components.tasks.writer import PredictionWriter, check_finite
 
 logger = logging.getLogger(__name__)
-Array = npt.NDArray[Any]
 
 _SHOWN = ("similarity", "source", "text")
 # bars that a figure has room for

@@ -6,8 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy.typing as npt
-
+from unimedi_components.arrays import Array
 from unimedi_components.data.datalist import load_datalist, select, write_json, write_metrics
 from unimedi_components.data.phantom.truth import load_truth
 from unimedi_components.distributed import rank, wait_for_ranks
@@ -20,7 +19,6 @@ from unimedi_components.retrieval.features import Features, extract_features, fe
 from unimedi_components.retrieval.measuring import all_metrics
 from unimedi_components.retrieval.slices import is_focal, lesion_mask
 
-Array = npt.NDArray[Any]
 Datalist = dict[str, Any]
 Studies = Mapping[str, Mapping[str, Any]]
 

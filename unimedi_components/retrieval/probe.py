@@ -16,9 +16,8 @@ from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
+from unimedi_components.arrays import Array
 from unimedi_components.metrics.bootstrap import resampled_auroc
-
-Array = npt.NDArray[Any]
 
 #: Inverse strengths of the L2 penalty that a probe chooses from.
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)

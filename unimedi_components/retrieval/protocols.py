@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from sklearn.metrics import accuracy_score, f1_score
 from torch import Tensor
@@ -24,7 +23,6 @@ from unimedi_components.retrieval.embeddings import Embeddings
 from unimedi_components.retrieval.prompts import PromptSet
 
 logger = logging.getLogger(__name__)
-Array = npt.NDArray[Any]
 
 PROTOCOLS: Mapping[str, tuple[str, ...]] = {
     # GLoRIA (ICCV 2021), also MGCA's and MedCLIP's

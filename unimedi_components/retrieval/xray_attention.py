@@ -8,18 +8,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from monai.transforms import Compose
 from torch.nn import functional as F
 
+from unimedi_components.arrays import Array
 from unimedi_components.data.films import film_transforms
 from unimedi_components.metrics.bootstrap import Measures, others_mean
 from unimedi_components.networks.pretrained import Pretrained
 from unimedi_components.retrieval.features import Features
 from unimedi_components.retrieval.slices import FOCAL_SHARE
-
-Array = npt.NDArray[Any]
 
 
 def xray_attention_metrics(

@@ -13,14 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from unimedi_components.arrays import Array
 from unimedi_components.errors import ConfigError, DataError
 from unimedi_components.losses.classification import UNCERTAIN
 from unimedi_components.metrics.classification import classification_metrics
 from unimedi_components.retrieval.embedder import Embedder
 from unimedi_components.retrieval.embeddings import Embeddings, finite_rows
 from unimedi_components.retrieval.prompts import SIDES, PromptSet
-
-Array = npt.NDArray[Any]
 
 _SCORES = ("cases", "patients", "positives", "uncertain", "macro_auroc", "auroc", "skipped")
 

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 import torch
 from monai.data import MetaTensor
 from monai.transforms import Transform
 from torch import Tensor, nn
 
+from unimedi_components.arrays import Array
 from unimedi_components.data.boxes import boxes_to_file, boxes_to_image
 from unimedi_components.data.chains import task_transforms
 from unimedi_components.data.roi_boxes import boxes_of_rois, rois_of_boxes
@@ -32,7 +32,6 @@ from unimedi_components.tasks.dicom_outputs import write_boxes
 from unimedi_components.tasks.evaluate import Row, TaskEvaluation
 from unimedi_components.tasks.writer import PredictionWriter, check_finite, check_probability
 
-Array = npt.NDArray[Any]
 Batch = tuple[Tensor, list[dict[str, Tensor]], tuple[Any, ...], dict[str, Any]]
 
 CASE_IOU = 0.4

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from unimedi_components import __version__
+from unimedi_components.arrays import Array
 from unimedi_components.errors import ConfigError, DataError
 from unimedi_components.files import replacing
 from unimedi_components.images.dicom_stacks import Stack
@@ -22,7 +22,6 @@ from unimedi_components.images.headers import DicomHeader, is_dicom, load_pydico
 
 logger = logging.getLogger(__name__)
 
-Array = npt.NDArray[Any]
 #: [x0, y0, x1, y1] in pixels of the film, label, score.
 Boxes = Sequence[tuple[Sequence[float], str, float]]
 
