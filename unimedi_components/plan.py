@@ -31,6 +31,7 @@ GPUS = {
     "h100-80": (80, 989, 67, 494),
 }
 _WITHOUT_BFLOAT16 = ("v100-32",)
+Config = dict[str, Any]
 GIB = 2**30
 # of the card's memory; the rest is left to CUDA, cuDNN and fragments
 _USABLE = 0.9
@@ -197,7 +198,7 @@ def state_bytes(network: nn.Module, amp: bool = True, muon: bool = False) -> flo
     return 4.0 * (total + trained + moments) + (2.0 * trained if amp else 0.0)
 
 
-def network_of_config(config: dict[str, Any]) -> UniMedI:
+def network_of_config(config: Config) -> UniMedI:
     """The network of a pre-training config that `check_config` gave, without any memory, on the device "meta".
 
     A report encoder whose config is not at hand counts as a BERT-base. Raises ConfigError: no pre-training config.
@@ -217,7 +218,7 @@ def network_of_config(config: dict[str, Any]) -> UniMedI:
         return UniMedI(encoder, report, **{**parts, "compile": False})
 
 
-def _plain(config: dict[str, Any], value: Any) -> Any:
+def _plain(config: Config, value: Any) -> Any:
     """A value with what its references lead to; expressions stay text."""
     if isinstance(value, str) and value.startswith("@"):
         return _plain(config, ConfigParser(config)[value[1:]])
@@ -264,13 +265,7 @@ class Needs:
 
 
 def describe(
-    config: dict[str, Any],
-    *,
-    gpu: str,
-    gpus: int = 8,
-    share: float = 0.4,
-    xrays: int | None = None,
-    cts: int | None = None,
+    config: Config, *, gpu: str, gpus: int = 8, share: float = 0.4, xrays: int | None = None, cts: int | None = None
 ) -> str:
     """The lines that the command `plan` prints; arguments as there.
 
@@ -333,7 +328,7 @@ def describe(
     return "\n".join(f"{name:<15}{text}" for name, text in lines.items())
 
 
-def _pretraining_needs(config: dict[str, Any], gpus: int, xrays: int | None, cts: int | None) -> Needs:
+def _pretraining_needs(config: Config, gpus: int, xrays: int | None, cts: int | None) -> Needs:
     left_out = [f"--{name}" for name, count in (("xrays", xrays), ("cts", cts)) if count is None]
     assumed = f"assumed: give {' and '.join(left_out)}" if left_out else "as given"
     xrays, cts = xrays or 300_000, cts or 10_000

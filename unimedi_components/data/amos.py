@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """AMOS22 to a datalist: abdominal CT volumes, 15 organs. The MRI volumes of the data set are left out.
 
-Layout read: ``dataset.json`` with lists ``training``, ``validation`` and ``test`` of ``{"image":
-"./imagesTr/amos_0001.nii.gz", "label": "./labelsTr/amos_0001.nii.gz"}`` (an entry without a label may be the
-image's path alone) and the organs' names in ``labels``.
+The layout read is that of `DATASET`; an entry of dataset.json without a label may be the image's path alone.
 """
 
 import json

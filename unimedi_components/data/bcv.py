@@ -1,9 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""BTCV's abdomen, "Beyond the Cranial Vault" (BCV), to a datalist: 30 labelled CT volumes, 13 organs.
-
-Layout read: ``RawData/Training/img/img0001.nii.gz`` with ``RawData/Training/label/label0001.nii.gz``, or
-``imagesTr`` and ``labelsTr`` as MONAI renames them. ``Testing/img`` (``imagesTs``) comes without labels.
-"""
+"""BTCV's abdomen, "Beyond the Cranial Vault" (BCV), to a datalist: 30 labelled CT volumes, 13 organs."""
 
 import re
 from pathlib import Path

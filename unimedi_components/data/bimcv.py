@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """BIMCV-COVID19+ CT studies, with or without BIMCV-R's English reports, to a datalist (S4.1.1).
 
-Layout read: ``[covid19_posi/]sub-S*/ses-E*/mod-rx/*_ct.nii.gz``, all in one folder or spread over the folders that the
-part archives unpack into, with DICOM tags in a ``.json`` of the same stem, reports in ``BIMCV-R.csv`` or in
-``derivatives/labels/labels_covid19_posi.tsv`` (iteration 1) or ``labels_covid_posi.tsv`` (iterations 1 to 3). A report
-belongs to a session by ``ReportID`` and ``PatientID``.
+Sessions lie in one folder or are spread over those that the part archives unpack into, with DICOM tags in a ``.json``
+of the same stem. Iteration 1 has the table ``labels_covid19_posi.tsv``, iterations 1 to 3 ``labels_covid_posi.tsv``. A
+report belongs to a session by ``ReportID`` and ``PatientID``.
 """
 
 import ast

@@ -22,8 +22,7 @@ from unimedi_components.errors import DataError
 def boxes_to_image(boxes: Any, affine: Tensor) -> Tensor:
     """Bring boxes from pixels of the file to pixels of the image.
 
-    Args:
-        affine: of the image as it is now, (3, 3) or (4, 4).
+    ``affine``: of the image as it is now, (3, 3) or (4, 4).
 
     Returns:
         (N, 4) float64, not clipped to the image. Where the image is rotated by other than right angles, the
@@ -105,11 +104,8 @@ class BoxesToImaged(Transform):
     It belongs after the last transform that moves pixels and before anything that drops the meta data.
 
     "boxes" become (N, 4) float32, and "affine" is the one of the MetaTensor "image" (C, H, W), (4, 4) float64, for
-    `boxes_to_file`.
-
-    Args:
-        min_visible: a box of which less than this share of the area is left in the image is removed. The
-            default keeps what a centre crop leaves of a box at the border, and drops slivers.
+    `boxes_to_file`. ``min_visible``: a box of which less than this share of the area is left in the image is removed.
+    The default keeps what a centre crop leaves of a box at the border, and drops slivers.
     """
 
     def __init__(self, min_visible: float = 0.2) -> None:

@@ -1,12 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Clean-CC-CCII, CT scans as PNG slices in three classes, to a datalist (S4.2.1: volume classification).
 
-Layout read: ``[dataset_cleaned/]{CP,NCP,Normal}/PATIENT/SCAN/0000.png``, or the same in parts as archives unpack
-(``CP-1/CP/PATIENT``, ``NCP-22/PATIENT``, ``dataset_cleaned/dataset_cleaned/CP``), and the split lists of the HKBU-HPML
-repository, ``ct_train.json``, ``ct_test.json``, ``ct_val_part.json``: ``{class: {patient: {scan: [png, ...]}}}``.
-The lists are part of the cleaning. They leave out repeated slices, and they name the slices of each scan in the
-order of the body: 98 scans are stored upside down and 61 with blocks out of place (column ``re_order`` of
-``CT_cleaned_v2.csv`` there), which the lists undo.
+The split lists of the HKBU-HPML repository are ``{class: {patient: {scan: [png, ...]}}}``, and part of the cleaning.
+They leave out repeated slices, and they name the slices of each scan in the order of the body: 98 scans are stored
+upside down and 61 with blocks out of place (column ``re_order`` of ``CT_cleaned_v2.csv`` there), which the lists undo.
 """
 
 import os

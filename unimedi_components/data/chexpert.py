@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """CheXpert v1.0 to a multi-label datalist (S4.2.1: five findings of frontal views).
 
-Layout read: ``CheXpert-v1.0[-small]/{train,valid}.csv[.gz]`` whose column ``Path`` reads
-``CheXpert-v1.0-small/train/patient00001/study1/view1_frontal.jpg``; the first folder of it is replaced by the one that
-the csv lies in. Or the original release as it is handed out: ``CheXpert-v1.0 batch 1 (validate & csv)`` with both
-tables and ``valid/``, and the patients of ``train/`` straight in ``CheXpert-v1.0 batch 2 (train 1)`` to ``batch 4
-(train 3)``. The 202 frontal images of ``valid.csv`` are the test set; validation comes out of ``train.csv``.
+The first folder of the column ``Path`` is replaced by the one that the csv lies in; of the original release the
+patients of ``train/`` lie straight in its batches 2 to 4. The 202 frontal images of ``valid.csv`` are the test set;
+validation comes out of ``train.csv``.
 """
 
 import os

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """COVIDx CXR to a three-class datalist (S4.2.1: normal, pneumonia, COVID-19; the paper's lists are V9A).
 
-Layout read: lists ``train_COVIDx9A.txt`` and ``test_COVIDx9A.txt`` (also in ``labels/`` or a folder below), images in
-``train/``, ``test/`` and ``val/`` of ROOT or of a folder in it. Releases differ in where an image lies: it is looked
-for in all three. A line of a list is ``patient file class source`` without a header. File names may hold blanks; lists
-up to V5 and a part of V7A have no source.
+Releases differ in where an image lies: it is looked for in ``train/``, ``test/`` and ``val/`` alike. A line of a list
+is ``patient file class source`` without a header. File names may hold blanks; lists up to V5 and a part of V7A have no
+source.
 """
 
 import os

@@ -52,12 +52,10 @@ def add_cases(
 ) -> None:
     """Check the cases, add the sound ones to the builder and drop the others; each case is a patient.
 
-    An image whose values do not look like Hounsfield units is only dropped by the check ``"full"`` or under
-    ``strict``. Otherwise it is kept, named in the meta block (``"not_hounsfield_units"``) and in the remedies: a small
-    volume, or one cropped to the abdomen, may hold no air.
-
-    Args:
-        builder: gets items ``{"id", "patient", "image", "mask", "dim": 3}``, the task and the label names.
+    An image whose values do not look like Hounsfield units is only dropped by the check ``"full"`` or under ``strict``.
+    Otherwise it is kept, named in the meta block (``"not_hounsfield_units"``) and in the remedies: a small volume, or
+    one cropped to the abdomen, may hold no air. ``builder``: gets items ``{"id", "patient", "image", "mask", "dim":
+    3}``, the task and the label names.
     """
     names = [BACKGROUND, *organs]
     builder.meta |= {"task": "segmentation", "label_names": names}

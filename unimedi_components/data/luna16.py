@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """LUNA16 to a datalist: whole volumes, nodule or none (the paper), or candidate cubes (Models Genesis).
 
-Layout read: ``subset0/SERIESUID.mhd`` and ``.raw`` to ``subset9/`` (also unpacked as ``subset0/subset0/``),
-``annotations.csv[.gz]`` (volumes), ``candidates_V2.csv[.gz]`` or ``candidates.csv[.gz]`` (candidates), beside them, in
-``CSVFILES/`` or in a folder of the table's own name; all of it in ROOT or in folders up to two levels below, together
-or in parts. Coordinates are ITK's, LPS in mm; voxel indices follow from the file's ``Offset``, ``ElementSpacing`` and
-``TransformMatrix``, which turns x and y around in some scans.
+Subsets and tables may lie in ROOT or in folders up to two levels below, together or in parts. Coordinates are ITK's,
+LPS in mm; voxel indices follow from the file's ``Offset``, ``ElementSpacing`` and ``TransformMatrix``, which turns x
+and y around in some scans.
 """
 
 from collections.abc import Iterable, Sequence

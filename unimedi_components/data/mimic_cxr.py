@@ -1,11 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MIMIC-CXR-JPG 2.x to a datalist (S4.1.1: frontal views, reports of at least three sentences).
-
-Layout read: ``mimic-cxr-2.*-{metadata,split}.csv[.gz]``, optional ``-chexpert.csv[.gz]``, images
-``files/p10/p10000032/s50414267/DICOM_ID.jpg`` and, from MIMIC-CXR, report texts
-``files/p10/p10000032/s50414267.txt`` (also under ``mimic-cxr-reports/``), each also where PhysioNet's download puts it:
-``physionet.org/files/mimic-cxr-jpg/2.1.0/`` and ``physionet.org/files/mimic-cxr/2.1.0/``.
-"""
+"""MIMIC-CXR-JPG 2.x to a datalist (S4.1.1: frontal views, reports of at least three sentences)."""
 
 import warnings
 from pathlib import Path

@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """RSNA Pneumonia Detection Challenge, stage 2, to a datalist of labels, masks or boxes (S4.2.1).
 
-Layout read: ``stage_2_train_labels.csv[.gz]`` {patientId, x, y, width, height, Target} with one row per box, optional
-``stage_2_detailed_class_info.csv[.gz]`` {patientId, class}, and ``stage_2_train_images/PATIENT_ID.dcm``, one film of
-1024 x 1024 pixels per patient; each archive may be unpacked into a folder of its own name. The official files hold
-30,227 rows of 26,684 patients, 6,012 of them positive (the paper's "29,700" is an error).
+The label table has one row per box; there is one film of 1024 x 1024 pixels per patient. The official files hold 30,227
+rows of 26,684 patients, 6,012 of them positive (the paper's "29,700" is an error).
 """
 
 from collections.abc import Sequence

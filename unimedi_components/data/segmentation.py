@@ -26,10 +26,8 @@ from unimedi_components.images.itk_loading import load_imaged
 class CheckLabelMapd(Transform):
     """Let a label map pass that has its image's voxels and whole numbers; give it the image's affine.
 
-    The same affine on both keeps differences of rounding out of the resampling that follows.
-
-    Args:
-        num_classes: number of labels with the background; None allows any up to 255.
+    The same affine on both keeps differences of rounding out of the resampling that follows. ``num_classes``: number of
+    labels with the background; None allows any up to 255.
     """
 
     def __init__(self, num_classes: int | None = None) -> None:

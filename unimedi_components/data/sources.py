@@ -100,8 +100,7 @@ def undoubled(folder: Path) -> Path:
 def read_text(path: Path, utf_16: bool = False) -> str:
     """A text file, gzipped or not, without its byte-order mark; raises what gzip, zlib and the decoder raise.
 
-    Args:
-        utf_16: follow a mark of UTF-16; otherwise the text must be UTF-8.
+    ``utf_16``: follow a mark of UTF-16; otherwise the text must be UTF-8.
     """
     data = path.read_bytes()
     data = gzip.decompress(data) if path.suffix == ".gz" else data

@@ -65,10 +65,8 @@ def split_sections(text: str) -> dict[str, str]:
     Matches the behaviour documented for MIT-LCP's ``create_section_files.py``: a header is ``\\n ([A-Z ()/,-]+):\\s``;
     of sections with the same name the last counts; ``FINDINGS AND IMPRESSION`` is findings, a header that only names
     the views (``PA AND LATERAL CHEST:``) stands for findings when no findings header does; a report with neither
-    findings nor impression gives ``last_paragraph``, what follows the first blank line of its last section.
-
-    Returns:
-        ``impression``, ``findings``, ``last_paragraph`` and ``comparison``; ``""`` where absent.
+    findings nor impression gives ``last_paragraph``, what follows the first blank line of its last section. Returns
+    ``impression``, ``findings``, ``last_paragraph`` and ``comparison``; ``""`` where absent.
     """
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     found = {"impression": "", "findings": "", "last_paragraph": "", "comparison": ""}

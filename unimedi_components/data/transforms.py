@@ -134,12 +134,8 @@ def xray_transforms(
 
 
 def _intensity_jitter(amount: float) -> list[Transform]:
-    if amount == 0:
-        return []
-    return [
-        RandScaleIntensityd("image", factors=amount, prob=1.0),
-        RandShiftIntensityd("image", offsets=amount, prob=1.0),
-    ]
+    steps = (RandScaleIntensityd("image", amount, prob=1.0), RandShiftIntensityd("image", amount, prob=1.0))
+    return list(steps) if amount else []
 
 
 def ct_transforms(

@@ -79,10 +79,8 @@ class Uprightd(MapTransform, InvertibleTransform):
 
     The axis of the slices keeps its direction, or their plane does, whichever is nearer to the patient's own axes, so
     that a patient who lies straight is seen straight. The grid holds the whole field of view, air around it. MONAI's
-    inverse transforms bring predictions back to the file's own sheared grid.
-
-    Args:
-        keys: of MetaTensors (C, D, H, W) whose first axis runs along the slices.
+    inverse transforms bring predictions back to the file's own sheared grid. ``keys``: of MetaTensors (C, D, H, W)
+    whose first axis runs along the slices.
     """
 
     def __init__(

@@ -97,8 +97,7 @@ def draw_confusion(
 ) -> Path:
     """Draw confusion matrices: counts, and shares of each true class. Raises ValueError: there is no matrix.
 
-    Args:
-        matrices: (C, C) with true classes in rows and predicted ones in columns, by panel title; "" for none.
+    ``matrices``: (C, C) with true classes in rows and predicted ones in columns, by panel title; "" for none.
     """
     if not matrices:
         raise ValueError("no confusion matrix to draw")

@@ -2,7 +2,7 @@
 """Panels: images with masks, boxes, organs, attention and probabilities, and searches with what they find."""
 
 import textwrap
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -229,12 +229,7 @@ def _painted(grey: Array, labels: Array | None, colours: Sequence[tuple[float, f
 
 
 def draw_prediction(
-    name: str,
-    image: Array,
-    attention: Array,
-    probability: Mapping[str, float],
-    chosen: Collection[str],
-    path: str | Path,
+    name: str, image: Array, attention: Array, probability: Mapping[str, float], chosen: Sequence[str], path: str | Path
 ) -> Path:
     """Draw an X-ray, or slices of a volume from foot to head, with attention over it and the probabilities beside.
 
@@ -279,7 +274,7 @@ def _draw_image(cells: list[Axes], image: Array, attention: Array) -> None:
         maps.draw_overlay(axes, attention[slab], image.shape[1:], attention)
 
 
-def _draw_bars(axes: Axes, probability: Mapping[str, float], chosen: Collection[str]) -> None:
+def _draw_bars(axes: Axes, probability: Mapping[str, float], chosen: Sequence[str]) -> None:
     colours = [_CHOSEN if name in chosen else _OTHER for name in probability]
     axes.barh(range(len(probability)), list(probability.values()), color=colours, height=0.62)
     for place, value in enumerate(probability.values()):
@@ -297,8 +292,7 @@ def _draw_bars(axes: Axes, probability: Mapping[str, float], chosen: Collection[
 class Found:
     """One image of a search.
 
-    Args:
-        similarity: to the query; None for the query itself.
+    ``similarity``: to the query; None for the query itself.
     """
 
     image: Array

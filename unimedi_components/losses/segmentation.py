@@ -72,9 +72,8 @@ class FocalDiceLoss(nn.Module):
     def sums(self, logits: Tensor, label: Tensor) -> Tensor:
         """What adds up over batches and ranks to the loss of all their images, for `from_sums`.
 
-        Returns:
-            float64 (4 + 3 C,): pixels, sum of focal losses, images times C, sum of their Dice losses, and of each class
-            the sums of p t, of p and of t.
+        Returns float64 (4 + 3 C,): pixels, sum of focal losses, images times C, sum of their Dice losses, and of each
+        class the sums of p t, of p and of t.
         """
         logits, target = logits.double(), label.double()
         probability = logits.sigmoid()

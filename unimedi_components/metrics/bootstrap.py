@@ -163,8 +163,7 @@ def percentile_interval(values: Array) -> list[float] | None:
 class Measures:
     """Values by key, each with its 95% interval where it is made of cases of known patients.
 
-    Args:
-        resamples: of the patients of all cases; None gives no intervals.
+    ``resamples``: of the patients of all cases; None gives no intervals.
     """
 
     def __init__(self, resamples: PatientResamples | None = None) -> None:

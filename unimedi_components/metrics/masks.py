@@ -31,9 +31,7 @@ def mask_metrics(counts: Array, patients: Sequence[Any], bootstrap: int = 1000, 
 
     An image whose true mask is empty scores 1 if the prediction is empty too, and 0 otherwise (MGCA's rule); a mean
     over many empty images says more about false alarms than about outlines, so "dice_positive" leaves them out.
-
-    Args:
-        counts: of `mask_counts`, (N, 3).
+    ``counts``: of `mask_counts`, (N, 3).
 
     Returns:
         plain values for JSON: "cases", "patients", "positive" (images with a mask), "dice", "dice_positive", "iou",

@@ -89,8 +89,7 @@ class BoxDetector(RetinaNetDetector):
     ) -> dict[str, Tensor]:
         """MONAI's dict of losses, "classification" and "box_regression", scalars over the batch.
 
-        Args:
-            targets: of each image "boxes" (n, 4) in pixels and "labels" (n,) from 0 to K - 1.
+        ``targets``: of each image "boxes" (n, 4) in pixels and "labels" (n,) from 0 to K - 1.
         """
         focal, distance, matched = self._terms(images, maps, targets)
         count = matched.sum().clamp(min=1)

@@ -123,11 +123,8 @@ def task_encoder(weights: str | Path | None, size: str | Mapping[str, Any] | Non
     """The encoder of a task bundle: `create_encoder`, with a task's words where the weights are missing.
 
     Raises CheckpointError: the weights are missing, do not fit, or are of another size than the config asks for;
-    ConfigError: no such size or argument.
-
-    Args:
-        weights: `models/model.pt` of a pre-training run, with `model.json` beside it; any other weights that
-            `load_weights` reads, or "none" for random initialisation.
+    ConfigError: no such size or argument. ``weights``: `models/model.pt` of a pre-training run, with `model.json`
+    beside it; any other weights that `load_weights` reads, or "none" for random initialisation.
     """
     path, given = Path(str(weights)), weights is not None and str(weights).lower() != "none"
     if given and not str(weights).startswith(("timm:", "hf:")) and not path.is_file():

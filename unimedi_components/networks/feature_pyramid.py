@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn import functional
 
+SCALES = (4, 2, 1, 0.5)
+
 
 class ChannelLayerNorm(nn.LayerNorm):
     """Layer norm over the channels of each pixel of a map (B, C, h, w)."""
@@ -36,14 +38,10 @@ class SimpleFeaturePyramid(nn.Module):
     """
 
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int = 256,
-        scales: Sequence[float] = (4, 2, 1, 0.5),
-        last_pool: bool = True,
+        self, in_channels: int, out_channels: int = 256, scales: Sequence[float] = SCALES, last_pool: bool = True
     ) -> None:
         super().__init__()
-        if not scales or any(scale not in (4, 2, 1, 0.5) for scale in scales):
+        if not scales or any(scale not in SCALES for scale in scales):
             raise ValueError(f"scales must be of 4, 2, 1 and 0.5, not {tuple(scales)}")
         self.out_channels, self.last_pool = out_channels, last_pool
         self.num_levels = len(scales) + last_pool

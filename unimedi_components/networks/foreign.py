@@ -154,10 +154,8 @@ def vit_state(state: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tenso
     Separate projections of queries, keys and values become one, and LayerScale's factors are multiplied into the layer
     before them: both are the same function. Where student and teacher lie in one file, this project's file gives the
     student and any other the teacher. Raises CheckpointError: no ViT, several, or one that computes what `UnifiedViT`
-    does not; one line says what.
-
-    Returns:
-        parameters, and their family; None for those of a `UnifiedViT`, which are left as they are.
+    does not; one line says what. Returns parameters, and their family; None for those of a `UnifiedViT`, which are left
+    as they are.
     """
     found, family = _only_vit(state, source)
     if "patch_embed_3d.proj.weight" in found:

@@ -61,10 +61,8 @@ class ProjectionHead(nn.Module):
     def forward(self, x: Tensor, modality: Tensor | None = None) -> Tensor:
         """Embed features (B, in_dim) as (B, out_dim), not L2-normalised.
 
-        Raises ValueError: `modality` is needed and missing, or has not one entry per row.
-
-        Args:
-            modality: 0 for 2D and 1 for 3D rows, (B,); needed by "batch_per_modality" alone.
+        Raises ValueError: `modality` is needed and missing, or has not one entry per row. ``modality``: 0 for 2D and 1
+        for 3D rows, (B,); needed by "batch_per_modality" alone.
         """
         x = _apply_norm(self.input_norm, x, modality)
         if self.hidden is not None:

@@ -146,9 +146,8 @@ class HubEncoder(
     def generate_model_card(self, *args: Any, license: str | None = None, **kwargs: Any) -> ModelCard:
         """The README of a folder.
 
-        Args:
-            license: of the weights, a name of the hub's; by default Apache-2.0 where the run was on phantoms, else
-                "unknown"; weights that the run started from may have another.
+        ``license``: of the weights, a name of the hub's; by default Apache-2.0 where the run was on phantoms, else
+        "unknown"; weights that the run started from may have another.
         """
         phantoms = self.card.get("phantom_seed") is not None
         info = self._hub_mixin_info

@@ -19,10 +19,7 @@ class Attention(nn.Module):
 
     Parameter names and behaviour match timm's `Attention` (`qkv`, `proj`). The attention matrix is never formed; the
     CLS row that Eq. 1 needs is computed from the CLS query alone, at the cost of one multiply-and-reduce. Raises
-    ValueError: `dim` is not a multiple of `num_heads`.
-
-    Args:
-        num_heads: heads H; must divide `dim`.
+    ValueError: `dim` is not a multiple of `num_heads`. ``num_heads``: heads H; must divide `dim`.
     """
 
     def __init__(self, dim: int, num_heads: int, *, qkv_bias: bool = True) -> None:

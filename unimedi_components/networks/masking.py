@@ -95,8 +95,7 @@ def masked_pass(
 def compare(compared: Mapping[str, Sequence[Compared]], head: DINOHead, teacher_head: DINOHead) -> dict[str, Any]:
     """DINO bottleneck features of CLS and patch tokens, rows in the order of `KINDS`.
 
-    Args:
-        compared: the masked passes of each of `MODALITIES`.
+    ``compared``: the masked passes of each of `MODALITIES`.
 
     Returns:
         the fields of `UniMediOutput` from `student_cls` to `teacher_prototypes`.

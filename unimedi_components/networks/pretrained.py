@@ -79,11 +79,9 @@ def load_encoder(checkpoint: str | Path, device: str | torch.device = "cpu") -> 
 def load_pretrained(checkpoint: str | Path, device: str | torch.device = "cpu") -> Pretrained:
     """Build the whole network, both towers, from a checkpoint in a bundle's `models` folder.
 
-    Raises CheckpointError: a file is missing or does not fit.
-
-    Args:
-        checkpoint: `model.pt`, `model_best.pt` or `unimedi.pt`. The first two hold the vision encoder alone; the
-            report side is taken from the `unimedi.pt` beside them.
+    Raises CheckpointError: a file is missing or does not fit. ``checkpoint``: `model.pt`, `model_best.pt` or
+    `unimedi.pt`. The first two hold the vision encoder alone; the report side is taken from the `unimedi.pt` beside
+    them.
     """
     path = Path(checkpoint)
     if not path.is_file():

@@ -112,10 +112,8 @@ class SETRPUP(TaskNetwork):
     def forward(self, image: Tensor) -> Tensor | list[Tensor]:
         """Segment X-rays (B, 1, H, W) in [-1, 1], each side a multiple of the patch's.
 
-        Raises ValueError: not a batch of 2D images, or a size that the patch does not divide.
-
-        Returns:
-            logits (B, C, H, W); in training with auxiliary heads a list of them, the auxiliary ones last.
+        Raises ValueError: not a batch of 2D images, or a size that the patch does not divide. Returns logits (B, C, H,
+        W); in training with auxiliary heads a list of them, the auxiliary ones last.
         """
         if image.ndim != 4:
             raise ValueError(f"expected X-rays (B, 1, H, W), got {tuple(image.shape)}")

@@ -32,8 +32,7 @@ _HEADS = {(192, 12): 3, (384, 12): 6, (768, 12): 12, (1024, 24): 16, (1280, 32):
 def encoder_sizes(size: str | Mapping[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
     """Arguments of `UnifiedViT`. Raises ConfigError: no such size, or no such argument; the nearest name is given.
 
-    Args:
-        size: a name in `SIZES`, a dict of arguments, or None for the class's own defaults.
+    ``size``: a name in `SIZES`, a dict of arguments, or None for the class's own defaults.
     """
     if size is not None and not isinstance(size, Mapping):
         if size not in SIZES:

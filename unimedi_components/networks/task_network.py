@@ -35,8 +35,7 @@ def at_least_float16(decode: Callable[..., Any]) -> Callable[..., Any]:
 class TaskNetwork(nn.Module):
     """A decoder or head over the unified encoder; a subclass names its `kind` and `spatial_dims`, see `networks.cards`.
 
-    Args:
-        scope: of the subclass, `locals()` on its constructor's first line; all but the encoder become `hparams`.
+    ``scope``: of the subclass, `locals()` on its constructor's first line; all but the encoder become `hparams`.
     """
 
     kind: str

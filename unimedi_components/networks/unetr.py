@@ -23,10 +23,8 @@ from unimedi_components.networks.unified_vit import UnifiedViT
 def resize_positions_3d(encoder: UnifiedViT, vol_size: Sequence[int]) -> UnifiedViT:
     """Make an encoder's 3D tables for another size of volume, so that training at that size has its own positions.
 
-    Raises ValueError: the patch does not divide the size.
-
-    Args:
-        encoder: changed in place; what it computes for volumes of `vol_size` stays the same.
+    Raises ValueError: the patch does not divide the size. ``encoder``: changed in place; what it computes for volumes
+    of `vol_size` stays the same.
     """
     size = to_tuple(vol_size, 3, "vol_size")
     grid = encoder.patch_embed_3d.grid(size)
@@ -127,11 +125,8 @@ class UnifiedUNETR(TaskNetwork):
     def forward(self, image: Tensor) -> Tensor | list[Tensor]:
         """Segment volumes (B, 1, D, H, W) in [-1, 1], each side a multiple of the encoder's patch.
 
-        Raises ValueError: other axes, or sides that the patch does not divide.
-
-        Returns:
-            logits (B, C, D, H, W); with deep supervision in training mode a list of them, the finest first, each
-            coarser one on its stage's grid.
+        Raises ValueError: other axes, or sides that the patch does not divide. Returns logits (B, C, D, H, W); with
+        deep supervision in training mode a list of them, the finest first, each coarser one on its stage's grid.
         """
         if image.ndim != 5:
             raise ValueError(f"expected volumes (B, 1, D, H, W), got {tuple(image.shape)}")

@@ -238,8 +238,7 @@ class UnifiedViT(HubEncoder):
 def compiled_forward(backend: bool | str = True) -> Callable[..., EncoderOutput]:
     """`UnifiedViT.forward` by `torch.compile`: takes an encoder and its inputs, one graph for each of their shapes.
 
-    Args:
-        backend: of torch.compile; True for Inductor, which needs a C++ compiler, on a GPU Triton.
+    ``backend``: of torch.compile; True for Inductor, which needs a C++ compiler, on a GPU Triton.
     """
     import torch._dynamo.config as settings  # costs a second
 

@@ -12,7 +12,7 @@ from monai.data import MetaTensor
 from torch import Tensor, nn
 
 from unimedi_components.networks.box_detector import CLASSIFICATION, REGRESSION, BoxDetector
-from unimedi_components.networks.feature_pyramid import SimpleFeaturePyramid
+from unimedi_components.networks.feature_pyramid import SCALES, SimpleFeaturePyramid
 from unimedi_components.networks.task_network import TaskNetwork, at_least_float16
 from unimedi_components.networks.unified_vit import UnifiedViT
 
@@ -54,7 +54,7 @@ class ViTDet(TaskNetwork):
         *,
         freeze_encoder: bool = True,
         width: int = 256,
-        scales: Sequence[float] = (4, 2, 1, 0.5),
+        scales: Sequence[float] = SCALES,
         last_pool: bool = True,
         head_convs: int = 4,
         anchor_sizes: Sequence[Sequence[float]] | None = None,

@@ -23,8 +23,7 @@ _COLOURS = ("#8a8f98", "#d98324", "#2f6fb2", "#2a9d4a")
 def draw_tsne(groups: Mapping[str, tuple[Array, str, str]], path: Path, title: str, seed: int = 0) -> Path:
     """Draw groups of features by one t-SNE of all of them.
 
-    Args:
-        groups: name -> features (N, D), colour, marker.
+    ``groups``: name -> features (N, D), colour, marker.
     """
     rows = np.concatenate([features for features, _, _ in groups.values()]).astype(np.float64)
     perplexity = min(30.0, max(2.0, (len(rows) - 1) / 4))
@@ -46,8 +45,7 @@ def draw_bars(
 ) -> Path:
     """Draw bars with intervals: a group for each share of the labels, a bar in it for each method.
 
-    Args:
-        bars: method -> for each group "mean" and "interval" or "patients" (see `statistics.summarise`), or None.
+    ``bars``: method -> for each group "mean" and "interval" or "patients" (see `statistics.summarise`), or None.
     """
     figure, axes = _panel(title)
     width = 0.8 / len(bars)

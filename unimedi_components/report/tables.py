@@ -132,8 +132,7 @@ def _head(groups: Mapping[str, Sequence[str]], first: str) -> list[str]:
 def paper_table(number: str, table: Mapping[str, Any], folder: Path | None) -> str:
     """One of the paper's tables with our rows below it, or a row that says how to run what was not run.
 
-    Args:
-        folder: where `make tableN` wrote `tableN.csv`; None leaves our rows out.
+    ``folder``: where `make tableN` wrote `tableN.csv`; None leaves our rows out.
     """
     groups = {group["name"]: [f"{share:.0%}" for share in group["fractions"]] for group in table["groups"]}
     body = []

@@ -40,8 +40,7 @@ def class_precision(
 ) -> Values:
     """P@K by finding: queries that have it, and the share of their K nearest candidates that have it.
 
-    Args:
-        query_labels: 1 present, 0 absent, -1 uncertain, below -1 not mentioned, (N, F).
+    ``query_labels``: 1 present, 0 absent, -1 uncertain, below -1 not mentioned, (N, F).
 
     Returns:
         "precision_at_K" and "precision_at_K_chance" (a random order's), means over the findings that have queries and
@@ -64,8 +63,7 @@ def same_findings_precision(
 ) -> Values:
     """P@K where a candidate is right if it has exactly the query's findings; queries without a right one are left out.
 
-    Returns:
-        "precision_at_K" and "precision_at_K_chance"; empty where no query has a right candidate.
+    Returns "precision_at_K" and "precision_at_K_chance"; empty where no query has a right candidate.
     """
     same = same_findings(query_labels, candidate_labels)
     asked = same.any(1)
@@ -195,9 +193,8 @@ def common_findings(
 def label_table(items: Sequence[Mapping[str, Any]], meta: Mapping[str, Any]) -> tuple[list[str], Array]:
     """Labels of items by finding. Raises DataError: a label does not fit its names.
 
-    Args:
-        meta: of the datalist: "label_names", of all items or by source for a joined datalist, whose patients are called
-            SOURCE-PATIENT.
+    ``meta``: of the datalist: "label_names", of all items or by source for a joined datalist, whose patients are called
+    SOURCE-PATIENT.
 
     Returns:
         the names, in the order of their first source, and int64 (N, F): 1 present, 0 absent, -1 uncertain, -2 not

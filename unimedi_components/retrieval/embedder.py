@@ -229,10 +229,8 @@ class Embedder(nn.Module):
     def sentences(self, texts: Sequence[str], dim: int) -> Tensor:
         """Embed sentences or reports in the form of the network's training reports, see `data.text.as_trained`.
 
-        Raises DataError: a text holds no word.
-
-        Args:
-            dim: 2 for texts about X-rays, 3 for texts about volumes: the projection keeps statistics of either kind.
+        Raises DataError: a text holds no word. ``dim``: 2 for texts about X-rays, 3 for texts about volumes: the
+        projection keeps statistics of either kind.
 
         Returns:
             (N, E) float32 of unit norm, on the CPU.

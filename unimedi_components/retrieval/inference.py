@@ -41,9 +41,8 @@ _MOST_BARS = 12
 def embed_batch(engine: Any, batchdata: Mapping[str, Any]) -> dict[str, Any]:
     """One iteration of an evaluator over an `Embedder`, for MONAI's `iteration_update`.
 
-    Returns:
-        "image", "pred" (B, E) of unit norm, "cls" (B, D), "attention" on the token grid (B, rows, columns) or
-        (B, slabs, rows, columns), and for volumes "scores" (B, slabs) and "selected" (B, k).
+    Returns "image", "pred" (B, E) of unit norm, "cls" (B, D), "attention" on the token grid (B, rows, columns) or (B,
+    slabs, rows, columns), and for volumes "scores" (B, slabs) and "selected" (B, k).
     """
     image = batchdata["image"].to(engine.state.device)
     with engine.mode(engine.network), torch.autocast(image.device.type, enabled=engine.amp, **engine.amp_kwargs):
@@ -114,8 +113,7 @@ class SaveEmbeddings(Transform):
 def attention_in_file_geometry(item: Mapping[str, Any], attention: Tensor) -> tuple[Array, Array]:
     """Attention over a volume's tokens as a volume with the shape, axes and affine of its file.
 
-    Args:
-        attention: Eq. 1's **v** on the token grid, (slabs, rows, columns), over the whole field of view.
+    ``attention``: Eq. 1's **v** on the token grid, (slabs, rows, columns), over the whole field of view.
 
     Returns:
         float32 of the file's shape, 1 where attention is what even attention would be, and its affine (RAS+).

@@ -35,8 +35,7 @@ def evaluate_datalist(
 ) -> dict[str, Any]:
     """Measure a network on one split: retrieval, collapse, and where the truth is known all else.
 
-    Args:
-        truth: folder with the phantoms' truth, `root` by default, where it knows these items; real data have none.
+    ``truth``: folder with the phantoms' truth, `root` by default, where it knows these items; real data have none.
 
     Returns:
         the values of `measuring.all_metrics`, with "split"; a split without items gives its name and counts of 0.
@@ -61,12 +60,9 @@ def after_training(
     """Write what a finished training run has to show; on rank 0, with features to which every rank adds its share.
 
     `metrics.json` holds the values of the test split, or of the validation split if there is no test item, `run.json`
-    the command, commit and machine.
-    The figures show items of the first split that has any, in that order and training last; their titles say
-    which: `loss_curves.png`, `slice_selection.png` (the paper's Fig. 5) and `xray_attention.png`.
-
-    Args:
-        history: one dict per iteration, see `draw_loss_curves`.
+    the command, commit and machine. The figures show items of the first split that has any, in that order and training
+    last; their titles say which: `loss_curves.png`, `slice_selection.png` (the paper's Fig. 5) and
+    `xray_attention.png`. ``history``: one dict per iteration, see `draw_loss_curves`.
 
     Returns:
         the content of `metrics.json`; empty on other ranks.

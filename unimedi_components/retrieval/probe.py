@@ -137,10 +137,8 @@ class ProbeResult:
         """The macro AUROC in resamples of the cases, the fitted probes staying as they are.
 
         The held-out decision values of each fold are resampled within it, as values of different folds are not
-        comparable; a fold that has one class left in a resample does not count there.
-
-        Args:
-            weights: how often each row is drawn, (R, N).
+        comparable; a fold that has one class left in a resample does not count there. ``weights``: how often each row
+        is drawn, (R, N).
 
         Returns:
             (R,); NaN where a finding has no fold left, or none could be probed.

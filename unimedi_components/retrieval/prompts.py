@@ -75,8 +75,7 @@ class PromptSet:
     def select(self, names: Sequence[str]) -> "PromptSet":
         """The prompts of some findings. Raises ConfigError: a name is unknown or comes twice, or there is none.
 
-        Args:
-            names: findings or aliases; case, underscores and hyphens do not matter.
+        ``names``: findings or aliases; case, underscores and hyphens do not matter.
 
         Returns:
             their prompts in this order and under these names, so that results have a data set's label names.
@@ -111,9 +110,8 @@ def shipped_prompts() -> tuple[str, ...]:
 def load_prompts(source: str | Path) -> PromptSet:
     """Read a prompt set. Raises DataError: there is no such set or file, or it holds something else.
 
-    Args:
-        source: a shipped set's name, see `shipped_prompts`, or a JSON file {"format": 1, "name", "dim": 2 or 3,
-            "findings": {NAME: {"positive": [...], "negative": [...], "aliases": [...]}}}; aliases may be left out.
+    ``source``: a shipped set's name, see `shipped_prompts`, or a JSON file {"format": 1, "name", "dim": 2 or 3,
+    "findings": {NAME: {"positive": [...], "negative": [...], "aliases": [...]}}}; aliases may be left out.
     """
     if str(source) in shipped_prompts():
         (path,) = (path for path in _shipped() if path.name == f"{source}.json")

@@ -85,8 +85,7 @@ def chance_of_hit(correct: int, total: int, draws: int) -> float:
 def recall_chance(n: int, ks: Sequence[int] = (1, 5, 10), groups: Sequence[Hashable] | None = None) -> dict[int, float]:
     """Exact expectation of Recall@K over random orders of `n` candidates, the same in both directions.
 
-    Returns:
-        the expectation for each K; K / n without groups.
+    Returns the expectation for each K; K / n without groups.
     """
     key = group_index(groups, n)
     sizes, queries = torch.unique(torch.bincount(key)[key], return_counts=True)

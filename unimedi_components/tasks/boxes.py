@@ -44,9 +44,7 @@ class BoxEvaluation(TaskEvaluation):
 
     Items have "boxes" in pixels of the files (or MONAI Label's "box"). The files are `cases.csv` (see `table`),
     `precision_recall.png` and `boxes.png`. The metrics also have the "unit" of the boxes and "lowest_score".
-
-    Args:
-        lowest_score: boxes of lower score are not looked at; None: the network's own, as in its validation.
+    ``lowest_score``: boxes of lower score are not looked at; None: the network's own, as in its validation.
     """
 
     def __init__(self, network: Any, device: Any, lowest_score: float | None = None) -> None:
@@ -232,8 +230,7 @@ def prepare_boxes(
 ) -> Batch:
     """A batch for MONAI's trainers and evaluators, whose detector takes the targets with the images.
 
-    Args:
-        batchdata: "image" (B, 1, H, W), "boxes": (n, 4) of each image; all boxes are of the first class.
+    ``batchdata``: "image" (B, 1, H, W), "boxes": (n, 4) of each image; all boxes are of the first class.
 
     Returns:
         images, targets, and the targets once more for the network's forward; without "boxes" images alone.

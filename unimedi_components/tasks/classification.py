@@ -30,10 +30,8 @@ class ClassifierEvaluation(TaskEvaluation):
     """AUROC, accuracy and calibration of a classifier, see `classification_metrics`.
 
     `cases.csv` has one line per case, with labels, probabilities and prediction; findings are 1, 0 or -1 (uncertain).
-    The figures are `roc.png` and `confusion.png`.
-
-    Args:
-        transform: list of transforms; None takes those that the classifier's card describes.
+    The figures are `roc.png` and `confusion.png`. ``transform``: list of transforms; None takes those that the
+    classifier's card describes.
     """
 
     batch_size = 32

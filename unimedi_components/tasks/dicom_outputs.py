@@ -54,8 +54,7 @@ def check_dicom_outputs() -> None:
 def write_mask(source: str | Path, mask: Array, label: str, target: str | Path) -> Path | None:
     """Write the mask of a film as a DICOM Segmentation.
 
-    Args:
-        mask: bool (H, W), in the film's own pixels.
+    ``mask``: bool (H, W), in the film's own pixels.
 
     Returns:
         `target`; None where the film is no DICOM or lacks its UIDs, or nothing is masked: no Segmentation is empty.
@@ -105,8 +104,7 @@ def write_label_map(stack: Stack, labels: Array, affine: Array, names: Sequence[
 def write_boxes(source: str | Path, boxes: Boxes, target: str | Path) -> Path | None:
     """Write the boxes of a film as a DICOM structured report.
 
-    Returns:
-        `target`; None where the film is no DICOM or lacks its UIDs, or there is no box.
+    Returns `target`; None where the film is no DICOM or lacks its UIDs, or there is no box.
     """
     if not is_dicom(source) or not boxes:
         return None

@@ -27,10 +27,7 @@ class PredictionWriter(Transform):
 
     A subclass says what a row holds, `row`, what `predictions.json` says of all of them, `about`, and which tables are
     written beside it, `tables`. Items without "id" pass untouched: a server's request is no image of a data set. Raises
-    ConfigError: `dicom` without highdicom.
-
-    Args:
-        dicom: write DICOM objects too, of images that are DICOM.
+    ConfigError: `dicom` without highdicom. ``dicom``: write DICOM objects too, of images that are DICOM.
     """
 
     def __init__(self, output_dir: str | Path, figures: bool = True, dicom: bool = False) -> None:

@@ -34,8 +34,7 @@ def save_volume(
 ) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64]]:
     """Write a volume (nz, ny, nx) of the canvas as .nii.gz without a time stamp; same volume, same bytes.
 
-    Args:
-        order: where the file's three axes point, such as ``RAS``.
+    ``order``: where the file's three axes point, such as ``RAS``.
 
     Returns:
         The array as stored and the affine of the file (voxel to RAS+ mm).

@@ -116,8 +116,7 @@ class Canvas:
     def sheet(self, levels: Curve) -> tuple[Box, FloatArray]:
         """Depth in a plate whose cut through each slice is a straight line of some thickness.
 
-        Args:
-            levels: rows (z, y start, x start, y end, x end, half thickness) by increasing z.
+        ``levels``: rows (z, y start, x start, y end, x end, half thickness) by increasing z.
         """
         table = np.array(levels, np.float64)
         table[:, 1:3] = self.bend(table[:, :3])[:, 1:]

@@ -128,8 +128,7 @@ def _apply_findings(patient: Patient, ctr_place: float, raised: float, pushed: f
 class Profiles:
     """How the patient's outlines change with height: one number per slice for each centre and half axis.
 
-    Args:
-        z: slice positions in mm, (nz,).
+    ``z``: slice positions in mm, (nz,).
 
     Attributes:
         spine_x: centre of the vertebrae, left-right.

@@ -52,8 +52,7 @@ class Scene:
 def paint_patient(patient: Patient, grid: Grid, rng: np.random.Generator, ribs: bool = True) -> Scene:
     """Paint the anatomy, without lesions and noise.
 
-    Args:
-        ribs: False leaves the ribs out (the X-ray adds them at the film's own resolution).
+    ``ribs``: False leaves the ribs out (the X-ray adds them at the film's own resolution).
     """
     profiles = Profiles(patient, grid.z)
     hu = _paint_body(patient, grid, profiles)

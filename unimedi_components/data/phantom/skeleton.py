@@ -14,8 +14,7 @@ _DISC = 25.0
 def rib_profile(patient: Patient, z: FloatArray, angle: FloatArray) -> FloatArray:
     """How much bone lies at a height and an angle: 0 between ribs, 0.6 in the marrow, 1 at the cortex.
 
-    Args:
-        angle: 0 at the spine, pi at the sternum; broadcast against z.
+    ``angle``: 0 at the spine, pi at the sternum; broadcast against z.
     """
     fall = patient.rib_drop * angle / np.pi
     phase = (patient.lung_height + 8.0 - z - fall) / patient.rib_pitch

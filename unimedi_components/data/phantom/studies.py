@@ -77,8 +77,7 @@ def make_ct(
 ) -> CTStudy:
     """CT of a patient who lies on the back, arms up.
 
-    Args:
-        lesions: False leaves the findings out, all else being equal.
+    ``lesions``: False leaves the findings out, all else being equal.
     """
     vessels, places, device = streams[:3]
     low, high = -42.0 + device.uniform(-6.0, 6.0), patient.lung_height + device.uniform(12.0, 26.0)
@@ -106,8 +105,7 @@ def make_xray(
 ) -> XrayStudy:
     """Chest film of a standing patient; see `xray` for the physics.
 
-    Args:
-        lesions: False leaves the findings out, all else being equal.
+    ``lesions``: False leaves the findings out, all else being equal.
     """
     vessels, places, device = streams[:3]
     portable = bool(device.random() < 0.35)

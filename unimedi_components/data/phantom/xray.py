@@ -21,8 +21,7 @@ def attenuation(hu: FloatArray) -> FloatArray:
 def path_length(hu: FloatArray, grid: Grid, axis: int = 1) -> FloatArray:
     """Line integral P of the attenuation along parallel rays, as in Beer-Lambert's law I = I0 exp(-P).
 
-    Args:
-        axis: 1 for a frontal film (rays from front to back), 2 for a lateral one.
+    ``axis``: 1 for a frontal film (rays from front to back), 2 for a lateral one.
 
     Returns:
         (nz, nx) or (nz, ny), dimensionless.
@@ -66,8 +65,7 @@ def rib_shadow(patient: Patient, z: FloatArray, x: FloatArray) -> FloatArray:
 def develop(path: FloatArray, rng: np.random.Generator, portable: bool = False) -> np.ndarray:
     """Detector and display: scatter, quantum noise, logarithm, window, gamma, vignette; bone is white.
 
-    Args:
-        portable: a bedside film has more scatter and noise and less contrast.
+    ``portable``: a bedside film has more scatter and noise and less contrast.
     """
     primary = np.exp(-path)
     small = enlarge(primary, (max(path.shape[0] // 16, 2), max(path.shape[1] // 16, 2)))
