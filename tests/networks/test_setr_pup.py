@@ -111,7 +111,7 @@ def test_sizes_that_are_products_of_two_and_three(patch):
 
 
 def test_patches_of_unequal_sides():
-    stages = SETRPUP(encoder_of(8, patch_size=(12, 16))).stages
+    stages = SETRPUP(encoder_of(8, patch_size=(12, 16), img_size=48)).stages
     assert [stage[3].scale_factor for stage in stages] == [(3, 2), (2, 2), (2, 2), (1, 2)]
     encoder = encoder_of(8, patch_size=(4, 8))
     assert SETRPUP(encoder, 2, widths=(4, 4, 4)).eval()(images(8, 24)).shape == (2, 2, 8, 24)

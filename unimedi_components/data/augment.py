@@ -62,8 +62,8 @@ class _OneScaleGrid(RandAffineGrid):
 class RandSimilarityd(RandAffined):
     """`monai.transforms.RandAffined` without shear and shift, whose scale factor is the same along each axis.
 
-    Raises ValueError: `scale_range` is not a pair. ``scale_range``: (min, max); 1 is added. Above 0 the content
-    shrinks, since it scales the sampling grid.
+    ``scale_range``: (min, max); 1 is added. Above 0 the content shrinks, since it scales the sampling grid. Raises
+    ValueError: `scale_range` is not a pair.
     """
 
     def __init__(

@@ -128,8 +128,8 @@ def load_task(
 ) -> dict[str, Any]:
     """Read a datalist for a task and check that it has what the task needs.
 
-    Raises DataError: unreadable, without items of this dimension, or labelled for another task. ``label_fraction``:
-    share of the patients whose training items are kept, nested over fractions and stratified by label.
+    ``label_fraction``: share of the patients whose training items are kept, nested over fractions and stratified by
+    label. Raises DataError: unreadable, without items of this dimension, or labelled for another task.
     """
     datalist = load_datalist(path, root)
     for key, wanted in (("task", task), ("label_names", label_names and list(label_names))):

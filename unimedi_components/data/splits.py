@@ -58,8 +58,8 @@ def split_patients(
 ) -> dict[str, str]:
     """Assign every patient to training, validation or test.
 
-    Raises DataError: the shares are negative or leave nothing for training. ``strata``: patient -> group; each group is
-    split by itself, so that X-rays and CTs reach every split.
+    ``strata``: patient -> group; each group is split by itself, so that X-rays and CTs reach every split. Raises
+    DataError: the shares are negative or leave nothing for training.
 
     Returns:
         patient -> split. A group of three or more has at least one patient in each split whose share is not 0.

@@ -327,8 +327,8 @@ def _label(parts: Sequence[str], names: Sequence[str], task: str | None, place: 
 def read_reports(path: str | Path, dim: int | None = None, keep_punct: bool = True) -> list[dict[str, Any]]:
     """Items of a csv (tsv by its ending) with the columns id and report, and dim unless it is given.
 
-    Raises DataError: the table lacks a column, a row has no usable dim or an id that another one has, or there is no
-    report. ``dim``: what all reports are about, 2 for X-rays or 3 for volumes; a column dim comes first.
+    ``dim``: what all reports are about, 2 for X-rays or 3 for volumes; a column dim comes first. Raises DataError: the
+    table lacks a column, a row has no usable dim or an id that another one has, or there is no report.
 
     Returns:
         {"id", "dim", "report"} of each row that has a report, cleaned as `prepare` cleans them.

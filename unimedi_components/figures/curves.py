@@ -31,9 +31,9 @@ _MAX_BYTES = 390_000
 def draw_loss_curves(history: Rows, path: str | Path) -> Path:
     """Draw the losses, the learning rate and the validation metrics of a run.
 
-    Raises ValueError: the history is empty. ``history``: one dict per iteration with "iteration", "epoch", "loss", and
-    where there are "vl", "icl", "pcl", "lr", and keys that begin with "val_" at the iterations that ended in a
-    validation.
+    ``history``: one dict per iteration with "iteration", "epoch", "loss", and where there are "vl", "icl", "pcl", "lr",
+    and keys that begin with "val_" at the iterations that ended in a validation. Raises ValueError: the history is
+    empty.
     """
     if not history:
         raise ValueError("no iteration to draw; the history is empty")

@@ -96,9 +96,9 @@ class UniMediLoss(nn.Module):
     def forward(self, output: UniMediOutput, targets: Any = None) -> Tensor:
         """Loss of one batch; its unweighted parts stay, detached, in `last` ("vl", "icl", "pcl").
 
-        Raises ConfigError: the head's number of prototypes is not `out_dim`. ``output``: what the network returned.
-        Without `student_cls` the distillation losses are left out, on all ranks alike; without `student_patches` this
-        rank adds no rows to the patch loss.
+        ``output``: what the network returned. Without `student_cls` the distillation losses are left out, on all ranks
+        alike; without `student_patches` this rank adds no rows to the patch loss. Raises ConfigError: the head's number
+        of prototypes is not `out_dim`.
 
         Returns:
             Scalar, the same on every rank.

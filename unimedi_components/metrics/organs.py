@@ -155,10 +155,8 @@ class OrganDice(SummedMetric):
     def terms(self, logits: Tensor, label: Tensor) -> Tensor:
         sums = torch.zeros(2, self.num_classes - 1, dtype=torch.float64)
         for found, wanted in zip(logits.argmax(1), label[:, 0].long(), strict=True):
-            parts = (found, wanted, wanted[found == wanted])
-            seen, true, both = (
-                torch.bincount(x.flatten(), minlength=self.num_classes).double().cpu()[1:] for x in parts
-            )
+            parts = (part.flatten() for part in (found, wanted, wanted[found == wanted]))
+            seen, true, both = (torch.bincount(x, minlength=self.num_classes).double().cpu()[1:] for x in parts)
             sums += torch.stack([true > 0, torch.where(true > 0, 2 * both / (seen + true).clamp(min=1), 0.0)])
         return sums.flatten()
 

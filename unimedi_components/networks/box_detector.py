@@ -127,17 +127,11 @@ class BoxDetector(RetinaNetDetector):
         return focal.sum((1, 2)), distance.sum((1, 2)), matched.sum(1)
 
     def match(self, boxes: Tensor, real: Tensor, anchors: Tensor, places: Sequence[int]) -> Tensor:
-        """Which box each anchor is for, by ATSS: MONAI's `ATSSMatcher` over all images at once.
+        """Which box each anchor is for, by ATSS: MONAI's `ATSSMatcher` over all images at once; -1 for none, (B, A).
 
         Of the anchors of each map those nearest to a box's center are its candidates, and those of them are for it
         whose overlap is at least the candidates' mean plus deviation; an anchor for several boxes takes the best.
-
-        Args:
-            boxes: (B, n, 4).
-            real: False where an image has fewer boxes, (B, n).
-
-        Returns:
-            index of the box, -1 for none, (B, A).
+        ``boxes``: (B, n, 4). ``real``: False where an image has fewer boxes, (B, n).
         """
         size = max(1, _COMPARED // (boxes.shape[1] * len(anchors)))
         parts = zip(boxes.split(size), real.split(size), strict=True)

@@ -47,8 +47,8 @@ def network_card(
 def load_network(checkpoint: str | Path, device: str | torch.device = "cpu", kind: str | None = None) -> Any:
     """A task's trained network, in evaluation mode, from `models/model.pt` with `model.json` beside it.
 
-    Raises CheckpointError: a file is missing or does not fit, or the network is of another kind. ``kind``: the one of
-    `KINDS` that is wanted; None takes any.
+    ``kind``: the one of `KINDS` that is wanted; None takes any. Raises CheckpointError: a file is missing or does not
+    fit, or the network is of another kind.
 
     Returns:
         the network; its attribute `card` holds label names, the kind of task and the images' preparation.

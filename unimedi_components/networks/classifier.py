@@ -122,9 +122,9 @@ class ImageClassifier(TaskNetwork):
 def task_encoder(weights: str | Path | None, size: str | Mapping[str, Any] | None = None, **kwargs: Any) -> UnifiedViT:
     """The encoder of a task bundle: `create_encoder`, with a task's words where the weights are missing.
 
-    Raises CheckpointError: the weights are missing, do not fit, or are of another size than the config asks for;
-    ConfigError: no such size or argument. ``weights``: `models/model.pt` of a pre-training run, with `model.json`
-    beside it; any other weights that `load_weights` reads, or "none" for random initialisation.
+    ``weights``: `models/model.pt` of a pre-training run, with `model.json` beside it; any other weights that
+    `load_weights` reads, or "none" for random initialisation. Raises CheckpointError: the weights are missing, do not
+    fit, or are of another size than the config asks for; ConfigError: no such size or argument.
     """
     path, given = Path(str(weights)), weights is not None and str(weights).lower() != "none"
     if given and not str(weights).startswith(("timm:", "hf:")) and not path.is_file():

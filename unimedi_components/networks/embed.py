@@ -65,13 +65,8 @@ class PatchEmbed(nn.Module):
 def resample_patch_embed(kernel: Tensor, size: Sequence[int]) -> Tensor:
     """A 2D patch kernel for patches of another size, by FlexiViT's pseudo-inverse (Beyer et al., CVPR 2023, eq. 5).
 
-    Args:
-        kernel: (D, C, ph, pw).
-        size: patch wanted.
-
-    Returns:
-        (D, C, ph', pw'): of a patch that is resized bicubically it makes the token that `kernel` makes of the patch,
-        exactly for larger patches and with the least squared error for smaller ones.
+    (D, C, ph, pw) to (D, C, ph', pw'): of a patch that is resized bicubically the result makes the token that `kernel`
+    makes of the patch, exactly for larger patches and with the least squared error for smaller ones.
     """
     old = kernel.shape[-2:]
     if tuple(old) == tuple(size):
@@ -104,14 +99,9 @@ def resample_pos_embed_3d(table: Tensor, old: Sequence[int], new: Sequence[int])
 
 
 def rotary_angles(periods: Tensor, grids: Sequence[tuple[int, int, int]]) -> Tensor:
-    """Angles of DINOv3's rotary positions: rows, then columns, from -1 to 1 over an image of any size.
+    """Angles (P, C), float32, of DINOv3's rotary positions: rows, then columns, -1 to 1 over an image of any size.
 
-    Args:
-        periods: (C / 4,) for heads of C channels.
-        grids: (depth, rows, columns) of each segment; all depths of a segment are turned alike.
-
-    Returns:
-        (P, C) in float32.
+    ``periods``: (C / 4,), for heads of C channels. ``grids``: (depth, rows, columns) of each segment, all depths turned alike.
     """
     places = []
     for depth, *plane in grids:
@@ -121,14 +111,10 @@ def rotary_angles(periods: Tensor, grids: Sequence[tuple[int, int, int]]) -> Ten
 
 
 def interpolate_depth(table: Tensor, position: Tensor) -> Tensor:
-    """Rows of a depth table at fractional depths, linear between neighbours.
+    """Rows (B, k, D) of a depth table (1, S, D) at fractional depths, linear between neighbours.
 
-    Args:
-        table: (1, S, D).
-        position: depth as a fraction of the volume, 0 inferior to 1 superior, (B, k).
-
-    Returns:
-        (B, k, D). The centre of slab s of S lies at (s + 0.5) / S and gives row s exactly.
+    ``position``: fraction of the volume, 0 inferior to 1 superior, (B, k). The centre of slab s of S, (s + 0.5) / S,
+    gives row s.
     """
     # a Python number also while tracing, where a size is a tensor on the CPU
     rows = int(table.shape[1])

@@ -61,8 +61,8 @@ class ProjectionHead(nn.Module):
     def forward(self, x: Tensor, modality: Tensor | None = None) -> Tensor:
         """Embed features (B, in_dim) as (B, out_dim), not L2-normalised.
 
-        Raises ValueError: `modality` is needed and missing, or has not one entry per row. ``modality``: 0 for 2D and 1
-        for 3D rows, (B,); needed by "batch_per_modality" alone.
+        ``modality``: 0 for 2D and 1 for 3D rows, (B,); needed by "batch_per_modality" alone. Raises ValueError:
+        `modality` is needed and missing, or has not one entry per row.
         """
         x = _apply_norm(self.input_norm, x, modality)
         if self.hidden is not None:
@@ -129,14 +129,9 @@ class DINOHead(nn.Module):
         return self.last_layer.weight
 
     def forward(self, x: Tensor, kind: Tensor | None = None) -> Tensor:
-        """Bottleneck features.
+        """Bottleneck features (..., bottleneck_dim) of tokens (..., in_dim), rows of unit norm, in fp32 at least.
 
-        Args:
-            x: tokens, (..., in_dim); (N, in_dim) where kinds are centered.
-            kind: index of each row's kind of token, (N,); needed with `center_kinds` above 1 alone.
-
-        Returns:
-            (..., bottleneck_dim), rows of unit norm, in fp32 at least.
+        ``kind``: index of each row's kind of token, (N,), where kinds are centered and there is more than one.
         """
         x = self._bottleneck(x)
         if self.center is not None:

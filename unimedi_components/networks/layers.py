@@ -18,8 +18,8 @@ class Attention(nn.Module):
     """Multi-head self-attention through `scaled_dot_product_attention`.
 
     Parameter names and behaviour match timm's `Attention` (`qkv`, `proj`). The attention matrix is never formed; the
-    CLS row that Eq. 1 needs is computed from the CLS query alone, at the cost of one multiply-and-reduce. Raises
-    ValueError: `dim` is not a multiple of `num_heads`. ``num_heads``: heads H; must divide `dim`.
+    CLS row that Eq. 1 needs is computed from the CLS query alone, at the cost of one multiply-and-reduce.
+    ``num_heads``: heads H; must divide `dim`. Raises ValueError: `dim` is not a multiple of `num_heads`.
     """
 
     def __init__(self, dim: int, num_heads: int, *, qkv_bias: bool = True) -> None:
@@ -39,15 +39,10 @@ class Attention(nn.Module):
         first: int = 1,
         rope: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend over all tokens.
+        """Tokens (B, N, D), CLS first, to (B, N, D), and the head-averaged CLS attention (B, P) in float32 or None.
 
-        Args:
-            x: tokens with CLS first, (B, N, D).
-            return_attention: also return this layer's term of Eq. 1.
-            rope: cosine and sine of the angles that queries and keys are turned by, (1 or B, 1, N, C).
-
-        Returns:
-            tokens (B, N, D), and the head-averaged CLS attention (B, P) in float32 or None.
+        ``return_attention``: also give this layer's term of Eq. 1. ``rope``: cosine and sine of the angles that queries
+        and keys are turned by, (1 or B, 1, N, C).
         """
         batch, tokens, dim = x.shape
         qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, dim // self.num_heads)

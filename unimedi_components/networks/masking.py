@@ -20,11 +20,9 @@ KINDS = ("image2d_cls", "image3d_cls", "image2d_patches", "image3d_patches", "sl
 
 @dataclass(frozen=True)
 class Compared:
-    """What the distillation losses compare for some samples of one modality.
+    """What the distillation losses compare for some samples of one modality: outputs with those patch tokens alone.
 
-    Args:
-        student, teacher: outputs with the compared patch tokens alone, (B, P', D).
-        segments: how many of the P' tokens are of each segment, one after another.
+    ``segments``: how many of the P' tokens are of each segment, one after another.
     """
 
     student: EncoderOutput

@@ -23,8 +23,8 @@ from unimedi_components.networks.unified_vit import UnifiedViT
 def resize_positions_3d(encoder: UnifiedViT, vol_size: Sequence[int]) -> UnifiedViT:
     """Make an encoder's 3D tables for another size of volume, so that training at that size has its own positions.
 
-    Raises ValueError: the patch does not divide the size. ``encoder``: changed in place; what it computes for volumes
-    of `vol_size` stays the same.
+    ``encoder``: changed in place; what it computes for volumes of `vol_size` stays the same. Raises ValueError: the
+    patch does not divide the size.
     """
     size = to_tuple(vol_size, 3, "vol_size")
     grid = encoder.patch_embed_3d.grid(size)

@@ -160,9 +160,9 @@ class UniMedI(nn.Module):
     def forward(self, batch: Mapping[str, Any]) -> UniMediOutput:
         """One mixed batch to everything that the losses need; in evaluation mode unmasked and without distillation.
 
-        Raises ValueError: no image at all, or a number of reports that is not the number of images. ``batch``:
-        "image2d" (B2, C, H, W) and/or "image3d" (B3, C, D, H, W), "input_ids" and "attention_mask" (B, T) with the
-        X-rays' reports before the volumes'.
+        ``batch``: "image2d" (B2, C, H, W) and/or "image3d" (B3, C, D, H, W), "input_ids" and "attention_mask" (B, T)
+        with the X-rays' reports before the volumes'. Raises ValueError: no image at all, or a number of reports that is
+        not the number of images.
 
         Returns:
             `UniMediOutput` with rows in the order of the reports.

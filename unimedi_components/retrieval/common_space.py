@@ -37,7 +37,6 @@ def separation_metrics(
 ) -> None:
     """How far X-rays and volumes lie apart, for SPACE "cls" and "embed" (after projection), L2-normalised.
 
-
     Keeps: "modality_accuracy_SPACE": balanced accuracy of telling X-rays from volumes by `linear_probe`, and
         "modality_accuracy_chance". "centroid_distance_SPACE": mean over the findings of `centroid_distance`, with
         "_per_finding", and "centroid_distance_chance", what two samples of one distribution would have. Empty where a

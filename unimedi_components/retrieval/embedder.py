@@ -140,12 +140,7 @@ class Embedder(nn.Module):
     def run(
         self, dataset: ImageDataset, batch_2d: int, batch_3d: int, num_workers: int = 0, progress: bool = True
     ) -> Iterator[tuple[dict[str, Any], Tensor, ImageFeatures]]:
-        """Go through a data set.
-
-        Yields:
-            batches of `ImageLoader`, their images and what `encode` makes of them, both on the network's device; first
-            the X-rays.
-        """
+        """Batches of `ImageLoader`, their images and what `encode` makes of them, on the device; X-rays first."""
         with tqdm(total=len(dataset), desc="embedding", unit="image", disable=not progress) as bar:
             for batch in ImageLoader(dataset, (batch_2d, batch_3d), num_workers=num_workers, allow_empty=True):
                 image = batch["image"].to(self.device)
@@ -227,13 +222,10 @@ class Embedder(nn.Module):
         )
 
     def sentences(self, texts: Sequence[str], dim: int) -> Tensor:
-        """Embed sentences or reports in the form of the network's training reports, see `data.text.as_trained`.
+        """Embed sentences or reports in the form of the training reports: (N, E) float32 of unit norm, on the CPU.
 
-        Raises DataError: a text holds no word. ``dim``: 2 for texts about X-rays, 3 for texts about volumes: the
-        projection keeps statistics of either kind.
-
-        Returns:
-            (N, E) float32 of unit norm, on the CPU.
+        ``dim``: 2 for texts about X-rays, 3 for texts about volumes: the projection keeps statistics of either kind.
+        Raises DataError: a text holds no word.
         """
         for text in texts:
             if not any(letter.isalpha() for letter in text):

@@ -111,12 +111,9 @@ class SaveEmbeddings(Transform):
 
 
 def attention_in_file_geometry(item: Mapping[str, Any], attention: Tensor) -> tuple[Array, Array]:
-    """Attention over a volume's tokens as a volume with the shape, axes and affine of its file.
+    """Attention over a volume's tokens as a volume with the shape, axes and affine (RAS+) of its file, float32.
 
-    ``attention``: Eq. 1's **v** on the token grid, (slabs, rows, columns), over the whole field of view.
-
-    Returns:
-        float32 of the file's shape, 1 where attention is what even attention would be, and its affine (RAS+).
+    ``attention``: Eq. 1's **v** on the token grid, (slabs, rows, columns). 1 is what even attention would be.
     """
     turn = Compose([Orientationd("image", axcodes="SPL", labels=RAS_LABELS), Uprightd("image")])
     volume = LoadVolumed("image")(item)["image"]

@@ -102,12 +102,7 @@ def _score(truth: Array, decision: Array, classes: Array) -> float:
 
 @dataclass(frozen=True)
 class Fold:
-    """What a probe says of the rows of one fold, on which it was not fitted. ``scores``: decision values, (n,).
-
-    Args:
-        rows: their indices, (n,).
-        truth: 0 or 1, (n,).
-    """
+    """What a probe says of the rows of a fold it was not fitted on: indices, decision values, truth, (n,) each."""
 
     rows: Array
     scores: Array
@@ -134,14 +129,11 @@ class ProbeResult:
     folds: dict[str, list[Fold]] = field(default_factory=dict, compare=False, repr=False)
 
     def resampled(self, weights: Array) -> Array:
-        """The macro AUROC in resamples of the cases, the fitted probes staying as they are.
+        """The macro AUROC, (R,), in resamples of the cases, the fitted probes staying as they are.
 
         The held-out decision values of each fold are resampled within it, as values of different folds are not
-        comparable; a fold that has one class left in a resample does not count there. ``weights``: how often each row
-        is drawn, (R, N).
-
-        Returns:
-            (R,); NaN where a finding has no fold left, or none could be probed.
+        comparable; a fold that has one class left in a resample does not count there. NaN where a finding has no fold
+        left. ``weights``: how often each row is drawn, (R, N).
         """
         means = []
         for folds in self.folds.values():

@@ -73,12 +73,10 @@ class PromptSet:
         return self._by_name().get(_fold(name))
 
     def select(self, names: Sequence[str]) -> "PromptSet":
-        """The prompts of some findings. Raises ConfigError: a name is unknown or comes twice, or there is none.
+        """The prompts of some findings, in this order and under these names: results have a data set's label names.
 
         ``names``: findings or aliases; case, underscores and hyphens do not matter.
-
-        Returns:
-            their prompts in this order and under these names, so that results have a data set's label names.
+        Raises ConfigError: a name is unknown or comes twice, or there is none.
         """
         known = self._by_name()
         findings: dict[str, Mapping[str, tuple[str, ...]]] = {}

@@ -37,11 +37,9 @@ PROTOCOLS: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class ClassSample:
-    """The images of a protocol.
+    """The images of a protocol: those to find and those to search with, each with the index of its class.
 
-    Args:
-        classes: findings that the data have enough images of, C.
-        candidates, queries: items with the index of their class, class by class; no patient is in both.
+    No patient is in both. ``classes``: findings that the data have enough images of, C.
     """
 
     name: str

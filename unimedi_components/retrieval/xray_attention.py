@@ -25,7 +25,6 @@ def xray_attention_metrics(
 ) -> None:
     """Attention inside the true boxes of the X-rays whose boxes fill at most a third of what the network sees.
 
-
     Keeps: "xray_attention_ratio": mean of `attention_ratios` of an image's own attention, 1 for even attention, and
         "..._permuted", that of other patients' attention; each also "_per_finding"; "xray_attention_studies", how many
         X-rays count. Without any, the count alone.

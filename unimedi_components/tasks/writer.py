@@ -26,8 +26,8 @@ class PredictionWriter(Transform):
     """Collect the predictions of images, as the last postprocessing step, and write them when all came in.
 
     A subclass says what a row holds, `row`, what `predictions.json` says of all of them, `about`, and which tables are
-    written beside it, `tables`. Items without "id" pass untouched: a server's request is no image of a data set. Raises
-    ConfigError: `dicom` without highdicom. ``dicom``: write DICOM objects too, of images that are DICOM.
+    written beside it, `tables`. Items without "id" pass untouched: a server's request is no image of a data set.
+    ``dicom``: write DICOM objects too, of images that are DICOM. Raises ConfigError: `dicom` without highdicom.
     """
 
     def __init__(self, output_dir: str | Path, figures: bool = True, dicom: bool = False) -> None:

@@ -20,8 +20,8 @@ logger = logging.getLogger(__name__)
 def load_truth(root: str | Path, items: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any] | None:
     """The truth of the phantom set at `root`, or of those in its folders; None for real data.
 
-    Raises DataError: a file is damaged. ``items``: of a datalist; one that the truth does not know makes it that of
-    phantoms which only lie beside the data: None, said in a warning.
+    ``items``: of a datalist; one that the truth does not know makes it that of phantoms which only lie beside the data:
+    None, said in a warning. Raises DataError: a file is damaged.
 
     Returns:
         "findings", the names of the labels, and "studies", by item id: "labels", "findings", and for volumes
