@@ -87,18 +87,13 @@ def add_cases(
 def pair_fault(
     image: Path, mask: Path, num_classes: int, check: str = "quick", hounsfield: bool = True
 ) -> tuple[str, str] | None:
-    """Say what is wrong with an image and its label map.
+    """Say what is wrong with an image and its label map, of values 0 to ``num_classes - 1``: reason and detail.
 
-    Args:
-        num_classes: number of labels with the background; values are 0 to ``num_classes - 1``.
-        check: ``"quick"`` reads the headers, some slices of the image (Hounsfield units) and the whole label
-            map; ``"full"`` reads every voxel of the image too; ``"exists"`` only asks whether the files are
-            there; ``"none"`` does not look at all.
-
-    Returns:
-        None when sound, otherwise ``(reason, detail)``. Reasons: those of
-        :func:`~unimedi_components.images.checks.check_ct`, ``missing mask``, ``unreadable mask``, ``mask and
-        image differ in geometry`` and ``unknown label values``.
+    Reasons: those of :func:`~unimedi_components.images.checks.check_ct`, ``missing mask``, ``unreadable mask``, ``mask
+    and image differ in geometry`` and ``unknown label values``.
+    ``check``: ``"quick"`` reads the headers, some slices of the image (Hounsfield units) and the whole label map;
+    ``"full"`` reads every voxel of the image too; ``"exists"`` only asks whether the files are there; ``"none"`` does
+    not look at all.
     """
     check_choice("check_images", check, IMAGE_CHECKS)
     if check == "none":

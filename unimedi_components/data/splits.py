@@ -83,18 +83,15 @@ def split_patients(
 
 
 def nested_fraction(items: Sequence[dict[str, Any]], fraction: float, seed: int = 42) -> list[dict[str, Any]]:
-    """Keep the items of a fraction of the patients, stratified by label.
+    """Keep the items of a fraction of the patients, in their order, stratified by label.
 
-    Raises DataError: the fraction is not in (0, 1].
+    Each label (each combination of labels, where an image has several) keeps its share of the patients, to within one
+    patient; those of fewer than ten patients as one. Raises DataError: the fraction is not in (0, 1].
 
     Args:
         fraction: share of the patients in (0, 1], taken among X-ray and among CT patients alike, rounded to
             the nearest number and at least one (20, 40 and 100% of 21 are 4, 8 and 21).
         seed: seed of the order. With one seed the items of 0.01 are contained in those of 0.1, and these in 1.0.
-
-    Returns:
-        The kept items in their order. Each label (each combination of labels, where an image has several)
-        keeps its share of the patients, to within one patient; those of fewer than ten patients as one.
     """
     if not 0 < fraction <= 1:
         raise DataError(f"fraction {fraction} is not in (0, 1]. Use for example 0.01, 0.1 or 1.0.")

@@ -166,18 +166,12 @@ class UniMediLoss(nn.Module):
 
     @torch.no_grad()
     def targets_of(self, teacher: Tensor, prototypes: Tensor, group: int, patches: bool = False) -> Tensor:
-        """What the teacher asks of single samples, by the running center: softmax((logits - center) / teacher_temp).
+        """What the teacher asks of single samples: softmax((logits - running center) / teacher_temp), (N, K).
 
         In training "sinkhorn" balances over the batch, which would tell samples apart where the features do not; the
         running center does not know the samples, so that this says what the features hold.
-
-        Args:
-            teacher: bottleneck features of one kind of token, (N, b).
-            prototypes: the teacher's, (K, b).
-            group: 0 for X-rays, 1 for volumes, 2 for the patch tokens of slices.
-
-        Returns:
-            (N, K), rows sum to 1.
+        ``teacher``: bottleneck features of one kind of token, (N, b). ``prototypes``: the teacher's, (K, b).
+        ``group``: 0 for X-rays, 1 for volumes, 2 for the patch tokens of slices.
         """
         center = (self.center_patch if patches else self.center_cls)[group if self.targets == "sinkhorn" else 0]
         return torch.softmax((teacher.float() @ prototypes.float().T - center) / self.teacher_temp, dim=1)

@@ -17,11 +17,8 @@ class FocalDiceLoss(nn.Module):
     value. Dice is (2 sum(p t) + smooth) / (sum(p) + sum(t) + smooth) over all images of the batch together, as in
     MGCA's code, so that images without a mask count too; its loss is 1 - Dice ("linear", what the paper writes) or
     -log(Dice) ("log", what MGCA's code does). Raises ValueError: a negative weight or exponent, no smoothing, or an
-    unknown `dice`.
-
-    Args:
-        batch: one Dice over all images of a batch; False takes the mean of each image's own.
-        auxiliary_weight: of each further prediction where the network returns several (SETR's heads).
+    unknown `dice`. ``batch``: one Dice over all images of a batch; False takes the mean of each image's own.
+    ``auxiliary_weight``: of each further prediction where the network returns several (SETR's heads).
 
     Example:
         >>> round(float(FocalDiceLoss()(torch.zeros(1, 1, 2, 2), torch.ones(1, 1, 2, 2))), 4)

@@ -101,7 +101,7 @@ def resample_pos_embed_3d(table: Tensor, old: Sequence[int], new: Sequence[int])
 def rotary_angles(periods: Tensor, grids: Sequence[tuple[int, int, int]]) -> Tensor:
     """Angles (P, C), float32, of DINOv3's rotary positions: rows, then columns, -1 to 1 over an image of any size.
 
-    ``periods``: (C / 4,), for heads of C channels. ``grids``: (depth, rows, columns) of each segment, all depths turned alike.
+    ``periods``: (C / 4,), for heads of C channels. ``grids``: (depth, rows, columns) of each segment; depth turns none.
     """
     places = []
     for depth, *plane in grids:

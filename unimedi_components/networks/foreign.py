@@ -260,12 +260,8 @@ def adapt_vit_state(state: Mapping[str, Tensor], encoder: UnifiedViT, antialias:
     adapts to; its own features take `(image / 2 + 0.5 - mean) / std`, channel by channel, with `in_chans=3`.
 
     Args:
-        state: of `vit_state`.
         encoder: the network that gives the sizes; its own values fill what a 2D ViT does not have.
         antialias: of the resampling of position tables.
-
-    Returns:
-        a state dict that fits strictly if the widths and depths agree.
     """
     own, kernel, table = encoder.state_dict(), state["patch_embed.proj.weight"], state["pos_embed"]
     if encoder.patch_embed.proj.in_channels == 1 and kernel.shape[1] != 1:

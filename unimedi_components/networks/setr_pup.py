@@ -85,8 +85,8 @@ class SETRPUP(TaskNetwork):
         self.hold(encoder)
         dim = encoder.embed_dim
         self.tokens: nn.Module = nn.Linear(dim, dim) if variant == "mgca" else nn.LayerNorm(dim, eps=1e-6)
-        stages = zip([dim, *widths[:-1]], widths, factors, strict=True)
-        self.stages = nn.Sequential(*(_stage(*stage, corners) for stage in stages))
+        sizes = zip([dim, *widths[:-1]], widths, factors, strict=True)
+        self.stages = nn.Sequential(*(_stage(before, after, factor, corners) for before, after, factor in sizes))
         kernel = 3 if variant == "mgca" else 1
         self.head = nn.Conv2d(widths[-1], num_classes, kernel, padding=kernel // 2)
         self.auxiliary = nn.ModuleList(_AuxiliaryHead(dim, num_classes, corners) for _ in auxiliary)
@@ -128,7 +128,7 @@ def _check_auxiliary(auxiliary: Sequence[int], variant: str, blocks: int) -> Non
         raise ValueError(f"auxiliary {list(auxiliary)} must name different blocks from 0 to {blocks - 1}")
 
 
-def _stage(before: int, after: int, factor: tuple[int, int], align_corners: bool) -> nn.Sequential:
+def _stage(before: int, after: int, factor: tuple[int, ...], align_corners: bool) -> nn.Sequential:
     # a bias before batch norm does nothing, but Adam would turn the rounding errors of its gradient into steps
     return nn.Sequential(
         nn.Conv2d(before, after, 3, padding=1, bias=False),

@@ -24,18 +24,11 @@ _CHUNK = 1024
 
 
 def first_correct_rank(query: Tensor, candidates: Tensor, groups: Sequence[Hashable] | None = None) -> Tensor:
-    """Rank of the best correct candidate of each query, 1 for the first; ties count against the query.
+    """Rank of the best correct candidate of each query (N, E), 1 for the first; ties count against the query.
 
-    Candidate i is the right one for query i. A collapsed network, for which all candidates look alike,
-    therefore finds nothing instead of everything.
-
-    Args:
-        query: (N, E), normalised here.
-        candidates: (N, E), normalised here.
-        groups: N keys; every candidate with the query's key is correct. None: only its own.
-
-    Returns:
-        1 + the number of wrong candidates at least as similar as the best correct one, int64 (N,).
+    Candidate i is the right one for query i; both are normalised here. A collapsed network, for which all candidates
+    look alike, therefore finds nothing instead of everything. ``groups``: N keys; every candidate with the query's key
+    is correct. Returns 1 + the number of wrong candidates at least as similar as the best correct one, int64 (N,).
     """
     if query.shape != candidates.shape or query.ndim != 2 or not len(query):
         raise ValueError(f"expected two (N, E) tensors, got {tuple(query.shape)} and {tuple(candidates.shape)}")

@@ -86,7 +86,7 @@ def slice_score(
     chosen = np.asarray(selected, dtype=np.int64)
     by_slab = mask.reshape(-1, patch_depth)
     slabs, k = len(by_slab), len(chosen)
-    with_lesion = by_slab.any(1)
+    with_lesion: Array = by_slab.any(1)
     return SliceScore(
         precision=float(mask[chosen].mean()),
         precision_chance=_precision_chance(by_slab, k, expand),

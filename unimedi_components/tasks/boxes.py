@@ -156,12 +156,9 @@ class SaveBoxes(PredictionWriter):
     - `<id>.png`: the film with its boxes.
 
     Boxes are in pixels of the file as `XrayReader` reads it: upright, a picture's EXIF rotation applied; x along the
-    columns, x1 and y1 just beyond the box. Raises ValueError: a threshold that is no probability; ConfigError: `dicom`
-    without highdicom.
-
-    Args:
-        threshold: boxes of lower score are left out; None keeps what the network returns.
-        dicom: write `<id>.dcm` too, a DICOM structured report, of each DICOM film that has a box.
+    columns, x1 and y1 just beyond the box.
+    ``threshold``: boxes of lower score are left out, None keeps what the network returns; ValueError where it is none.
+    ``dicom``: write `<id>.dcm` too, a DICOM structured report, of each DICOM film that has a box.
     """
 
     def __init__(

@@ -106,11 +106,8 @@ class SavePredictions(PredictionWriter):
     - `predictions.json`: the same by name, with the task, the threshold, and the inputs that could not be read.
     - `<id>.png`: the image with Eq. 1's **v** over it and the probabilities; see `draw_prediction`.
 
-    Args:
-        threshold: a finding, or the second class of a binary task, is predicted from this probability on.
-
-    Raises:
-        ValueError: a threshold that is no probability.
+    ``threshold``: a finding, or the second class of a binary task, is predicted from this probability on; ValueError
+    where it is none.
     """
 
     def __init__(

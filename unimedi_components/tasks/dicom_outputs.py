@@ -68,17 +68,11 @@ def write_mask(source: str | Path, mask: Array, label: str, target: str | Path) 
 
 
 def write_label_map(stack: Stack, labels: Array, affine: Array, names: Sequence[str], target: Path) -> Path | None:
-    """Write a label map of a DICOM CT as a DICOM Segmentation, a segment for each label that occurs.
+    """Write a label map of a DICOM CT as a DICOM Segmentation, a segment for each label that occurs; None if none.
 
-    Raises DataError: the label map does not lie on the slices.
-
-    Args:
-        stack: the CT's slices, files of their own or frames of one.
-        labels: whole numbers (X, Y, Z), X along the rows' pixels and Y along the columns', as `read_volume` lays them.
-        affine: (4, 4) from voxel indices to mm, RAS.
-
-    Returns:
-        `target`; None where no label occurs, or a file lacks its UIDs.
+    ``stack``: the CT's slices, files of their own or frames of one; nothing is written where a file lacks its UIDs.
+    ``labels``: whole numbers (X, Y, Z), X along the rows' pixels and Y along the columns', as `read_volume` lays them.
+    ``affine``: (4, 4) from voxel indices to mm, RAS. Raises DataError: the label map does not lie on the slices.
     """
     present = [number for number in range(1, len(names)) if (labels == number).any()]
     if not present or any(_nameless(one.header) for one in stack.slices):

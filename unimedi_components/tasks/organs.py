@@ -154,9 +154,6 @@ class SaveOrgans(PredictionWriter):
 
     Args:
         dicom: write `<id>_organs.dcm` too, a DICOM Segmentation, of each series of DICOM slices.
-
-    Raises:
-        ConfigError: `dicom` without highdicom.
     """
 
     def __init__(

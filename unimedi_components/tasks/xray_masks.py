@@ -101,12 +101,9 @@ class SaveMasks(PredictionWriter):
       and the inputs that could not be read.
     - `<id>.png`: the film and the mask over it.
 
-    Pixels are those of the file as `XrayReader` reads it: upright, a picture's EXIF rotation applied. Raises
-    ValueError: a threshold that is no probability; ConfigError: `dicom` without highdicom.
-
-    Args:
-        threshold: a pixel belongs to the mask from this probability on.
-        dicom: write `masks/<id>.dcm` too, a DICOM Segmentation, of each DICOM film.
+    Pixels are those of the file as `XrayReader` reads it: upright, a picture's EXIF rotation applied.
+    ``threshold``: a pixel belongs to the mask from this probability on; ValueError where it is none.
+    ``dicom``: write `masks/<id>.dcm` too, a DICOM Segmentation, of each DICOM film.
     """
 
     def __init__(
