@@ -76,7 +76,7 @@ def slice_score(
     patch_depth: int,
     expand: str = "centre",
 ) -> SliceScore:
-    """Score one study.
+    """Score one study. Raises DataError: no lesion slice, or an index outside the file.
 
     ``expand``: how slabs became slices, see `selection.select_slices`; it decides what chance can choose from.
     """
@@ -86,7 +86,7 @@ def slice_score(
     chosen = np.asarray(selected, dtype=np.int64)
     by_slab = mask.reshape(-1, patch_depth)
     slabs, k = len(by_slab), len(chosen)
-    with_lesion: Array = by_slab.any(1)
+    with_lesion: Array = np.asarray(by_slab.any(1))
     return SliceScore(
         precision=float(mask[chosen].mean()),
         precision_chance=_precision_chance(by_slab, k, expand),
