@@ -40,9 +40,11 @@ def class_precision(
 ) -> Values:
     """P@K by finding: queries that have it, and the share of their K nearest candidates that have it.
 
-    ``query_labels``: 1 present, 0 absent, -1 uncertain, below -1 not mentioned, (N, F). Returns "precision_at_K" and
-    "precision_at_K_chance" (a random order's), means over the findings that have queries and candidates, and under
-    "by_finding" the same for each with its "queries" and "candidates" that have it.
+    ``query_labels``: 1 present, 0 absent, -1 uncertain, below -1 not mentioned, (N, F). Uncertain candidates are none
+    for that finding; not mentioned counts as absent.
+
+    Returns "precision_at_K" and "precision_at_K_chance" (a random order's), means over the findings that have queries
+    and candidates, and under "by_finding" the same for each with its "queries" and "candidates" that have it.
     """
     own = _own(query_groups, candidate_groups, len(query), len(candidates))
     by_finding: dict[str, Values] = {}
