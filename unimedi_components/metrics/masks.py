@@ -102,5 +102,11 @@ class MaskLossMetric(SummedMetric):
     """
 
     def __init__(self, loss: FocalDiceLoss, num_classes: int = 1) -> None:
-        self.terms, self.value = loss.sums, loss.from_sums  # type: ignore[method-assign]
+        self.loss = loss
         super().__init__(4 + 3 * num_classes)
+
+    def terms(self, logits: Tensor, label: Tensor) -> Tensor:
+        return self.loss.sums(logits, label)
+
+    def value(self, sums: Tensor) -> Tensor:
+        return self.loss.from_sums(sums)
