@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ __all__ = [
     "NOT_GREY",
     "VolumeGeometry",
     "cut_off",
+    "header_gap",
     "header_warnings",
     "read_block",
     "read_geometry",
@@ -39,6 +41,15 @@ __all__ = [
 
 AIR_HU = -1000.0
 _HEADER_BYTES = 2**16
+# fields without which a header says nothing, as what they have to match
+_NUMBERS = r"[\d.eE+-]+(\s+[\d.eE+-]+)*"
+_WANTED = {
+    False: {"DimSize": _NUMBERS, "ElementType": "MET_(U?(CHAR|SHORT|INT|LONG|LONG_LONG)|FLOAT|DOUBLE)"},
+    True: {"sizes": _NUMBERS, "type": r"(?!block)\S.*"},
+}
+# the spaces whose axes are the patient's, and codings that ITK's reader has
+_SPACES = "(ra|la|lp)st?|(right-anterior|left-anterior|left-posterior)-superior(-time)?"
+_CODINGS = ("raw", "gzip", "gz", "ascii", "text", "txt", "hex")
 #: What every reader says of voxels that are no single number.
 NOT_GREY = "its voxels are colours or complex numbers. Convert them to grey values"
 #: Turns homogeneous LPS coordinates into RAS ones, and back.
@@ -85,11 +96,11 @@ def read_itk_geometry(path: str | Path) -> tuple[tuple[int, ...], np.ndarray, in
     """
     if elsewhere := voxels_elsewhere(path):
         raise DataError(f"{path}: {elsewhere}")
+    if gap := header_gap(path):
+        raise DataError(f"{path}: {gap}")
     if header := _header(path):
         if missing := [name for name in _named_files(header) if not (Path(path).parent / name).is_file()]:
             raise DataError(f"{path}: its voxels {missing[0]} are missing. Unpack or download it again")
-        if gap := _header_gap(header):
-            raise DataError(f"{path}: {gap}")
     itk = load_itk()
     image_io = itk.ImageIOFactory.CreateImageIO(str(path), itk.CommonEnums.IOFileMode_ReadMode)
     if image_io is None:
@@ -115,8 +126,13 @@ def read_itk(path: str | Path) -> np.ndarray:
     """Read all voxels as float32, axes in the file's order.
 
     Raises:
+        DataError: see `read_itk_geometry`.
         RuntimeError: ITK cannot read the file.
+        zlib.error: its packed voxels are damaged.
     """
+    shape, _, voxel_bytes = read_itk_geometry(path)
+    if header := _header(path):
+        _check_packed(Path(path), header, math.prod(shape) * voxel_bytes)
     itk = load_itk()
     array = np.asarray(itk.array_from_image(itk.imread(str(path))))
     return array.astype(np.float32, copy=False).transpose()
@@ -238,13 +254,30 @@ def _named_files(header: _Header) -> list[str]:
     return []
 
 
-def _header_gap(header: _Header) -> str:
-    """Say what a header leaves open where ITK would take 1 mm or LPS; empty where it says all."""
+def header_gap(path: str | Path) -> str:
+    """Say what a MetaImage or NRRD header leaves open where ITK guesses, or says that it cannot read; else empty."""
+    if (header := _header(path)) is None:
+        return ""
     nrrd, fields = header.nrrd, header.fields
+    for name, fits in _WANTED[nrrd].items():
+        if not re.fullmatch(fits, value := fields.get(name.lower(), ""), re.IGNORECASE):
+            said = f"says {name} {value[:40]}, which is not read here" if value else f"gives no {name}"
+            return f"its header {said}. Export it again"
     if not fields.keys() & ({"space directions", "spacings"} if nrrd else {"elementspacing", "elementsize"}):
         return "its header gives no spacing, so the size of its voxels is unknown. Export it again"
+    if not nrrd and re.search(r"(^|\s)-", fields.get("elementspacing", "")):
+        return "its header gives a spacing below 0, so its orientation is unknown. Export it again"
     if nrrd and "space" not in fields:
         return "its header names no space, so its orientation is unknown. Export it again"
+    if nrrd and not re.fullmatch(_SPACES, fields["space"], re.IGNORECASE):
+        return f"its header names the space {fields['space'][:40]}, which says nothing of the patient. Export it again"
+    coding = _coding(header)
+    if nrrd and coding not in _CODINGS:
+        return f"its voxels are coded as {coding[:40]}, which is not read here. Save it with the encoding gzip"
+    if not nrrd and coding == "text":
+        return "its voxels are written as text, which is not read here. Save it with BinaryData = True"
+    if not nrrd and coding == "gzip" and not _named_files(header) and "compresseddatasize" not in fields:
+        return "its header gives no CompressedDataSize. Export it again"
     # which ITK passes over
     units = re.findall(r"[A-Za-z]+", fields.get("space units" if nrrd else "distanceunits", ""))
     if others := set(units) - {"mm", "millimeter", "millimeters"}:
@@ -268,12 +301,31 @@ def cut_off(need: int, have: int, packed: bool = False) -> str:
     return f"is cut off: its header says {need:,} bytes of voxels, there are {have:,}. Download or export it again"
 
 
-def _too_few_bytes(path: Path, header: _Header, need: int) -> str:
+def _coding(header: _Header) -> str:
     fields = header.fields
-    coding = fields.get("encoding", "raw").lower()
-    if not header.nrrd:
-        coding = "gzip" if fields.get("compresseddata", "").lower() == "true" else "raw"
-        coding = "text" if fields.get("binarydata", "").lower() == "false" else coding
+    if header.nrrd:
+        return fields.get("encoding", "raw").lower()
+    coding = "gzip" if fields.get("compresseddata", "").lower() == "true" else "raw"
+    return "text" if fields.get("binarydata", "").lower() == "false" else coding
+
+
+def _check_packed(path: Path, header: _Header, need: int) -> None:
+    """Unpack voxels once, of which ITK makes anything where they are damaged; raises zlib.error where they are."""
+    if _coding(header) not in ("gzip", "gz") or header.fields.keys() & {"line skip", "lineskip", "headersize"}:
+        return
+    files = [path.parent / name for name in _named_files(header)]
+    for file in files or [path]:
+        unpack, have = zlib.decompressobj(wbits=47), 0
+        with open(file, "rb") as stream:
+            stream.seek(0 if files else header.length)
+            while not unpack.eof and (chunk := stream.read(_HEADER_BYTES)):
+                have += len(unpack.decompress(chunk))
+        if not unpack.eof or have < need / max(1, len(files)):
+            raise zlib.error("too few bytes")
+
+
+def _too_few_bytes(path: Path, header: _Header, need: int) -> str:
+    fields, coding = header.fields, _coding(header)
     files = [path.parent / name for name in _named_files(header)]
     have = sum(file.stat().st_size for file in files) if files else path.stat().st_size - header.length
     if coding == "gzip" and fields.get("compresseddatasize", "").isdigit():

@@ -28,6 +28,7 @@ __all__ = [
     "modality_of",
     "modality_words",
     "pages_fault",
+    "size_fault",
     "xray_fault",
 ]
 
@@ -60,6 +61,8 @@ _BY_CLASS = {
 _TRUNK = ("CHEST", "THORAX", "LUNG", "TORAX", "ABDOMEN", "TRUNK", "BODY", "RIBS", "HEART")
 # A grey film that was saved as colour JPEG strays by a few levels; burnt-in coloured marks cover little of it.
 _COLOURED, _COLOURED_SHARE, _FEW = 32, 0.05, 1024
+# thumbnails of 28 pixels are trained on
+_FEWEST = 16
 
 
 class Fault(NamedTuple):
@@ -144,9 +147,18 @@ def marks_fault(path: Path) -> str | None:
 
 
 def pages_fault(image: Image.Image) -> str:
-    """Say that a picture holds several; empty where it is one, or a JPEG with its previews behind it."""
+    """Say that a picture holds several, or too few pixels; empty where it is one, also with previews behind a JPEG."""
     pages = getattr(image, "n_frames", 1)
-    return f"holds {pages} pages or frames. Give one X-ray per file" if pages > 1 and image.format != "MPO" else ""
+    if pages > 1 and image.format != "MPO":
+        return f"holds {pages} pages or frames. Give one X-ray per file"
+    return size_fault(*image.size)
+
+
+def size_fault(columns: int, rows: int) -> str:
+    """Say that there are too few pixels for an X-ray; empty where there are not."""
+    if min(columns, rows) >= _FEWEST:
+        return ""
+    return f"has {columns} x {rows} pixels, too few for an X-ray. Give the film in full size"
 
 
 def film_fault(header: DicomHeader) -> Fault | None:
@@ -166,7 +178,7 @@ def film_fault(header: DicomHeader) -> Fault | None:
 
 
 def dicom_warnings(header: DicomHeader) -> tuple[str, ...]:
-    """Warnings where the header names another part of the body than the trunk, or a detector's raw values."""
+    """Warnings where the header names another part of the body than the trunk, raw values, or oblong pixels."""
     part, intent = header.text("BodyPartExamined"), header.text("PresentationIntentType").upper()
     # as TÓRAX
     plain = unicodedata.normalize("NFKD", part).encode("ascii", "ignore").decode().upper()
@@ -175,6 +187,9 @@ def dicom_warnings(header: DicomHeader) -> tuple[str, ...]:
         found.append(f"The DICOM header names the body part {part[:40]}; the network knows chests.")
     if intent == "FOR PROCESSING":
         found.append("The film is FOR PROCESSING, a detector's raw values. Give the one FOR PRESENTATION.")
+    sides = header.pixel_spacing or header.numbers("PixelAspectRatio") or (1.0, 1.0)
+    if header.sop_class not in CT_CLASSES and header.modality != "CT" and max(sides) > 1.01 * min(sides):
+        found.append(f"The film's pixels are not square ({sides[0]:g} high, {sides[1]:g} wide), but are read as such.")
     return tuple(found)
 
 

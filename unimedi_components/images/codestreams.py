@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a JPEG, JPEG-LS or JPEG 2000 codestream says of its own pixels: decoders believe the DICOM header instead.
+
+GDCM ends the whole process where a codestream has fewer values than the header says.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import NamedTuple
+
+from unimedi_components.images.headers import DicomHeader
+
+__all__ = ["Form", "form_fault", "form_of"]
+
+_J2K = b"\xff\x4f\xff\x51"
+# ITU T.81 B.1.1.3 and T.87 C.1.1: starts of a frame, which are neither tables nor arithmetic conditions
+_STARTS = (*(number for number in range(0xC0, 0xD0) if number not in (0xC4, 0xC8, 0xCC)), 0xF7)
+_FILL = 0xFF
+
+
+class Form(NamedTuple):
+    """Pixels along a row and along a column, values of a pixel, and bits of a value."""
+
+    columns: int
+    rows: int
+    samples: int
+    bits: int
+
+
+def form_of(code: bytes) -> Form | None:
+    """The form of a codestream's pixels; None where it is of another kind, damaged, or leaves its rows open."""
+    try:
+        if code.startswith(_J2K) or code[4:8] == b"jP  ":
+            # ITU T.800 A.5.1, in a JP2 file behind its boxes
+            size = code[code.index(_J2K) :]
+            right, bottom, left, top = struct.unpack(">4I", size[8:24])
+            return Form(right - left, bottom - top, int.from_bytes(size[40:42], "big"), (size[42] & 0x7F) + 1)
+        place = 2
+        while code[place] == _FILL and code[place + 1] not in _STARTS:
+            place += 1 if code[place + 1] == _FILL else 2 + int.from_bytes(code[place + 2 : place + 4], "big")
+        if code[place] != _FILL or not code.startswith(b"\xff\xd8"):
+            return None
+        bits, rows, columns, samples = struct.unpack(">BHHB", code[place + 4 : place + 10])
+        return Form(columns, rows, samples, bits) if rows else None
+    except (IndexError, ValueError, struct.error):
+        return None
+
+
+def form_fault(code: bytes, header: DicomHeader) -> str:
+    """Say that a codestream holds other pixels than the header says; empty where it does not, or says nothing."""
+    if (form := form_of(code)) is None:
+        return ""
+    if (form.columns, form.rows) != (header.columns, header.rows):
+        said = f"{header.columns} x {header.rows}"
+        return f"the codestream has {form.columns} x {form.rows} pixels, the header says {said}"
+    if form.samples != header.samples or form.bits > header.bits_allocated:
+        said = f"{header.samples} of {header.bits_allocated}"
+        return f"the codestream has {form.samples} value(s) of {form.bits} bits a pixel, the header says {said}"
+    return ""
