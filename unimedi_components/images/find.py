@@ -18,7 +18,7 @@ from unimedi_components.images.dicom_series import sort_headers
 from unimedi_components.images.dicom_stacks import Stack
 from unimedi_components.images.headers import DicomHeader, read_header, values_of
 from unimedi_components.images.identify import DICOM, PICTURES, content_fault, identify, is_image
-from unimedi_components.images.itk_volumes import voxel_files
+from unimedi_components.images.text_headers import voxel_files
 from unimedi_components.images.volume import read_volume_header, stack_header
 from unimedi_components.images.xray_checks import dicom_warnings
 
@@ -211,7 +211,9 @@ def sort_files(files: Iterable[Path], assume_hu: bool = False) -> tuple[list[Ima
             contents[file] = identify(file)
         except OSError as error:
             why = f"cannot be opened ({error.strerror or error})"
-            why = why if file.exists() else "is a link to a file that is missing. Fetch it" if file.is_symlink() else why
+            why = (
+                why if file.exists() else "is a link to a file that is missing. Fetch it" if file.is_symlink() else why
+            )
             left_out.append(LeftOut(str(file), why, True))
     voxels = {
         Path(os.path.normpath(file.parent / name))

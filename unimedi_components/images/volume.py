@@ -22,14 +22,8 @@ from unimedi_components.images.dicom_series import sort_headers
 from unimedi_components.images.dicom_stacks import DicomSlice, Stack
 from unimedi_components.images.headers import DicomHeader, is_dicom, read_header
 from unimedi_components.images.identify import identify
-from unimedi_components.images.itk_volumes import (
-    AIR_HU,
-    NOT_GREY,
-    cut_off,
-    header_warnings,
-    read_itk,
-    read_itk_geometry,
-)
+from unimedi_components.images.itk_volumes import AIR_HU, NOT_GREY, read_itk, read_itk_geometry
+from unimedi_components.images.text_headers import cut_off, header_warnings
 
 try:
     # decodes faster than zlib

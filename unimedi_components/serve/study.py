@@ -13,7 +13,7 @@ from unimedi_components.errors import DataError, reason_of
 from unimedi_components.images.dicom_series import Sorted, sort_headers
 from unimedi_components.images.headers import DicomHeader, read_header
 from unimedi_components.images.identify import DICOM, PICTURES, VOLUMES, content_fault, family_of_name, identify
-from unimedi_components.images.itk_volumes import voxel_files
+from unimedi_components.images.text_headers import voxel_files
 from unimedi_components.images.volume import read_volume_header
 from unimedi_components.images.xray import read_xray
 from unimedi_components.images.xray_checks import PICTURE_FORMATS, dicom_warnings, modality_words

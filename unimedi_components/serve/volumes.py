@@ -20,7 +20,7 @@ import nibabel as nib
 
 from unimedi_components.errors import reason_of
 from unimedi_components.images.checks import CTLimits, check_ct
-from unimedi_components.images.itk_volumes import header_gap, voxel_files, voxels_elsewhere
+from unimedi_components.images.text_headers import header_gap, voxel_files, voxels_elsewhere
 from unimedi_components.images.volume import read_volume_header
 from unimedi_components.serve.faults import Limits, UploadError, too_large, unusable
 from unimedi_components.serve.uploads import Received
