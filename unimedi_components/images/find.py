@@ -210,10 +210,9 @@ def sort_files(files: Iterable[Path], assume_hu: bool = False) -> tuple[list[Ima
         try:
             contents[file] = identify(file)
         except OSError as error:
+            lost = file.is_symlink() and not file.exists()
             why = f"cannot be opened ({error.strerror or error})"
-            why = (
-                why if file.exists() else "is a link to a file that is missing. Fetch it" if file.is_symlink() else why
-            )
+            why = "is a link to a file that is missing. Fetch it" if lost else why
             left_out.append(LeftOut(str(file), why, True))
     voxels = {
         Path(os.path.normpath(file.parent / name))

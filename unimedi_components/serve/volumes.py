@@ -54,8 +54,8 @@ def prepare_volume(content: str, file: Received, companions: Sequence[Received],
     Raises:
         UploadError: too large, damaged, 4D, or without usable geometry.
     """
-    if fault := voxels_elsewhere(file.path) or header_gap(file.path):
-        raise unusable(f"{file.name}: {fault}.")
+    if gap := voxels_elsewhere(file.path) or header_gap(file.path):
+        raise unusable(f"{file.name}: {gap}.")
     try:
         if content.startswith("nifti"):
             path = _nifti(file, folder, limits)
