@@ -340,13 +340,6 @@ def a_capture_of_the_series_own_size(writer: Writer) -> Path:
     return ct(writer)
 
 
-@kind("volume", "is a link to a file that is missing. Fetch it", BODY)
-def a_link_to_nothing(writer: Writer) -> Path:
-    folder = ct(writer)
-    (folder / "gone.dcm").symlink_to(folder / "nothing")
-    return folder
-
-
 @kind("volume", truth=BODY)
 def a_hidden_folder_beside(writer: Writer) -> Path:
     film(writer, "ct/.Trashes/a.dcm")
