@@ -282,6 +282,11 @@ def oblong_pixels_of_no_size(writer: Writer) -> Path:
     return film(writer, PixelAspectRatio=[2, 1])
 
 
+@kind("xray", "The film has 15 x 16 pixels, too few to show a chest")
+def a_films_thumbnail(writer: Writer) -> Path:
+    return film(writer, pixels=FILM[:16, :15])
+
+
 # volumes --------------------------------------------------------------------------------------------------------------
 
 
@@ -1009,6 +1014,16 @@ def a_codestream_of_another_shape(writer: Writer) -> Path:
     return rewrite(path, lambda file: file.update({"Rows": 70, "Columns": 90}))
 
 
+@kind("", "the codestream is damaged")
+def jpeg_of_damaged_segments(writer: Writer) -> Path:
+    path = compress(film(writer), "JPEGLosslessProcess14_1")
+    whole = bytearray(path.read_bytes())
+    # the mark of the segment behind the one that gives the size, of which GDCM ends the process
+    whole[whole.index(b"\xff\xc3") + 13] = 0xD7
+    path.write_bytes(whole)
+    return path
+
+
 def coded_otherwise(writer: Writer, coding: str, pixels: np.ndarray = FILM, **tags: Any) -> Path:
     bits = {"BitsStored": 8} if pixels.dtype == np.uint8 else {}
     return rewrite(compress(film(writer, pixels=pixels, **bits), coding), lambda file: file.update(tags))
@@ -1070,16 +1085,6 @@ def a_tiff_of_64_bits(writer: Writer) -> Path:
     tag = struct.pack("<HHI", 258, 3, 1)
     path.write_bytes(data.replace(tag + struct.pack("<H", 32), tag + struct.pack("<H", 64)))
     return path
-
-
-@kind("", "has 15 x 16 pixels, too few for an X-ray. Give the film in full size")
-def a_thumbnail(writer: Writer) -> Path:
-    return picture(writer, "a.png", FILM[:16, :15])
-
-
-@kind("", "has 15 x 16 pixels, too few for an X-ray. Give the film in full size")
-def a_films_thumbnail(writer: Writer) -> Path:
-    return film(writer, pixels=FILM[:16, :15])
 
 
 @kind("", "the DICOM is cut off")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a JPEG, JPEG-LS or JPEG 2000 codestream says of its own pixels: decoders believe the DICOM header instead.
 
-GDCM ends the whole process where a codestream has fewer values than the header says.
+GDCM ends the whole process where a codestream has fewer values than the header says, or segments that are damaged.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from unimedi_components.images.headers import DicomHeader
 
 __all__ = ["Form", "form_fault", "form_of"]
 
-_J2K = b"\xff\x4f\xff\x51"
+_J2K, _JPEG = b"\xff\x4f\xff\x51", b"\xff\xd8"
 # ITU T.81 B.1.1.3 and T.87 C.1.1: starts of a frame, which are neither tables nor arithmetic conditions
 _STARTS = (*(number for number in range(0xC0, 0xD0) if number not in (0xC4, 0xC8, 0xCC)), 0xF7)
-_FILL = 0xFF
+_SCAN, _FILL = 0xDA, 0xFF
 
 
 class Form(NamedTuple):
@@ -29,28 +29,28 @@ class Form(NamedTuple):
 
 
 def form_of(code: bytes) -> Form | None:
-    """The form of a codestream's pixels; None where it is of another kind, damaged, or leaves its rows open."""
+    """The form of a codestream's pixels; None where it is of another kind, or damaged before its pixels."""
     try:
         if code.startswith(_J2K) or code[4:8] == b"jP  ":
             # ITU T.800 A.5.1, in a JP2 file behind its boxes
             size = code[code.index(_J2K) :]
             right, bottom, left, top = struct.unpack(">4I", size[8:24])
             return Form(right - left, bottom - top, int.from_bytes(size[40:42], "big"), (size[42] & 0x7F) + 1)
-        place = 2
-        while code[place] == _FILL and code[place + 1] not in _STARTS:
-            place += 1 if code[place + 1] == _FILL else 2 + int.from_bytes(code[place + 2 : place + 4], "big")
-        if code[place] != _FILL or not code.startswith(b"\xff\xd8"):
-            return None
-        bits, rows, columns, samples = struct.unpack(">BHHB", code[place + 4 : place + 10])
-        return Form(columns, rows, samples, bits) if rows else None
+        place, form = 2, None
+        while code.startswith(_JPEG) and code[place] == _FILL and (marker := code[place + 1]) != _SCAN:
+            if marker in _STARTS:
+                bits, rows, columns, samples = struct.unpack(">BHHB", code[place + 4 : place + 10])
+                form = Form(columns, rows, samples, bits)
+            place += 1 if marker == _FILL else 2 + int.from_bytes(code[place + 2 : place + 4], "big")
+        return form if code[place] == _FILL else None
     except (IndexError, ValueError, struct.error):
         return None
 
 
 def form_fault(code: bytes, header: DicomHeader) -> str:
-    """Say that a codestream holds other pixels than the header says; empty where it does not, or says nothing."""
+    """Say that a codestream holds other pixels than the header says, or is damaged before them; else empty."""
     if (form := form_of(code)) is None:
-        return ""
+        return "the codestream is damaged" if code.startswith(_JPEG) else ""
     if (form.columns, form.rows) != (header.columns, header.rows):
         said = f"{header.columns} x {header.rows}"
         return f"the codestream has {form.columns} x {form.rows} pixels, the header says {said}"

@@ -31,7 +31,7 @@ from unimedi_components.images.dicom_stacks import (
     offsets,
 )
 from unimedi_components.images.headers import DicomHeader
-from unimedi_components.images.xray_checks import CT_CLASSES, XRAYS, modality_of, modality_words, size_fault
+from unimedi_components.images.xray_checks import CT_CLASSES, XRAYS, modality_of, modality_words
 
 __all__ = ["Sorted", "is_ct", "sort_headers"]
 
@@ -147,8 +147,6 @@ def _not_read(header: DicomHeader) -> str:
     if not is_ct(header):
         if header.frames > 1:
             return f"holds {header.frames} frames, a film or loop. Export one X-ray frame"
-        if fault := size_fault(header.columns, header.rows):
-            return fault
         if header.photometric not in _PHOTOMETRIC[header.samples]:
             named = header.photometric or "missing"
             return f"its PhotometricInterpretation is {named}, so what is black is unknown. Export it again"

@@ -28,7 +28,6 @@ __all__ = [
     "modality_of",
     "modality_words",
     "pages_fault",
-    "size_fault",
     "xray_fault",
 ]
 
@@ -147,18 +146,9 @@ def marks_fault(path: Path) -> str | None:
 
 
 def pages_fault(image: Image.Image) -> str:
-    """Say that a picture holds several, or too few pixels; empty where it is one, also with previews behind a JPEG."""
+    """Say that a picture holds several; empty where it is one, or a JPEG with its previews behind it."""
     pages = getattr(image, "n_frames", 1)
-    if pages > 1 and image.format != "MPO":
-        return f"holds {pages} pages or frames. Give one X-ray per file"
-    return size_fault(*image.size)
-
-
-def size_fault(columns: int, rows: int) -> str:
-    """Say that there are too few pixels for an X-ray; empty where there are not."""
-    if min(columns, rows) >= _FEWEST:
-        return ""
-    return f"has {columns} x {rows} pixels, too few for an X-ray. Give the film in full size"
+    return f"holds {pages} pages or frames. Give one X-ray per file" if pages > 1 and image.format != "MPO" else ""
 
 
 def film_fault(header: DicomHeader) -> Fault | None:
@@ -178,7 +168,7 @@ def film_fault(header: DicomHeader) -> Fault | None:
 
 
 def dicom_warnings(header: DicomHeader) -> tuple[str, ...]:
-    """Warnings where the header names another part of the body than the trunk, raw values, or oblong pixels."""
+    """Warnings where the header names another part of the body than the trunk, raw values, oblong or few pixels."""
     part, intent = header.text("BodyPartExamined"), header.text("PresentationIntentType").upper()
     # as TÓRAX
     plain = unicodedata.normalize("NFKD", part).encode("ascii", "ignore").decode().upper()
@@ -188,8 +178,11 @@ def dicom_warnings(header: DicomHeader) -> tuple[str, ...]:
     if intent == "FOR PROCESSING":
         found.append("The film is FOR PROCESSING, a detector's raw values. Give the one FOR PRESENTATION.")
     sides = header.pixel_spacing or header.numbers("PixelAspectRatio") or (1.0, 1.0)
-    if header.sop_class not in CT_CLASSES and header.modality != "CT" and max(sides) > 1.01 * min(sides):
+    film = header.sop_class not in CT_CLASSES and header.modality != "CT"
+    if film and max(sides) > 1.01 * min(sides):
         found.append(f"The film's pixels are not square ({sides[0]:g} high, {sides[1]:g} wide), but are read as such.")
+    if film and min(header.rows, header.columns) < _FEWEST:
+        found.append(f"The film has {header.columns} x {header.rows} pixels, too few to show a chest.")
     return tuple(found)
 
 
