@@ -35,7 +35,6 @@ $(STAMP): setup.cfg constraints.txt pyproject.toml
 	@touch $@
 
 pretrain: venv ## pre-train the embedded default of bundles/pretrain
-	$(VENV_PYTHON) -m unimedi_components cache bundles/pretrain/configs/train.json
 	$(VENV_PYTHON) -m monai.bundle run --config_file bundles/pretrain/configs/train.json
 
 table1 table2 table3 table4 table5 table6 table8 table9: venv ## the paper's tables on phantoms, or on UNIMEDI_DATA, to results/

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command `cache`: prepare all images of a config ahead, in parallel, so that no step of any rank waits for one."""
 
-import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -9,30 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from monai.bundle import ConfigParser
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
-from unimedi_components.errors import ConfigError, DataError
+from unimedi_components.errors import ConfigError
 from unimedi_components.loading.store import older_entries
 
 _SPLITS = {"training": "train#dataset", "validation": "validate#dataset"}
-
-
-class _Items(Dataset[str]):
-    """Indices to prepared items; of each comes back why it cannot be read, or nothing."""
-
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> str:
-        try:
-            return getattr(self.dataset[index], "reason", "")
-        except DataError as error:
-            # a worker's exception would arrive with its traceback in its text
-            return f"error: {error}"
 
 
 def fill_cache(config: Mapping[str, Any], workers: int | None = None) -> str:
@@ -51,15 +31,9 @@ def fill_cache(config: Mapping[str, Any], workers: int | None = None) -> str:
     parser = ConfigParser(dict(config))
     if parser.get("cache_dir") is None or any(id_ not in parser for id_ in _SPLITS.values()):
         raise ConfigError("this config caches no images: it needs cache_dir, train#dataset and validate#dataset")
-    count = (os.cpu_count() or 1) if workers is None else workers
     for name, id_ in _SPLITS.items():
         dataset, begun = parser.get_parsed_content(id_), time.monotonic()
-        loader = DataLoader(_Items(dataset), batch_size=None, num_workers=min(count, len(dataset)))
-        unreadable = 0
-        for fault in tqdm(loader, total=len(dataset), desc=f"caching {name}", unit="image"):
-            if fault.startswith("error: "):
-                raise DataError(fault.removeprefix("error: "))
-            unreadable += bool(fault)
+        unreadable = len(dataset.prepare(range(len(dataset)), workers, name))
         seconds = time.monotonic() - begun
         print(f"{name}: {len(dataset) - unreadable} images ready, {unreadable} unreadable, {seconds:.0f} s")
     folder = Path(str(parser.get_parsed_content("cache_dir")))

@@ -40,6 +40,11 @@ def rank() -> int:
     return dist.get_rank() if is_distributed() else 0
 
 
+def cores() -> int:
+    """Number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def local_device() -> torch.device:
     """The GPU of this process under torchrun, by LOCAL_RANK; the CPU where there is no GPU."""
     if not torch.cuda.is_available():

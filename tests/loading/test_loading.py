@@ -294,6 +294,32 @@ def test_unreadable_items_are_skipped_and_listed(broken, tmp_path, workers):
     assert again.skipped == [] and isinstance(again[3], Skipped) and len(again.skipped) == 1
 
 
+def test_processes_prepare_what_the_cache_lacks(broken, tmp_path, monkeypatch, caplog):
+    """The same images as one by one; what cannot be read is named once, and random numbers stay."""
+    root, items, _ = broken
+    lone = images(items, transforms(crop=False), root, tmp_path / "lone")
+    expected = [lone[index] for index in range(len(items))]
+    dataset = images(items, transforms(crop=False), root, tmp_path / "cache")
+    dataset[0], dataset[13]
+    assert dataset.missing() == [index for index in range(len(items)) if index not in (0, 13)]
+    state = torch.get_rng_state()
+    found = dataset.prepare(dataset.missing(), workers=2)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert sorted(record.id for record in found) == ["c2", "x3", "x7"]
+    assert [items[index]["id"] for index in dataset.missing()] == ["x3", "x7", "c2"]
+    assert records(tmp_path / "cache") == records(tmp_path / "lone") == len(items) - 3
+    caplog.clear()
+    kept = [dataset[index] for index in range(len(items))]
+    assert not caplog.records and dataset.skipped == lone.skipped
+    assert [isinstance(item, Skipped) for item in kept] == [isinstance(item, Skipped) for item in expected]
+    assert all(
+        torch.equal(a["image"], b["image"]) for a, b in zip(kept, expected, strict=True) if not isinstance(a, Skipped)
+    )
+    assert images(items, transforms(), root).missing() == []
+    with pytest.raises(DataError, match=r"x3\.jpg: truncated JPEG"):
+        images(items, transforms(), root, tmp_path / "strict", strict=True).prepare(range(len(items)), workers=2)
+
+
 def test_strict_names_the_file(broken, tmp_path):
     root, items, _ = broken
     dataset = images(items, transforms(), root, tmp_path / "cache", strict=True)

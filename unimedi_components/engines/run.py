@@ -9,6 +9,7 @@ import torch
 from ignite.engine import Engine, Events
 from torch import nn
 
+from unimedi_components.distributed import cores, world_size
 from unimedi_components.engines.calibration import CalibrateProjection
 from unimedi_components.engines.checkpoint import TaskCheckpoint, TrainingCheckpoint
 from unimedi_components.engines.early_stop import EarlyStop
@@ -25,6 +26,9 @@ from unimedi_components.engines.progress import TrainingProgress
 from unimedi_components.engines.target_information import WatchTargets
 from unimedi_components.engines.whitening import WhitenTokenizers
 from unimedi_components.networks.cards import network_card
+
+# fewer images are prepared sooner than a process for them is started
+_WORTH_A_PROCESS = 32
 
 
 def set_up(seed: int, device: torch.device | str, matmul_precision: str | None = None) -> None:
@@ -47,12 +51,21 @@ def set_up(seed: int, device: torch.device | str, matmul_precision: str | None =
 class _Run:
     """Handlers in the order in which a trainer's events reach them, behind its schedule and its validation."""
 
-    def __init__(self, history: History, datasets: Sequence[Any], parts: Sequence[Any]) -> None:
-        self.history, self.datasets, self.parts = history, datasets, parts
+    def __init__(self, history: History, loader: Any, datasets: Sequence[Any], parts: Sequence[Any]) -> None:
+        self.history, self.loader, self.datasets, self.parts = history, loader, datasets, parts
 
     def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, self._prepare_images)
         for part in self.parts:
             part.attach(engine)
+
+    def _prepare_images(self) -> None:
+        """Prepare with every core what a lone process without workers would prepare step by step with one."""
+        if self.loader.num_workers or world_size() > 1 or cores() == 1:
+            return
+        for dataset in self.datasets:
+            if count := len(missing := dataset.missing()) // _WORTH_A_PROCESS:
+                dataset.prepare(missing, min(count, cores()))
 
 
 class TaskRun(_Run):
@@ -106,7 +119,7 @@ class TaskRun(_Run):
             TrainingProgress("training", total=total_steps),
             SkippedStudies(datasets, output_dir),
         ]
-        super().__init__(history, datasets, parts)
+        super().__init__(history, loader, datasets, parts)
 
     def attach(self, engine: Engine) -> None:
         super().attach(engine)
@@ -173,4 +186,4 @@ class PretrainingRun(_Run):
             TrainingProgress(),
             SkippedStudies(datasets, output_dir),
         ]
-        super().__init__(history, datasets, parts)
+        super().__init__(history, loader, datasets, parts)

@@ -18,10 +18,13 @@ import torch
 from monai.data import MetaTensor, PersistentDataset, get_track_meta, set_track_meta
 from monai.transforms import CenterSpatialCropd, DeleteItemsd, EnsureTyped, Resized, ScaleIntensityRanged, SpatialPadd
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
 
 from unimedi_components.data.roi_boxes import boxes_of_rois
 from unimedi_components.data.transforms import ByDimension
 from unimedi_components.data.xray_loading import LoadXrayd
+from unimedi_components.distributed import cores
 from unimedi_components.errors import ConfigError, DataError, reason_of
 from unimedi_components.images.find import ImageList
 from unimedi_components.loading.collate import collate
@@ -127,6 +130,36 @@ class ImageDataset(PersistentDataset):
         self._dims = np.array([item["dim"] for item in data], np.uint8)
         # what an item is kept under, once its files were looked at; zeros before
         self._keys = np.zeros((len(data), 16), np.uint8)
+
+    def missing(self) -> list[int]:
+        """Indices of the items whose images are not in the cache; none without one."""
+        if not self._stores or self.keep_meta:
+            return []
+        return [index for index in range(len(self)) if not self._is_cached(index)]
+
+    def prepare(self, indices: Sequence[int], workers: int | None = None, what: str = "images") -> list[Skipped]:
+        """Put images into the cache with several processes; returns the items that cannot be read.
+
+        An interrupted call loses nothing, and any number of them, on any number of machines, may run at a time.
+
+        Args:
+            workers: processes; None for one per core.
+            what: what the progress bar calls the images.
+
+        Raises:
+            DataError: a file cannot be read, and the data set is `strict`.
+        """
+        count = min(len(indices), cores() if workers is None else workers)
+        # a generator of its own: a run's random numbers are those that it has when all is cached
+        loader = DataLoader(_Prepared(self, indices), batch_size=None, num_workers=count, generator=torch.Generator())
+        skipped = []
+        for fault in tqdm(loader, total=len(indices), desc=f"caching {what}", unit="image"):
+            if isinstance(fault, str):
+                raise DataError(fault)
+            if fault is not None:
+                skipped.append(fault)
+        self._skipped.update((fault.id, fault) for fault in skipped)
+        return skipped
 
     def without_stand_ins(self) -> Self:
         """The same items, none of which stands in for an unreadable one."""
@@ -238,18 +271,27 @@ class ImageDataset(PersistentDataset):
         dim = item["dim"]
         if dim not in self._stores or self.keep_meta:
             return self._compute(self._source(item))
-        source = None
-        if not self._keys[index].any():
-            source = self._source(item)
-            self._keys[index] = np.frombuffer(_key(source), np.uint8)
-        key = self._keys[index].tobytes()
+        key = self._key(item, index)
         if (found := self._stores[dim].get(key)) is None:
-            made = self._compute(source or self._source(item))
+            made = self._compute(self._source(item))
             block = pack({name: made[name] for name in self.kept})
             self._stores[dim].put(key, block)
             # rounded as it will be when it is read
             found = unpack(block)
         return found
+
+    def _key(self, item: Mapping[str, Any], index: int) -> bytes:
+        if not self._keys[index].any():
+            self._keys[index] = np.frombuffer(_key(self._source(item)), np.uint8)
+        return self._keys[index].tobytes()
+
+    def _is_cached(self, index: int) -> bool:
+        item = self.data[index]
+        try:
+            return self._key(item, index) in self._stores[item["dim"]]
+        except Exception:
+            # whoever prepares it says why
+            return False
 
     def _compute(self, item: dict[str, Any]) -> dict[str, Any]:
         steps = self.transform.cached_transforms(item["dim"])
@@ -260,6 +302,24 @@ class ImageDataset(PersistentDataset):
         if not torch.isfinite(torch.stack(found["image"].as_subclass(Tensor).aminmax())).all():
             raise DataError(f"{item['image']}: holds values that are not finite numbers")
         return found
+
+
+class _Prepared(Dataset[Skipped | str | None]):
+    """Images of a data set to be put into its cache; of each comes back why it cannot be read, or nothing."""
+
+    def __init__(self, dataset: ImageDataset, indices: Sequence[int]) -> None:
+        self.dataset, self.indices = dataset, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Skipped | str | None:
+        try:
+            item = self.dataset[self.indices[index]]
+        except DataError as error:
+            # a worker's exception would arrive with its traceback in its text
+            return str(error)
+        return item if isinstance(item, Skipped) else None
 
 
 def _check_items(data: Sequence[Mapping[str, Any]], target: str | None) -> None:

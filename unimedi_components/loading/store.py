@@ -124,10 +124,7 @@ class ImageStore:
         pair = _pair(key)
         if (block := self._added.get(pair)) is not None:
             return unpack(block)
-        rows = self._find(pair)
-        if not len(rows) and time.perf_counter() - self._looked > self._pause:
-            self.look()
-            rows = self._find(pair)
+        rows = self._find_fresh(pair)
         for row in rows:
             view = self._block(row)
             if view is not None and (row["sound"] or zlib.crc32(view) == row["crc"]):
@@ -139,6 +136,10 @@ class ImageStore:
             self._outdated = True
             logger.warning("%s: files have changed since their images were cached; these are made again", self.folder)
         return None
+
+    def __contains__(self, key: bytes) -> bool:
+        pair = _pair(key)
+        return pair in self._added or len(self._find_fresh(pair)) > 0
 
     def put(self, key: bytes, block: bytes) -> None:
         """Add a packed image. Where nothing can be written, say so once and go on without."""
@@ -182,6 +183,13 @@ class ImageStore:
         self._added.clear()
         self._looked = time.perf_counter()
         self._pause = (time.process_time() - begun) / _LOOK_SHARE
+
+    def _find_fresh(self, pair: tuple[int, int]) -> np.ndarray:
+        rows = self._find(pair)
+        if not len(rows) and time.perf_counter() - self._looked > self._pause:
+            self.look()
+            rows = self._find(pair)
+        return rows
 
     def _find(self, pair: tuple[int, int]) -> np.ndarray:
         """Rows of a key, mostly one; a view, so that what is noted in them stays."""
