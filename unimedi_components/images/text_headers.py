@@ -24,7 +24,11 @@ _HEADER_BYTES = 2**16
 # fields without which a header says nothing, as what they have to match
 _NUMBERS = r"[\d.eE+-]+(\s+[\d.eE+-]+)*"
 _WANTED = {
-    False: {"DimSize": _NUMBERS, "ElementType": "MET_(U?(CHAR|SHORT|INT|LONG|LONG_LONG)|FLOAT|DOUBLE)"},
+    False: {
+        "DimSize": _NUMBERS,
+        "ElementType": "MET_(U?(CHAR|SHORT|INT|LONG|LONG_LONG)|FLOAT|DOUBLE)",
+        "ElementDataFile": r"\S.*",
+    },
     True: {"sizes": _NUMBERS, "type": r"(?!block)\S.*"},
 }
 # the spaces whose axes are the patient's, and codings that ITK's reader has
@@ -118,6 +122,9 @@ def header_gap(path: str | Path) -> str:
             return f"its header {said}. Export it again"
     if not fields.keys() & ({"space directions", "spacings"} if nrrd else {"elementspacing", "elementsize"}):
         return "its header gives no spacing, so the size of its voxels is unknown. Export it again"
+    axes, sizes = fields.get("dimension" if nrrd else "ndims", ""), fields["sizes" if nrrd else "dimsize"].split()
+    if axes != str(len(sizes)):
+        return f"its header says {axes or 'no'} axes and {len(sizes)} sizes. Export it again"
     if not nrrd and re.search(r"(^|\s)-", fields.get("elementspacing", "")):
         return "its header gives a spacing below 0, so its orientation is unknown. Export it again"
     if nrrd and "space" not in fields:
