@@ -1014,6 +1014,11 @@ def a_codestream_of_another_shape(writer: Writer) -> Path:
     return rewrite(path, lambda file: file.update({"Rows": 70, "Columns": 90}))
 
 
+@kind("", "its header says 12,600 bytes of pixels, the file has 25,200")
+def more_frames_than_the_header_says(writer: Writer) -> Path:
+    return film(writer, pixels=np.stack([FILM] * 2))
+
+
 @kind("", "the codestream is damaged")
 def jpeg_of_damaged_segments(writer: Writer) -> Path:
     path = compress(film(writer), "JPEGLosslessProcess14_1")

@@ -102,6 +102,8 @@ def pixel_fault(header: DicomHeader) -> str:
     have = header.pixel_length if deflated else min(header.pixel_length, size - header.pixel_offset)
     if have < min(need, header.pixel_length) or (have < need and header.transfer_syntax in _PLAIN):
         return f"the DICOM is cut off: its header says {need:,} bytes of pixels, the file has {have:,}. Export it again"
+    if header.transfer_syntax in _PLAIN and header.pixel_length >= 2 * need:
+        return f"its header says {need:,} bytes of pixels, the file has {header.pixel_length:,}. Export it again"
     return ""
 
 

@@ -168,7 +168,11 @@ def expand(names: Sequence[str], base: Path) -> list[Path]:
 def _below(folder: Path) -> Iterator[Path]:
     """Files below a folder and the folders that it links to, each folder once; also links to files that are missing."""
     seen = set()
-    for here, folders, names in os.walk(folder, followlinks=True):
+
+    def closed(error: OSError) -> None:
+        logger.warning("left out %s: cannot be opened (%s)", error.filename, error.strerror)
+
+    for here, folders, names in os.walk(folder, onerror=closed, followlinks=True):
         if (place := os.path.realpath(here)) in seen:
             folders.clear()
             continue
