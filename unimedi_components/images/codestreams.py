@@ -16,7 +16,9 @@ __all__ = ["Form", "form_fault", "form_of"]
 _J2K, _JPEG = b"\xff\x4f\xff\x51", b"\xff\xd8"
 # ITU T.81 B.1.1.3 and T.87 C.1.1: starts of a frame, which are neither tables nor arithmetic conditions
 _STARTS = (*(number for number in range(0xC0, 0xD0) if number not in (0xC4, 0xC8, 0xCC)), 0xF7)
-_SCAN, _FILL = 0xDA, 0xFF
+_APP14, _SCAN, _FILL = 0xEE, 0xDA, 0xFF
+# ITU T.872 6.5.3: none, YCbCr, YCCK
+_TRANSFORMS = 2
 
 
 class Form(NamedTuple):
@@ -41,6 +43,8 @@ def form_of(code: bytes) -> Form | None:
             if marker in _STARTS:
                 bits, rows, columns, samples = struct.unpack(">BHHB", code[place + 4 : place + 10])
                 form = Form(columns, rows, samples, bits)
+            if marker == _APP14 and code[place + 4 : place + 9] == b"Adobe" and code[place + 15] > _TRANSFORMS:
+                return None
             place += 1 if marker == _FILL else 2 + int.from_bytes(code[place + 2 : place + 4], "big")
         return form if code[place] == _FILL else None
     except (IndexError, ValueError, struct.error):

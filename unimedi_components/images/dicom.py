@@ -269,7 +269,7 @@ def _complete(dataset: Any, header: DicomHeader) -> None:
     """Give a data set what pydicom wants to be told, as the header was understood."""
     grey = header.samples == 1 and header.photometric != "PALETTE COLOR"
     wanted = {
-        "PhotometricInterpretation": "MONOCHROME2",
+        "PhotometricInterpretation": "RGB" if header.samples > 1 else "MONOCHROME2",
         "SamplesPerPixel": header.samples,
         "PixelRepresentation": int(header.signed),
         "PlanarConfiguration": 0,
