@@ -40,12 +40,15 @@ def form_of(code: bytes) -> Form | None:
             return Form(right - left, bottom - top, int.from_bytes(size[40:42], "big"), (size[42] & 0x7F) + 1)
         place, form = 2, None
         while code.startswith(_JPEG) and code[place] == _FILL and (marker := code[place + 1]) != _SCAN:
+            # the mark, the length that counts itself, and what it holds
+            segment = code[place + 4 : place + 2 + int.from_bytes(code[place + 2 : place + 4], "big")]
             if marker in _STARTS:
-                bits, rows, columns, samples = struct.unpack(">BHHB", code[place + 4 : place + 10])
+                bits, rows, columns, samples = struct.unpack(">BHHB", segment[:6])
                 form = Form(columns, rows, samples, bits)
-            if marker == _APP14 and code[place + 4 : place + 9] == b"Adobe" and code[place + 15] > _TRANSFORMS:
+            # shorter ones are no Adobe's
+            if marker == _APP14 and segment.startswith(b"Adobe") and len(segment) > 11 and segment[11] > _TRANSFORMS:
                 return None
-            place += 1 if marker == _FILL else 2 + int.from_bytes(code[place + 2 : place + 4], "big")
+            place += 1 if marker == _FILL else 4 + len(segment)
         return form if code[place] == _FILL else None
     except (IndexError, ValueError, struct.error):
         return None
