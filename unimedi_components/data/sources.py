@@ -104,6 +104,8 @@ def read_text(path: Path, utf_16: bool = False) -> str:
     """
     data = path.read_bytes()
     data = gzip.decompress(data) if path.suffix == ".gz" else data
+    if data.startswith(b"PK\x03\x04"):
+        raise DataError(f"{path}: is an Excel workbook or a zip archive, not text. Save it as CSV in UTF-8.")
     wide = utf_16 and data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     return data.decode("utf-16" if wide else "utf-8-sig")
 
@@ -119,9 +121,10 @@ def unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def read_source(path: Path, required: Sequence[str] = (), sep: str = ",", remedy: str = "") -> pd.DataFrame:
     """Read a csv or tsv, gzipped or not, every cell as the text that stands in the file.
 
-    Byte-order marks (also of UTF-16), CRLF line ends, blanks around column names and before cells, semicolons or tabs
-    in place of `sep`, and a separator at the end of each row are accepted; an empty cell is ``""``. Raises DataError:
-    the file is missing, empty, not a table, or lacks a required column (the nearest one is named).
+    Byte-order marks (also of UTF-16), CRLF line ends, blanks around column names and before cells, semicolons, tabs or
+    bars in place of `sep`, Excel's line `sep=;`, and a separator at the end of each row are accepted; an empty cell is
+    ``""``. Raises DataError: the file is missing, empty, not a table, or lacks a required column (the nearest one is
+    named).
 
     Args:
         required: columns that must be there (matched without regard to case and renamed to this spelling).
@@ -166,9 +169,12 @@ def read_json(path: Path, remedy: str, what: str = "JSON", **options: Any) -> An
 def _read_cells(path: Path, sep: str) -> pd.DataFrame:
     """Read a table as text; blanks after a separator are left out, so that a quote behind them is one."""
     text = read_text(path, utf_16=True)
+    # Excel's own first line
+    told = re.match(r"sep=(.)[\r\n]+", text)
+    text = text[told.end() :] if told else text
     header = re.split(r"[\r\n]", text, maxsplit=1)[0]
-    if sep not in header:
-        sep = next((mark for mark in ";\t" if mark in header), sep)
+    if told or sep not in header:
+        sep = told[1] if told else next((mark for mark in ";\t|" if mark in header), sep)
     options: dict[str, Any] = {"sep": sep, "dtype": str, "keep_default_na": False, "skipinitialspace": True}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", pd.errors.ParserWarning)

@@ -210,6 +210,9 @@ def _read_rows(table: Path, image_column: str, report_column: str, label_column:
     rows = []
     for number, record in enumerate(frame.to_dict("records"), start=2):
         name = record[image_column].strip()
+        if "\\" in name and not (table.parent / name).exists():
+            # written on Windows
+            name = name.replace("\\", "/")
         image = Path(os.path.normpath(table.parent / name)) if name else Path()
         patient = cell(record, "patient") or f"{table.stem}:{name}"
         more = (cell(record, column) for column in ("split", label_column.lower(), "id"))
