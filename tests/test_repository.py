@@ -193,10 +193,10 @@ ARROWS = {
     "loading": {"data", "distributed", "errors", "images", "loading"},
     "networks": {"errors", "networks", "selection", "distributed"},
     "losses": {"errors", "losses", "networks", "distributed"},
-    "metrics": {"distributed", "errors", "losses", "metrics"},
+    "metrics": {"arrays", "distributed", "errors", "losses", "metrics"},
     "retrieval": {
-        *("data", "distributed", "engines", "errors", "figures", "files", "images", "loading", "losses", "metrics"),
-        *("lazy", "networks", "provenance", "retrieval", "tasks"),
+        *("arrays", "data", "distributed", "engines", "errors", "figures", "files", "images", "lazy", "loading"),
+        *("losses", "metrics", "networks", "provenance", "retrieval", "tasks"),
     },
     "selection": set(),
     "distributed": {"errors"},

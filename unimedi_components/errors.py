@@ -34,6 +34,9 @@ def reason_of(error: BaseException, path: str | Path, name: str = "") -> str:
         return text.partition("\n")[0]
     if isinstance(error, FileNotFoundError):
         return "no such file. Correct the path or fetch the file"
+    # Pillow's for a picture that starts as one
+    if type(error).__name__ == "UnidentifiedImageError":
+        return "its header is damaged, or its pixels are of a kind that is not read. Save it as 8- or 16-bit grey"
     lines = [line.strip(" -") for line in text.splitlines()]
     # behind a fault that ITK names itself it tells that of the system's last call, whatever that was
     why = next((line for line in reversed(lines) if line and not line.startswith("Reason:")), "")

@@ -22,10 +22,8 @@ def give_reasons(app: type) -> None:
     A training then also ends at the first image or label that cannot be used, which it would leave out otherwise. Of a
     DICOMweb archive, a film is read from its DICOM rather than from the NIfTI that MONAI Label makes of it, which knows
     nothing of inverted greys; and a DICOM SEG names the segments that a mask has, where MONAI Label takes the first
-    names of "label_info" whatever they are.
-
-    Args:
-        app: the class of the app in its `main.py`, such as `MyApp` of the sample app `monaibundle`; changed in place.
+    names of "label_info" whatever they are. ``app``: the class of the app in its `main.py`, such as `MyApp` of the
+    sample app `monaibundle`; changed in place.
     """
     infer, train = app.infer, app.train  # type: ignore[attr-defined]
 

@@ -6,6 +6,7 @@ Rows are patch tokens that the self-distillation compares. Of a task, torch coun
 """
 
 import math
+from bisect import bisect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,7 @@ GPUS = {
     "h100-80": (80, 989, 67, 494),
 }
 _WITHOUT_BFLOAT16 = ("v100-32",)
+Config = dict[str, Any]
 GIB = 2**30
 # of the card's memory; the rest is left to CUDA, cuDNN and fragments
 _USABLE = 0.9
@@ -51,7 +53,6 @@ class StepCost:
     """One training step of one rank.
 
     Args:
-        flops: of all passes, forward and backward.
         activations: bytes that autograd keeps between forward and backward.
         passing: bytes of what is largest for a moment beside them.
         float32: FLOPs that are computed in float32 though the rest is in half precision.
@@ -197,7 +198,7 @@ def state_bytes(network: nn.Module, amp: bool = True, muon: bool = False) -> flo
     return 4.0 * (total + trained + moments) + (2.0 * trained if amp else 0.0)
 
 
-def network_of_config(config: dict[str, Any]) -> UniMedI:
+def network_of_config(config: Config) -> UniMedI:
     """The network of a pre-training config that `check_config` gave, without any memory, on the device "meta".
 
     A report encoder whose config is not at hand counts as a BERT-base. Raises ConfigError: no pre-training config.
@@ -217,7 +218,7 @@ def network_of_config(config: dict[str, Any]) -> UniMedI:
         return UniMedI(encoder, report, **{**parts, "compile": False})
 
 
-def _plain(config: dict[str, Any], value: Any) -> Any:
+def _plain(config: Config, value: Any) -> Any:
     """A value with what its references lead to; expressions stay text."""
     if isinstance(value, str) and value.startswith("@"):
         return _plain(config, ConfigParser(config)[value[1:]])
@@ -244,12 +245,8 @@ class Needs:
     """A run, as `describe` prints it.
 
     Args:
-        amp: mixed precision.
         cost: of a step of one rank with so many times the smallest batch.
-        times: the config's own batch.
         shown: a batch in words.
-        steps: of the whole run.
-        schedule: what these are, in words.
         cache: bytes, and of what.
         data: where the number of images comes from.
         once: FLOPs before the first step, of all ranks together.
@@ -268,13 +265,7 @@ class Needs:
 
 
 def describe(
-    config: dict[str, Any],
-    *,
-    gpu: str,
-    gpus: int = 8,
-    share: float = 0.4,
-    xrays: int | None = None,
-    cts: int | None = None,
+    config: Config, *, gpu: str, gpus: int = 8, share: float = 0.4, xrays: int | None = None, cts: int | None = None
 ) -> str:
     """The lines that the command `plan` prints; arguments as there.
 
@@ -304,7 +295,11 @@ def describe(
         larger = needs.cost(times)
         return fixed + larger.activations + larger.passing <= _USABLE * memory * GIB
 
-    largest = _largest(fits)
+    too_large = 1
+    while fits(too_large):
+        too_large *= 2
+    # how many of the batches below it fit
+    largest = bisect(range(1, too_large), False, key=lambda times: not fits(times))
     # cuDNN convolves float32 in TF32, unless torch is told otherwise
     seconds = (step.flops - step.float32 + needs.once / (gpus * needs.steps)) / peak + step.float32 / tf32
     hours = needs.steps * seconds / (1e12 * share) / 3600
@@ -333,19 +328,7 @@ def describe(
     return "\n".join(f"{name:<15}{text}" for name, text in lines.items())
 
 
-def _largest(fits: Callable[[int], bool]) -> int:
-    """The largest number that fits, 0 if none does."""
-    high = 1
-    while fits(high):
-        high *= 2
-    low = high // 2
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
-
-
-def _pretraining_needs(config: dict[str, Any], gpus: int, xrays: int | None, cts: int | None) -> Needs:
+def _pretraining_needs(config: Config, gpus: int, xrays: int | None, cts: int | None) -> Needs:
     left_out = [f"--{name}" for name, count in (("xrays", xrays), ("cts", cts)) if count is None]
     assumed = f"assumed: give {' and '.join(left_out)}" if left_out else "as given"
     xrays, cts = xrays or 300_000, cts or 10_000

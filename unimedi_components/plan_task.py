@@ -24,8 +24,7 @@ aten = torch.ops.aten
 class TaskStep:
     """The training step of a task bundle's config, for any number of images.
 
-    Raises:
-        ConfigError: not the config of a task's training.
+    Raises ConfigError: not the config of a task's training.
     """
 
     # the type of mixed precision; decoders keep float32 beside bfloat16, and take more memory

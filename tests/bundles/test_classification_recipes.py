@@ -20,7 +20,7 @@ from monai.transforms import CenterSpatialCrop, RandFlipd, RandSpatialCrop
 from unimedi_components.config_check import check_config
 from unimedi_components.data import cc_ccii, chexpert, covidx, luna16, rsna
 from unimedi_components.data.catalogue import find_dataset
-from unimedi_components.data.datalist import DatalistBuilder
+from unimedi_components.data.phantom import write_phantom
 from unimedi_components.data.transforms import ByDimension
 
 BUNDLES = Path(__file__).resolve().parents[2] / "bundles"
@@ -193,8 +193,8 @@ def test_labels_are_those_of_the_converter(name: str) -> None:
 
 
 def test_rsna_converter_says_the_names(tmp_path: Path) -> None:
-    builder = DatalistBuilder("rsna", tmp_path)
-    rsna._describe(builder, "classification", "paper")
+    write_phantom("rsna", tmp_path / "rsna", 12, 5, workers=0, progress=False)
+    builder = rsna.collect(tmp_path / "rsna", progress=False)
     assert (builder.meta["task"], tuple(builder.meta["label_names"])) == LABELS["rsna"]
 
 

@@ -13,7 +13,7 @@ ROWS = ["image,report", 'a.png,"Größe normal; no effusion, clear."', "b.png,cl
 CELLS = [["a.png", "Größe normal; no effusion, clear."], ["b.png", "clear"]]
 
 
-@pytest.mark.parametrize("mark", [",", ";", "\t"])
+@pytest.mark.parametrize("mark", [",", ";", "\t", "|"])
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
 @pytest.mark.parametrize("packed", [False, True])
 def test_separator_and_encoding_are_those_of_the_file(mark: str, encoding: str, packed: bool, tmp_path: Path) -> None:
@@ -29,6 +29,19 @@ def test_separator_and_encoding_are_those_of_the_file(mark: str, encoding: str, 
 def test_one_column_may_hold_semicolons(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("image\na;b.png\n")
     assert read_source(tmp_path / "t.csv").to_numpy().tolist() == [["a;b.png"]]
+
+
+def test_excels_own_first_line_is_none_of_the_table(tmp_path: Path) -> None:
+    for mark, other in (",;", ";,"):
+        (tmp_path / "t.csv").write_text(f"sep={mark}\r\nimage{mark}report\r\na.png{mark}x{other}y\r\n")
+        assert read_source(tmp_path / "t.csv").to_numpy().tolist() == [["a.png", f"x{other}y"]]
+
+
+@pytest.mark.parametrize("name", ["t.xlsx", "t.csv"])
+def test_a_workbook_is_no_table(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"PK\x03\x04" + bytes(500))
+    with pytest.raises(DataError, match="is an Excel workbook or a zip archive, not text"):
+        read_source(tmp_path / name)
 
 
 def test_text_of_another_encoding_is_refused_with_the_remedy(tmp_path: Path) -> None:

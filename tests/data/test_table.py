@@ -158,6 +158,14 @@ def test_integer_labels_masks_and_ids(tmp_path):
     assert kept[0]["mask"] == "mask/a.png" and "label" not in kept[0] and "mask" not in kept[1]
 
 
+def test_names_as_windows_writes_them(tmp_path):
+    xray(tmp_path / "x" / "a.png"), xray(tmp_path / "x\\b.png")
+    (tmp_path / "t.csv").write_text(f"image,report\nx\\a.png,{REPORT}\nx\\b.png,{REPORT}\n")
+    datalist = collect(tmp_path / "t.csv", validation_fraction=0, test_fraction=0).build()
+    # the one whose own name holds a backslash keeps it
+    assert [item["image"] for item in datalist["training"]] == ["x/a.png", "x\\b.png"]
+
+
 def test_dicom_series_folder(tmp_path):
     folder = dicom_series(tmp_path / "series")
     header = read_volume_header(folder)

@@ -15,7 +15,8 @@ from unimedi_components.data import ByDimension, ct_transforms, find_images
 from unimedi_components.data.segmentation import segmentation_transforms
 from unimedi_components.errors import DataError
 from unimedi_components.images.checks import CTLimits, check_ct, check_metaimage
-from unimedi_components.images.itk_volumes import read_geometry, voxels_elsewhere
+from unimedi_components.images.itk_volumes import read_geometry
+from unimedi_components.images.text_headers import voxels_elsewhere
 from unimedi_components.images.volume import read_volume_header
 from unimedi_components.loading import ImageDataset
 from unimedi_components.retrieval.inference import attention_in_file_geometry

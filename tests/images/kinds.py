@@ -6,6 +6,7 @@ from __future__ import annotations
 import gzip
 import os
 import struct
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,9 @@ GREYS = FILM / 4000
 #: RAS, of `body`.
 AFFINE = np.diag([-SPACING[0], -SPACING[1], SPACING[2], 1.0])
 AFFINE[:3, 3] = -10, 20, 100
+#: of a gantry that was tilted by 1.2 mm a slice.
+TILTED = AFFINE.copy()
+TILTED[1, 2] = -1.2
 Change = Callable[[int, FileDataset], None]
 
 
@@ -268,6 +272,21 @@ def raw_values_of_a_detector(writer: Writer) -> Path:
     return film(writer, PresentationIntentType="FOR PROCESSING")
 
 
+@kind("xray", "The film's pixels are not square (0.4 high, 0.2 wide)", GREY)
+def oblong_pixels(writer: Writer) -> Path:
+    return film(writer, PixelSpacing=[0.4, 0.2])
+
+
+@kind("xray", "The film's pixels are not square (2 high, 1 wide)", GREY)
+def oblong_pixels_of_no_size(writer: Writer) -> Path:
+    return film(writer, PixelAspectRatio=[2, 1])
+
+
+@kind("xray", "The film has 15 x 16 pixels, too few to show a chest")
+def a_films_thumbnail(writer: Writer) -> Path:
+    return film(writer, pixels=FILM[:16, :15])
+
+
 # volumes --------------------------------------------------------------------------------------------------------------
 
 
@@ -318,6 +337,20 @@ def bolus_tracking_in_the_series(writer: Writer) -> Path:
     return ct(writer, lambda n, f: setattr(f, "AcquisitionNumber", 3))
 
 
+@kind("volume", truth=BODY)
+def a_capture_of_the_series_own_size(writer: Writer) -> Path:
+    capture = new_file(name="999", root=writer.root, sop_class="1.2.840.10008.5.1.4.1.1.7")
+    put_pixels(capture, np.arange(18 * 20, dtype=np.uint16).reshape(18, 20))
+    writer.save(capture, "ct/capture")
+    return ct(writer)
+
+
+@kind("volume", truth=BODY)
+def a_hidden_folder_beside(writer: Writer) -> Path:
+    film(writer, "ct/.Trashes/a.dcm")
+    return ct(writer)
+
+
 @kind("volume", "the same slice as another", BODY)
 def a_slice_exported_twice(writer: Writer) -> Path:
     ct(writer)
@@ -337,6 +370,17 @@ def slices_that_are_missing(writer: Writer) -> Path:
 @kind("volume", "uneven steps of 1.5 to 3 mm")
 def two_thicknesses(writer: Writer) -> Path:
     return ct(writer, places=[*np.arange(0, 36, 3.0), *np.arange(36, 54, 1.5)])
+
+
+@kind("volume", "The gantry was tilted by 21.8 degrees", Truth(body(), TILTED))
+def tilted_reversed_and_big_endian(writer: Writer) -> Path:
+    folder = ct(writer, lambda n, f: setattr(f, "InstanceNumber", 24 - n), shift=lambda place: (0.0, 0.4 * place))
+    for path in folder.iterdir():
+        file = pydicom.dcmread(path)
+        file.PixelData = np.frombuffer(file.PixelData, "<u2").astype(">u2").tobytes()
+        file.file_meta.TransferSyntaxUID = ExplicitVRBigEndian
+        pydicom.dcmwrite(path, file, implicit_vr=False, little_endian=False, force_encoding=True)
+    return folder
 
 
 @kind("volume", "The gantry was tilted by 18.4 degrees")
@@ -459,6 +503,17 @@ def nifti_with_five_axes(writer: Writer) -> Path:
 @kind("volume", truth=TURNED)
 def nifti_turned_and_scaled(writer: Writer) -> Path:
     return nifti(writer, "SCAN.NII", (TURNED.values // 10).astype(np.int16), TURNED.affine, slope=10)
+
+
+@kind("volume", "The header places the volume twice, up to 114 mm apart (sform and qform)", BODY)
+def nifti_of_two_places(writer: Writer) -> Path:
+    path = writer.folder / "two.nii.gz"
+    path.parent.mkdir(parents=True)
+    image = nib.Nifti1Image(body(), AFFINE)
+    image.set_sform(AFFINE, 1)
+    image.set_qform(AFFINE @ np.diag([-1, -1, 1, 1]), 1)
+    nib.save(image, path)
+    return path
 
 
 @kind("volume", truth=BODY)
@@ -726,6 +781,16 @@ def complex_nifti(writer: Writer) -> Path:
     return nifti(writer, "complex.nii", body().astype(np.complex64))
 
 
+@kind("", "has shape 20 × 18 × 24 × 0, which holds no voxel")
+def nifti_of_no_time(writer: Writer) -> Path:
+    return nifti_saying(writer, 40, struct.pack("<8h", 4, 20, 18, 24, 0, 1, 1, 1))
+
+
+@kind("", "data code 77 not recognized")
+def nifti_of_unknown_voxels(writer: Writer) -> Path:
+    return nifti_saying(writer, 70, struct.pack("<2h", 77, 16))
+
+
 @kind("", "which is not a 3D volume")
 def nifti_of_one_slice(writer: Writer) -> Path:
     return nifti(writer, "slice.nii.gz", body()[:, :, 9:10])
@@ -798,6 +863,79 @@ def nrrd_of_no_space(writer: Writer) -> Path:
     kept = [line for line in head.splitlines() if not line.startswith(b"space")]
     path.write_bytes(b"\n".join([*kept, b"spacings: 2 2.5 3", b"", voxels]))
     return path
+
+
+@kind("", "its header names the space scanner-xyz, which says nothing of the patient")
+def nrrd_in_the_scanners_space(writer: Writer) -> Path:
+    path = nrrd(writer)
+    path.write_bytes(path.read_bytes().replace(b"right-anterior-superior", b"scanner-xyz"))
+    return path
+
+
+@kind("", "its voxels are coded as bzip2, which is not read here. Save it with the encoding gzip")
+def nrrd_in_another_coding(writer: Writer) -> Path:
+    path = nrrd(writer)
+    path.write_bytes(path.read_bytes().replace(b"encoding: raw", b"encoding: bzip2"))
+    return path
+
+
+def packed(writer: Writer, data: bytes, *fields: str) -> Path:
+    """A MetaImage of these packed voxels behind its own header."""
+    path = headed(writer, ("ElementDataFile = scan.raw\n", "\n".join(["CompressedData = True", *fields, ""])))
+    path.write_bytes(path.read_bytes() + b"ElementDataFile = LOCAL\n" + data)
+    return path.rename(path.with_suffix(".mha"))
+
+
+VOXELS = body().astype("<i2").tobytes(order="F")
+
+
+@kind("volume", truth=BODY)
+def packed_metaimage(writer: Writer) -> Path:
+    data = zlib.compress(VOXELS)
+    return packed(writer, data, f"CompressedDataSize = {len(data)}")
+
+
+@kind("", "the compressed data is damaged or cut off")
+def damaged_metaimage(writer: Writer) -> Path:
+    data = bytearray(zlib.compress(VOXELS))
+    data[len(data) // 2] ^= 0xFF
+    return packed(writer, bytes(data), f"CompressedDataSize = {len(data)}")
+
+
+@kind("", "the compressed data is damaged or cut off")
+def packed_metaimage_of_fewer_voxels(writer: Writer) -> Path:
+    data = zlib.compress(VOXELS[:-4000])
+    return packed(writer, data, f"CompressedDataSize = {len(data)}")
+
+
+@kind("", "the compressed data is damaged or cut off")
+def damaged_nrrd(writer: Writer) -> Path:
+    path = nrrd(writer)
+    head, _, voxels = path.read_bytes().partition(b"\n\n")
+    data = bytearray(gzip.compress(voxels))
+    data[len(data) // 2] ^= 0xFF
+    path.write_bytes(head.replace(b"raw", b"gzip") + b"\n\n" + data)
+    return path
+
+
+@kind("", "its header gives no CompressedDataSize")
+def packed_metaimage_of_no_size(writer: Writer) -> Path:
+    return packed(writer, zlib.compress(VOXELS))
+
+
+@kind("", "its header says ElementType MET_COFFEE, which is not read here")
+def metaimage_of_unknown_voxels(writer: Writer) -> Path:
+    return headed(writer, ("MET_SHORT", "MET_COFFEE"))
+
+
+@kind("", "its voxels are written as text, which is not read here. Save it with BinaryData = True")
+def metaimage_as_text(writer: Writer) -> Path:
+    return headed(writer, ("ElementType", "BinaryData = False\nElementType"))
+
+
+@kind("", "its header gives a spacing below 0, so its orientation is unknown")
+def metaimage_of_negative_spacing(writer: Writer) -> Path:
+    return headed(writer, ("2 2.5 3", "2 2.5 -3"))
 
 
 @kind("", "its header gives places in cm, not in mm")
@@ -874,6 +1012,84 @@ def another_modality(writer: Writer) -> Path:
 def a_codestream_of_another_shape(writer: Writer) -> Path:
     path = compress(film(writer), "JPEG2000Lossless")
     return rewrite(path, lambda file: file.update({"Rows": 70, "Columns": 90}))
+
+
+@kind("", "its header says 12,600 bytes of pixels, the file has 25,200")
+def more_frames_than_the_header_says(writer: Writer) -> Path:
+    return film(writer, pixels=np.stack([FILM] * 2))
+
+
+@kind("", "the codestream is damaged")
+def jpeg_of_damaged_segments(writer: Writer) -> Path:
+    path = compress(film(writer), "JPEGLosslessProcess14_1")
+    whole = bytearray(path.read_bytes())
+    # the mark of the segment behind the one that gives the size, of which GDCM ends the process
+    whole[whole.index(b"\xff\xc3") + 13] = 0xD7
+    path.write_bytes(whole)
+    return path
+
+
+def coded_otherwise(writer: Writer, coding: str, pixels: np.ndarray = FILM, **tags: Any) -> Path:
+    bits = {"BitsStored": 8} if pixels.dtype == np.uint8 else {}
+    return rewrite(compress(film(writer, pixels=pixels, **bits), coding), lambda file: file.update(tags))
+
+
+@kind("", "the codestream has 70 x 90 pixels, the header says 90 x 70")
+def jpeg_ls_of_another_shape(writer: Writer) -> Path:
+    return coded_otherwise(writer, "JPEGLSLossless", Rows=70, Columns=90)
+
+
+@kind("", "the codestream has 70 x 90 pixels, the header says 90 x 70")
+def jpeg_of_12_bits_and_another_shape(writer: Writer) -> Path:
+    return coded_otherwise(writer, "JPEGExtendedProcess2_4", Rows=70, Columns=90)
+
+
+@kind("", "the codestream has 70 x 90 pixels, the header says 70 x 100")
+def jpeg_ls_of_more_rows(writer: Writer) -> Path:
+    return coded_otherwise(writer, "JPEGLSLossless", Rows=100)
+
+
+@kind("", "the codestream has 1 value(s) of 16 bits a pixel, the header says 1 of 8")
+def lossless_jpeg_of_fewer_bits(writer: Writer) -> Path:
+    return coded_otherwise(writer, "JPEGLosslessProcess14_1", BitsAllocated=8, BitsStored=8, HighBit=7)
+
+
+@kind("", "the codestream has 1 value(s) of 8 bits a pixel, the header says 3 of 8")
+def jpeg_2000_of_colours_that_are_none(writer: Writer) -> Path:
+    colours = {"SamplesPerPixel": 3, "PhotometricInterpretation": "RGB", "PlanarConfiguration": 0}
+    return coded_otherwise(writer, "JPEG2000Lossless", (FILM >> 4).astype(np.uint8), **colours)
+
+
+@kind("", "0900.dcm: the pixels cannot be decoded (the codestream has 20 x 18 pixels, the header says 20 x 17)")
+def slices_of_another_shape(writer: Writer) -> Path:
+    folder = ct(writer)
+    for path in sorted(folder.iterdir()):
+        compress(path, "JPEGLSLossless").replace(path)
+    return rewrite(folder, lambda file: setattr(file, "Rows", 17))
+
+
+@kind("", "in 1 of the 24 files of its series, its RescaleSlope is 0, which makes all values one")
+def a_slope_of_zero(writer: Writer) -> Path:
+    return ct(writer, lambda n, f: setattr(f, "RescaleSlope", 0) if n == 5 else None)
+
+
+@kind("", "its RescaleSlope is 0, which makes all values one")
+def a_films_slope_of_zero(writer: Writer) -> Path:
+    return film(writer, RescaleSlope=0, RescaleIntercept=0)
+
+
+@kind("", "has ImagePositionPatient that is not 3 numbers, so the place and size of its slices are unknown")
+def a_place_of_four_values(writer: Writer) -> Path:
+    return ct(writer, lambda n, f: setattr(f, "ImagePositionPatient", [10, -20, 100 + 3 * n, ""]))
+
+
+@kind("", "its header is damaged, or its pixels are of a kind that is not read. Save it as 8- or 16-bit grey")
+def a_tiff_of_64_bits(writer: Writer) -> Path:
+    path = picture(writer, "a.tif", FILM.astype(np.float32))
+    data = path.read_bytes()
+    tag = struct.pack("<HHI", 258, 3, 1)
+    path.write_bytes(data.replace(tag + struct.pack("<H", 32), tag + struct.pack("<H", 64)))
+    return path
 
 
 @kind("", "the DICOM is cut off")

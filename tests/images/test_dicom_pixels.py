@@ -162,6 +162,24 @@ def test_damaged_codestream_is_one_error(tmp_path: Path) -> None:
         stored(path)
 
 
+def test_what_would_end_the_process_is_one_error(tmp_path: Path) -> None:
+    colours = np.stack([(GREY >> 4).astype(np.uint8)] * 3, -1)
+    tags = {"SamplesPerPixel": 3, "PlanarConfiguration": 0, "PhotometricInterpretation": "RGB", "BitsStored": 8}
+    # a transform of colours that Adobe's segment cannot name, which GDCM takes for its own fault
+    path = compress(write(tmp_path / "a.dcm", colours, **tags), "JPEGLosslessProcess14_1")
+    raw = bytearray(path.read_bytes())
+    raw[raw.index(b"Adobe") + 11] = 0x5B
+    path.write_bytes(raw)
+    with pytest.raises(DataError, match="the codestream is damaged"):
+        stored(path)
+    # colours of which the header does not say what they are
+    path = compress(write(tmp_path / "b.dcm", colours, **tags), "JPEG2000Lossless")
+    file = pydicom.dcmread(path)
+    del file.PhotometricInterpretation
+    file.save_as(path)
+    np.testing.assert_array_equal(stored(path)[0], colours)
+
+
 def test_bits_in_use(tmp_path: Path) -> None:
     shifted = (GREY << 4) | 0xA  # left-justified, with rubbish below
     np.testing.assert_array_equal(stored(write(tmp_path / "a.dcm", shifted, BitsStored=12, HighBit=15)), GREY[None])

@@ -121,3 +121,15 @@ def test_what_find_leaves_out_is_listed_by_the_data_set(mixed: Path) -> None:
     assert "one CT slice" in found["0900.dcm"] and "not Hounsfield units" in found["stored.nii.gz"]
     told = find_images(str(mixed / "stored.nii.gz"), mixed, assume_hu=True)
     assert not isinstance(ImageDataset(told, transform, mixed)[0], tuple)
+
+
+def test_links_are_followed_once_and_hidden_folders_passed_over(dicom: Any) -> None:
+    dicom.slices(folder="store/p1")
+    dicom.film("set/.hidden/a.dcm"), dicom.film("set/a\nb.dcm")
+    for name, place in (("p1", "store/p1"), ("p2", "store/p1"), ("loop", "set"), ("lost.dcm", "gone")):
+        (dicom.folder / "set" / name).symlink_to(dicom.folder / place)
+    found = find_images("set", dicom.folder)
+    assert [(item["id"], len(item.get("files", ()))) for item in found] == [("set_a_b", 0), ("set_p1", 24)]
+    assert [(Path(one.file).name, one.reason, one.fault) for one in found.left_out] == [
+        ("lost.dcm", "is a link to a file that is missing. Fetch it", True)
+    ]

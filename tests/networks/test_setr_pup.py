@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from tests.common import randomised
 from unimedi_components.networks import UnifiedViT
 from unimedi_components.networks.cards import load_network, network_card
-from unimedi_components.networks.setr_pup import SETRPUP, upsampling_factors
+from unimedi_components.networks.setr_pup import SETRPUP
 from unimedi_components.networks.shared_norm import SharedBatchNorm2d
 
 SIZES = {"img_size": 16, "vol_size": (8, 16, 16), "patch_size_3d": (2, 8, 8), "embed_dim": 12, "depth": 3}
@@ -107,12 +107,12 @@ def test_paper_s_decoder():
 def test_sizes_that_are_products_of_two_and_three(patch):
     network = network_of(patch).eval()
     assert network(images(2 * patch, 3 * patch)).shape == (2, 1, 2 * patch, 3 * patch)
-    factors = upsampling_factors((patch, patch))
-    assert np.prod(factors, 0).tolist() == [patch, patch]
+    assert np.prod([stage[3].scale_factor for stage in network.stages], 0).tolist() == [patch, patch]
 
 
 def test_patches_of_unequal_sides():
-    assert upsampling_factors((12, 16)) == [(3, 2), (2, 2), (2, 2), (1, 2)]
+    stages = SETRPUP(encoder_of(8, patch_size=(12, 16), img_size=48)).stages
+    assert [stage[3].scale_factor for stage in stages] == [(3, 2), (2, 2), (2, 2), (1, 2)]
     encoder = encoder_of(8, patch_size=(4, 8))
     assert SETRPUP(encoder, 2, widths=(4, 4, 4)).eval()(images(8, 24)).shape == (2, 2, 8, 24)
 

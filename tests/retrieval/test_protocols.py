@@ -34,14 +34,14 @@ def items():
 def test_every_image_has_its_class_alone(items):
     sample = exclusive_sample(items, NAMES, "5x200", per_class=3, queries=2)
     assert sample.classes == PROTOCOLS["5x200"] and sample.missing == {} and sample.per_class == 3
-    assert sample.candidate_class == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3 + [4] * 3
-    assert sample.query_class == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
-    ids = [entry["id"] for entry in (*sample.candidates, *sample.queries)]
-    assert len(set(ids)) == 25 and not {"i100", "i101", "i103"} & set(ids)
-    for chosen, classes in ((sample.candidates, sample.candidate_class), (sample.queries, sample.query_class)):
-        for entry, index in zip(chosen, classes, strict=True):
-            assert entry["label"][NAMES.index(sample.classes[index])] == 1
-    assert not {e["patient"] for e in sample.candidates} & {e["patient"] for e in sample.queries}
+    assert [index for _, index in sample.candidates] == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3 + [4] * 3
+    assert [index for _, index in sample.queries] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    pairs = (*sample.candidates, *sample.queries)
+    ids = {entry["id"] for entry, _ in pairs}
+    assert len(ids) == 25 and not {"i100", "i101", "i103"} & ids
+    for entry, index in pairs:
+        assert entry["label"][NAMES.index(sample.classes[index])] == 1
+    assert not {e["patient"] for e, _ in sample.candidates} & {e["patient"] for e, _ in sample.queries}
 
 
 def test_draws_are_seeded(items):

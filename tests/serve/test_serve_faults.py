@@ -290,7 +290,12 @@ CASES: dict[str, tuple[Callable[[Any], Given], int, str]] = {
         "scan.mhd: is cut off: its header says 43,680 bytes of voxels, there are 99",
     ),
     "detached NRRD": (
-        lambda f: [f.raw("a.nrrd", b"NRRD0004\ntype: short\ndimension: 3\nsizes: 9 9 9\ndata file: a.raw\n\n")],
+        lambda f: [
+            f.raw(
+                "a.nrrd",
+                b"NRRD0004\ntype: short\ndimension: 3\nsizes: 9 9 9\nspace: LPS\nspacings: 1 1 1\ndata file: a.raw\n\n",
+            )
+        ],
         422,
         "a.nrrd: its voxels a.raw are missing. Drop a.nrrd and a.raw together.",
     ),

@@ -20,8 +20,6 @@ _HOMES = {
     "transforms": "ByDimension ct_transforms xray_transforms",
 }
 
-__all__ = sorted(" ".join(_HOMES.values()).split())
-
 
 def __getattr__(name: str) -> Any:
     return import_lazily(globals(), _HOMES, name)

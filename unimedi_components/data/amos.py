@@ -1,22 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """AMOS22 to a datalist: abdominal CT volumes, 15 organs. The MRI volumes of the data set are left out.
 
-Layout read: ``dataset.json`` with lists ``training``, ``validation`` and ``test`` of ``{"image":
-"./imagesTr/amos_0001.nii.gz", "label": "./labelsTr/amos_0001.nii.gz"}`` (an entry without a label may be the
-image's path alone) and the organs' names in ``labels``.
+The layout read is that of `DATASET`; an entry of dataset.json without a label may be the image's path alone.
 """
 
 import json
 import posixpath
 import re
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from unimedi_components.data.datalist import DatalistBuilder, Dataset
 from unimedi_components.data.label_maps import BACKGROUND, Case, add_cases
-from unimedi_components.data.sources import check_choice, existing_root, find_source, read_text
+from unimedi_components.data.sources import check_choice, existing_root, find_source, read_json
 from unimedi_components.errors import DataError
 
 #: Names of the labels 1 to 15.
@@ -61,11 +58,6 @@ def collect(
         The builder. Drop reasons: ``not CT`` (MRI, by number), ``no case number``, ``no label map``,
         ``duplicate id``, ``not in the paper's split``, ``patient in another split`` and those of
         :func:`~unimedi_components.data.label_maps.pair_fault`.
-
-    Raises:
-        ConfigError: ``split`` or ``check_images`` is unknown.
-        DataError: ``dataset.json`` is missing or malformed, or its organs are not these 15 in this order; or
-            a fault under ``strict``.
     """
     check_choice("split", split, SPLITS_OF, hint=True)
     base = existing_root(root, "AMOS22")
@@ -73,7 +65,9 @@ def collect(
     builder.meta["split"] = split
     folders = ("", "amos22/", "[aA][mM][oO][sS]*/", "*/", "amos22/amos22/", "*/[aA][mM][oO][sS]*/")
     path = find_source(base, [f"{folder}dataset.json" for folder in folders], "list of cases")
-    content = _read_json(path)
+    content = read_json(path, "Unpack the data set again.")
+    if not isinstance(content, dict) or not content.get("training"):
+        raise DataError(f'{path}: has no list "training". Give AMOS22\'s own dataset.json.')
     builder.add_source(path)
     _check_labels(content.get("labels"), path)
     folder = path.parent.relative_to(base).as_posix()
@@ -116,34 +110,21 @@ def _reason(name: str, seen: set[str], mask: str, withheld: bool) -> str:
     return "no label map" if not mask or withheld else ""
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(read_text(path))
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise DataError(f"{path}: cannot be read as JSON ({error}). Unpack the data set again.") from error
-    if not isinstance(content, dict) or not content.get("training"):
-        raise DataError(f'{path}: has no list "training". Give AMOS22\'s own dataset.json.')
-    return content
-
-
 def _entries(content: dict[str, Any], split: str, path: Path) -> Iterator[tuple[str, str]]:
     """Yield (image, label map or empty) of a list, as paths relative to the file's folder."""
     entries = content.get(split, [])
     if not isinstance(entries, list):
         raise DataError(f'{path}: "{split}" is not a list. Give AMOS22\'s own dataset.json.')
     for index, entry in enumerate(entries):
-        parts = [entry.get("image"), entry.get("label") or ""] if isinstance(entry, dict) else [entry, ""]
-        image, mask = (part if isinstance(part, str) and _is_below(part) else None for part in parts)
-        if not image or mask is None:
+        parts: list[Any] = [entry.get("image"), entry.get("label") or ""] if isinstance(entry, dict) else [entry, ""]
+        below = (isinstance(p, str) and p[:1] != "/" and posixpath.normpath(p).split("/")[0] != ".." for p in parts)
+        image, mask = parts
+        if not image or not all(below):
             raise DataError(
                 f"{path}: {split}[{index}] is {json.dumps(entry)}. "
                 'Write {"image": PATH, "label": PATH} with paths below the folder of this file.'
             )
         yield image, mask
-
-
-def _is_below(name: str) -> bool:
-    return not posixpath.isabs(name) and posixpath.normpath(name).split("/")[0] != ".."
 
 
 def _check_labels(labels: Any, path: Path) -> None:

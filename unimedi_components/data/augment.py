@@ -62,14 +62,8 @@ class _OneScaleGrid(RandAffineGrid):
 class RandSimilarityd(RandAffined):
     """`monai.transforms.RandAffined` without shear and shift, whose scale factor is the same along each axis.
 
-    RandAffined draws a factor for each axis, and a flat list as a range for each.
-
-    Args:
-        keys: of images and masks (C, *size), all moved alike.
-        scale_range: (min, max); 1 is added. Above 0 the content shrinks, since it scales the sampling grid.
-
-    Raises:
-        ValueError: `scale_range` is not a pair.
+    ``scale_range``: (min, max); 1 is added. Above 0 the content shrinks, since it scales the sampling grid. Raises
+    ValueError: `scale_range` is not a pair.
     """
 
     def __init__(

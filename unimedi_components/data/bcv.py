@@ -1,9 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""BTCV's abdomen, "Beyond the Cranial Vault" (BCV), to a datalist: 30 labelled CT volumes, 13 organs.
-
-Layout read: ``RawData/Training/img/img0001.nii.gz`` with ``RawData/Training/label/label0001.nii.gz``, or
-``imagesTr`` and ``labelsTr`` as MONAI renames them. ``Testing/img`` (``imagesTs``) comes without labels.
-"""
+"""BTCV's abdomen, "Beyond the Cranial Vault" (BCV), to a datalist: 30 labelled CT volumes, 13 organs."""
 
 import re
 from pathlib import Path
@@ -21,11 +17,8 @@ ORGANS = (
 )
 #: Split option -> the split of every official case number: CoTr's splits_final.pkl, MONAI's dataset_0.json.
 OFFICIAL_SPLITS = {
-    "cotr": {**dict.fromkeys([*range(1, 11), *range(21, 32)], "training"), **dict.fromkeys(range(32, 41), "test")},
-    "monai": {
-        **dict.fromkeys([*range(1, 11), *range(21, 35)], "training"),
-        **dict.fromkeys(range(35, 41), "validation"),
-    },
+    "cotr": dict.fromkeys([*range(1, 11), *range(21, 32)], "training") | dict.fromkeys(range(32, 41), "test"),
+    "monai": dict.fromkeys([*range(1, 11), *range(21, 35)], "training") | dict.fromkeys(range(35, 41), "validation"),
 }
 OWN_SHARE = 0.3
 #: Folders of images, label maps and images without label maps.
@@ -57,10 +50,6 @@ def collect(
     Returns:
         The builder. Drop reasons: ``no label map`` (the images for testing), ``duplicate id``, ``missing
         mask``, ``missing image`` and those of :func:`~unimedi_components.data.label_maps.pair_fault`.
-
-    Raises:
-        ConfigError: ``split`` or ``check_images`` is unknown.
-        DataError: no images are found, or a fault under ``strict``.
     """
     check_choice("split", split, OFFICIAL_SPLITS, hint=True)
     base = existing_root(root, "BCV")
@@ -101,12 +90,10 @@ def _numbered(builder: DatalistBuilder, folder: Path, stem: str) -> dict[int, Pa
     """Return case number -> file; one number in two files (plain and gzipped) counts once."""
     found: dict[int, Path] = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        match = re.fullmatch(rf"{stem}(\d+)\.nii(\.gz)?", path.name)
-        if match is None:
-            continue
-        first = found.setdefault(int(match.group(1)), path)
-        if first != path:
-            builder.drop("duplicate id", path.name.split(".")[0], f"{path}: {first.name} has the same number")
+        if match := re.fullmatch(rf"{stem}(\d+)\.nii(\.gz)?", path.name):
+            first = found.setdefault(int(match[1]), path)
+            if first != path:
+                builder.drop("duplicate id", path.name.split(".")[0], f"{path}: {first.name} has the same number")
     return found
 
 

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """BIMCV-COVID19+ CT studies, with or without BIMCV-R's English reports, to a datalist (S4.1.1).
 
-Layout read: ``[covid19_posi/]sub-S*/ses-E*/mod-rx/*_ct.nii.gz``, all in one folder or spread over the folders that the
-part archives unpack into, with DICOM tags in a ``.json`` of the same stem, reports in ``BIMCV-R.csv`` or in
-``derivatives/labels/labels_covid19_posi.tsv`` (iteration 1) or ``labels_covid_posi.tsv`` (iterations 1 to 3). A report
-belongs to a session by ``ReportID`` and ``PatientID``.
+Sessions lie in one folder or are spread over those that the part archives unpack into, with DICOM tags in a ``.json``
+of the same stem. Iteration 1 has the table ``labels_covid19_posi.tsv``, iterations 1 to 3 ``labels_covid_posi.tsv``. A
+report belongs to a session by ``ReportID`` and ``PatientID``.
 """
 
 import ast
@@ -19,7 +18,7 @@ from unimedi_components.data.sources import (
     existing_root,
     first_source,
     folders_below,
-    nearest_hint,
+    no_column,
     progress_map,
     read_source,
 )
@@ -78,9 +77,6 @@ def collect(
         Drop reasons: ``session without CT``, ``no report``, ``report of another patient``,
         ``report not English``, ``fewer than N sentences``, ``fewer than N tokens``, ``scout``, ``other series
         of the session``, and those of :func:`~unimedi_components.images.checks.check_ct`.
-
-    Raises:
-        DataError: no sessions or no reports are found, a column is missing, or a fault under ``strict``.
     """
     base = existing_root(root, "BIMCV-COVID19+")
     builder = DatalistBuilder("bimcv", root, strict)
@@ -98,11 +94,7 @@ def collect(
     for session, files in sessions:
         reason, text = reports.of(session) if files else ("session without CT", "")
         report = clean_report(text, keep_punct)
-        if not reason and report.num_tokens < min_tokens:
-            reason = f"fewer than {min_tokens} tokens"
-        elif not reason and report.num_sentences < min_sentences:
-            reason = f"fewer than {min_sentences} sentences"
-        if reason:
+        if reason := reason or report.lack(min_sentences, min_tokens):
             builder.drop(reason, "_".join(session), text if reason == "report of another patient" else "")
         else:
             texts[session] = report.text
@@ -160,11 +152,7 @@ class _Reports:
         frame = read_source(path, ("PatientID", "ReportID"), "\t" if ".tsv" in path.name else ",")
         column = text_column or next((name for name in TEXT_COLUMNS if name in frame.columns), "Report")
         if column not in frame.columns:
-            hint = nearest_hint(column, frame.columns)
-            raise DataError(
-                f"{path}: no column {column!r} ({hint}the file has {', '.join(map(repr, frame.columns))}). "
-                "Name the report's column with text_column."
-            )
+            raise no_column(path, column, frame, "Name the report's column with text_column.")
         path_column = next((name for name in PATH_COLUMNS if name in frame.columns), None)
         for row in frame.to_dict("records"):
             session = _session_key(row["PatientID"], row["ReportID"])
@@ -245,9 +233,8 @@ def _names(cell: str) -> set[str] | None:
         names = ast.literal_eval(cell.strip())
     except (ValueError, SyntaxError):
         return None
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        return None
-    return {" ".join(name.split()).lower() for name in names if name.strip()}
+    sound = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    return {" ".join(name.split()).lower() for name in names if name.strip()} if sound else None
 
 
 def _is_scout(path: Path) -> bool:

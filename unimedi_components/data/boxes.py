@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Boxes of a 2D image: from pixels of the file to masks, to pixels of the network's input, and back.
 
-A box is ``[x0, y0, x1, y1]``: x along the columns, y along the rows, x1 and y1 just beyond it, so that pixel
-i covers [i, i + 1) and its centre lies at i + 0.5. Where the image's pixels lie in the file is told by the
-affine of its MetaTensor, which MONAI's resizing, padding, cropping, flipping and rotating transforms keep up
-to date: row and column *index* of the image to row and column index of the file. The image must come from
-`XrayReader`, whose affine starts as the identity.
+A box is ``[x0, y0, x1, y1]``: x along the columns, y along the rows, x1 and y1 just beyond it, so that pixel i covers
+[i, i + 1) and its centre lies at i + 0.5; boxes that are not (N, 4), finite and with an area are a DataError. Where the
+image's pixels lie in the file is told by the affine of its MetaTensor, which MONAI's resizing, padding, cropping,
+flipping and rotating transforms keep up to date: row and column *index* of the image to row and column index of the
+file. The image must come from `XrayReader`, whose affine starts as the identity.
 """
 
 from collections.abc import Hashable, Mapping
@@ -22,23 +22,19 @@ from unimedi_components.errors import DataError
 def boxes_to_image(boxes: Any, affine: Tensor) -> Tensor:
     """Bring boxes from pixels of the file to pixels of the image.
 
-    Args:
-        affine: of the image as it is now, (3, 3) or (4, 4).
+    ``affine``: of the image as it is now, (3, 3) or (4, 4).
 
     Returns:
         (N, 4) float64, not clipped to the image. Where the image is rotated by other than right angles, the
         box around the rotated box.
-
-    Raises:
-        DataError: the boxes are not (N, 4), not finite or without area.
     """
     return _map_boxes(_checked(boxes), torch.linalg.inv(_plane(affine)))
 
 
 def boxes_to_file(boxes: Any, affine: Tensor) -> Tensor:
-    """Bring boxes, such as a network's predictions, from pixels of the image back to pixels of the file.
+    """Bring boxes, such as a network's predictions, from pixels of the image back to the file's: float64 (N, 4).
 
-    Result and errors are as of `boxes_to_image`. ``affine``: what `BoxesToImaged` stored for this image.
+    ``affine``: what `BoxesToImaged` stored for this image.
     """
     return _map_boxes(_checked(boxes), _plane(affine))
 
@@ -87,9 +83,6 @@ class BoxesToMaskd(Transform):
 
     Of "boxes" in pixels of the file, as a datalist holds them, and the MetaTensor "image" (C, H, W) comes "mask", a
     MetaTensor (1, H, W) of float32 0 and 1 with the image's affine.
-
-    Raises:
-        DataError: a box has no area, or the image carries no affine.
     """
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -111,14 +104,8 @@ class BoxesToImaged(Transform):
     It belongs after the last transform that moves pixels and before anything that drops the meta data.
 
     "boxes" become (N, 4) float32, and "affine" is the one of the MetaTensor "image" (C, H, W), (4, 4) float64, for
-    `boxes_to_file`.
-
-    Args:
-        min_visible: a box of which less than this share of the area is left in the image is removed. The
-            default keeps what a centre crop leaves of a box at the border, and drops slivers.
-
-    Raises:
-        DataError: a box has no area, or the image carries no affine.
+    `boxes_to_file`. ``min_visible``: a box of which less than this share of the area is left in the image is removed.
+    The default keeps what a centre crop leaves of a box at the border, and drops slivers.
     """
 
     def __init__(self, min_visible: float = 0.2) -> None:

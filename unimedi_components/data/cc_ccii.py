@@ -1,18 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Clean-CC-CCII, CT scans as PNG slices in three classes, to a datalist (S4.2.1: volume classification).
 
-Layout read: ``[dataset_cleaned/]{CP,NCP,Normal}/PATIENT/SCAN/0000.png``, or the same in parts as archives unpack
-(``CP-1/CP/PATIENT``, ``NCP-22/PATIENT``, ``dataset_cleaned/dataset_cleaned/CP``), and the split lists of the HKBU-HPML
-repository, ``ct_train.json``, ``ct_test.json``, ``ct_val_part.json``: ``{class: {patient: {scan: [png, ...]}}}``.
-The lists are part of the cleaning. They leave out repeated slices, and they name the slices of each scan in the
-order of the body: 98 scans are stored upside down and 61 with blocks out of place (column ``re_order`` of
-``CT_cleaned_v2.csv`` there), which the lists undo.
+The split lists of the HKBU-HPML repository are ``{class: {patient: {scan: [png, ...]}}}``, and part of the cleaning.
+They leave out repeated slices, and they name the slices of each scan in the order of the body: 98 scans are stored
+upside down and 61 with blocks out of place (column ``re_order`` of ``CT_cleaned_v2.csv`` there), which the lists undo.
 """
 
-import json
 import os
 import re
-import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +19,7 @@ from unimedi_components.data.sources import (
     find_source,
     first_source,
     progress_map,
-    read_text,
+    read_json,
     unrepeated,
 )
 from unimedi_components.data.splits import split_patients, strata_by_label
@@ -99,10 +94,6 @@ def collect(
     Returns:
         The builder. Drop reasons: ``missing image`` (too few listed slices are there), ``fewer than N slices``,
         ``unreadable image``, ``not in the split lists``, ``patient in another split``.
-
-    Raises:
-        DataError: there are no scans, one of the lists is missing or malformed, or a fault under ``strict``.
-        ConfigError: an option's value is unknown.
     """
     check_choice("check_images", check_images, IMAGE_CHECKS)
     check_choice("slice_order", slice_order, ("listed", "number"))
@@ -162,8 +153,8 @@ def _split_lists(builder: DatalistBuilder, base: Path, split_dir: str | Path | N
 
 def _read_list(path: Path) -> list[_Scan]:
     remedy = "Fetch it again from covid19_pipeline/data/ccccii of the HKBU-HPML repository."
+    content = read_json(path, remedy, "a split list", object_pairs_hook=unrepeated)
     try:
-        content = json.loads(read_text(path), object_pairs_hook=unrepeated)
         scans = [
             _Scan(label, patient, scan, slices)
             for label, patients in content.items()
@@ -172,8 +163,6 @@ def _read_list(path: Path) -> list[_Scan]:
         ]
     except AttributeError as error:
         raise DataError(f"{path}: is not {{class: {{patient: {{scan: [png, ...]}}}}}}. {remedy}") from error
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise DataError(f"{path}: cannot be read as a split list ({error}). {remedy}") from error
     for scan in scans:
         if scan.label not in CLASSES:
             raise DataError(f"{path}: unknown class {scan.label!r}; the classes are {', '.join(CLASSES)}. {remedy}")

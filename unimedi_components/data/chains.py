@@ -26,12 +26,7 @@ CHAINS: dict[str, Callable[..., list[Transform]]] = {
 
 
 class BySource(Transform):
-    """Prepare a folder of slice images by one chain and any other volume by another.
-
-    Args:
-        slices: chain for folders of PNG, JPG or TIFF slices.
-        volume: chain for volume files and DICOM folders.
-    """
+    """Prepare a folder of PNG, JPG or TIFF slices by one chain, and volume files and DICOM folders by another."""
 
     def __init__(self, slices: Sequence[Transform], volume: Sequence[Transform]) -> None:
         self.slices, self.volume = Compose(slices), Compose(volume)
@@ -45,13 +40,12 @@ class BySource(Transform):
 def task_transforms(preprocessing: Mapping[str, Mapping[str, Any]], **options: Any) -> list[Transform]:
     """The deterministic chain (and random crop, where asked for) that a config or a card describes.
 
+    Raises ConfigError: an unknown name, or a combination that has no meaning.
+
     Args:
         preprocessing: {a name in `CHAINS`: arguments of its function}; "slices" and "ct" together read folders of slice
             images by the one and volumes by the other.
         options: further arguments, such as `random_crop` of "xray" or `target` of "film".
-
-    Raises:
-        ConfigError: an unknown name, or a combination that has no meaning.
     """
     names = set(preprocessing)
     if names == {"slices", "ct"}:

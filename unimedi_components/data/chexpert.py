@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """CheXpert v1.0 to a multi-label datalist (S4.2.1: five findings of frontal views).
 
-Layout read: ``CheXpert-v1.0[-small]/{train,valid}.csv[.gz]`` whose column ``Path`` reads
-``CheXpert-v1.0-small/train/patient00001/study1/view1_frontal.jpg``; the first folder of it is replaced by the one that
-the csv lies in. Or the original release as it is handed out: ``CheXpert-v1.0 batch 1 (validate & csv)`` with both
-tables and ``valid/``, and the patients of ``train/`` straight in ``CheXpert-v1.0 batch 2 (train 1)`` to ``batch 4
-(train 3)``. The 202 frontal images of ``valid.csv`` are the test set; validation comes out of ``train.csv``.
+The first folder of the column ``Path`` is replaced by the one that the csv lies in; of the original release the
+patients of ``train/`` lie straight in its batches 2 to 4. The 202 frontal images of ``valid.csv`` are the test set;
+validation comes out of ``train.csv``.
 """
 
 import os
@@ -15,14 +13,7 @@ import numpy as np
 import pandas as pd
 
 from unimedi_components.data.datalist import DatalistBuilder, Dataset
-from unimedi_components.data.sources import (
-    check_choice,
-    existing_root,
-    find_source,
-    folders_below,
-    read_source,
-    xray_faults,
-)
+from unimedi_components.data.sources import check_choice, existing_root, find_source, folders_below, read_source
 from unimedi_components.data.splits import hold_out
 from unimedi_components.errors import ConfigError, DataError
 
@@ -76,10 +67,6 @@ def collect(
     Returns:
         The builder. Drop reasons: ``no patient in the path``, ``duplicate id``, ``not a frontal view``, ``unknown
         label``, ``patient in another split``, ``missing image``, ``unreadable image``.
-
-    Raises:
-        ConfigError: an option has an unknown value.
-        DataError: a table is missing or lacks a column, or a fault under ``strict``.
     """
     check_choice("findings", findings, TASKS, hint=True)
     check_choice("uncertain", uncertain, POLICIES, hint=True)
@@ -94,19 +81,17 @@ def collect(
     train = _frontal_rows(builder, table, columns, uncertain)
     for part in (test, train):
         part["image"] = _on_disk(base, table.parent, part["image"], check_images)
-    shared = train["patient"].isin(test["patient"])
-    builder.drop_many("patient in another split", train.loc[shared, "id"])
-    train = train[~shared]
+    train = builder.without(train, train["patient"].isin(test["patient"]), "patient in another split")
     # of a set that is no larger, a tenth
     count = int(len(train) / 10 + 0.5) if len(train) <= validation_images else validation_images
     held = hold_out(train["patient"].value_counts().to_dict(), count, seed)
     train["split"] = np.where(train["patient"].isin(held), "validation", "training")
     test["split"] = "test"
-    frame = pd.concat([test, train])
-    faults = xray_faults(base, frame["image"].tolist(), check_images, num_workers, progress)
-    for row, fault in zip(frame.itertuples(index=False), faults, strict=True):
-        item = {"id": row.id, "patient": row.patient, "image": row.image, "dim": 2, "label": row.label}
-        builder.add(row.split, item, fault)
+    rows = (
+        (row.split, {"id": row.id, "patient": row.patient, "image": row.image, "dim": 2, "label": row.label})
+        for row in pd.concat([test, train]).itertuples(index=False)
+    )
+    builder.add_films(rows, check_images, num_workers, progress)
     builder.meta |= {
         "task": "multilabel",
         "label_names": list(columns),
@@ -152,15 +137,10 @@ def _frontal_rows(builder: DatalistBuilder, path: Path, columns: tuple[str, ...]
     builder.add_source(path)
     own = frame["Path"].str.strip().str.replace(_FIRST_FOLDER, "", n=1, regex=True)
     named = own.str.extract(_PATIENT_PATH)
-    frame["id"], frame["patient"] = named[0].str.replace("/", "_"), named[1]
-    frame["image"] = own
-    frontal = frame[VIEW].str.strip().str.lower() == "frontal"
-    unnamed = frame["id"].isna()
-    repeated = frame["id"].duplicated() & ~unnamed
-    builder.drop_many("no patient in the path", frame.loc[unnamed, "Path"])
-    builder.drop_many("duplicate id", frame.loc[repeated, "id"])
-    builder.drop_many("not a frontal view", frame.loc[~frontal & ~unnamed & ~repeated, "id"])
-    frame = frame[frontal & ~unnamed & ~repeated]
+    frame = frame.assign(id=named[0].str.replace("/", "_"), patient=named[1], image=own)
+    frame = builder.without(frame, frame["id"].isna(), "no patient in the path", "Path")
+    frame = builder.without(frame, frame["id"].duplicated(), "duplicate id")
+    frame = builder.without(frame, frame[VIEW].str.strip().str.lower() != "frontal", "not a frontal view")
     values = frame[list(columns)].apply(lambda cells: cells.map({text: _label(text) for text in cells.unique()}))
     usable = values.notna().all(axis=1)
     for item_id, row in frame.loc[~usable].set_index("id")[list(columns)].iterrows():

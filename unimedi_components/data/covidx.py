@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """COVIDx CXR to a three-class datalist (S4.2.1: normal, pneumonia, COVID-19; the paper's lists are V9A).
 
-Layout read: lists ``train_COVIDx9A.txt`` and ``test_COVIDx9A.txt`` (also in ``labels/`` or a folder below), images in
-``train/``, ``test/`` and ``val/`` of ROOT or of a folder in it. Releases differ in where an image lies: it is looked
-for in all three. A line of a list is ``patient file class source`` without a header. File names may hold blanks; lists
-up to V5 and a part of V7A have no source.
+Releases differ in where an image lies: it is looked for in ``train/``, ``test/`` and ``val/`` alike. A line of a list
+is ``patient file class source`` without a header. File names may hold blanks; lists up to V5 and a part of V7A have no
+source.
 """
 
 import os
@@ -15,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from unimedi_components.data.datalist import DatalistBuilder, Dataset
-from unimedi_components.data.sources import check_choice, existing_root, read_text, xray_faults
+from unimedi_components.data.sources import check_choice, existing_root, read_text
 from unimedi_components.data.splits import split_patients, strata_by_label
 from unimedi_components.errors import DataError
 
@@ -65,11 +64,6 @@ def collect(
     Returns:
         The builder. Drop reasons: ``malformed line``, ``unknown class``, ``duplicate id``, ``patient in another
         split``, ``missing image``, ``unreadable image``.
-
-    Raises:
-        ConfigError: ``classes`` is unknown.
-        DataError: no pair of lists is found, a list is binary but three classes are asked for, a list holds no
-            usable line, or a fault under ``strict``.
     """
     check_choice("classes", classes, CLASSES, hint=True)
     base = existing_root(root, "COVIDx")
@@ -77,21 +71,19 @@ def collect(
     version, paths = _find_lists(base, None if list_version is None else str(list_version))
     # The test list first: where a row repeats, the one in the test list stays
     frame = pd.concat([_read_list(builder, paths[kind], kind, classes) for kind in ("test", "train")])
-    repeated = frame["id"].duplicated()
-    builder.drop_many("duplicate id", frame.loc[repeated, "id"])
-    frame = frame[~repeated]
+    frame = builder.without(frame, frame["id"].duplicated(), "duplicate id")
     in_test = frame["kind"] == "test"
     shared = ~in_test & frame["patient"].isin(frame.loc[in_test, "patient"])
-    builder.drop_many("patient in another split", frame.loc[shared, "id"])
-    frame = frame[~shared]
+    frame = builder.without(frame, shared, "patient in another split")
     train = frame.loc[frame["kind"] == "train", ["patient", "label"]].to_dict("records")
     split_of = split_patients(strata_by_label(train), validation_fraction, 0.0, seed)
     frame["split"] = frame["patient"].map(split_of).fillna("test")
-    images = _on_disk(builder, base, frame, check_images)
-    faults = xray_faults(base, images, check_images, num_workers, progress)
-    for row, image, fault in zip(frame.itertuples(index=False), images, faults, strict=True):
-        item = {"id": row.id, "patient": row.patient, "image": image, "dim": 2, "label": row.label}
-        builder.add(row.split, item, fault)
+    frame["image"] = _on_disk(builder, base, frame, check_images)
+    rows = (
+        (row.split, {"id": row.id, "patient": row.patient, "image": row.image, "dim": 2, "label": row.label})
+        for row in frame.itertuples(index=False)
+    )
+    builder.add_films(rows, check_images, num_workers, progress)
     builder.meta |= {
         "task": "multiclass" if classes == "three" else "binary",
         "label_names": list(CLASSES[classes]),
@@ -131,8 +123,7 @@ def _find_lists(root: Path, wanted: str | None) -> tuple[str, dict[str, Path]]:
     found: dict[str, dict[str, Path]] = {}
     for folder in LIST_FOLDERS:
         for path in sorted(root.glob(f"{folder}*.txt*")):
-            match = _LIST_NAME.fullmatch(path.name)
-            if match:
+            if match := _LIST_NAME.fullmatch(path.name):
                 # The Kaggle archive's own train.txt and test.txt say no version
                 found.setdefault((match[2] or "unversioned").upper(), {}).setdefault(match[1].lower(), path)
     complete = [version for version, paths in found.items() if len(paths) == 2]

@@ -49,7 +49,6 @@ class LoadCubed(MapTransform):
         self.spacing = None if spacing is None else tuple(float(step) for step in spacing)
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        """Load. Raises DataError: the item has no place, or it lies outside the volume."""
         found = dict(data)
         center = found.get("center")
         for key in self.key_iterator(found):
@@ -80,7 +79,6 @@ class LoadCubed(MapTransform):
     def _box(
         self, voxel: np.ndarray, nearest: np.ndarray, geometry: VolumeGeometry, turn: np.ndarray
     ) -> tuple[list[int], list[int]]:
-        """First index and size of the box to read, along the file's axes."""
         axes = turn[:, 0].astype(int)
         size = np.array(self.size)[axes]
         if self.spacing is None:

@@ -16,9 +16,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from unimedi_components.data.sources import sha256_of
+from unimedi_components.data.sources import progress_map, sha256_of
 from unimedi_components.errors import DataError
 from unimedi_components.files import ANY_NAME, replacing
+from unimedi_components.images.xray_checks import xray_fault
 
 logger = logging.getLogger(__name__)
 
@@ -40,26 +41,12 @@ LISTED_DROPS = 20
 
 #: Reasons that mean a broken or missing file, not a filter of the recipe; ``strict`` raises at the first.
 FAULT_REASONS = frozenset(
-    {
-        "unreadable image",
-        "unreadable mask",
-        "missing image",
-        "missing mask",
-        "missing report",
-        "unreadable report",
-        "not a 3D volume",
-        "affine not finite",
-        "zero affine",
-        "singular affine",
-        "spacing out of range",
-        "affine and spacing disagree",
-        "non-finite voxels",
-        "not Hounsfield units",
-        "mask and image differ in geometry",
-        "target and boxes disagree",
-        "unknown label values",
-        "unusable box",
-    }
+    (
+        *("unreadable image", "unreadable mask", "unreadable report", "missing image", "missing mask"),
+        *("missing report", "not a 3D volume", "affine not finite", "zero affine", "singular affine"),
+        *("spacing out of range", "affine and spacing disagree", "non-finite voxels", "not Hounsfield units"),
+        *("mask and image differ in geometry", "target and boxes disagree", "unknown label values", "unusable box"),
+    )
 )
 
 
@@ -110,6 +97,24 @@ class DatalistBuilder:
         for name in item_ids:
             self.drop(reason, name)
 
+    def without(self, frame: Any, mask: Any, reason: str, ids: str = "id") -> Any:
+        """The rows of a table that a mask leaves; the others are dropped, by the ids in a column."""
+        self.drop_many(reason, frame.loc[mask, ids])
+        return frame[~mask]
+
+    def add_films(
+        self, rows: Iterable[tuple[str, dict[str, Any]]], check: str, num_workers: int, progress: bool
+    ) -> None:
+        """Add X-rays, (split, item), the images checked by `xray_fault` under a progress bar."""
+        found = list(rows)
+
+        def fault(row: tuple[str, Any]) -> tuple[str, str] | None:
+            return xray_fault(self.root.expanduser() / row[1]["image"], check)
+
+        faults = progress_map(fault, found, "images", num_workers, progress)
+        for (split, item), reason in zip(found, faults, strict=True):
+            self.add(split, item, reason)
+
     def keep_apart(self) -> None:
         """Drop training items of patients in validation or test, and validation items of patients in test."""
         taken: set[str] = set()
@@ -147,7 +152,9 @@ class Dataset:
     Args:
         task: what it is used for here, with the paper's section.
         tree: the layout that the converter reads, one path or group of paths per line.
-        collect: called as (root, \\*, strict, ...); returns the kept and the dropped items.
+        collect: called as (root, \\*, strict, ...); returns the kept and the dropped items. Raises ConfigError where an
+            option's value is unknown, DataError where a table, a column or all images are missing, and at the first
+            fault under ``strict``.
         notes: what to know before using it: official figures, traps, options.
         training: images in the training split that `collect` makes of the whole set, under ""; with other options,
             under the value of one. Exact where the lists are official, else the share that the split takes.
@@ -214,13 +221,12 @@ def validate_datalist(
 ) -> None:
     """Check what every user of a datalist relies on.
 
+    Raises DataError: not a datalist, a key is missing, an id repeats, ``dim`` is neither 2 nor 3, a patient is in two
+    splits, or training is empty.
+
     Args:
         required: keys that every item must have.
         require_training: whether an empty training split is an error.
-
-    Raises:
-        DataError: not a datalist, a key is missing, an id repeats, ``dim`` is neither 2 nor 3, a patient is
-            in two splits, or training is empty.
     """
     remedy = "Make it again with 'python -m unimedi_components prepare'."
     if not isinstance(datalist, dict) or "training" not in datalist:
@@ -295,7 +301,7 @@ def _check_root(datalist: dict[str, Any], path: Path, root: Path) -> None:
 
 
 def select(datalist: dict[str, Any], split: str, dims: Iterable[int] | int | None = None) -> list[dict[str, Any]]:
-    """Return the items of a split; ``dims``: 2, 3 or several of them. Raises DataError: no split has this name."""
+    """Items of a split, of ``dims``: 2, 3 or several of them. Raises DataError: no split has this name."""
     if split not in SPLITS:
         raise DataError(f"split {split!r} is unknown. Use one of {', '.join(SPLITS)}.")
     wanted = {2, 3} if dims is None else {dims} if isinstance(dims, int) else set(dims)

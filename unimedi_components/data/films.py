@@ -33,11 +33,9 @@ class FilmMaskd(Transform):
     """A film's mask in the film's own pixels: read from the file that "mask" names, or painted from "boxes".
 
     PNG, JPG, BMP and TIFF files, and whatever ITK reads as one slice (NIfTI, NRRD, DICOM), are taken in the same
-    orientation as the film, a picture's EXIF rotation applied. Every value but 0 belongs to the mask.
-    "mask" becomes a MetaTensor (1, H, W) of float32 0 and 1 with the affine of "image", the film as loaded.
-
-    Raises:
-        DataError: there is neither a mask file nor a list of boxes, or the mask has other pixels than the film.
+    orientation as the film, a picture's EXIF rotation applied. Every value but 0 belongs to the mask. "mask" becomes a
+    MetaTensor (1, H, W) of float32 0 and 1 with the affine of "image", the film as loaded. Raises DataError: there is
+    neither a mask file nor a list of boxes, or the mask has other pixels than the film.
     """
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -85,7 +83,8 @@ def film_transforms(
     """Transforms of one X-ray: file to "image", (1, size, size) in [-1, 1], with its mask or boxes.
 
     The long side is resized (area), the short side padded with black to a square, and its centre cropped. All of it is
-    deterministic; random transforms of a recipe follow behind it.
+    deterministic; random transforms of a recipe follow behind it. Raises ConfigError: an unknown target; DataError:
+    `size` is larger than `long_side`; when run, see `LoadXrayd`, `FilmMaskd` and `BoxesToImaged`.
 
     Args:
         size: pixels per side of the result.
@@ -95,10 +94,6 @@ def film_transforms(
             back; None for the image alone.
         keep_meta: leave MetaTensors, with which `Restored` brings a predicted mask back to the file's pixels.
         min_visible: see `BoxesToImaged`.
-
-    Raises:
-        ConfigError: an unknown target.
-        DataError: `size` is larger than `long_side`; when run, see `LoadXrayd`, `FilmMaskd` and `BoxesToImaged`.
     """
     if target is not None and target not in TARGETS:
         raise ConfigError(f"target {target!r} of a film is unknown; use {', '.join(TARGETS)}, or None")

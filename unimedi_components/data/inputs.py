@@ -28,6 +28,8 @@ def find_images(
 ) -> find.ImageList:
     """Items for each X-ray and CT volume that the inputs name, as `images.find.find_images` takes them.
 
+    Raises DataError: an input names nothing, or nothing was found.
+
     Args:
         inputs: a file, folder, DICOMDIR or pattern, or several. None takes the test split of `datalist` if that is
             there, as after training, and all below `root` otherwise.
@@ -38,9 +40,6 @@ def find_images(
 
     Returns:
         items of absolute paths, and under `left_out` the files that are none, with images of the other dimension.
-
-    Raises:
-        DataError: an input names nothing, or nothing was found.
     """
     base = Path(root).expanduser().absolute()
     path = base / _DATALIST if datalist is None else Path(datalist)

@@ -52,19 +52,10 @@ def add_cases(
 ) -> None:
     """Check the cases, add the sound ones to the builder and drop the others; each case is a patient.
 
-    An image whose values do not look like Hounsfield units is only dropped by the check ``"full"`` or under
-    ``strict``. Otherwise it is kept, named in the meta block (``"not_hounsfield_units"``) and in the remedies: a small
-    volume, or one cropped to the abdomen, may hold no air.
-
-    Args:
-        builder: gets items ``{"id", "patient", "image", "mask", "dim": 3}``, the task and the label names.
-        organs: names of the labels 1, 2, ... in order.
-        check: see :func:`pair_fault`.
-        assume_hu: take all values for Hounsfield units.
-
-    Raises:
-        ConfigError: ``check`` is unknown.
-        DataError: a fault under ``strict``.
+    An image whose values do not look like Hounsfield units is only dropped by the check ``"full"`` or under ``strict``.
+    Otherwise it is kept, named in the meta block (``"not_hounsfield_units"``) and in the remedies: a small volume, or
+    one cropped to the abdomen, may hold no air. ``builder``: gets items ``{"id", "patient", "image", "mask", "dim":
+    3}``, the task and the label names.
     """
     names = [BACKGROUND, *organs]
     builder.meta |= {"task": "segmentation", "label_names": names}
@@ -96,18 +87,13 @@ def add_cases(
 def pair_fault(
     image: Path, mask: Path, num_classes: int, check: str = "quick", hounsfield: bool = True
 ) -> tuple[str, str] | None:
-    """Say what is wrong with an image and its label map.
+    """Say what is wrong with an image and its label map, of values 0 to ``num_classes - 1``: reason and detail.
 
-    Args:
-        num_classes: number of labels with the background; values are 0 to ``num_classes - 1``.
-        check: ``"quick"`` reads the headers, some slices of the image (Hounsfield units) and the whole label
-            map; ``"full"`` reads every voxel of the image too; ``"exists"`` only asks whether the files are
-            there; ``"none"`` does not look at all.
-
-    Returns:
-        None when sound, otherwise ``(reason, detail)``. Reasons: those of
-        :func:`~unimedi_components.images.checks.check_ct`, ``missing mask``, ``unreadable mask``, ``mask and
-        image differ in geometry`` and ``unknown label values``.
+    Reasons: those of :func:`~unimedi_components.images.checks.check_ct`, ``missing mask``, ``unreadable mask``, ``mask
+    and image differ in geometry`` and ``unknown label values``.
+    ``check``: ``"quick"`` reads the headers, some slices of the image (Hounsfield units) and the whole label map;
+    ``"full"`` reads every voxel of the image too; ``"exists"`` only asks whether the files are there; ``"none"`` does
+    not look at all.
     """
     check_choice("check_images", check, IMAGE_CHECKS)
     if check == "none":

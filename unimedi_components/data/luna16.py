@@ -1,11 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """LUNA16 to a datalist: whole volumes, nodule or none (the paper), or candidate cubes (Models Genesis).
 
-Layout read: ``subset0/SERIESUID.mhd`` and ``.raw`` to ``subset9/`` (also unpacked as ``subset0/subset0/``),
-``annotations.csv[.gz]`` (volumes), ``candidates_V2.csv[.gz]`` or ``candidates.csv[.gz]`` (candidates), beside them, in
-``CSVFILES/`` or in a folder of the table's own name; all of it in ROOT or in folders up to two levels below, together
-or in parts. Coordinates are ITK's, LPS in mm; voxel indices follow from the file's ``Offset``, ``ElementSpacing`` and
-``TransformMatrix``, which turns x and y around in some scans.
+Subsets and tables may lie in ROOT or in folders up to two levels below, together or in parts. Coordinates are ITK's,
+LPS in mm; voxel indices follow from the file's ``Offset``, ``ElementSpacing`` and ``TransformMatrix``, which turns x
+and y around in some scans.
 """
 
 from collections.abc import Iterable, Sequence
@@ -72,10 +70,6 @@ def collect(
         (a scan in two folders), ``subset in no split``, ``missing image`` (a scan that the table names),
         ``unreadable image`` and the others of :func:`~unimedi_components.images.checks.check_ct`, ``candidate
         without image``, ``nodule outside the volume``, ``candidate outside the volume``.
-
-    Raises:
-        DataError: no volumes or no table are found, a column is missing, or a fault under ``strict``.
-        ConfigError: an option has a value that is not offered.
     """
     base = existing_root(root, "LUNA16")
     check_choice("mode", mode, LABEL_NAMES)
@@ -138,25 +132,20 @@ def _scans(builder: DatalistBuilder, root: Path) -> dict[str, _Scan]:
             continue
         if path.stem in found:
             builder.drop("duplicate id", path.stem, f"{path}: also at {found[path.stem].image}")
-            continue
-        found[path.stem] = _Scan(path.relative_to(root).as_posix(), int(path.parent.name[-1]))
-    if found:
-        return found
-    raise DataError(
-        f"{root}: no volumes. Looked for subset0/SERIESUID.mhd to subset9/ there and in folders below. "
-        "Unpack the data set's subset files there, or correct ROOT."
-    )
+        else:
+            found[path.stem] = _Scan(path.relative_to(root).as_posix(), int(path.parent.name[-1]))
+    if not found:
+        raise DataError(
+            f"{root}: no volumes. Looked for subset0/SERIESUID.mhd to subset9/ there and in folders below. "
+            "Unpack the data set's subset files there, or correct ROOT."
+        )
+    return found
 
 
 def _rows(builder: DatalistBuilder, root: Path, mode: str) -> pd.DataFrame:
     """Return the table: id, seriesuid (categories), coordinates and diameter_mm or class as numbers."""
-    patterns = [
-        top + folder.format(stem=name.removesuffix(".csv"), name=name) + name
-        for top in TOPS
-        for name in TABLES[mode]
-        for folder in FOLDERS
-    ]
-    path = find_source(root, patterns, f"table for --mode {mode}")
+    below = [f.format(stem=name.removesuffix(".csv"), name=name) + name for name in TABLES[mode] for f in FOLDERS]
+    path = find_source(root, [top + place for top in TOPS for place in below], f"table for --mode {mode}")
     value = "diameter_mm" if mode == "volume" else "class"
     columns = ["seriesuid", *COORDINATES, value]
     frame = read_source(path, columns)[columns]
@@ -165,24 +154,18 @@ def _rows(builder: DatalistBuilder, root: Path, mode: str) -> pd.DataFrame:
     frame[numbers] = frame[numbers].apply(pd.to_numeric, errors="coerce").astype(float)
     frame["seriesuid"] = frame["seriesuid"].str.strip().astype("category")
     frame["row"] = np.arange(len(frame))
-    sound = np.isfinite(frame[numbers]).all(axis=1)
-    builder.drop_many("row without numbers", _ids(frame[~sound]))
-    frame = frame[sound]
+    # rows count from 0 below the header
+    frame["id"] = [f"{uid}_{row:06d}" for uid, row in zip(frame["seriesuid"], frame["row"], strict=True)]
+    frame = builder.without(frame, ~np.isfinite(frame[numbers]).all(axis=1), "row without numbers")
     if mode == "candidates":
-        known = frame["class"].isin((0, 1))
-        builder.drop_many("unknown class", _ids(frame[~known]))
+        frame = builder.without(frame, ~frame["class"].isin((0, 1)), "unknown class")
         # Where a place is listed with both classes, it is a nodule.
-        frame = frame[known].sort_values("class", ascending=False, kind="stable")
+        frame = frame.sort_values("class", ascending=False, kind="stable")
     repeated = frame.duplicated(["seriesuid", *COORDINATES])
-    builder.drop_many("duplicate row", _ids(frame[repeated].sort_values("row")))
+    builder.drop_many("duplicate row", frame[repeated].sort_values("row")["id"])
     frame = frame[~repeated].sort_values("row", ignore_index=True)
     frame["seriesuid"] = frame["seriesuid"].cat.remove_unused_categories()
     return frame
-
-
-def _ids(frame: pd.DataFrame) -> list[str]:
-    """SERIESUID_ROW; rows count from 0 below the header."""
-    return [f"{uid}_{row:06d}" for uid, row in zip(frame["seriesuid"], frame["row"], strict=True)]
 
 
 def _voxels(frame: pd.DataFrame, scans: dict[str, _Scan]) -> tuple[np.ndarray, np.ndarray]:
@@ -206,17 +189,12 @@ def _places(frame: pd.DataFrame, voxels: np.ndarray, name: str) -> Iterable[dict
 
 
 def _add_volumes(
-    builder: DatalistBuilder,
-    frame: pd.DataFrame,
-    scans: dict[str, _Scan],
-    split_of: dict[int, str],
-    min_diameter: float,
+    builder: DatalistBuilder, frame: pd.DataFrame, scans: dict[str, _Scan], split_of: dict[int, str], smallest: float
 ) -> None:
     frame = frame[frame["seriesuid"].isin(list(scans))]
-    positive = set(frame.loc[frame["diameter_mm"] >= min_diameter, "seriesuid"])
+    positive = set(frame.loc[frame["diameter_mm"] >= smallest, "seriesuid"])
     voxels, inside = _voxels(frame, scans)
-    builder.drop_many("nodule outside the volume", _ids(frame[~inside]))
-    frame, voxels = frame[inside], voxels[inside]
+    frame, voxels = builder.without(frame, ~inside, "nodule outside the volume"), voxels[inside]
     nodules: dict[str, list[dict[str, Any]]] = {uid: [] for uid in scans}
     places = _places(frame, voxels, "world")
     for uid, place, diameter in zip(frame["seriesuid"], places, frame["diameter_mm"], strict=True):
@@ -232,18 +210,14 @@ def _add_volumes(
 def _add_candidates(
     builder: DatalistBuilder, frame: pd.DataFrame, scans: dict[str, _Scan], split_of: dict[int, str]
 ) -> None:
-    there = frame["seriesuid"].isin(list(scans))
-    builder.drop_many("candidate without image", _ids(frame[~there]))
-    frame = frame[there]
+    frame = builder.without(frame, ~frame["seriesuid"].isin(list(scans)), "candidate without image")
     used = frame["seriesuid"].isin([uid for uid, scan in scans.items() if scan.subset in split_of])
-    builder.drop_many("subset in no split", _ids(frame[~used]))
-    frame = frame[used]
+    frame = builder.without(frame, ~used, "subset in no split")
     voxels, inside = _voxels(frame, scans)
-    builder.drop_many("candidate outside the volume", _ids(frame[~inside]))
-    frame, voxels = frame[inside], voxels[inside]
+    frame, voxels = builder.without(frame, ~inside, "candidate outside the volume"), voxels[inside]
     labels = frame["class"].astype(int).tolist()
     places = _places(frame, voxels, "center")
-    for name, uid, label, place in zip(_ids(frame), frame["seriesuid"], labels, places, strict=True):
+    for name, uid, label, place in zip(frame["id"], frame["seriesuid"], labels, places, strict=True):
         scan = scans[uid]
         item = {"id": name, "patient": uid, "image": scan.image, "dim": 3, "label": label, **place}
         builder.add(split_of[scan.subset], item)

@@ -27,6 +27,8 @@ def pretraining_datalist(
 ) -> str:
     """Datalist over `<dataset_dir>/<source>` for each source, made at the first run and reused after.
 
+    Raises DataError: a source is missing, nothing in it can be used, or phantoms would be written for an export.
+
     Args:
         dataset_dir: folder with one folder per source in the data set's own layout; image paths are relative to it.
         phantoms: number of phantom patients to write for each source first, where they are not there yet; None or
@@ -34,9 +36,6 @@ def pretraining_datalist(
 
     Returns:
         path of `<dataset_dir>/pretrain.json`.
-
-    Raises:
-        DataError: a source is missing, nothing in it can be used, or phantoms would be written for an export.
     """
     root = Path(dataset_dir)
     out = root / "pretrain.json"
@@ -87,15 +86,13 @@ def task_datalist(
 ) -> str:
     """Datalist of a data set on disk, made at the first run and made again when an option changes.
 
-    A datalist that this did not make (the command `prepare`, or a person, did) is taken as it is.
+    A datalist that this did not make (the command `prepare`, or a person, did) is taken as it is. Raises DataError: the
+    data set is missing, or nothing in it can be used.
 
     Args:
         dataset_dir: folder with the data set in its own layout; image paths are relative to it.
         phantoms: number of phantom patients to write there first, if they are not there yet; None expects real data.
         out: the datalist; by default beside the folder, `<dataset_dir>.json`.
-
-    Raises:
-        DataError: the data set is missing, or nothing in it can be used.
     """
     root = Path(dataset_dir)
     path = Path(out) if out is not None else root.with_name(f"{root.name}.json")
@@ -131,12 +128,8 @@ def load_task(
 ) -> dict[str, Any]:
     """Read a datalist for a task and check that it has what the task needs.
 
-    Args:
-        label_fraction: share of the patients whose training items are kept, nested over fractions and stratified by
-            label.
-
-    Raises:
-        DataError: unreadable, without items of this dimension, or labelled for another task.
+    ``label_fraction``: share of the patients whose training items are kept, nested over fractions and stratified by
+    label. Raises DataError: unreadable, without items of this dimension, or labelled for another task.
     """
     datalist = load_datalist(path, root)
     for key, wanted in (("task", task), ("label_names", label_names and list(label_names))):

@@ -1,11 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MIMIC-CXR-JPG 2.x to a datalist (S4.1.1: frontal views, reports of at least three sentences).
-
-Layout read: ``mimic-cxr-2.*-{metadata,split}.csv[.gz]``, optional ``-chexpert.csv[.gz]``, images
-``files/p10/p10000032/s50414267/DICOM_ID.jpg`` and, from MIMIC-CXR, report texts
-``files/p10/p10000032/s50414267.txt`` (also under ``mimic-cxr-reports/``), each also where PhysioNet's download puts it:
-``physionet.org/files/mimic-cxr-jpg/2.1.0/`` and ``physionet.org/files/mimic-cxr/2.1.0/``.
-"""
+"""MIMIC-CXR-JPG 2.x to a datalist (S4.1.1: frontal views, reports of at least three sentences)."""
 
 import warnings
 from pathlib import Path
@@ -13,14 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from unimedi_components.data.datalist import DatalistBuilder, Dataset
-from unimedi_components.data.sources import (
-    existing_root,
-    find_source,
-    first_source,
-    progress_map,
-    read_source,
-    xray_faults,
-)
+from unimedi_components.data.sources import existing_root, find_source, first_source, progress_map, read_source
 from unimedi_components.data.text import clean_report, split_sections
 from unimedi_components.errors import DataError
 
@@ -69,9 +56,6 @@ def collect(
         The builder. Drop reasons: ``not a frontal view``, ``no view position``, ``duplicate id``, ``no official
         split``, ``missing report``, ``unreadable report``, ``no findings or impression``, ``fewer than N sentences``,
         ``fewer than N tokens``, ``missing image``, ``unreadable image``, ``patient in another split``.
-
-    Raises:
-        DataError: a table is missing or lacks a column, or a fault under ``strict``.
     """
     base = existing_root(root, "MIMIC-CXR-JPG")
     builder = DatalistBuilder("mimic_cxr", root, strict)
@@ -94,11 +78,8 @@ def collect(
         if not text:
             return "no findings or impression", ""
         report = clean_report(text, keep_punct)
-        if report.num_tokens < min_tokens:
-            return f"fewer than {min_tokens} tokens", ""
-        if report.num_sentences < min_sentences:
-            return f"fewer than {min_sentences} sentences", ""
-        return "", report.text
+        lack = report.lack(min_sentences, min_tokens)
+        return lack, "" if lack else report.text
 
     reports = {study: clean(study) for study in studies["study_id"]}
     for row in frame.itertuples(index=False):
@@ -107,44 +88,36 @@ def collect(
     files = _image_folder(base, _required(base, "metadata").parent, frame)
     frame = frame[frame["study_id"].map({study: not found[0] for study, found in reports.items()}).astype(bool)]
     folder = files + "/" + frame["subject_id"].str[:3] + "/" + frame["subject_id"] + "/" + frame["study_id"]
-    images = (folder + "/" + frame["dicom_id"] + ".jpg").tolist()
+    frame["image"] = folder + "/" + frame["dicom_id"] + ".jpg"
     label_of = _chexpert_labels(builder, base) if labels else {}
-    faults = xray_faults(base, images, check_images, num_workers, progress)
-    for row, image, fault in zip(frame.itertuples(index=False), images, faults, strict=True):
-        item = {"id": row.dicom_id, "patient": row.subject_id, "image": image, "dim": 2}
-        item["report"] = reports[row.study_id][1]
-        if row.study_id in label_of:
-            item["label"] = label_of[row.study_id]
-        builder.add(row.split, item, fault)
+    rows = []
+    for row in frame.itertuples(index=False):
+        item = {"id": row.dicom_id, "patient": row.subject_id, "image": row.image, "dim": 2}
+        label = {"label": label_of[row.study_id]} if row.study_id in label_of else {}
+        rows.append((row.split, {**item, "report": reports[row.study_id][1], **label}))
+    builder.add_films(rows, check_images, num_workers, progress)
     builder.keep_apart()
     return builder
 
 
 def _frontal_images(builder: DatalistBuilder, root: Path) -> pd.DataFrame:
     """Return one row per frontal image with its official split: dicom_id, subject_id, study_id, split."""
-    metadata = _required(root, "metadata")
-    splits = _required(root, "split")
+    metadata, splits = _required(root, "metadata"), _required(root, "split")
     frame = read_source(metadata, ("dicom_id", "subject_id", "study_id", "ViewPosition"))
     official = read_source(splits, ("dicom_id", "split"))
-    for path in (metadata, splits):
+    for path, table in ((metadata, frame), (splits, official)):
         builder.add_source(path)
-    for table in (frame, official):
         table["dicom_id"] = table["dicom_id"].str.strip()
-    view = frame["ViewPosition"].str.strip().str.upper()
-    repeated = frame["dicom_id"].duplicated()
     split = frame["dicom_id"].map(official.drop_duplicates("dicom_id").set_index("dicom_id")["split"])
     frame["split"] = split.str.strip().str.lower().map(SPLIT_NAMES)
-    frontal = view.isin(FRONTAL_VIEWS)
-    unknown = view.isin(("", "NAN", "NA"))
-    builder.drop_many("duplicate id", frame.loc[repeated, "dicom_id"])
-    builder.drop_many("no view position", frame.loc[~repeated & unknown, "dicom_id"])
-    builder.drop_many("not a frontal view", frame.loc[~repeated & ~frontal & ~unknown, "dicom_id"])
-    frontal &= ~repeated
-    builder.drop_many("no official split", frame.loc[frontal & frame["split"].isna(), "dicom_id"])
-    frame = frame.loc[frontal & frame["split"].notna(), ["dicom_id", "subject_id", "study_id", "split"]]
-    subject = "p" + frame["subject_id"].str.strip().str.removeprefix("p")
-    frame["subject_id"], frame["study_id"] = (subject, "s" + frame["study_id"].str.strip().str.removeprefix("s"))
-    return frame.reset_index(drop=True)
+    frame["view"] = frame["ViewPosition"].str.strip().str.upper()
+    frame = builder.without(frame, frame["dicom_id"].duplicated(), "duplicate id", "dicom_id")
+    frame = builder.without(frame, frame["view"].isin(("", "NAN", "NA")), "no view position", "dicom_id")
+    frame = builder.without(frame, ~frame["view"].isin(FRONTAL_VIEWS), "not a frontal view", "dicom_id")
+    frame = builder.without(frame, frame["split"].isna(), "no official split", "dicom_id")
+    frame["subject_id"] = "p" + frame["subject_id"].str.strip().str.removeprefix("p")
+    frame["study_id"] = "s" + frame["study_id"].str.strip().str.removeprefix("s")
+    return frame[["dicom_id", "subject_id", "study_id", "split"]].reset_index(drop=True)
 
 
 def _required(root: Path, kind: str) -> Path:
@@ -156,12 +129,8 @@ def _image_folder(root: Path, home: Path, frame: pd.DataFrame) -> str:
     """Return the folder with ``p10`` to ``p19`` relative to ``root``: the first that holds one of some patients."""
     patients = frame["subject_id"].drop_duplicates().iloc[:: max(1, frame["subject_id"].nunique() // 100)]
     candidates = [home / "files", home / "files" / "files", root / "files", *sorted(root.glob("*/files")), home]
-    for folder in candidates:
-        if any((folder / patient[:3] / patient).is_dir() for patient in patients):
-            break
-    else:
-        folder = candidates[0]
-    return folder.relative_to(root).as_posix()
+    holding = (folder for folder in candidates if any((folder / name[:3] / name).is_dir() for name in patients))
+    return next(holding, candidates[0]).relative_to(root).as_posix()
 
 
 def _sections_from_csv(builder: DatalistBuilder, path: Path) -> dict[str, dict[str, str] | _Report]:

@@ -176,11 +176,11 @@ def _prefix(name: str, path: Path, part: dict[str, Any], root: Path) -> str:
 
 def _joined_meta(parts: dict[str, Any], joined: dict[str, Any], root: str | Path) -> dict[str, Any]:
     metas = {name: part.get("meta", {}) for name, part in parts.items()}
-    dropped: dict[str, int] = {}
+    dropped: Counter[str] = Counter()
     listed: dict[str, list[str]] = {}
     for meta in metas.values():
-        for reason, count in meta.get("dropped", {}).items():
-            dropped[reason] = dropped.get(reason, 0) + count
+        dropped.update(meta.get("dropped", {}))
+        for reason in meta.get("dropped", {}):
             listed[reason] = (listed.get(reason, []) + meta.get("dropped_items", {}).get(reason, []))[:LISTED_DROPS]
     punct = {name: meta["keep_punct"] for name, meta in metas.items() if "keep_punct" in meta}
     if len(set(punct.values())) > 1:
@@ -191,7 +191,7 @@ def _joined_meta(parts: dict[str, Any], joined: dict[str, Any], root: str | Path
         "created_with": next((meta["created_with"] for meta in metas.values() if "created_with" in meta), ""),
         "sources": {f"{name}/{k}": sha for name, meta in metas.items() for k, sha in meta.get("sources", {}).items()},
         "kept": {split: len(joined[split]) for split in SPLITS},
-        "dropped": dropped,
+        "dropped": dict(dropped),
         "dropped_items": listed,
         **({"keep_punct": next(iter(punct.values()))} if punct else {}),
         "label_names": {name: meta["label_names"] for name, meta in metas.items() if "label_names" in meta},

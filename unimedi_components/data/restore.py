@@ -18,9 +18,7 @@ class Restored(Transform):
 
     What the preparation did to the image (orientation, spacing, size, padding) is undone by MONAI's inverse transforms,
     one class at a time, so that memory holds two classes of the file's size; linear, so that outlines stay smooth.
-
-    Args:
-        labels: give the class of the highest score, uint8 (1, ...), in place of the scores, float32 (C, ...).
+    ``labels``: give the class of the highest score, uint8 (1, ...), in place of the scores, float32 (C, ...).
     """
 
     def __init__(self, transform: Compose | Sequence[Any], labels: bool = False) -> None:
@@ -30,8 +28,7 @@ class Restored(Transform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Return `data` with a MetaTensor in the geometry of the image's file.
 
-        Raises:
-            DataError: the image has lost the record of its preparation.
+        Raises DataError: the image has lost the record of its preparation.
         """
         scores, image = torch.as_tensor(data["pred"]), data["image"]
         if not isinstance(image, MetaTensor) or not image.applied_operations:

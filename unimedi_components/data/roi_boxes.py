@@ -35,17 +35,13 @@ class _Plane:
 def boxes_of_rois(path: str | Path, rois: Iterable[Sequence[float]]) -> list[list[float]]:
     """Bring regions of interest to pixels of the file.
 
-    Args:
-        path: the film that they were drawn on.
-        rois: [x, y, z, width, height, depth] each: centre and size along the axes of the DICOM world (LPS), mm.
+    ``rois``: [x, y, z, width, height, depth] each: centre and size along the axes of the DICOM world (LPS), mm. Raises
+    DataError: a region has not six finite numbers or no size, the film cannot be read, or its plane is upright in the
+    world, so that regions have no place in it.
 
     Returns:
         [x0, y0, x1, y1] each, x along the columns, x1 and y1 just beyond the box; not clipped to the film. A region
         that the film's axes are turned to gives the box around it.
-
-    Raises:
-        DataError: a region has not six finite numbers or no size, the film cannot be read, or its plane is upright in
-            the world, so that regions have no place in it.
     """
     plane = _plane(Path(path))
     inverse = _inverse(plane, path)

@@ -1,10 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """RSNA Pneumonia Detection Challenge, stage 2, to a datalist of labels, masks or boxes (S4.2.1).
 
-Layout read: ``stage_2_train_labels.csv[.gz]`` {patientId, x, y, width, height, Target} with one row per box, optional
-``stage_2_detailed_class_info.csv[.gz]`` {patientId, class}, and ``stage_2_train_images/PATIENT_ID.dcm``, one film of
-1024 x 1024 pixels per patient; each archive may be unpacked into a folder of its own name. The official files hold
-30,227 rows of 26,684 patients, 6,012 of them positive (the paper's "29,700" is an error).
+The label table has one row per box; there is one film of 1024 x 1024 pixels per patient. The official files hold 30,227
+rows of 26,684 patients, 6,012 of them positive (the paper's "29,700" is an error).
 """
 
 from collections.abc import Sequence
@@ -21,7 +19,6 @@ from unimedi_components.data.sources import (
     first_source,
     read_source,
     undoubled,
-    xray_faults,
 )
 from unimedi_components.errors import DataError
 
@@ -63,10 +60,6 @@ def collect(
         disagree`` (target neither 0 nor 1, or not the same in all rows; 1 without or 0 with a box), ``unusable box``
         (missing, negative or non-numeric values, no area), ``no official split``, ``patient in another split``,
         ``listed but not in the labels`` (the last three with LoVT's lists), ``missing image``, ``unreadable image``.
-
-    Raises:
-        ConfigError: an option has an unknown value.
-        DataError: a table or the image folder is missing, or a fault under ``strict``.
     """
     check_choice("task", task, TASKS)
     check_choice("split", split, SPLIT_SOURCES)
@@ -87,26 +80,21 @@ def collect(
             "tables alone with --check_images none."
         )
     targets = rows.drop_duplicates("patientId")[["patientId", "target"]].astype({"target": int})
-    targets = targets.sort_values("patientId")
-    paths = (images.relative_to(base).as_posix() + "/" + targets["patientId"] + ".dcm").tolist()
-    faults = xray_faults(base, paths, check_images, num_workers, progress)
-    for (patient, target), path, fault in zip(targets.itertuples(index=False), paths, faults, strict=True):
-        item = {"id": patient, "patient": patient, "image": path, "dim": 2, "label": target}
+    folder, films = images.relative_to(base).as_posix(), []
+    for patient, target in targets.sort_values("patientId").itertuples(index=False):
+        item = {"id": patient, "patient": patient, "image": f"{folder}/{patient}.dcm", "dim": 2, "label": target}
         if patient in boxes or task != "classification":
             item["boxes"] = boxes.get(patient, [])
         if patient in classes:
             item["class"] = classes[patient]
-        builder.add(split_of[patient], item, fault)
-    _describe(builder, task, split)
-    return builder
-
-
-def _describe(builder: DatalistBuilder, task: str, split: str) -> None:
+        films.append((split_of[patient], item))
+    builder.add_films(films, check_images, num_workers, progress)
     names = ["no pneumonia" if task == "classification" else "background", "pneumonia"]
     builder.meta |= {"task": TASKS[task][0], "label_names": names, "split": split}
     builder.meta["boxes"] = "x0, y0, x1, y1 in pixels of the DICOM file, x1 and y1 just beyond the box"
     if task == "segmentation":
         builder.meta["masks"] = "painted from the boxes by the transform BoxesToMaskd; there are no mask files"
+    return builder
 
 
 def _read_rows(builder: DatalistBuilder, path: Path) -> pd.DataFrame:
@@ -125,11 +113,9 @@ def _read_rows(builder: DatalistBuilder, path: Path) -> pd.DataFrame:
     nameless = rows["patientId"] == ""
     builder.drop_many("no patient id", (f"{path.name} row {index + 2}" for index in rows.index[nameless]))
     rows = rows[~nameless]
-    repeated = rows.duplicated()
-    builder.drop_many("duplicate row", rows.loc[repeated, "patientId"])
     if rows.empty:
         raise DataError(f"{path}: no row names a patient. Check that this is the challenge's own file.")
-    return rows[~repeated].reset_index(drop=True)
+    return builder.without(rows, rows.duplicated(), "duplicate row", "patientId").reset_index(drop=True)
 
 
 def _without_contradictions(builder: DatalistBuilder, rows: pd.DataFrame) -> pd.DataFrame:
@@ -182,9 +168,6 @@ def paper_split(patients: Sequence[str], task: str) -> dict[str, str]:
     training, and of the rest the first half for test and the second for validation. 26,684 patients give 18,678 / 4,003
     / 4,003 (training / validation / test) for classification; 16,010 / 5,337 / 5,337 for segmentation and detection,
     where MGCA holds out 2 x 5,337, which is 40%. Other numbers of patients are split by the same shares.
-
-    Raises:
-        DataError: there are too few patients for three splits.
     """
     from sklearn.model_selection import train_test_split
 

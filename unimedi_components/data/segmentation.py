@@ -26,10 +26,8 @@ from unimedi_components.images.itk_loading import load_imaged
 class CheckLabelMapd(Transform):
     """Let a label map pass that has its image's voxels and whole numbers; give it the image's affine.
 
-    The same affine on both keeps differences of rounding out of the resampling that follows.
-
-    Args:
-        num_classes: number of labels with the background; None allows any up to 255.
+    The same affine on both keeps differences of rounding out of the resampling that follows. ``num_classes``: number of
+    labels with the background; None allows any up to 255.
     """
 
     def __init__(self, num_classes: int | None = None) -> None:
@@ -38,8 +36,7 @@ class CheckLabelMapd(Transform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         """Return ``data`` with the mask rounded to whole numbers.
 
-        Raises:
-            DataError: shape or affine differ from the image's, or a value is no label.
+        Raises DataError: shape or affine differ from the image's, or a value is no label.
         """
         image, mask = data["image"], data["mask"]
         name = _name(mask)
@@ -69,9 +66,11 @@ def segmentation_transforms(
 ) -> list[Transform]:
     """Transforms of one CT item with its label map, without random ones.
 
-    ``"image"`` becomes float32 (1, D, H, W) in [-1, 1], ``"mask"`` uint8 (1, D, H, W). Axes run to Superior,
-    Posterior and Left as in :func:`~unimedi_components.data.transforms.ct_transforms`. Both stay MetaTensors,
-    so that ``Restored`` brings a prediction back to the file's shape, affine and orientation.
+    ``"image"`` becomes float32 (1, D, H, W) in [-1, 1], ``"mask"`` uint8 (1, D, H, W). Axes run to Superior, Posterior
+    and Left as in :func:`~unimedi_components.data.transforms.ct_transforms`. Both stay MetaTensors, so that
+    ``Restored`` brings a prediction back to the file's shape, affine and orientation. Raises DataError: (when run, as
+    MONAI's RuntimeError's cause) a file is not one 3D volume with a usable affine, a voxel is not finite, or the label
+    map differs from its image in geometry or holds unknown values.
 
     Args:
         spatial_size: D, H, W to resize the whole field of view to (areas for the image, nearest voxel for the
@@ -82,10 +81,6 @@ def segmentation_transforms(
         label_map: False leaves ``"mask"`` out, for images that have none.
         resize_labels: False turns ``"mask"`` alone and keeps its voxels, for an evaluation on the file's grid.
         upright: resample volumes of a tilted gantry; see :class:`~unimedi_components.data.volume_loading.Uprightd`.
-
-    Raises:
-        DataError: (when run, as MONAI's RuntimeError's cause) a file is not one 3D volume with a usable affine,
-            a voxel is not finite, or the label map differs from its image in geometry or holds unknown values.
     """
     keys = ("image", "mask") if label_map else ("image",)
     steps: list[Transform] = [LoadVolumed("image")]

@@ -37,11 +37,8 @@ def evenly_spread(count: int, wanted: int) -> list[int]:
 def slice_files(folder: str | Path, slices: Sequence[str] | None = None, first_slice: str = "head") -> list[str]:
     """List the files of a volume from its lowest slice to its highest.
 
-    Args:
-        slices: the names that make up the volume, in the scan's order; None takes every image of the folder by number.
-
-    Raises:
-        DataError: there is no folder, or no slice in it.
+    ``slices``: the names that make up the volume, in the scan's order; None takes every image of the folder by number.
+    Raises DataError: there is no folder, or no slice in it.
     """
     folder = str(folder)
     if not os.path.isdir(folder):

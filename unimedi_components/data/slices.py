@@ -25,15 +25,13 @@ FIRST_SLICES = ("head", "foot")
 class LoadSlicesd(MapTransform):
     """Replace a folder by a volume (1, D, H, W) in [0, 1] of slices spread evenly over it, the lowest first.
 
-    An item's ``"slices"`` says which files of the folder make up the volume and in which order; without it
-    every image of the folder counts, by number.
+    An item's ``"slices"`` says which files of the folder make up the volume and in which order; without it every image
+    of the folder counts, by number. Raises DataError: `first_slice` is neither, or `depth` is below 1; when run, see
+    `slice_files` and `read_slices`.
 
     Args:
         depth: number of slices, D.
         first_slice: end of the patient that the first slice of a folder shows, ``"head"`` or ``"foot"``.
-
-    Raises:
-        DataError: `first_slice` is neither, or `depth` is below 1; when run, see `slice_files` and `read_slices`.
     """
 
     def __init__(self, keys: KeysCollection, depth: int, first_slice: str = "head") -> None:
@@ -57,12 +55,9 @@ class LoadSlicesd(MapTransform):
 def read_slices(files: Sequence[str]) -> np.ndarray:
     """Decode slices to a volume, float32 (D, H, W) in [0, 1], each file once even if it is named again.
 
-    8-bit values are divided by 255, 16-bit values by 65535. Of colour images the first channel counts (some
-    slices of Clean-CC-CCII are grey images stored as RGB).
-
-    Raises:
-        DataError: slices differ in size, or all voxels have one value.
-        OSError: a file is missing, truncated or of an unknown format.
+    8-bit values are divided by 255, 16-bit values by 65535. Of colour images the first channel counts (some slices of
+    Clean-CC-CCII are grey images stored as RGB). Raises DataError: slices differ in size, or all voxels have one value;
+    OSError: a file is missing, truncated or of an unknown format.
     """
     decoded = {path: _read_slice(path) for path in dict.fromkeys(files)}
     sizes = {pixels.shape: path for path, pixels in decoded.items()}
@@ -100,10 +95,10 @@ def slice_volume_transforms(
 ) -> list[Transform]:
     """Transforms of one folder of slices: "image" becomes (1, D, H, W) in [-1, 1], black at -1.
 
-    Axes run like those of :func:`~unimedi_components.data.transforms.ct_transforms`: the first slice is the
-    lowest; rows and columns stay as in the files (radiological display). D slices are chosen evenly, no other
-    is read, and each is resized to H x W by averaging areas. An item's "slices", if there, says which files of
-    its folder make up the scan.
+    Axes run like those of :func:`~unimedi_components.data.transforms.ct_transforms`: the first slice is the lowest;
+    rows and columns stay as in the files (radiological display). D slices are chosen evenly, no other is read, and each
+    is resized to H x W by averaging areas. An item's "slices", if there, says which files of its folder make up the
+    scan. Raises DataError: `first_slice` is neither, or D is below 1.
 
     Args:
         spatial_size: D, H, W of the result.
@@ -111,9 +106,6 @@ def slice_volume_transforms(
             the network as :func:`~unimedi_components.data.transforms.ct_transforms` would show it. None maps black
             to -1 and white to 1.
         window: with `grey_window`, Hounsfield units that become -1 and 1.
-
-    Raises:
-        DataError: `first_slice` is neither, or D is below 1.
     """
     ends = (0.0, 1.0)
     if grey_window is not None:

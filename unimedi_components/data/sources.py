@@ -6,7 +6,7 @@ import difflib
 import gzip
 import hashlib
 import io
-import os
+import json
 import re
 import warnings
 import zlib
@@ -20,7 +20,6 @@ import pandas as pd
 from tqdm import tqdm
 
 from unimedi_components.errors import ConfigError, DataError
-from unimedi_components.images.xray_checks import xray_fault
 
 
 def nearest_hint(name: str, known: Iterable[str]) -> str:
@@ -64,9 +63,9 @@ def first_source(root: Path, patterns: Sequence[str]) -> Path | None:
     """Find a table below ``root`` by the first glob pattern (without ``.gz``) that matches, plain or gzipped."""
     for pattern in patterns:
         for ending in ("", ".gz"):
-            found = [path for path in sorted(root.glob(pattern + ending)) if path.is_file() and _is_data(path, root)]
-            if found:
-                return found[0]
+            for path in sorted(root.glob(pattern + ending)):
+                if path.is_file() and _is_data(path, root):
+                    return path
     return None
 
 
@@ -101,11 +100,12 @@ def undoubled(folder: Path) -> Path:
 def read_text(path: Path, utf_16: bool = False) -> str:
     """A text file, gzipped or not, without its byte-order mark; raises what gzip, zlib and the decoder raise.
 
-    Args:
-        utf_16: follow a mark of UTF-16; otherwise the text must be UTF-8.
+    ``utf_16``: follow a mark of UTF-16; otherwise the text must be UTF-8.
     """
     data = path.read_bytes()
     data = gzip.decompress(data) if path.suffix == ".gz" else data
+    if data.startswith(b"PK\x03\x04"):
+        raise DataError(f"{path}: is an Excel workbook or a zip archive, not text. Save it as CSV in UTF-8.")
     wide = utf_16 and data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     return data.decode("utf-16" if wide else "utf-8-sig")
 
@@ -121,15 +121,14 @@ def unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def read_source(path: Path, required: Sequence[str] = (), sep: str = ",", remedy: str = "") -> pd.DataFrame:
     """Read a csv or tsv, gzipped or not, every cell as the text that stands in the file.
 
-    Byte-order marks (also of UTF-16), CRLF line ends, blanks around column names and before cells, semicolons or tabs
-    in place of `sep`, and a separator at the end of each row are accepted; an empty cell is ``""``.
+    Byte-order marks (also of UTF-16), CRLF line ends, blanks around column names and before cells, semicolons, tabs or
+    bars in place of `sep`, Excel's line `sep=;`, and a separator at the end of each row are accepted; an empty cell is
+    ``""``. Raises DataError: the file is missing, empty, not a table, or lacks a required column (the nearest one is
+    named).
 
     Args:
         required: columns that must be there (matched without regard to case and renamed to this spelling).
         remedy: sentence that ends the message about a missing column.
-
-    Raises:
-        DataError: the file is missing, empty, not a table, or lacks a required column (the nearest one is named).
     """
     try:
         frame = _read_cells(path, sep)
@@ -143,27 +142,39 @@ def read_source(path: Path, required: Sequence[str] = (), sep: str = ",", remedy
         raise DataError(f"{path}: cannot be read as a table ({error}). Download or export it again.") from error
     frame.columns = [str(column).strip() for column in frame.columns]
     for name in required:
-        if name in frame.columns:
-            continue
-        same = [column for column in frame.columns if column.lower() == name.lower()]
-        if not same:
-            hint = nearest_hint(name, frame.columns)
-            raise DataError(
-                f"{path}: no column {name!r} ({hint}the file has {', '.join(map(repr, frame.columns))}). "
-                + (remedy or "Check that this is the data set's own file.")
-            )
-        frame = frame.rename(columns={same[0]: name})
+        if name not in frame.columns:
+            same = [column for column in frame.columns if column.lower() == name.lower()]
+            if not same:
+                raise no_column(path, name, frame, remedy or "Check that this is the data set's own file.")
+            frame = frame.rename(columns={same[0]: name})
     if frame.empty:
         raise DataError(f"{path}: the table holds no rows. It needs at least one row below the header line.")
     return frame
 
 
+def no_column(path: Path, name: str, frame: pd.DataFrame, remedy: str) -> DataError:
+    """The error of a table without a column; it names the nearest one."""
+    there = ", ".join(map(repr, frame.columns))
+    return DataError(f"{path}: no column {name!r} ({nearest_hint(name, frame.columns)}the file has {there}). {remedy}")
+
+
+def read_json(path: Path, remedy: str, what: str = "JSON", **options: Any) -> Any:
+    """A JSON file, gzipped or not. ``options``: of `json.loads`. Raises DataError: it cannot be read as ``what``."""
+    try:
+        return json.loads(read_text(path), **options)
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read as {what} ({error}). {remedy}") from error
+
+
 def _read_cells(path: Path, sep: str) -> pd.DataFrame:
     """Read a table as text; blanks after a separator are left out, so that a quote behind them is one."""
     text = read_text(path, utf_16=True)
+    # Excel's own first line
+    told = re.match(r"sep=(.)[\r\n]+", text)
+    text = text[told.end() :] if told else text
     header = re.split(r"[\r\n]", text, maxsplit=1)[0]
-    if sep not in header:
-        sep = next((mark for mark in ";\t" if mark in header), sep)
+    if told or sep not in header:
+        sep = told[1] if told else next((mark for mark in ";\t|" if mark in header), sep)
     options: dict[str, Any] = {"sep": sep, "dtype": str, "keep_default_na": False, "skipinitialspace": True}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", pd.errors.ParserWarning)
@@ -204,14 +215,3 @@ def progress_map(
         parts = [items[start : start + size] for start in range(0, len(items), size)]
         with ThreadPoolExecutor(num_workers) as pool:
             return [result for found in pool.map(work, parts) for result in found]
-
-
-def xray_faults(
-    root: Path, images: Sequence[str], check: str, num_workers: int, progress: bool
-) -> list[tuple[str, str] | None]:
-    """`xray_fault` of every image below `root`, in order, under a progress bar."""
-
-    def fault(image: str) -> tuple[str, str] | None:
-        return xray_fault(os.path.join(root, image), check)
-
-    return progress_map(fault, images, "images", num_workers, progress)

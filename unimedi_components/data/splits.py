@@ -17,7 +17,7 @@ _RARE = 10
 
 
 def patient_order(patients: Iterable[str], seed: int) -> list[str]:
-    """Return the distinct patients in the seeded order that splits and fractions share."""
+    """The distinct patients in the seeded order that splits and fractions share."""
     return sorted(set(patients), key=lambda name: hashlib.sha256(f"{seed}:{name}".encode()).digest())
 
 
@@ -58,14 +58,11 @@ def split_patients(
 ) -> dict[str, str]:
     """Assign every patient to training, validation or test.
 
-    Args:
-        strata: patient -> group; each group is split by itself, so that X-rays and CTs reach every split.
+    ``strata``: patient -> group; each group is split by itself, so that X-rays and CTs reach every split. Raises
+    DataError: the shares are negative or leave nothing for training.
 
     Returns:
         patient -> split. A group of three or more has at least one patient in each split whose share is not 0.
-
-    Raises:
-        DataError: the shares are negative or leave nothing for training.
     """
     if min(validation_fraction, test_fraction) < 0 or validation_fraction + test_fraction >= 1:
         raise DataError(
@@ -86,19 +83,15 @@ def split_patients(
 
 
 def nested_fraction(items: Sequence[dict[str, Any]], fraction: float, seed: int = 42) -> list[dict[str, Any]]:
-    """Keep the items of a fraction of the patients, stratified by label.
+    """Keep the items of a fraction of the patients, in their order, stratified by label.
+
+    Each label (each combination of labels, where an image has several) keeps its share of the patients, to within one
+    patient; those of fewer than ten patients as one. Raises DataError: the fraction is not in (0, 1].
 
     Args:
         fraction: share of the patients in (0, 1], taken among X-ray and among CT patients alike, rounded to
             the nearest number and at least one (20, 40 and 100% of 21 are 4, 8 and 21).
         seed: seed of the order. With one seed the items of 0.01 are contained in those of 0.1, and these in 1.0.
-
-    Returns:
-        The kept items in their order. Each label (each combination of labels, where an image has several)
-        keeps its share of the patients, to within one patient; those of fewer than ten patients as one.
-
-    Raises:
-        DataError: the fraction is not in (0, 1].
     """
     if not 0 < fraction <= 1:
         raise DataError(f"fraction {fraction} is not in (0, 1]. Use for example 0.01, 0.1 or 1.0.")

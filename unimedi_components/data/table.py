@@ -130,11 +130,6 @@ def collect(
         listed in ``meta.label_names``; a label that is the path of a file becomes ``mask``. Drop reasons:
         ``empty report``, ``report not English``, ``fewer than N sentences``, ``fewer than N tokens``, ``no
         image``, ``duplicate image``, ``no split``, ``no label``, and those of :func:`check_ct` and :func:`xray_fault`.
-
-    Raises:
-        DataError: a table is missing, empty or lacks a column, a split's name is unknown, a patient is in two
-            splits, or a fault under ``strict``.
-        ConfigError: ``language`` or ``check_images`` is unknown.
     """
     check_choice("language", language, ("en", "any"))
     tables = _table_paths(root)
@@ -146,7 +141,6 @@ def collect(
     for table in tables:
         builder.add_source(table)
     limits = CTLimits(min_slices=min_slices, min_megabytes=min_megabytes, hounsfield=hounsfield)
-
     check_choice("check_images", check_images, IMAGE_CHECKS)
 
     def look(path: Path) -> tuple[dict[str, Any], tuple[str, str] | None]:
@@ -172,17 +166,15 @@ def collect(
                 reason = "empty report"
             elif language == "en" and report_language(row.report) == "es":
                 reason = "report not English"
-            elif report.num_tokens < min_tokens:
-                reason = f"fewer than {min_tokens} tokens"
-            elif report.num_sentences < min_sentences:
-                reason = f"fewer than {min_sentences} sentences"
+            else:
+                reason = report.lack(min_sentences, min_tokens)
         if reason:
             builder.drop(reason, row.row_id, detail)
         else:
             kept.append((row, item))
     cells = [(row.label, Path(row.place.rpartition(", row ")[0]).parent, item) for row, item in kept]
     _add_labels(builder, cells, base, task, label_names)
-    _add_to_splits(builder, kept, validation_fraction, test_fraction, seed)
+    _add_to_splits(builder, kept, (validation_fraction, test_fraction), seed)
     if "report not English" in builder.dropped:
         builder.remedies.append("Translate the reports that are not English, or keep all with language='any'.")
     return builder
@@ -218,13 +210,13 @@ def _read_rows(table: Path, image_column: str, report_column: str, label_column:
     rows = []
     for number, record in enumerate(frame.to_dict("records"), start=2):
         name = record[image_column].strip()
+        if "\\" in name and not (table.parent / name).exists():
+            # written on Windows
+            name = name.replace("\\", "/")
         image = Path(os.path.normpath(table.parent / name)) if name else Path()
         patient = cell(record, "patient") or f"{table.stem}:{name}"
-        place = f"{table}, row {number}"
-        labels = cell(record, label_column.lower())
-        rows.append(
-            _Row(place, image, record.get(report_column), patient, cell(record, "split"), labels, cell(record, "id"))
-        )
+        more = (cell(record, column) for column in ("split", label_column.lower(), "id"))
+        rows.append(_Row(f"{table}, row {number}", image, record.get(report_column), patient, *more))
     return rows
 
 
@@ -254,16 +246,11 @@ def _drop_repeated(builder: DatalistBuilder, rows: list[_Row]) -> list[_Row]:
 
 
 def _add_to_splits(
-    builder: DatalistBuilder,
-    kept: list[tuple[_Row, dict[str, Any]]],
-    validation_fraction: float,
-    test_fraction: float,
-    seed: int,
+    builder: DatalistBuilder, kept: list[tuple[_Row, dict[str, Any]]], shares: tuple[float, float], seed: int
 ) -> None:
     """Use the ``split`` cells, or split by patient where no row has one."""
     if not any(row.split for row, _ in kept):
-        strata = strata_by_dim(item for _, item in kept)
-        split_of = split_patients(strata, validation_fraction, test_fraction, seed)
+        split_of = split_patients(strata_by_dim(item for _, item in kept), *shares, seed)
         for _, item in kept:
             builder.add(split_of[item["patient"]], item)
         return
@@ -286,11 +273,7 @@ def _add_to_splits(
 
 
 def _add_labels(
-    builder: DatalistBuilder,
-    cells: Sequence[_Cell],
-    base: Path,
-    task: str | None = None,
-    label_names: str | Sequence[str] | None = None,
+    builder: DatalistBuilder, cells: Sequence[_Cell], base: Path, task: str | None, label_names: Any
 ) -> None:
     """Turn label cells into class numbers, 0/1 vectors or mask paths."""
     if task is not None:
@@ -336,26 +319,22 @@ def _label(parts: Sequence[str], names: Sequence[str], task: str | None, place: 
         return [int(name in parts) for name in names]
     if task == "binary" and len(names) != 2:
         raise DataError(f"a binary task has two classes, the labels have {len(names)}: {', '.join(names)}")
-    if len(parts) == 1 and parts[0] in names:
-        return list(names).index(parts[0])
-    number = parts[0] if len(parts) == 1 else ""
-    if number.isdigit() and int(number) < len(names):
-        return int(number)
+    only = parts[0] if len(parts) == 1 else ""
+    if only in names:
+        return list(names).index(only)
+    if only.isdigit() and int(only) < len(names):
+        return int(only)
     raise DataError(f"{place} is none of the classes {', '.join(names)}. Correct it, or name it in label_names.")
 
 
 def read_reports(path: str | Path, dim: int | None = None, keep_punct: bool = True) -> list[dict[str, Any]]:
     """Items of a csv (tsv by its ending) with the columns id and report, and dim unless it is given.
 
-    Args:
-        dim: what all reports are about, 2 for X-rays or 3 for volumes; a column dim comes first.
+    ``dim``: what all reports are about, 2 for X-rays or 3 for volumes; a column dim comes first. Raises DataError: the
+    table lacks a column, a row has no usable dim or an id that another one has, or there is no report.
 
     Returns:
         {"id", "dim", "report"} of each row that has a report, cleaned as `prepare` cleans them.
-
-    Raises:
-        DataError: the table lacks a column, a row has no usable dim or an id that another one has, or there is no
-            report.
     """
     sep = "\t" if Path(path).name.removesuffix(".gz").lower().endswith(".tsv") else ","
     remedy = "An index of reports needs the columns id and report, and dim (2 or 3) unless --dim gives it."

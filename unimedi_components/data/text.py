@@ -44,18 +44,19 @@ class CleanReport(NamedTuple):
     num_sentences: int
     num_tokens: int
 
+    def lack(self, min_sentences: int, min_tokens: int) -> str:
+        """The reason to drop it, or an empty string."""
+        if self.num_tokens < min_tokens:
+            return f"fewer than {min_tokens} tokens"
+        return f"fewer than {min_sentences} sentences" if self.num_sentences < min_sentences else ""
+
 
 def _section_kind(header: str) -> str:
     """Map a header to findings, impression, comparison, a view title, or itself."""
     name = " ".join(header.lower().split())
-    for kind, words in (
-        ("findings", ("finding",)),
-        ("impression", ("impression", "conclusion")),
-        ("comparison", ("comparison",)),
-    ):
-        if any(word in name for word in words):
-            return kind
-    return "view title" if _VIEW_TITLE.search(name) else name
+    words = {"finding": "findings", "impression": "impression", "conclusion": "impression", "comparison": "comparison"}
+    kind = next((kind for word, kind in words.items() if word in name), None)
+    return kind or ("view title" if _VIEW_TITLE.search(name) else name)
 
 
 def split_sections(text: str) -> dict[str, str]:
@@ -64,10 +65,8 @@ def split_sections(text: str) -> dict[str, str]:
     Matches the behaviour documented for MIT-LCP's ``create_section_files.py``: a header is ``\\n ([A-Z ()/,-]+):\\s``;
     of sections with the same name the last counts; ``FINDINGS AND IMPRESSION`` is findings, a header that only names
     the views (``PA AND LATERAL CHEST:``) stands for findings when no findings header does; a report with neither
-    findings nor impression gives ``last_paragraph``, what follows the first blank line of its last section.
-
-    Returns:
-        ``impression``, ``findings``, ``last_paragraph`` and ``comparison``; ``""`` where absent.
+    findings nor impression gives ``last_paragraph``, what follows the first blank line of its last section. Returns
+    ``impression``, ``findings``, ``last_paragraph`` and ``comparison``; ``""`` where absent.
     """
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     found = {"impression": "", "findings": "", "last_paragraph": "", "comparison": ""}

@@ -107,14 +107,12 @@ def xray_transforms(
 
     The long side is resized (area), the short side padded with black on both sides to a square, and a square of `size`
     cropped. A random crop comes last, so that all before it can be cached. This is what the MGCA repository does.
+    Raises DataError: `size` is larger than `long_side`.
 
     Args:
         long_side: pixels of the padded square; None keeps the ratio of 256 to 224.
         random_crop: crop at a random place (training) instead of the centre.
         jitter: random contrast and brightness (training), as a share and as an offset of at most this much.
-
-    Raises:
-        DataError: `size` is larger than `long_side`.
     """
     long_side = round(size * 256 / 224) if long_side is None else long_side
     if size > long_side:
@@ -136,12 +134,8 @@ def xray_transforms(
 
 
 def _intensity_jitter(amount: float) -> list[Transform]:
-    if amount == 0:
-        return []
-    return [
-        RandScaleIntensityd("image", factors=amount, prob=1.0),
-        RandShiftIntensityd("image", offsets=amount, prob=1.0),
-    ]
+    steps = (RandScaleIntensityd("image", amount, prob=1.0), RandShiftIntensityd("image", amount, prob=1.0))
+    return list(steps) if amount else []
 
 
 def ct_transforms(

@@ -25,21 +25,19 @@ def build_wordpiece(reports: Sequence[str], out_dir: str | os.PathLike[str], voc
 
     The folder is written whole or not at all, and equal reports give equal bytes. A folder that was built from the same
     reports with the same settings is left as it is, so this may run at the start of every training, on every rank. Pass
-    the reports of the training split only: words of the held-out reports must not leak into the vocabulary.
+    the reports of the training split only: words of the held-out reports must not leak into the vocabulary. Raises
+    DataError: there is no report text, `vocab_size` has no room for words, or `out_dir` holds something else.
 
     Args:
         out_dir: folder to make; `transformers.AutoTokenizer.from_pretrained(out_dir)` loads it without a network.
         vocab_size: largest number of tokens, with the five special ones ([PAD] is 0) and the characters.
-
-    Raises:
-        DataError: there is no report text, `vocab_size` has no room for words, or `out_dir` holds something else.
     """
     texts = [text for text in reports if text and text.strip()]
     if not texts:
         raise DataError("no report text to build a vocabulary from; check the datalist's `report` fields")
     folder = Path(out_dir)
     record = {
-        "sha256": _digest(texts),
+        "sha256": hashlib.sha256("".join(f"{text}\0" for text in texts).encode()).hexdigest(),
         "reports": len(texts),
         "vocab_size": vocab_size,
         "lowercase": True,
@@ -56,14 +54,6 @@ def build_wordpiece(reports: Sequence[str], out_dir: str | os.PathLike[str], voc
         _write(new, vocab, record)
         _install(new, folder, Path(scratch) / "old", record)
     return str(folder)
-
-
-def _digest(texts: Sequence[str]) -> str:
-    digest = hashlib.sha256()
-    for text in texts:
-        digest.update(text.encode())
-        digest.update(b"\0")
-    return digest.hexdigest()
 
 
 def _recorded(folder: Path) -> dict | None:

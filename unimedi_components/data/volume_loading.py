@@ -28,10 +28,8 @@ class LoadVolumed(MapTransform):
 
     Each key becomes a MetaTensor (1, X, Y, Z), int16 or float32 as of `read_volume`, in the file's own axes and affine.
     "assume_hu" and "check_hu" of an item say what to make of values that may be no Hounsfield units. What `prepare` and
-    `inspect` say of a file is decided by the same readers and checks.
-
-    Raises:
-        DataError: when run: a path names no volume, one without sound geometry, or with values that are not finite.
+    `inspect` say of a file is decided by the same readers and checks. Raises DataError: when run: a path names no
+    volume, one without sound geometry, or with values that are not finite.
     """
 
     def __call__(self, data: Mapping[Any, Any]) -> dict[Hashable, Any]:
@@ -81,10 +79,8 @@ class Uprightd(MapTransform, InvertibleTransform):
 
     The axis of the slices keeps its direction, or their plane does, whichever is nearer to the patient's own axes, so
     that a patient who lies straight is seen straight. The grid holds the whole field of view, air around it. MONAI's
-    inverse transforms bring predictions back to the file's own sheared grid.
-
-    Args:
-        keys: of MetaTensors (C, D, H, W) whose first axis runs along the slices.
+    inverse transforms bring predictions back to the file's own sheared grid. ``keys``: of MetaTensors (C, D, H, W)
+    whose first axis runs along the slices.
     """
 
     def __init__(

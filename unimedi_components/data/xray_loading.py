@@ -17,13 +17,8 @@ from unimedi_components.images.xray import XrayReader
 class LoadXrayd(MapTransform):
     """Read the X-rays that an item names, see `read_xray`; each becomes a MetaTensor (1, H, W) of float32 in [0, 1].
 
-    What was done to the values stands in the meta data, and in the item under "film_values".
-
-    Args:
-        draft_size: see `read_xray`.
-
-    Raises:
-        DataError, OSError: when run: an item does not name one file, or see `read_xray`.
+    What was done to the values stands in the meta data, and in the item under "film_values". Raises DataError, OSError:
+    when run: an item does not name one file, or see `read_xray`. ``draft_size``: see `read_xray`.
     """
 
     def __init__(self, keys: KeysCollection, draft_size: int | None = None) -> None:

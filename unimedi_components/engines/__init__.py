@@ -12,20 +12,3 @@ from unimedi_components.engines.optim import (
     warmup_poly,
 )
 from unimedi_components.engines.run import PretrainingRun, TaskRun, set_up
-
-__all__ = [
-    "EndWithLoader",
-    "PretrainingRun",
-    "TaskRun",
-    "ValidationLog",
-    "amp_dtype",
-    "build_optimizer",
-    "choose_recipe",
-    "defined_handler",
-    "prepare_mixed_batch",
-    "set_up",
-    "total_steps",
-    "use_amp",
-    "warmup_cosine",
-    "warmup_poly",
-]

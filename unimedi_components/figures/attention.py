@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
 
+from unimedi_components.arrays import Array
 from unimedi_components.figures.curves import DPI, WIDTH, save_png
-
-Array = npt.NDArray[Any]
 
 RIGHT, WRONG, NEUTRAL, LESION = "#2a9d4a", "#8a8f98", "#2f6fb2", "#d1495b"
 COLOUR_MAP = "inferno"
@@ -59,19 +57,15 @@ class XrayView:
 def draw_selection(views: Sequence[CTView], path: str | Path, title: str = "") -> Path:
     """Draw selected slices with the attention over them, a true lesion slice, the slab scores and the report.
 
-    Args:
-        views: one row each; at most four slices of a study are shown, the best scored ones.
-
-    Raises:
-        ValueError: there is no study.
+    Raises ValueError: there is no study.
     """
     if not views:
         raise ValueError("no CT study to draw")
     texts = [_wrap(f"{view.name}:  {view.report or 'no report'}", 168) for view in views]
     heights = [2.12 + 0.19 * len(text) for text in texts]
     figure, parts = row_figure(heights, title)
-    for part, view, text, height in zip(parts, views, texts, heights, strict=True):
-        _draw_study(part, view, text, height)
+    for row in zip(parts, views, texts, heights, strict=True):
+        _draw_study(*row)
     return save_png(figure, path)
 
 
@@ -113,14 +107,14 @@ def _verdict(view: CTView, index: int) -> tuple[str, str]:
 
 def _draw_lesion(axes: Axes, view: CTView, low: float, high: float) -> None:
     """The middle one of the true lesion slices, or a word on why there is none."""
-    if view.lesions is None or not view.lesions.any():
-        axes.axis("off")
-        word = "lesion slices\nnot known" if view.lesions is None else "no lesion"
-        axes.text(0.5, 0.5, word, ha="center", va="center", color="#888888", fontsize=9, transform=axes.transAxes)
+    where = np.flatnonzero(() if view.lesions is None else view.lesions)
+    if len(where):
+        index = int(where[len(where) // 2])
+        draw_panel(axes, view.volume[index], low, high, f"true lesion, slice {index}", LESION)
         return
-    where = np.flatnonzero(view.lesions)
-    index = int(where[len(where) // 2])
-    draw_panel(axes, view.volume[index], low, high, f"true lesion, slice {index}", LESION)
+    axes.axis("off")
+    word = "lesion slices\nnot known" if view.lesions is None else "no lesion"
+    axes.text(0.5, 0.5, word, ha="center", va="center", color="#888888", fontsize=9, transform=axes.transAxes)
 
 
 def _draw_scores(axes: Axes, view: CTView) -> None:

@@ -15,9 +15,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.metrics import roc_curve
 
+from unimedi_components.arrays import Array
 from unimedi_components.figures.curves import DPI, cut, save_png
-
-Array = npt.NDArray[Any]
 
 _TEXT = "#222222"
 _PER_ROW = 5
@@ -46,14 +45,7 @@ class RocCurve:
 
 
 def draw_roc(curves: Sequence[RocCurve], path: str | Path, title: str = "") -> Path:
-    """Draw ROC curves, with the AUROC and its interval in the legend.
-
-    Args:
-        curves: one line each; those without an AUROC are in the legend alone.
-
-    Raises:
-        ValueError: there is no curve.
-    """
+    """Draw ROC curves, with the AUROC and its interval in the legend. Raises ValueError: there is no curve."""
     if not curves:
         raise ValueError("no ROC curve to draw")
     figure = Figure(figsize=(10.0, 5.2), dpi=DPI, layout="constrained", facecolor="white")
@@ -103,13 +95,9 @@ def draw_precision_recall(curves: Mapping[str, tuple[Array, Array]], path: str |
 def draw_confusion(
     matrices: Mapping[str, npt.ArrayLike], names: Sequence[str], path: str | Path, title: str = ""
 ) -> Path:
-    """Draw confusion matrices: counts, and shares of each true class.
+    """Draw confusion matrices: counts, and shares of each true class. Raises ValueError: there is no matrix.
 
-    Args:
-        matrices: (C, C) with true classes in rows and predicted ones in columns, by panel title; "" for none.
-
-    Raises:
-        ValueError: there is no matrix.
+    ``matrices``: (C, C) with true classes in rows and predicted ones in columns, by panel title; "" for none.
     """
     if not matrices:
         raise ValueError("no confusion matrix to draw")

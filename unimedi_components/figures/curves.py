@@ -8,18 +8,16 @@ import io
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
+from unimedi_components.arrays import Array
 from unimedi_components.files import replacing
 
-Array = npt.NDArray[Any]
 Rows = Sequence[Mapping[str, float]]
 
 #: Figures are 12 inches wide at 100 dots per inch: 1200 pixels, as wide as a README shows.
@@ -33,12 +31,9 @@ _MAX_BYTES = 390_000
 def draw_loss_curves(history: Rows, path: str | Path) -> Path:
     """Draw the losses, the learning rate and the validation metrics of a run.
 
-    Args:
-        history: one dict per iteration with "iteration", "epoch", "loss", and where there are "vl", "icl",
-            "pcl", "lr", and keys that begin with "val_" at the iterations that ended in a validation.
-
-    Raises:
-        ValueError: the history is empty.
+    ``history``: one dict per iteration with "iteration", "epoch", "loss", and where there are "vl", "icl", "pcl", "lr",
+    and keys that begin with "val_" at the iterations that ended in a validation. Raises ValueError: the history is
+    empty.
     """
     if not history:
         raise ValueError("no iteration to draw; the history is empty")

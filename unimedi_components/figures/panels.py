@@ -2,24 +2,23 @@
 """Panels: images with masks, boxes, organs, attention and probabilities, and searches with what they find."""
 
 import textwrap
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from matplotlib import colormaps
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
+from unimedi_components.arrays import Array
 from unimedi_components.data.slice_files import evenly_spread
 from unimedi_components.figures import attention as maps
 from unimedi_components.figures.curves import DPI, WIDTH, cut, save_png
-
-Array = npt.NDArray[Any]
 
 TRUE, FOUND = "#2ca02c", "#ff7f0e"
 _TEXT, _CHOSEN, _OTHER = "#222222", "#2f6fb2", "#c5cad3"
@@ -95,20 +94,18 @@ def _draw_masks(cells: Array, view: MaskView) -> None:
     # a film of 3000 pixels would make the same figure slower
     step = max(1, max(view.image.shape) // _LARGEST)
     image = view.image[::step, ::step]
-    masks = [None if mask is None else mask[::step, ::step] for mask in (view.truth, view.found)]
-    titles = [cut(view.name, 26), *(["truth"] if len(cells) == 3 else []), view.note or "prediction"]
-    drawn = [None, *(masks[:1] if len(cells) == 3 else []), masks[1]]
-    colours = [None, *([TRUE] if len(cells) == 3 else []), FOUND]
-    for axes, title, mask, colour in zip(cells, titles, drawn, colours, strict=True):
+    plain = (cut(view.name, 26), None, "")
+    true, predicted = ("truth", view.truth, TRUE), (view.note or "prediction", view.found, FOUND)
+    panels = (plain, true, predicted) if len(cells) == 3 else (plain, predicted)
+    for axes, (title, mask, colour) in zip(cells, panels, strict=True):
         _show(axes, image, title)
-        if mask is not None and colour is not None and mask.any():
-            _shade(axes, mask, colour)
+        if mask is not None and mask.any():
+            _shade(axes, mask[::step, ::step], colour)
 
 
 def _shade(axes: Axes, mask: Array, colour: str) -> None:
-    red, green, blue = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
     shade = np.zeros((*mask.shape, 4))
-    shade[..., :3], shade[..., 3] = (red, green, blue), 0.3 * mask
+    shade[..., :3], shade[..., 3] = to_rgb(colour), 0.3 * mask
     axes.imshow(shade, interpolation="nearest")
     # a frame of background: a mask that reaches the border is closed there
     framed = np.pad(mask.astype(float), 1)
@@ -122,7 +119,6 @@ class BoxImage:
     """One image with boxes [x0, y0, x1, y1] in its pixels, x1 and y1 just beyond the box.
 
     Args:
-        image: (H, W).
         found: predicted, (n, 4).
         scores: of them, (n,).
         truth: (m, 4), or None where it is not known.
@@ -216,11 +212,9 @@ def draw_organs(
             axes.set_axis_off()
             if row == 0:
                 axes.text(0.02, 0.97, f"slice {index}", transform=axes.transAxes, va="top", fontsize=8, color="white")
-    present = [i for i in range(len(organs)) if (shown == i + 1).any()]
-    handles = [Patch(color=colours[i], label=organs[i]) for i in present]
+    handles = [Patch(color=colours[i], label=name) for i, name in enumerate(organs) if (shown == i + 1).any()]
     if handles:
-        columns = min(7, len(handles))
-        figure.legend(handles=handles, loc="lower center", ncols=columns, frameon=False, fontsize=8)
+        figure.legend(handles=handles, loc="lower center", ncols=min(7, len(handles)), frameon=False, fontsize=8)
     return save_png(figure, path)
 
 
@@ -235,12 +229,7 @@ def _painted(grey: Array, labels: Array | None, colours: Sequence[tuple[float, f
 
 
 def draw_prediction(
-    name: str,
-    image: Array,
-    attention: Array,
-    probability: Mapping[str, float],
-    chosen: Collection[str],
-    path: str | Path,
+    name: str, image: Array, attention: Array, probability: Mapping[str, float], chosen: Sequence[str], path: str | Path
 ) -> Path:
     """Draw an X-ray, or slices of a volume from foot to head, with attention over it and the probabilities beside.
 
@@ -285,7 +274,7 @@ def _draw_image(cells: list[Axes], image: Array, attention: Array) -> None:
         maps.draw_overlay(axes, attention[slab], image.shape[1:], attention)
 
 
-def _draw_bars(axes: Axes, probability: Mapping[str, float], chosen: Collection[str]) -> None:
+def _draw_bars(axes: Axes, probability: Mapping[str, float], chosen: Sequence[str]) -> None:
     colours = [_CHOSEN if name in chosen else _OTHER for name in probability]
     axes.barh(range(len(probability)), list(probability.values()), color=colours, height=0.62)
     for place, value in enumerate(probability.values()):
@@ -303,9 +292,7 @@ def _draw_bars(axes: Axes, probability: Mapping[str, float], chosen: Collection[
 class Found:
     """One image of a search.
 
-    Args:
-        image: (H, W).
-        similarity: to the query; None for the query itself.
+    ``similarity``: to the query; None for the query itself.
     """
 
     image: Array

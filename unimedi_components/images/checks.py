@@ -57,6 +57,7 @@ _REASONS = {
     "lacks Image": "no position",
     "without positions": "no position",
     "lacks PixelSpacing": "no position",
+    "that is not ": "no position",
     "slices are missing": "slices are missing",
     "complex numbers": "not grey values",
     "voxels outside its folder": "voxels outside the folder",

@@ -10,8 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -21,6 +20,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from unimedi_components.errors import DataError
+from unimedi_components.images.codestreams import form_fault
 from unimedi_components.images.headers import (
     DEFLATED,
     DicomHeader,
@@ -102,6 +102,8 @@ def pixel_fault(header: DicomHeader) -> str:
     have = header.pixel_length if deflated else min(header.pixel_length, size - header.pixel_offset)
     if have < min(need, header.pixel_length) or (have < need and header.transfer_syntax in _PLAIN):
         return f"the DICOM is cut off: its header says {need:,} bytes of pixels, the file has {have:,}. Export it again"
+    if header.transfer_syntax in _PLAIN and header.pixel_length >= 2 * need:
+        return f"its header says {need:,} bytes of pixels, the file has {header.pixel_length:,}. Export it again"
     return ""
 
 
@@ -116,8 +118,8 @@ def _decodes(transfer_syntax: str) -> bool:
         return False
 
 
-def transform_fault(header: DicomHeader) -> str:
-    """Say why a file's stored values cannot become modality values or colours; empty where they can."""
+def transform_fault(header: DicomHeader, frame: int = 0) -> str:
+    """Say why a frame's stored values cannot become modality values or colours; empty where they can."""
     try:
         if header.photometric == "PALETTE COLOR":
             missing = not any(name in header.dataset for name in _PALETTES)
@@ -125,7 +127,7 @@ def transform_fault(header: DicomHeader) -> str:
         if items := values_of(header.dataset, "ModalityLUTSequence"):
             lookup_table(header, items[0], "ModalityLUTSequence")
         else:
-            _rescale(header, 0)
+            _rescale(header, frame)
     except DataError as error:
         return str(error).removeprefix(f"{header.path}: ")
     return ""
@@ -158,6 +160,9 @@ def _decoded(header: DicomHeader) -> Array:
         raise
     except Exception as error:  # pydicom and its decoders raise many kinds
         reason = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip().partition(" <")[0][:160]
+        # what GDCM's binding and pydicom leave unsaid
+        reason = "the codestream is damaged" if "NoneType" in reason else reason
+        reason = "there are fewer frames than the header says" if isinstance(error, StopIteration) else reason
         raise DataError(f"{header.path}: the pixels cannot be decoded ({reason}). Export it uncompressed") from error
     plane = (header.rows, header.columns, *((header.samples,) if header.samples > 1 else ()))
     return pixels.reshape(-1, *plane)
@@ -220,35 +225,40 @@ def _by_pydicom(header: DicomHeader) -> Array:
     if header.pixels == "PixelData" and header.transfer_syntax in (*_PLAIN, _RLE):
         # all bits, since pydicom would take the lowest ones whatever HighBit says
         dataset.BitsStored, dataset.HighBit = header.bits_allocated, header.bits_allocated - 1
-    pixels = _by_pillow(dataset, header) if header.transfer_syntax in _JPEG_2000 else None
+    pixels = None
+    if header.pixel_length is None and header.transfer_syntax != _RLE:
+        codes = _codestreams(header, dataset.PixelData)
+        pixels = _by_pillow(dataset, header, codes) if header.transfer_syntax in _JPEG_2000 else None
     return np.asarray(pixel_array(dataset)) if pixels is None else pixels
 
 
-def _by_pillow(dataset: Any, header: DicomHeader) -> Array | None:
-    """Grey JPEG 2000, of which Pillow makes the same as GDCM in less time; None where that is not sure.
+def _codestreams(header: DicomHeader, fragments: Any) -> list[bytes]:
+    """The codestreams of a file's frames; none where the offsets of several fragments lie elsewhere.
 
     Raises:
-        ValueError: a codestream is of another size than the header says.
+        ValueError: one holds other pixels than the header says.
     """
     from pydicom.encaps import generate_frames
+
+    codes: list[bytes] = []
+    with contextlib.suppress(Exception):
+        codes = list(generate_frames(fragments, number_of_frames=header.frames))
+    if fault := next((fault for code in codes if (fault := form_fault(code, header))), ""):
+        raise ValueError(fault)
+    return codes
+
+
+def _by_pillow(dataset: Any, header: DicomHeader, codes: Sequence[bytes]) -> Array | None:
+    """Grey JPEG 2000, of which Pillow makes the same as GDCM in less time; None where that is not sure."""
     from pydicom.pixels import pixel_array
     from pydicom.pixels.utils import get_j2k_parameters
 
-    codes = []
-    # of frames in several fragments the offsets may lie elsewhere
-    with contextlib.suppress(Exception):
-        frames = generate_frames(dataset.PixelData, number_of_frames=header.frames)
-        codes = [(get_j2k_parameters(frame), frame[8:24]) for frame in frames]
+    forms = [get_j2k_parameters(code) for code in codes]
     # a JP2 file may hold a palette
-    if not codes or any(code.get("jp2", True) for code, _ in codes):
+    if not forms or any(form.get("jp2", True) for form in forms):
         return None
-    for _, edges in codes:
-        right, bottom, left, top = struct.unpack(">4I", edges)
-        if (right - left, bottom - top) != (header.columns, header.rows):
-            said = f"{header.columns} x {header.rows}"
-            raise ValueError(f"the codestream has {right - left} x {bottom - top} pixels, the header says {said}")
     # signed values in a file that says unsigned come out of each as others
-    if header.samples == 1 and (header.signed or not any(code["is_signed"] for code, _ in codes)):
+    if header.samples == 1 and (header.signed or not any(form["is_signed"] for form in forms)):
         # what Pillow cannot read, GDCM may
         with contextlib.suppress(Exception):
             return np.asarray(pixel_array(dataset, decoding_plugin="pillow"))
@@ -259,7 +269,7 @@ def _complete(dataset: Any, header: DicomHeader) -> None:
     """Give a data set what pydicom wants to be told, as the header was understood."""
     grey = header.samples == 1 and header.photometric != "PALETTE COLOR"
     wanted = {
-        "PhotometricInterpretation": "MONOCHROME2",
+        "PhotometricInterpretation": "RGB" if header.samples > 1 else "MONOCHROME2",
         "SamplesPerPixel": header.samples,
         "PixelRepresentation": int(header.signed),
         "PlanarConfiguration": 0,
@@ -277,6 +287,9 @@ def _by_gdcm(header: DicomHeader) -> Array:
     """GDCM's own reader, for codestreams that pydicom does not hand to it (12-bit JPEG)."""
     import gdcm
 
+    with open(header.path, "rb") as stream:
+        stream.seek(header.pixel_offset)
+        _codestreams(header, stream)
     reader = gdcm.ImageReader()
     reader.SetFileName(str(header.path))
     if header.pixels != "PixelData" or not reader.Read():
@@ -357,7 +370,9 @@ def _rescale(header: DicomHeader, frame: int) -> tuple[float, float]:
             scale[place] = numbers[0]
         elif keyword in dataset and str(dataset.get_item(keyword).value or "").strip("b' "):
             raise DataError(f"{header.path}: its {keyword} is no number. Export it again")
-    return (scale[0] or 1.0), scale[1]
+    if scale[0] == 0:
+        raise DataError(f"{header.path}: its RescaleSlope is 0, which makes all values one. Export it again")
+    return scale[0], scale[1]
 
 
 def _padding(header: DicomHeader, raw: Array) -> Array | None:

@@ -35,6 +35,8 @@ from unimedi_components.images.xray_checks import CT_CLASSES, XRAYS, modality_of
 
 __all__ = ["Sorted", "is_ct", "sort_headers"]
 
+# secondary capture image storage, as of dose reports
+_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 _SCOUTS = ("LOCALIZER", "SCOUT", "TOPOGRAM", "SURVIEW", "SCANOGRAM")
 # so many views are scouts where their description says so
 _SCOUT_VIEWS = 3
@@ -256,7 +258,7 @@ def _without_place(group: list[DicomSlice], nowhere: Iterable[DicomHeader]) -> i
         if (header.study, header.series, header.rows, header.columns)
         == (first.study, first.series, first.rows, first.columns)
     )
-    return sum("DERIVED" not in header.image_type for header in alike)
+    return sum("DERIVED" not in header.image_type and header.sop_class != _CAPTURE for header in alike)
 
 
 def _add_stacks(group: list[DicomSlice], result: Sorted, assume_hu: bool) -> None:
@@ -264,6 +266,11 @@ def _add_stacks(group: list[DicomSlice], result: Sorted, assume_hu: bool) -> Non
     scout = _scout_word(group)
     if len(group) == 1 or (scout and len(group) <= _SCOUT_VIEWS):
         result.leave(group, f"is a scout view ({scout})" if scout else ONE_SLICE, fault=not scout)
+        return
+    faults = {one.header.path: fault for one in group if (fault := transform_fault(one.header, one.frame))}
+    if faults:
+        count = len({one.header.path for one in group})
+        result.leave(group, f"in {len(faults)} of the {count} files of its series, {next(iter(faults.values()))}")
         return
     if not assume_hu and (bare := [one for one in group if not has_rescale(one)]):
         count = len({one.header.path for one in bare})

@@ -169,9 +169,8 @@ def _frame(header: DicomHeader, number: int) -> DicomSlice:
         group = functional_group(header, sequence, number)
         numbers = (numbers_of(group, name) if group is not None else None) or plain
         if numbers is None or len(numbers) != count:
-            raise DataError(
-                f"lacks {name}, so the place and size of its slices are unknown. Export the original series"
-            )
+            said = f"has {name} that is not {count} numbers" if header.text(name) else f"lacks {name}"
+            raise DataError(f"{said}, so the place and size of its slices are unknown. Export the original series")
         values.append(np.asarray(numbers, float))
     position, orientation, spacing = values
     cosines = np.linalg.norm(orientation.reshape(2, 3), axis=1)

@@ -7,7 +7,7 @@ import glob
 import logging
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from unimedi_components.images.dicom_series import sort_headers
 from unimedi_components.images.dicom_stacks import Stack
 from unimedi_components.images.headers import DicomHeader, read_header, values_of
 from unimedi_components.images.identify import DICOM, PICTURES, content_fault, identify, is_image
-from unimedi_components.images.itk_volumes import voxel_files
+from unimedi_components.images.text_headers import voxel_files
 from unimedi_components.images.volume import read_volume_header, stack_header
 from unimedi_components.images.xray_checks import dicom_warnings
 
@@ -157,13 +157,29 @@ def expand(names: Sequence[str], base: Path) -> list[Path]:
             raise DataError(f"{name}: no such file, folder or pattern, neither in {base} nor in {Path.cwd()}{hint}")
         for match in map(Path, matches):
             if match.is_dir():
-                below = (file for file in match.rglob("*") if not file.name.startswith(".") and file.is_file())
-                files |= dict.fromkeys(sorted(below))
+                files |= dict.fromkeys(sorted(_below(match)))
             elif match.name.upper() == "DICOMDIR":
                 files |= dict.fromkeys([match, *_listed_files(match)])
             else:
                 files[match] = None
     return list(files)
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """Files below a folder and the folders that it links to, each folder once; also links to files that are missing."""
+    seen = set()
+
+    def closed(error: OSError) -> None:
+        logger.warning("left out %s: cannot be opened (%s)", error.filename, error.strerror)
+
+    for here, folders, names in os.walk(folder, onerror=closed, followlinks=True):
+        if (place := os.path.realpath(here)) in seen:
+            folders.clear()
+            continue
+        seen.add(place)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        files = (Path(here, name) for name in names if not name.startswith("."))
+        yield from (file for file in files if file.is_file() or file.is_symlink())
 
 
 def _listed_files(directory: Path) -> list[Path]:
@@ -198,7 +214,10 @@ def sort_files(files: Iterable[Path], assume_hu: bool = False) -> tuple[list[Ima
         try:
             contents[file] = identify(file)
         except OSError as error:
-            left_out.append(LeftOut(str(file), f"cannot be opened ({error.strerror or error})", True))
+            lost = file.is_symlink() and not file.exists()
+            why = f"cannot be opened ({error.strerror or error})"
+            why = "is a link to a file that is missing. Fetch it" if lost else why
+            left_out.append(LeftOut(str(file), why, True))
     voxels = {
         Path(os.path.normpath(file.parent / name))
         for file, content in contents.items()
@@ -321,7 +340,7 @@ def _unique_names(images: Sequence[Image], base: Path) -> list[str]:
         path = image.path
         relative = path.relative_to(base) if path.is_relative_to(base) and path != base else Path(path.name)
         # no letters that a file system forbids, nor bytes that are none
-        stem = re.sub(r"[\\/:\ud800-\udfff]", "_", "_".join(relative.parts))
+        stem = re.sub(r"[\\/:\x00-\x1f\x7f\ud800-\udfff]", "_", "_".join(relative.parts))
         if not image.is_folder:
             ending = next((end for end in (*VOLUME_ENDINGS[::-1], path.suffix) if path.name.lower().endswith(end)), "")
             ending = ending if image.content != DICOM or not ending[1:].isdigit() else ""

@@ -151,6 +151,8 @@ def content_fault(name: str, content: str) -> str:
         return "holds voxels without their header. Give the .mhd file together with it"
     if content == "nifti pair":
         return f"is {holds}. Convert the pair to one .nii.gz file"
+    if content in ("zip", "archive"):
+        return f"holds {holds}. Unpack it and give its files"
     if named:
         return f"is named as {_NAMED[named]} but holds {holds}. Export the image again from where it came"
     return f"holds {holds}, which is not read here"

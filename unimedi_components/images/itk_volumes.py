@@ -8,37 +8,37 @@ nibabel and MONAI, so x and y change sign in between.
 from __future__ import annotations
 
 import math
-import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from unimedi_components.errors import DataError
 from unimedi_components.images.itk_loading import load_itk
+from unimedi_components.images.text_headers import (
+    check_packed,
+    header_gap,
+    missing_voxels,
+    too_few_bytes,
+    voxels_elsewhere,
+)
 
 __all__ = [
     "AIR_HU",
     "LPS_TO_RAS",
     "NOT_GREY",
     "VolumeGeometry",
-    "cut_off",
-    "header_warnings",
     "read_block",
     "read_geometry",
     "read_itk",
     "read_itk_geometry",
-    "voxel_files",
     "voxel_to_world",
-    "voxels_elsewhere",
     "world_to_voxel",
 ]
 
 AIR_HU = -1000.0
-_HEADER_BYTES = 2**16
 #: What every reader says of voxels that are no single number.
 NOT_GREY = "its voxels are colours or complex numbers. Convert them to grey values"
 #: Turns homogeneous LPS coordinates into RAS ones, and back.
@@ -83,13 +83,8 @@ def read_itk_geometry(path: str | Path) -> tuple[tuple[int, ...], np.ndarray, in
             folder or that are missing or too few, or leaves spacing or orientation open.
         RuntimeError: ITK cannot read the header.
     """
-    if elsewhere := voxels_elsewhere(path):
-        raise DataError(f"{path}: {elsewhere}")
-    if header := _header(path):
-        if missing := [name for name in _named_files(header) if not (Path(path).parent / name).is_file()]:
-            raise DataError(f"{path}: its voxels {missing[0]} are missing. Unpack or download it again")
-        if gap := _header_gap(header):
-            raise DataError(f"{path}: {gap}")
+    if fault := voxels_elsewhere(path) or header_gap(path) or missing_voxels(path):
+        raise DataError(f"{path}: {fault}")
     itk = load_itk()
     image_io = itk.ImageIOFactory.CreateImageIO(str(path), itk.CommonEnums.IOFileMode_ReadMode)
     if image_io is None:
@@ -106,7 +101,7 @@ def read_itk_geometry(path: str | Path) -> tuple[tuple[int, ...], np.ndarray, in
         affine[:3, axis] = direction * image_io.GetSpacing(axis)
         affine[axis, 3] = image_io.GetOrigin(axis)
     shape, voxel_bytes = tuple(int(image_io.GetDimensions(axis)) for axis in range(n_axes)), image_io.GetComponentSize()
-    if header and (cut := _too_few_bytes(Path(path), header, math.prod(shape) * int(voxel_bytes))):
+    if cut := too_few_bytes(path, math.prod(shape) * int(voxel_bytes)):
         raise DataError(f"{path}: {cut}")
     return shape, LPS_TO_RAS @ affine, int(voxel_bytes)
 
@@ -115,8 +110,12 @@ def read_itk(path: str | Path) -> np.ndarray:
     """Read all voxels as float32, axes in the file's order.
 
     Raises:
+        DataError: see `read_itk_geometry`.
         RuntimeError: ITK cannot read the file.
+        zlib.error: its packed voxels are damaged.
     """
+    shape, _, voxel_bytes = read_itk_geometry(path)
+    check_packed(path, math.prod(shape) * voxel_bytes)
     itk = load_itk()
     array = np.asarray(itk.array_from_image(itk.imread(str(path))))
     return array.astype(np.float32, copy=False).transpose()
@@ -167,125 +166,3 @@ def read_block(path: str | Path, start: Sequence[int], size: Sequence[int], fill
     inside = tuple(slice(a, b) for a, b in zip(low - begin, high - begin, strict=True))
     block[inside] = buffered[tuple(slice(a, a + n) for a, n in zip(first, high - low, strict=True))]
     return block
-
-
-def voxels_elsewhere(path: str | Path) -> str:
-    """Say that a MetaImage or NRRD header names voxels outside its folder; empty when it does not.
-
-    A header is text from a stranger: followed, it would read any file of this machine as an image.
-
-    Args:
-        path: any file; its content decides, not its name.
-    """
-    path = Path(path)
-    home = path.parent.resolve()
-    for name in voxel_files(path):
-        parts = re.split(r"[/\\]", name)
-        absolute = os.path.isabs(name) or re.match(r"[A-Za-z]:|\\", name)
-        if absolute or ".." in parts or not (home / name).resolve().is_relative_to(home):
-            return f"its header names voxels outside its folder ({name[:80]}). Put them beside it and name them there"
-    return ""
-
-
-class _Header(NamedTuple):
-    """The text of an NRRD or MetaImage header: its lines, its fields by their names in small letters, its bytes."""
-
-    nrrd: bool
-    lines: list[str]
-    fields: dict[str, str]
-    length: int
-
-
-def _header(path: str | Path) -> _Header | None:
-    """The header of an NRRD or MetaImage file; None of any other file."""
-    if not Path(path).is_file():
-        return None
-    with open(path, "rb") as stream:
-        head = stream.read(_HEADER_BYTES)
-        nrrd = head.startswith(b"NRRD0")
-        if nrrd or b"NDims" in head:
-            head += stream.read(64 * _HEADER_BYTES)
-    if not nrrd and b"ElementDataFile" not in head:
-        return None
-    # an attached NRRD's header ends with an empty line, a MetaImage's with the line ElementDataFile
-    end = re.search(rb"\r?\n\r?\n" if nrrd else rb"(?m)^ElementDataFile[^\n]*\n?", head)
-    length = end.end() if end else len(head)
-    # bytes of names as they are in the file system, whatever they are
-    text = (head[:length] if nrrd else head).decode("utf-8", "surrogateescape")
-    own = (line for line in head[:length].decode("utf-8", "surrogateescape").splitlines() if ":=" not in line)
-    pairs = (line.partition(":" if nrrd else "=") for line in own)
-    fields = {name.strip().lower(): value.strip() for name, _, value in pairs}
-    return _Header(nrrd, text.splitlines(), fields, length)
-
-
-def voxel_files(path: str | Path) -> list[str]:
-    """Files of voxels that a MetaImage or NRRD header names, patterns and lists included; none of any other file."""
-    header = _header(path)
-    return _named_files(header) if header else []
-
-
-def _named_files(header: _Header) -> list[str]:
-    field = re.compile(r"data ?file:\s*(.*)" if header.nrrd else r"ElementDataFile\s*=\s*(.*)", re.IGNORECASE)
-    for number, line in enumerate(header.lines):
-        match = field.match(line.strip())
-        if match is None:
-            continue
-        value = match[1].strip()
-        if value.split()[:1] == ["LIST"]:
-            # a list of nothing is a file that is missing
-            return [name.strip() for name in header.lines[number + 1 :] if name.strip()] or [value]
-        return [] if value.upper() == "LOCAL" else _numbered_files(value)
-    return []
-
-
-def _header_gap(header: _Header) -> str:
-    """Say what a header leaves open where ITK would take 1 mm or LPS; empty where it says all."""
-    nrrd, fields = header.nrrd, header.fields
-    if not fields.keys() & ({"space directions", "spacings"} if nrrd else {"elementspacing", "elementsize"}):
-        return "its header gives no spacing, so the size of its voxels is unknown. Export it again"
-    if nrrd and "space" not in fields:
-        return "its header names no space, so its orientation is unknown. Export it again"
-    # which ITK passes over
-    units = re.findall(r"[A-Za-z]+", fields.get("space units" if nrrd else "distanceunits", ""))
-    if others := set(units) - {"mm", "millimeter", "millimeters"}:
-        return f"its header gives places in {', '.join(sorted(others))}, not in mm. Export it again"
-    return ""
-
-
-def header_warnings(path: str | Path) -> tuple[str, ...]:
-    """What a MetaImage header leaves open and its format has a default for."""
-    header = _header(path)
-    if header is None or header.nrrd or header.fields.keys() & {"transformmatrix", "rotation", "orientation"}:
-        return ()
-    return ("The header gives no orientation (TransformMatrix): axes are taken to run to the left, back and head.",)
-
-
-def cut_off(need: int, have: int, packed: bool = False) -> str:
-    """Say that there are fewer bytes of voxels than a header says; empty where there may be enough."""
-    # deflate reaches about 1030:1
-    if have * 1100 + 2**21 >= need if packed else have >= need:
-        return ""
-    return f"is cut off: its header says {need:,} bytes of voxels, there are {have:,}. Download or export it again"
-
-
-def _too_few_bytes(path: Path, header: _Header, need: int) -> str:
-    fields = header.fields
-    coding = fields.get("encoding", "raw").lower()
-    if not header.nrrd:
-        coding = "gzip" if fields.get("compresseddata", "").lower() == "true" else "raw"
-        coding = "text" if fields.get("binarydata", "").lower() == "false" else coding
-    files = [path.parent / name for name in _named_files(header)]
-    have = sum(file.stat().st_size for file in files) if files else path.stat().st_size - header.length
-    if coding == "gzip" and fields.get("compresseddatasize", "").isdigit():
-        return cut_off(int(fields["compresseddatasize"]), have)
-    return cut_off(need, have, coding != "raw") if coding in ("raw", "gzip", "gz") else ""
-
-
-def _numbered_files(value: str) -> list[str]:
-    """The files of a pattern such as "slice%03d.raw 1 24 1"; any other text is a name."""
-    pattern = re.fullmatch(r"(.*)%(0?\d?)d(\S*)\s+(\d{1,5})\s+(\d{1,5})(?:\s+(\d{1,5}))?(?:\s+\d)?", value)
-    if pattern is None:
-        return [value]
-    before, width, after = pattern[1], pattern[2], pattern[3]
-    numbers = range(int(pattern[4]), int(pattern[5]) + 1, max(1, int(pattern[6] or 1)))
-    return [f"{before}{number:{width}d}{after}" for number in numbers]

@@ -22,14 +22,8 @@ from unimedi_components.images.dicom_series import sort_headers
 from unimedi_components.images.dicom_stacks import DicomSlice, Stack
 from unimedi_components.images.headers import DicomHeader, is_dicom, read_header
 from unimedi_components.images.identify import identify
-from unimedi_components.images.itk_volumes import (
-    AIR_HU,
-    NOT_GREY,
-    cut_off,
-    header_warnings,
-    read_itk,
-    read_itk_geometry,
-)
+from unimedi_components.images.itk_volumes import AIR_HU, NOT_GREY, read_itk, read_itk_geometry
+from unimedi_components.images.text_headers import cut_off, header_warnings
 
 try:
     # decodes faster than zlib
@@ -130,6 +124,8 @@ def read_volume_header(path: str | Path, files: Sequence[str | Path] = (), assum
         affine = np.asarray(image.affine, dtype=float)
         if raw is not None and int(raw["sform_code"]) <= 0 and int(raw["qform_code"]) <= 0:
             affine = np.zeros((4, 4))
+        else:
+            warnings = _two_places(image.header, image.shape)
         kind = image.header.get_data_dtype()
         if kind.names or kind.kind not in "iufb":
             raise DataError(f"{path}: {NOT_GREY}")
@@ -346,6 +342,21 @@ def _nifti_values(path: Path) -> np.ndarray:
     return stored.astype(kind, order="C", copy=False)
 
 
+def _two_places(header: Any, shape: Sequence[int]) -> tuple[str, ...]:
+    """A warning where sform and qform place a corner of the volume more than a voxel apart."""
+    if min(int(header["sform_code"]), int(header["qform_code"])) < 1:
+        return ()
+    try:
+        apart = header.get_sform() - header.get_qform()
+    except nib.spatialimages.HeaderDataError:
+        return ()
+    corners = np.asarray(list(np.ndindex(2, 2, 2))) * (np.asarray((*shape, 1, 1))[:3] - 1)
+    most = float(np.linalg.norm(nib.affines.apply_affine(apart, corners), axis=1).max())
+    if not math.isfinite(most) or most <= max(header.get_zooms()[:3]):
+        return ()
+    return (f"The header places the volume twice, up to {most:.4g} mm apart (sform and qform); the sform is taken.",)
+
+
 def _raw_nifti_header(path: Path) -> nib.Nifti1Header | None:
     """Return the NIfTI-1 header as stored; nibabel replaces zero pixdims while it loads. None for NIfTI-2."""
     opener: Any = gzip.open if _is_packed(path) else open
@@ -357,6 +368,8 @@ def _raw_nifti_header(path: Path) -> nib.Nifti1Header | None:
 def shape_problem(shape: Sequence[int]) -> str:
     """Say why a shape, trailing axes of length 1 dropped, is not that of one 3D volume; empty when it is."""
     text = " × ".join(map(str, shape))
+    if len(shape) > 2 and min(shape) < 1:
+        return f"has shape {text}, which holds no voxel. Convert it again from DICOM"
     if len(shape) > 3:
         return f"is {len(shape)}D ({text}): several time points or channels. Extract one 3D volume"
     if len(shape) < 3 or min(shape) < 2:

@@ -60,6 +60,8 @@ _BY_CLASS = {
 _TRUNK = ("CHEST", "THORAX", "LUNG", "TORAX", "ABDOMEN", "TRUNK", "BODY", "RIBS", "HEART")
 # A grey film that was saved as colour JPEG strays by a few levels; burnt-in coloured marks cover little of it.
 _COLOURED, _COLOURED_SHARE, _FEW = 32, 0.05, 1024
+# thumbnails of 28 pixels are trained on
+_FEWEST = 16
 
 
 class Fault(NamedTuple):
@@ -166,7 +168,7 @@ def film_fault(header: DicomHeader) -> Fault | None:
 
 
 def dicom_warnings(header: DicomHeader) -> tuple[str, ...]:
-    """Warnings where the header names another part of the body than the trunk, or a detector's raw values."""
+    """Warnings where the header names another part of the body than the trunk, raw values, oblong or few pixels."""
     part, intent = header.text("BodyPartExamined"), header.text("PresentationIntentType").upper()
     # as TÓRAX
     plain = unicodedata.normalize("NFKD", part).encode("ascii", "ignore").decode().upper()
@@ -175,6 +177,12 @@ def dicom_warnings(header: DicomHeader) -> tuple[str, ...]:
         found.append(f"The DICOM header names the body part {part[:40]}; the network knows chests.")
     if intent == "FOR PROCESSING":
         found.append("The film is FOR PROCESSING, a detector's raw values. Give the one FOR PRESENTATION.")
+    sides = header.pixel_spacing or header.numbers("PixelAspectRatio") or (1.0, 1.0)
+    film = header.sop_class not in CT_CLASSES and header.modality != "CT"
+    if film and max(sides) > 1.01 * min(sides):
+        found.append(f"The film's pixels are not square ({sides[0]:g} high, {sides[1]:g} wide), but are read as such.")
+    if film and min(header.rows, header.columns) < _FEWEST:
+        found.append(f"The film has {header.columns} x {header.rows} pixels, too few to show a chest.")
     return tuple(found)
 
 

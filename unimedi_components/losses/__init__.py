@@ -7,15 +7,3 @@ from unimedi_components.losses.detection import DetectionLoss
 from unimedi_components.losses.distillation import balanced_center, distillation_loss, update_center
 from unimedi_components.losses.pretrain import UniMediLoss
 from unimedi_components.losses.segmentation import FocalDiceLoss
-
-__all__ = [
-    "ClassificationLoss",
-    "DetectionLoss",
-    "FocalDiceLoss",
-    "UniMediLoss",
-    "balanced_center",
-    "contrastive_loss",
-    "distillation_loss",
-    "probabilities",
-    "update_center",
-]

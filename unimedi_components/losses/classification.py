@@ -12,12 +12,8 @@ UNCERTAIN = -1
 class ClassificationLoss(nn.Module):
     """Mean cross-entropy (multiclass) or binary cross-entropy (multilabel, binary).
 
-    Args:
-        task: "multiclass" (logits (B, C), labels (B,)), "multilabel" (logits and labels (B, C)) or "binary" (logits
-            (B, 1), labels (B,)). A multilabel or binary label of -1 is uncertain and does not count.
-
-    Raises:
-        ValueError: an unknown task.
+    ``task``: "multiclass" (logits (B, C), labels (B,)), "multilabel" (logits and labels (B, C)) or "binary" (logits (B,
+    1), labels (B,)). A multilabel or binary label of -1 is uncertain and does not count.
 
     Example:
         >>> loss = ClassificationLoss("multilabel")(torch.zeros(1, 3), torch.tensor([[1, 0, -1]]))

@@ -32,9 +32,6 @@ def contrastive_loss(
 
     Returns:
         Scalar; zero, still connected to its inputs, if no rank has a pair.
-
-    Raises:
-        ValueError: shapes differ, or `within_modality` without `modality`.
     """
     if image_embed.shape != text_embed.shape:
         raise ValueError(f"image_embed {tuple(image_embed.shape)} and text_embed {tuple(text_embed.shape)} differ")

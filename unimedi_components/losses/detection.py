@@ -11,8 +11,7 @@ from torch import Tensor, nn
 class DetectionLoss(nn.Module):
     """Weighted sum of a detector's losses; the detector has matched boxes to targets already.
 
-    Raises:
-        ValueError: when called with losses of other names.
+    Raises ValueError: when called with losses of other names.
 
     Example:
         >>> losses = {"classification": torch.tensor(1.0), "box_regression": torch.tensor(3.0)}

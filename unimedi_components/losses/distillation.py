@@ -107,9 +107,6 @@ def distillation_loss(
 
     Returns:
         Scalar; zero, still connected to its inputs, if no rank has a row.
-
-    Raises:
-        ValueError: shapes do not fit together, or a chunk without rows.
     """
     center = center if center.ndim == 2 else center[None]
     groups = [student.shape[0]] if groups is None else list(groups)
@@ -172,9 +169,7 @@ def update_center(
     the center stays as it is.
 
     Args:
-        center: (K,).
         teacher: bottleneck features, (N, b); N may differ between ranks.
-        teacher_prototypes: (K, b).
         weight: weight of each row, (N,), as in the loss; None for equal weights.
     """
     with torch.autocast(teacher.device.type, enabled=False):
@@ -200,17 +195,9 @@ def balanced_center(
 
     Sinkhorn-Knopp scales the rows and columns of exp(logits / teacher_temp) in turn. The scale of a row is what
     softmax does anyway, and that of a column is a shift of its logits, so that the balanced assignment is
-    softmax((logits - center) / teacher_temp) with the center returned here. It begins at the center given, so that a
-    running one lets few rounds do, and never holds an N x K matrix.
-
-    Args:
-        center: where to begin, (K,).
-        teacher: bottleneck features, (N, b); N may differ between ranks.
-        teacher_prototypes: (K, b).
-        rounds: of both scalings.
-
-    Returns:
-        (K,) in fp32 at least; `center` if no rank has a row.
+    softmax((logits - center) / teacher_temp) with the center returned here, (K,) in fp32 at least. It begins at the
+    `center` given, so that a running one lets few rounds do, and never holds an N x K matrix.
+    ``teacher``: bottleneck features, (N, b); N may differ between ranks, and where none has a row `center` is returned.
     """
     with torch.autocast(teacher.device.type, enabled=False):
         rows = teacher.to(torch.promote_types(teacher.dtype, torch.float32)) / teacher_temp

@@ -17,7 +17,7 @@ class OrganLoss(nn.Module):
 
     With `class_balance` p, the cross-entropy of an image weighs a voxel of a class that fills the share f of the image
     by f^-p, and divides by the sum of the weights. 0 is the plain mean. At 0.5 organs of a few voxels are learned in
-    hundreds of steps instead of thousands.
+    hundreds of steps instead of thousands. Raises ValueError: an exponent outside 0 to 1, or a negative weight.
 
     Args:
         class_balance: the exponent p, from 0 (plain, the paper's loss) to 1 (each class as much as any other).
@@ -27,9 +27,6 @@ class OrganLoss(nn.Module):
 
     Attributes:
         last: the two terms of the newest call, "dice" and "ce", of the finest scores.
-
-    Raises:
-        ValueError: an exponent outside 0 to 1, or a negative weight.
 
     Example:
         >>> round(float(OrganLoss()(torch.zeros(1, 2, 2, 2, 2), torch.ones(1, 1, 2, 2, 2))), 4)
@@ -66,7 +63,6 @@ class OrganLoss(nn.Module):
         return loss
 
     def _terms(self, logits: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-        """Dice loss and cross-entropy."""
         logits, target = logits.float(), label[:, 0].long()
         dice = self.dice(logits, target[:, None])
         entropy = F.cross_entropy(logits, target, reduction="none")
@@ -79,9 +75,7 @@ class OrganLoss(nn.Module):
         """Weight of each voxel, (B, D, H, W)."""
         # `bincount` would ask the GPU for the largest label of every image
         flat = target.flatten(1)
-        counts = torch.zeros(len(flat), classes, device=flat.device).scatter_add_(
-            1, flat, torch.ones_like(flat, dtype=torch.float32)
-        )
+        counts = torch.zeros(len(flat), classes, device=flat.device)
+        counts.scatter_add_(1, flat, torch.ones_like(flat, dtype=torch.float32))
         share = counts.clamp(min=1) / target[0].numel()
-        weights = share**-self.class_balance
-        return weights.gather(1, target.flatten(1)).view_as(target)
+        return (share**-self.class_balance).gather(1, flat).view_as(target)

@@ -20,25 +20,20 @@ _CLS_GROUPS, _PATCH_GROUPS = 2, 3
 class UniMediLoss(nn.Module):
     """Weighted sum of the contrastive loss and of self-distillation on CLS and patch tokens.
 
-    L_vl is CLIP's loss over the joint batch; L_icl and L_pcl are the DINO loss on the CLS tokens and the iBOT
-    loss on the patch tokens. Defaults are iBOT's weights and momentum and DINO's temperatures; the paper gives
-    none. What is taken off the teacher's logits before its softmax decides whether the targets tell images apart:
-    "center" is DINO's, one moving mean for CLS and one for patch tokens, and both modalities then share few
-    prototypes; "sinkhorn" balances the prototypes over the batch for X-rays, volumes and slices each (SwAV,
-    DINOv2). The centers are buffers that follow the batches in training mode.
+    L_vl is CLIP's loss over the joint batch; L_icl and L_pcl are the DINO loss on the CLS tokens and the iBOT loss on
+    the patch tokens. Defaults are iBOT's weights and momentum and DINO's temperatures; the paper gives none. What is
+    taken off the teacher's logits before its softmax decides whether the targets tell images apart: "center" is DINO's,
+    one moving mean for CLS and one for patch tokens, and both modalities then share few prototypes; "sinkhorn" balances
+    the prototypes over the batch for X-rays, volumes and slices each (SwAV, DINOv2). The centers are buffers that
+    follow the batches in training mode. Raises ConfigError: a temperature, weight, momentum or chunk size outside its
+    range.
 
     Args:
-        out_dim: number of prototypes K of the DINO head.
-        targets: "sinkhorn" or "center".
         sinkhorn_rounds: rounds of Sinkhorn-Knopp from the running center on.
         teacher_temp: the teacher's temperature in the first epoch.
         teacher_temp_warmup_epochs: epochs of the linear warm-up between the two.
         center_momentum: share of the old center kept at each update.
         within_modality: contrast within each modality, both counting the same, see `contrastive_loss`.
-        chunk_size: rows of the distillation losses computed at a time.
-
-    Raises:
-        ConfigError: a temperature, weight, momentum or chunk size outside its range.
     """
 
     center_cls: Tensor
@@ -101,16 +96,12 @@ class UniMediLoss(nn.Module):
     def forward(self, output: UniMediOutput, targets: Any = None) -> Tensor:
         """Loss of one batch; its unweighted parts stay, detached, in `last` ("vl", "icl", "pcl").
 
-        Args:
-            output: what the network returned. Without `student_cls` the distillation losses are left out, on
-                all ranks alike; without `student_patches` this rank adds no rows to the patch loss.
-            targets: ignored; the trainer passes it.
+        ``output``: what the network returned. Without `student_cls` the distillation losses are left out, on all ranks
+        alike; without `student_patches` this rank adds no rows to the patch loss. Raises ConfigError: the head's number
+        of prototypes is not `out_dim`.
 
         Returns:
             Scalar, the same on every rank.
-
-        Raises:
-            ConfigError: the head's number of prototypes is not `out_dim`.
         """
         loss = contrastive_loss(
             output.image_embed,
@@ -175,18 +166,12 @@ class UniMediLoss(nn.Module):
 
     @torch.no_grad()
     def targets_of(self, teacher: Tensor, prototypes: Tensor, group: int, patches: bool = False) -> Tensor:
-        """What the teacher asks of single samples, by the running center: softmax((logits - center) / teacher_temp).
+        """What the teacher asks of single samples: softmax((logits - running center) / teacher_temp), (N, K).
 
         In training "sinkhorn" balances over the batch, which would tell samples apart where the features do not; the
         running center does not know the samples, so that this says what the features hold.
-
-        Args:
-            teacher: bottleneck features of one kind of token, (N, b).
-            prototypes: the teacher's, (K, b).
-            group: 0 for X-rays, 1 for volumes, 2 for the patch tokens of slices.
-
-        Returns:
-            (N, K), rows sum to 1.
+        ``teacher``: bottleneck features of one kind of token, (N, b). ``prototypes``: the teacher's, (K, b).
+        ``group``: 0 for X-rays, 1 for volumes, 2 for the patch tokens of slices.
         """
         center = (self.center_patch if patches else self.center_cls)[group if self.targets == "sinkhorn" else 0]
         return torch.softmax((teacher.float() @ prototypes.float().T - center) / self.teacher_temp, dim=1)

@@ -16,16 +16,9 @@ class FocalDiceLoss(nn.Module):
     The focal loss is the mean over pixels of -(1 - p_t)^gamma log p_t, p_t being the probability of the pixel's true
     value. Dice is (2 sum(p t) + smooth) / (sum(p) + sum(t) + smooth) over all images of the batch together, as in
     MGCA's code, so that images without a mask count too; its loss is 1 - Dice ("linear", what the paper writes) or
-    -log(Dice) ("log", what MGCA's code does).
-
-    Args:
-        alpha: weight of the focal loss.
-        dice: "linear" or "log".
-        batch: one Dice over all images of a batch; False takes the mean of each image's own.
-        auxiliary_weight: of each further prediction where the network returns several (SETR's heads).
-
-    Raises:
-        ValueError: a negative weight or exponent, no smoothing, or an unknown `dice`.
+    -log(Dice) ("log", what MGCA's code does). Raises ValueError: a negative weight or exponent, no smoothing, or an
+    unknown `dice`. ``batch``: one Dice over all images of a batch; False takes the mean of each image's own.
+    ``auxiliary_weight``: of each further prediction where the network returns several (SETR's heads).
 
     Example:
         >>> round(float(FocalDiceLoss()(torch.zeros(1, 1, 2, 2), torch.ones(1, 1, 2, 2))), 4)
@@ -58,8 +51,7 @@ class FocalDiceLoss(nn.Module):
     def forward(self, logits: Tensor | Sequence[Tensor], label: Tensor) -> Tensor:
         """Scalar loss of logits (B, C, H, W), or several (the main prediction first), and labels of 0 and 1.
 
-        Raises:
-            ValueError: logits and label differ in shape.
+        Raises ValueError: logits and label differ in shape.
         """
         if not isinstance(logits, Tensor):
             main, *others = (self(prediction, label) for prediction in logits)
@@ -73,18 +65,12 @@ class FocalDiceLoss(nn.Module):
     def _of_missing(self, missing: Tensor) -> Tensor:
         return -torch.log1p(-missing) if self.dice == "log" else missing
 
-    @staticmethod
-    def no_sums(num_classes: int = 1) -> Tensor:
-        """What `sums` gives for no images."""
-        return torch.zeros(4 + 3 * num_classes, dtype=torch.float64)
-
     @torch.no_grad()
     def sums(self, logits: Tensor, label: Tensor) -> Tensor:
         """What adds up over batches and ranks to the loss of all their images, for `from_sums`.
 
-        Returns:
-            float64 (4 + 3 C,): pixels, sum of focal losses, images times C, sum of their Dice losses, and of each class
-            the sums of p t, of p and of t.
+        Returns float64 (4 + 3 C,): pixels, sum of focal losses, images times C, sum of their Dice losses, and of each
+        class the sums of p t, of p and of t.
         """
         logits, target = logits.double(), label.double()
         probability = logits.sigmoid()

@@ -9,18 +9,3 @@ from unimedi_components.metrics.classification import (
 )
 from unimedi_components.metrics.masks import MaskLossMetric, MaskScore, mask_metrics
 from unimedi_components.metrics.organs import OrganDice, organ_metrics
-
-__all__ = [
-    "ClassificationLossMetric",
-    "ClassificationScore",
-    "DetectionLossMetric",
-    "DetectionScore",
-    "Detections",
-    "MaskLossMetric",
-    "MaskScore",
-    "OrganDice",
-    "classification_metrics",
-    "detection_metrics",
-    "mask_metrics",
-    "organ_metrics",
-]

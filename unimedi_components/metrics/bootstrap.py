@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-Array = npt.NDArray[Any]
+from unimedi_components.arrays import Array
 
 LEVEL = 0.95
 # Weights of resamples held at a time; bounds the memory, changes no value.
@@ -163,8 +163,7 @@ def percentile_interval(values: Array) -> list[float] | None:
 class Measures:
     """Values by key, each with its 95% interval where it is made of cases of known patients.
 
-    Args:
-        resamples: of the patients of all cases; None gives no intervals.
+    ``resamples``: of the patients of all cases; None gives no intervals.
     """
 
     def __init__(self, resamples: PatientResamples | None = None) -> None:
@@ -172,7 +171,7 @@ class Measures:
         self.values: dict[str, Any] = {}
         self.intervals: dict[str, list[float]] = {}
 
-    def add(self, key: str, value: Any, resampled: npt.NDArray[Any] | None = None) -> None:
+    def add(self, key: str, value: Any, resampled: Array | None = None) -> None:
         """Keep a value; `resampled` is the same in each resample, (R,), NaN where it is not defined."""
         self.values[key] = value
         interval = None if resampled is None else percentile_interval(resampled)

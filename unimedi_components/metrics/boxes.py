@@ -14,10 +14,9 @@ from ignite.exceptions import NotComputableError
 from ignite.metrics import Metric
 from monai.handlers import from_engine
 
+from unimedi_components.arrays import Array
 from unimedi_components.distributed import gather_objects
 from unimedi_components.metrics.bootstrap import LEVEL, interval_table, patient_index, resampled, resamples_used
-
-Array = npt.NDArray[Any]
 
 IOUS = (0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75)
 """IoU thresholds of the MGCA repository, whose tables the paper compares with."""
@@ -106,10 +105,9 @@ def _weighted_ap(hits: Array, weights: Array, truths: Array) -> Array:
 
 
 def detection_metrics(found: Detections, bootstrap: int = 1000, seed: int = 0) -> dict[str, Any]:
-    """Measure boxes of one class.
+    """Measure boxes of one class, of scores above about 0.01 on, or average precision misses its tail.
 
-    Args:
-        found: predicted and true boxes of the images; scores above about 0.01, or average precision misses its tail.
+    Raises ValueError: lists of different lengths, values that are not finite, or not one true box.
 
     Returns:
         plain values for JSON; None where something is not defined. "map_coco" and "map_mgca", see "rules";
@@ -117,9 +115,6 @@ def detection_metrics(found: Detections, bootstrap: int = 1000, seed: int = 0) -
         boxes per image at IoU 0.4, the highest that some threshold on the score reaches; "images", "patients",
         "true_boxes", "predicted_boxes", "images_with_truth", "images_of_mgca" are counts; "intervals": [low, high]
         of "map_coco", "map_mgca", "ap_40", "ap_50", "ap_75", with "resamples_used".
-
-    Raises:
-        ValueError: lists of different lengths, values that are not finite, or not one true box.
     """
     patients = _checked(found)
     thresholds = sorted({*IOUS, *SHOWN})
@@ -245,7 +240,6 @@ class DetectionLossMetric(_PerImage):
         self.rows += [float(row["loss"]) for row in output[0]]
 
     def compute(self) -> float:
-        """The mean, equal on all ranks. Raises NotComputableError: no image came in."""
         return float(np.mean(self._all()))
 
 
@@ -265,7 +259,6 @@ class DetectionScore(_PerImage):
             self.rows.append(tuple(tensor.detach().float().cpu().numpy() for tensor in tensors))
 
     def compute(self) -> float:
-        """The value, equal on all ranks. Raises NotComputableError: no image came in."""
         boxes, scores, truth = zip(*self._all(), strict=True)
         finite = all(np.isfinite(part).all() for row in (*boxes, *scores) for part in (row,))
         if not finite or not any(len(part) for part in truth):

@@ -18,11 +18,10 @@ from monai.metrics import CalibrationErrorMetric
 from sklearn.metrics import accuracy_score, confusion_matrix, roc_auc_score
 from torch import Tensor
 
+from unimedi_components.arrays import Array
 from unimedi_components.distributed import gather_objects
 from unimedi_components.losses.classification import TASKS, UNCERTAIN, ClassificationLoss
 from unimedi_components.metrics.bootstrap import patient_intervals
-
-Array = npt.NDArray[Any]
 
 THRESHOLD = 0.5
 
@@ -63,6 +62,9 @@ def classification_metrics(
 ) -> dict[str, Any]:
     """Measure a classifier's probabilities against the labels.
 
+    Raises ValueError: an unknown task, shapes or labels that do not fit, values that are not finite, or no case that
+    counts.
+
     Args:
         probabilities: (N, C); binary: (N,) or (N, 1), of the positive class.
         labels: multiclass and binary (N,), multilabel (N, C); -1 is uncertain and does not count, and a case
@@ -81,10 +83,6 @@ def classification_metrics(
         "intervals": [low, high] of the same keys, 95% percentiles over resamples of the patients, each with all of its
         cases; resamples where a value is not defined are left out, and "resamples_used" counts the others. "cases",
         "patients", "positives" (by finding or class) and "uncertain" (multilabel: by finding) are counts.
-
-    Raises:
-        ValueError: an unknown task, shapes or labels that do not fit, values that are not finite, or no case that
-            counts.
     """
     cases, uncertain = _prepare(probabilities, labels, task, label_names, patients)
     found = [_auroc(score, truth) for score, truth in zip(cases.scores.T, cases.truth.T, strict=True)]
@@ -223,9 +221,6 @@ class ClassificationScore(EpochMetric):
 
     NaN where it is not defined: only one class occurs, or the logits are not finite. Ranks may hold different
     numbers of cases, or none. The engine's output holds logits "pred" (B, C) and labels "label" (with `decollate` off).
-
-    Raises:
-        ValueError: an unknown task.
     """
 
     def __init__(self, task: str) -> None:
@@ -255,11 +250,7 @@ def _score(logits: Tensor, label: Tensor, task: str) -> float:
 
 
 class ClassificationLossMetric(Loss):
-    """Mean `ClassificationLoss` over all labels that count, of all batches and ranks of an evaluator run.
-
-    Raises:
-        ValueError: an unknown task.
-    """
+    """Mean `ClassificationLoss` over all labels that count, of all batches and ranks of an evaluator run."""
 
     def __init__(self, task: str) -> None:
         # The loss is a mean over labels that count: uncertain ones must not weigh a batch.

@@ -4,12 +4,10 @@
 Letters: N X-rays, M volumes, D width of the features, F findings, R resamples.
 """
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 
-Array = npt.NDArray[Any]
+from unimedi_components.arrays import Array
 
 
 def unit_rows(rows: npt.ArrayLike) -> Array:
@@ -37,20 +35,12 @@ def centroid_distance(
 
     For a finding, mu_2D and mu_3D are the means of the L2-normalised features of the X-rays and of the volumes that
     have it, whatever else they have, and s_2D^2 and s_3D^2 the mean squared distances to their own mean (over n - 1).
-    The value is ||mu_2D - mu_3D|| / sqrt((s_2D^2 + s_3D^2) / 2). Two samples of n and m images of one distribution have
-    an expected square of 1 / n + 1 / m, not 0. Resampling adds as much once more, which is taken off in resamples, so
-    that they scatter about the value.
-
-    Args:
-        xray: features, (N, D), normalised here.
-        ct: (M, D).
-        xray_labels: 1 where a finding is present, (N, F).
-        ct_labels: (M, F).
-        xray_weights: how often each case counts, (R, N); None counts each once.
-        ct_weights: (R, M), given with `xray_weights`.
-
-    Returns:
-        (R, F), or (1, F) without weights; NaN where a finding has fewer than two images in a dimension, or no spread.
+    The value is ||mu_2D - mu_3D|| / sqrt((s_2D^2 + s_3D^2) / 2), (R, F), or (1, F) without weights; NaN where a
+    finding has fewer than two images in a dimension, or no spread. Two samples of n and m images of one distribution
+    have an expected square of 1 / n + 1 / m, not 0. Resampling adds as much once more, which is taken off in resamples,
+    so that they scatter about the value.
+    ``xray``: features, (N, D), normalised here. ``xray_labels``: 1 where a finding is present, (N, F).
+    ``xray_weights``: how often each case counts, (R, N); None counts each once.
     """
     sides = []
     for rows, labels, weights in ((xray, xray_labels, xray_weights), (ct, ct_labels, ct_weights)):

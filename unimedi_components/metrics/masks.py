@@ -8,18 +8,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from ignite.exceptions import NotComputableError
-from ignite.metrics import Metric
-from ignite.metrics.metric import reinit__is_reduced, sync_all_reduce
-from monai.handlers import from_engine
 from torch import Tensor
 
+from unimedi_components.arrays import Array
 from unimedi_components.losses.segmentation import FocalDiceLoss
 from unimedi_components.metrics.bootstrap import LEVEL, interval_table, patient_index, resampled, weighted_mean
-
-Array = npt.NDArray[Any]
+from unimedi_components.metrics.summed import SummedMetric
 
 
 def mask_counts(predicted: Tensor, truth: Tensor) -> Array:
@@ -36,18 +31,13 @@ def mask_metrics(counts: Array, patients: Sequence[Any], bootstrap: int = 1000, 
 
     An image whose true mask is empty scores 1 if the prediction is empty too, and 0 otherwise (MGCA's rule); a mean
     over many empty images says more about false alarms than about outlines, so "dice_positive" leaves them out.
-
-    Args:
-        counts: of `mask_counts`, (N, 3).
+    ``counts``: of `mask_counts`, (N, 3).
 
     Returns:
         plain values for JSON: "cases", "patients", "positive" (images with a mask), "dice", "dice_positive", "iou",
         "iou_positive", "false_alarms" (share of the images without a mask that got one) and "missed" (share of the
         images with a mask that got none), None where there is no such image; "intervals" with "level", "resamples"
         and [low, high] of each, None where a value is not defined or cannot vary.
-
-    Raises:
-        ValueError: no images, or another number of patients.
     """
     if not len(counts) or len(counts) != len(patients):
         raise ValueError(f"{len(counts)} images and {len(patients)} patients: give images, and a patient for each")
@@ -84,42 +74,27 @@ def _kept(counts: Array) -> dict[str, Array]:
     return {**kept, "false_alarms": ~positive, "missed": positive}
 
 
-class MaskScore(Metric):
+class MaskScore(SummedMetric):
     """Mean Dice per image over all batches and ranks of an evaluator run, empty masks as in `mask_metrics`.
 
     The engine's output holds logits "pred" and labels "label", both (B, 1, H, W).
-
-    Raises:
-        ValueError: a threshold that is no probability.
     """
 
     def __init__(self, threshold: float = 0.5) -> None:
         if not 0 <= threshold <= 1:
             raise ValueError(f"threshold must be a probability from 0 to 1, not {threshold!r}")
         self.threshold = threshold
-        super().__init__(from_engine(["pred", "label"]))
+        super().__init__(2)
 
-    @reinit__is_reduced
-    def reset(self) -> None:
-        self._total = torch.zeros((), dtype=torch.float64)
-        self._images = torch.zeros((), dtype=torch.int64)
+    def terms(self, logits: Tensor, label: Tensor) -> Tensor:
+        counts = mask_counts(logits.float().sigmoid() >= self.threshold, label > 0.5)
+        return torch.tensor([len(counts), mask_scores(counts)["dice"].sum()], dtype=torch.float64)
 
-    @reinit__is_reduced
-    def update(self, output: Sequence[Tensor]) -> None:
-        logits, label = output
-        counts = mask_counts(logits.detach().float().sigmoid() >= self.threshold, label > 0.5)
-        self._total = self._total + float(mask_scores(counts)["dice"].sum())
-        self._images = self._images + len(counts)
-
-    @sync_all_reduce("_total", "_images")
-    def compute(self) -> float:
-        """The mean. Raises NotComputableError: there was no image."""
-        if not int(self._images):
-            raise NotComputableError("no image was evaluated")
-        return float(self._total) / float(self._images)
+    def value(self, sums: Tensor) -> Tensor:
+        return sums[1] / sums[0]
 
 
-class MaskLossMetric(Metric):
+class MaskLossMetric(SummedMetric):
     """`FocalDiceLoss` of a whole evaluator run, over all batches and ranks.
 
     It is the loss of one batch that holds all images, so that neither the batch size nor the number of ranks changes
@@ -127,20 +102,11 @@ class MaskLossMetric(Metric):
     """
 
     def __init__(self, loss: FocalDiceLoss, num_classes: int = 1) -> None:
-        self.loss, self.num_classes = loss, num_classes
-        super().__init__(from_engine(["pred", "label"]))
+        self.loss = loss
+        super().__init__(4 + 3 * num_classes)
 
-    @reinit__is_reduced
-    def reset(self) -> None:
-        self._sums = self.loss.no_sums(self.num_classes)
+    def terms(self, logits: Tensor, label: Tensor) -> Tensor:
+        return self.loss.sums(logits, label)
 
-    @reinit__is_reduced
-    def update(self, output: Sequence[Tensor]) -> None:
-        self._sums = self._sums + self.loss.sums(output[0].detach(), output[1]).cpu()
-
-    @sync_all_reduce("_sums")
-    def compute(self) -> float:
-        """The loss. Raises NotComputableError: there was no image."""
-        if not float(self._sums[0]):
-            raise NotComputableError("no image was evaluated")
-        return float(self.loss.from_sums(self._sums))
+    def value(self, sums: Tensor) -> Tensor:
+        return self.loss.from_sums(sums)

@@ -9,18 +9,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from ignite.exceptions import NotComputableError
-from ignite.metrics import Metric
-from ignite.metrics.metric import reinit__is_reduced, sync_all_reduce
-from monai.handlers import from_engine
 from monai.metrics import compute_hausdorff_distance, compute_surface_dice
 from torch import Tensor
 
+from unimedi_components.arrays import Array
 from unimedi_components.metrics.bootstrap import LEVEL, interval_table, patient_index, resampled, weighted_mean
-
-Array = npt.NDArray[Any]
+from unimedi_components.metrics.summed import SummedMetric
 
 METRICS = ("dice", "surface_dice", "hd95_mm")
 
@@ -32,19 +27,16 @@ def organ_scores(
 
     An organ that the truth lacks has no score, and neither counts for it nor against it; the voxels that the prediction
     gives it are "false_voxels". An organ that the truth has and the prediction misses scores 0 in both kinds of Dice
-    and has no HD95, since no distance to an empty surface is defined; it is "missed".
+    and has no HD95, since no distance to an empty surface is defined; it is "missed". Raises ValueError: the shapes
+    differ.
 
     Args:
         prediction: labels 0 to O, (D, H, W).
-        truth: of the same shape.
         tolerance_mm: distance up to which surfaces agree (surface Dice, also called NSD).
 
     Returns:
         each (O,): "dice", "surface_dice", "hd95_mm" as float64 with NaN where there is no score, "voxels" of the truth,
         "predicted_voxels", "false_voxels", and "missed" as bool.
-
-    Raises:
-        ValueError: the shapes differ.
     """
     if prediction.shape != truth.shape:
         raise ValueError(f"prediction {prediction.shape} and truth {truth.shape} differ in shape")
@@ -104,9 +96,6 @@ def organ_metrics(
         None; "cases_with", "missed" (organs of the truth without a voxel) and "false_alarms" (cases in which an absent
         organ was given voxels) by organ; "intervals" with "level", "resamples" and [low, high] of the three means and
         of each organ's Dice.
-
-    Raises:
-        ValueError: no cases, or another number of patients.
     """
     if not cases or len(cases) != len(patients):
         raise ValueError(f"{len(cases)} cases and {len(patients)} patients: give at least one case, one patient each")
@@ -152,7 +141,7 @@ def _none(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-class OrganDice(Metric):
+class OrganDice(SummedMetric):
     """Mean Dice of an evaluator run on the network's grid: over cases for each organ, then over organs.
 
     Organs that a case's label map lacks do not count in it, as in `organ_scores`. Ranks may hold different numbers of
@@ -161,27 +150,16 @@ class OrganDice(Metric):
 
     def __init__(self, num_classes: int) -> None:
         self.num_classes = num_classes
-        super().__init__(from_engine(["pred", "label"]))
+        super().__init__(2 * (num_classes - 1), "case with an organ")
 
-    @reinit__is_reduced
-    def reset(self) -> None:
-        self._total = torch.zeros(self.num_classes - 1, dtype=torch.float64)
-        self._count = torch.zeros(self.num_classes - 1, dtype=torch.float64)
+    def terms(self, logits: Tensor, label: Tensor) -> Tensor:
+        sums = torch.zeros(2, self.num_classes - 1, dtype=torch.float64)
+        for found, wanted in zip(logits.argmax(1), label[:, 0].long(), strict=True):
+            parts = (part.flatten() for part in (found, wanted, wanted[found == wanted]))
+            seen, true, both = (torch.bincount(x, minlength=self.num_classes).double().cpu()[1:] for x in parts)
+            sums += torch.stack([true > 0, torch.where(true > 0, 2 * both / (seen + true).clamp(min=1), 0.0)])
+        return sums.flatten()
 
-    @reinit__is_reduced
-    def update(self, output: Sequence[Tensor]) -> None:
-        logits, label = output
-        for found, wanted in zip(logits.detach().argmax(1), label[:, 0].long(), strict=True):
-            kinds = [torch.bincount(part.flatten(), minlength=self.num_classes).double().cpu()[1:] for part in
-                     (found, wanted, wanted[found == wanted])]  # fmt: skip
-            present = kinds[1] > 0
-            self._total += torch.where(present, 2 * kinds[2] / (kinds[0] + kinds[1]).clamp(min=1), 0.0)
-            self._count += present
-
-    @sync_all_reduce("_total", "_count")
-    def compute(self) -> float:
-        """The mean. Raises NotComputableError: no case has an organ."""
-        present = self._count > 0
-        if not bool(present.any()):
-            raise NotComputableError("no case with an organ was evaluated")
-        return float((self._total[present] / self._count[present]).mean())
+    def value(self, sums: Tensor) -> Tensor:
+        count, total = sums.chunk(2)
+        return (total[count > 0] / count[count > 0]).mean()

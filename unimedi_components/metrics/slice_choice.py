@@ -7,15 +7,12 @@ whole slabs, best first, and of the last one the lowest slices.
 """
 
 from collections.abc import Hashable, Sequence
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from unimedi_components import selection
-
-Array = npt.NDArray[Any]
+from unimedi_components.arrays import Array
 
 
 def best_choice(mask: Array, k: int, patch_depth: int, expand: str = "centre") -> Array:

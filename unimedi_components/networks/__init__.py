@@ -13,31 +13,3 @@ from unimedi_components.networks.unified_vit import UnifiedViT
 from unimedi_components.networks.unimedi import UniMedI
 from unimedi_components.networks.vitdet import ViTDet
 from unimedi_components.networks.weights import create_encoder, load_strict, load_weights
-
-__all__ = [
-    "SETRPUP",
-    "SIZES",
-    "DINOHead",
-    "EncoderOutput",
-    "ImageClassifier",
-    "ImageFeatures",
-    "Pretrained",
-    "ProjectionHead",
-    "ReportEncoder",
-    "UniMedI",
-    "UniMediOutput",
-    "UnifiedViT",
-    "ViTDet",
-    "create_encoder",
-    "encoder_sizes",
-    "load_classifier",
-    "load_encoder",
-    "load_network",
-    "load_pretrained",
-    "load_strict",
-    "load_tokenizer",
-    "load_weights",
-    "network_card",
-    "task_encoder",
-    "untrained",
-]

@@ -43,7 +43,7 @@ class BoxDetector(RetinaNetDetector):
     Boxes are [x0, y0, x1, y1], x along the columns (MONAI's own detectors count x along the first axis). Anchors are
     matched by ATSS (Zhang et al. 2020), since MONAI's other matcher is torchvision's. The classification loss is
     RetinaNet's focal loss over all anchors, divided by the number of matched ones, and draws nothing; MONAI's default
-    is a mean.
+    is a mean. Raises ValueError: maps with different numbers of anchors.
 
     Args:
         num_classes: K, without background.
@@ -51,9 +51,6 @@ class BoxDetector(RetinaNetDetector):
         aspect_ratios: height over width of the anchors of each size.
         candidates: nearest anchors per map and box that ATSS chooses among, as a multiple of the anchors per place.
         alpha, gamma: of the focal loss.
-
-    Raises:
-        ValueError: maps with different numbers of anchors.
     """
 
     def __init__(
@@ -92,10 +89,7 @@ class BoxDetector(RetinaNetDetector):
     ) -> dict[str, Tensor]:
         """MONAI's dict of losses, "classification" and "box_regression", scalars over the batch.
 
-        Args:
-            images: (B, 1, H, W); their size is read.
-            maps: as `ViTDet.head_maps` returns them.
-            targets: of each image "boxes" (n, 4) in pixels and "labels" (n,) from 0 to K - 1.
+        ``targets``: of each image "boxes" (n, 4) in pixels and "labels" (n,) from 0 to K - 1.
         """
         focal, distance, matched = self._terms(images, maps, targets)
         count = matched.sum().clamp(min=1)
@@ -133,19 +127,11 @@ class BoxDetector(RetinaNetDetector):
         return focal.sum((1, 2)), distance.sum((1, 2)), matched.sum(1)
 
     def match(self, boxes: Tensor, real: Tensor, anchors: Tensor, places: Sequence[int]) -> Tensor:
-        """Which box each anchor is for, by ATSS: MONAI's `ATSSMatcher` over all images at once.
+        """Which box each anchor is for, by ATSS: MONAI's `ATSSMatcher` over all images at once; -1 for none, (B, A).
 
         Of the anchors of each map those nearest to a box's center are its candidates, and those of them are for it
         whose overlap is at least the candidates' mean plus deviation; an anchor for several boxes takes the best.
-
-        Args:
-            boxes: (B, n, 4).
-            real: False where an image has fewer boxes, (B, n).
-            anchors: (A, 4).
-            places: places per map.
-
-        Returns:
-            index of the box, -1 for none, (B, A).
+        ``boxes``: (B, n, 4). ``real``: False where an image has fewer boxes, (B, n).
         """
         size = max(1, _COMPARED // (boxes.shape[1] * len(anchors)))
         parts = zip(boxes.split(size), real.split(size), strict=True)

@@ -29,9 +29,7 @@ def network_card(
 ) -> dict[str, Any]:
     """Describe a task's network, or the one in a distributed wrapper, so that `load_network` can build it.
 
-    Args:
-        label_names: of its classes, with the background where there is one.
-        preprocessing: of its images, see `data.task_transforms`.
+    ``preprocessing``: of its images, see `data.task_transforms`.
 
     Raises:
         ConfigError: a classifier or a segmenter of volumes that has not one output for each name.
@@ -55,14 +53,11 @@ def network_card(
 def load_network(checkpoint: str | Path, device: str | torch.device = "cpu", kind: str | None = None) -> Any:
     """A task's trained network, in evaluation mode, from `models/model.pt` with `model.json` beside it.
 
-    Args:
-        kind: the one of `KINDS` that is wanted; None takes any.
+    ``kind``: the one of `KINDS` that is wanted; None takes any. Raises CheckpointError: a file is missing or does not
+    fit, or the network is of another kind.
 
     Returns:
         the network; its attribute `card` holds label names, the kind of task and the images' preparation.
-
-    Raises:
-        CheckpointError: a file is missing or does not fit, or the network is of another kind.
     """
     path = Path(checkpoint)
     if not path.is_file():

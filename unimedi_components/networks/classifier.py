@@ -24,20 +24,17 @@ from unimedi_components.networks.weights import create_encoder
 class ImageClassifier(TaskNetwork):
     """Dropout and one linear layer on the CLS token after the final norm (MGCA's `ssl_finetuner.py`).
 
+    Raises ValueError: no classes, or more slices than the volume has slabs.
+
     Args:
         encoder: reads X-rays or volumes; its CLS token before any projection is the feature.
-        num_classes: outputs C: findings, classes, or 1 for a binary question.
         spatial_dims: 2 for X-rays, 3 for volumes.
         freeze_encoder: linear probe (the encoder gets no gradient and stays in evaluation mode) or, if False, full
             fine-tuning.
-        dropout: on the feature.
         feature_norm: standardise each feature by batch statistics of all ranks without learnable scale first (the
             MAE repository's linear probe); the paper's head has none.
         use_slices: let the k slices of a volume that the encoder attends most join it as 2D images, as in
             pre-training (sections 3.2 and 3.3).
-
-    Raises:
-        ValueError: no classes, or more slices than the volume has slabs.
 
     Example:
         >>> encoder = UnifiedViT(img_size=32, vol_size=(8, 32, 32), embed_dim=24, depth=2, num_heads=2)
@@ -98,16 +95,13 @@ class ImageClassifier(TaskNetwork):
 
     def features(self, image: Tensor) -> Tensor:
         """CLS features (B, D); without gradient if the encoder is frozen."""
-        if self.freeze_encoder:
-            with torch.no_grad():
-                return self.encode(image).cls
-        return self.encode(image).cls
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_encoder):
+            return self.encode(image).cls
 
     def forward(self, image: Tensor) -> Tensor:
         """Logits (B, C) of X-rays (B, 1, H, W) or volumes (B, 1, D, H, W) in [-1, 1], or of their features (B, D).
 
-        Raises:
-            ValueError: images of another dimension.
+        Raises ValueError: images of another dimension.
         """
         if image.ndim not in (2, 2 + self.spatial_dims):
             raise ValueError(
@@ -128,13 +122,9 @@ class ImageClassifier(TaskNetwork):
 def task_encoder(weights: str | Path | None, size: str | Mapping[str, Any] | None = None, **kwargs: Any) -> UnifiedViT:
     """The encoder of a task bundle: `create_encoder`, with a task's words where the weights are missing.
 
-    Args:
-        weights: `models/model.pt` of a pre-training run, with `model.json` beside it; any other weights that
-            `load_weights` reads, or "none" for random initialisation.
-
-    Raises:
-        CheckpointError: the weights are missing, do not fit, or are of another size than the config asks for.
-        ConfigError: no such size or argument.
+    ``weights``: `models/model.pt` of a pre-training run, with `model.json` beside it; any other weights that
+    `load_weights` reads, or "none" for random initialisation. Raises CheckpointError: the weights are missing, do not
+    fit, or are of another size than the config asks for; ConfigError: no such size or argument.
     """
     path, given = Path(str(weights)), weights is not None and str(weights).lower() != "none"
     if given and not str(weights).startswith(("timm:", "hf:")) and not path.is_file():

@@ -14,11 +14,7 @@ from torch.nn import functional as F
 
 
 def to_tuple(value: int | Sequence[int], length: int, name: str) -> tuple[int, ...]:
-    """An int repeated, or a sequence of the right length, as a tuple of positive ints.
-
-    Raises:
-        ValueError: wrong length or a value below 1.
-    """
+    """An int repeated, or a sequence, as `length` positive ints. Raises ValueError: other lengths or values."""
     values = (int(value),) * length if isinstance(value, int) else tuple(int(v) for v in value)
     if len(values) != length or min(values) < 1:
         raise ValueError(f"{name} must be a positive int or {length} of them, not {value!r}")
@@ -26,13 +22,7 @@ def to_tuple(value: int | Sequence[int], length: int, name: str) -> tuple[int, .
 
 
 class PatchEmbed(nn.Module):
-    """Non-overlapping patches to tokens, for 2D images or 3D volumes; timm's name `proj` for the kernel.
-
-    The kernel is stored as a convolution's, so that weights are exchanged by name, and applied as one matrix product.
-
-    Args:
-        patch_size: (ph, pw) or (pd, ph, pw).
-    """
+    """Non-overlapping patches to tokens, for 2D images or 3D volumes; timm's name `proj` for the kernel."""
 
     def __init__(self, patch_size: Sequence[int], in_chans: int, embed_dim: int) -> None:
         super().__init__()
@@ -75,13 +65,8 @@ class PatchEmbed(nn.Module):
 def resample_patch_embed(kernel: Tensor, size: Sequence[int]) -> Tensor:
     """A 2D patch kernel for patches of another size, by FlexiViT's pseudo-inverse (Beyer et al., CVPR 2023, eq. 5).
 
-    Args:
-        kernel: (D, C, ph, pw).
-        size: patch wanted.
-
-    Returns:
-        (D, C, ph', pw'): of a patch that is resized bicubically it makes the token that `kernel` makes of the patch,
-        exactly for larger patches and with the least squared error for smaller ones.
+    (D, C, ph, pw) to (D, C, ph', pw'): of a patch that is resized bicubically the result makes the token that `kernel`
+    makes of the patch, exactly for larger patches and with the least squared error for smaller ones.
     """
     old = kernel.shape[-2:]
     if tuple(old) == tuple(size):
@@ -93,14 +78,9 @@ def resample_patch_embed(kernel: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def resample_pos_embed_2d(table: Tensor, old: Sequence[int], new: Sequence[int], antialias: bool = True) -> Tensor:
-    """A 2D position table on another grid, bicubic.
+    """A 2D position table (1, h * w, D), without the CLS entry, on another grid, bicubic; itself where the grids agree.
 
-    Args:
-        table: (1, h * w, D) without the CLS entry.
-        antialias: as timm's `resample_abs_pos_embed`; False as `transformers`.
-
-    Returns:
-        (1, h' * w', D); the table itself where the grids agree.
+    ``antialias``: as timm's `resample_abs_pos_embed`; False as `transformers`.
     """
     if tuple(old) == tuple(new):
         return table
@@ -119,14 +99,9 @@ def resample_pos_embed_3d(table: Tensor, old: Sequence[int], new: Sequence[int])
 
 
 def rotary_angles(periods: Tensor, grids: Sequence[tuple[int, int, int]]) -> Tensor:
-    """Angles of DINOv3's rotary positions: rows, then columns, from -1 to 1 over an image of any size.
+    """Angles (P, C), float32, of DINOv3's rotary positions: rows, then columns, -1 to 1 over an image of any size.
 
-    Args:
-        periods: (C / 4,) for heads of C channels.
-        grids: (depth, rows, columns) of each segment; all depths of a segment are turned alike.
-
-    Returns:
-        (P, C) in float32.
+    ``periods``: (C / 4,), for heads of C channels. ``grids``: (depth, rows, columns) of each segment; depth turns none.
     """
     places = []
     for depth, *plane in grids:
@@ -136,14 +111,10 @@ def rotary_angles(periods: Tensor, grids: Sequence[tuple[int, int, int]]) -> Ten
 
 
 def interpolate_depth(table: Tensor, position: Tensor) -> Tensor:
-    """Rows of a depth table at fractional depths, linear between neighbours.
+    """Rows (B, k, D) of a depth table (1, S, D) at fractional depths, linear between neighbours.
 
-    Args:
-        table: (1, S, D).
-        position: depth as a fraction of the volume, 0 inferior to 1 superior, (B, k).
-
-    Returns:
-        (B, k, D). The centre of slab s of S lies at (s + 0.5) / S and gives row s exactly.
+    ``position``: fraction of the volume, 0 inferior to 1 superior, (B, k). The centre of slab s of S, (s + 0.5) / S,
+    gives row s.
     """
     # a Python number also while tracing, where a size is a tensor on the CPU
     rows = int(table.shape[1])

@@ -58,7 +58,6 @@ def trace(network: nn.Module, example: Tensor, leave_out: Sequence[str] = ()) ->
 
     Args:
         network: left as it is; its weights are shared.
-        example: images (B, C, ...) on the network's device, B at least 2.
         leave_out: submodules that its `forward` does not use.
     """
     # a copy, whose mode and parts may be changed; the weights stay the network's own

@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 from torch.nn import functional
 
+SCALES = (4, 2, 1, 0.5)
+
 
 class ChannelLayerNorm(nn.LayerNorm):
     """Layer norm over the channels of each pixel of a map (B, C, h, w)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """The map, normalised."""
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
@@ -22,15 +23,13 @@ class SimpleFeaturePyramid(nn.Module):
     """Maps of several scales, each from the same single map (Li et al., ViTDet, section 3; detectron2's `vit.py`).
 
     4 x: two transposed convolutions with a layer norm and GELU between; 2 x: one; 1 x: nothing; 1/2 x: max-pooling.
-    Then a 1x1 and a 3x3 convolution to C channels, each with a layer norm over the channels.
+    Then a 1x1 and a 3x3 convolution to C channels, each with a layer norm over the channels. Raises ValueError: no
+    scale, or one that is not known.
 
     Args:
         out_channels: C; ViTDet has 256.
         scales: of the maps, finest first, each of 4, 2, 1 and 0.5; ViTDet has all four.
         last_pool: one more map, every second row and column of the coarsest (ViTDet's `LastLevelMaxPool`).
-
-    Raises:
-        ValueError: no scale, or one that is not known.
 
     Example:
         >>> maps = SimpleFeaturePyramid(32, 16)(nn.Parameter(Tensor(1, 32, 6, 6)))
@@ -39,14 +38,10 @@ class SimpleFeaturePyramid(nn.Module):
     """
 
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int = 256,
-        scales: Sequence[float] = (4, 2, 1, 0.5),
-        last_pool: bool = True,
+        self, in_channels: int, out_channels: int = 256, scales: Sequence[float] = SCALES, last_pool: bool = True
     ) -> None:
         super().__init__()
-        if not scales or any(scale not in (4, 2, 1, 0.5) for scale in scales):
+        if not scales or any(scale not in SCALES for scale in scales):
             raise ValueError(f"scales must be of 4, 2, 1 and 0.5, not {tuple(scales)}")
         self.out_channels, self.last_pool = out_channels, last_pool
         self.num_levels = len(scales) + last_pool

@@ -7,8 +7,6 @@ checkpoints, CLEAR and BiomedCLIP (all of them timm's names, behind any prefix),
 towers of OpenAI's CLIP, open_clip and Hugging Face's CLIP. What would load only nearly is `REFUSED`.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 import re
@@ -23,8 +21,6 @@ from unimedi_components.errors import CheckpointError
 from unimedi_components.networks.embed import resample_patch_embed, resample_pos_embed_2d
 from unimedi_components.networks.unified_vit import UnifiedViT
 
-__all__ = ["FAMILIES", "REFUSED", "Family", "adapt_vit_state", "layers_of_state", "vit_state"]
-
 logger = logging.getLogger(__name__)
 
 
@@ -36,9 +32,7 @@ class Family:
         anchor: pattern of the name that its files are known by; what stands before it is a wrapper's prefix.
         rules: patterns and what they become, applied to each name in this order; the result has timm's names.
         left_out: beginnings of timm names that are no part of an encoder.
-        norm_eps: epsilon of its layer norms.
         antialias: whether its own forward resamples position tables with antialiasing.
-        act_layer: of its MLPs.
         rope: whether it has rotary positions and no table, as DINOv3.
     """
 
@@ -159,13 +153,9 @@ def vit_state(state: Mapping[str, Tensor], source: str) -> tuple[dict[str, Tenso
 
     Separate projections of queries, keys and values become one, and LayerScale's factors are multiplied into the layer
     before them: both are the same function. Where student and teacher lie in one file, this project's file gives the
-    student and any other the teacher.
-
-    Returns:
-        parameters, and their family; None for those of a `UnifiedViT`, which are left as they are.
-
-    Raises:
-        CheckpointError: no ViT, several, or one that computes what `UnifiedViT` does not; one line says what.
+    student and any other the teacher. Raises CheckpointError: no ViT, several, or one that computes what `UnifiedViT`
+    does not; one line says what. Returns parameters, and their family; None for those of a `UnifiedViT`, which are left
+    as they are.
     """
     found, family = _only_vit(state, source)
     if "patch_embed_3d.proj.weight" in found:
@@ -270,12 +260,8 @@ def adapt_vit_state(state: Mapping[str, Tensor], encoder: UnifiedViT, antialias:
     adapts to; its own features take `(image / 2 + 0.5 - mean) / std`, channel by channel, with `in_chans=3`.
 
     Args:
-        state: of `vit_state`.
         encoder: the network that gives the sizes; its own values fill what a 2D ViT does not have.
         antialias: of the resampling of position tables.
-
-    Returns:
-        a state dict that fits strictly if the widths and depths agree.
     """
     own, kernel, table = encoder.state_dict(), state["patch_embed.proj.weight"], state["pos_embed"]
     if encoder.patch_embed.proj.in_channels == 1 and kernel.shape[1] != 1:

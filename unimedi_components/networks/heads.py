@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Heads on top of the encoders: MGCA's projection for L_vl and DINO's head for the self-distillation."""
 
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unimedi_components.errors import ConfigError
+from unimedi_components.networks.layers import arguments
 from unimedi_components.networks.modality_norm import ModalityBatchNorm1d
 
 _NORMS = ("batch_per_modality", "batch", "layer", "none")
@@ -28,17 +30,14 @@ def _apply_norm(norm: nn.Module, x: Tensor, modality: Tensor | None) -> Tensor:
 class ProjectionHead(nn.Module):
     """Projects CLS features of images or reports into the common space.
 
-    The default is MGCA's GlobalEmbedding (Linear, BN, ReLU, Linear, BN without affine) with statistics per
-    modality, preceded by a normalisation of the features per modality; both are ours, see
-    `ModalityBatchNorm1d`. Reports use the modality of their image.
+    The default is MGCA's GlobalEmbedding (Linear, BN, ReLU, Linear, BN without affine) with statistics per modality,
+    preceded by a normalisation of the features per modality; both are ours, see `ModalityBatchNorm1d`. Reports use the
+    modality of their image. Raises ConfigError: unknown `norm`.
 
     Args:
         hidden_dim: width of the hidden layer; None for A-CLIP's single Linear, after a normalisation of the
             features if `norm` is one of the batch kinds.
         norm: "batch_per_modality"; "batch" for statistics over the joint batch (MGCA); "layer"; or "none".
-
-    Raises:
-        ConfigError: unknown `norm`.
     """
 
     def __init__(
@@ -47,7 +46,7 @@ class ProjectionHead(nn.Module):
         super().__init__()
         if norm not in _NORMS:
             raise ConfigError(f"norm is {norm!r}; use one of {', '.join(_NORMS)}")
-        self.hparams = {"in_dim": in_dim, "hidden_dim": hidden_dim, "out_dim": out_dim, "norm": norm}
+        self.hparams = arguments(locals())
         normalise_input = norm == "batch_per_modality" or (norm == "batch" and hidden_dim is None)
         self.input_norm = _make_norm(norm if normalise_input else "none", in_dim, affine=False)
         self.hidden: nn.Linear | None = None
@@ -62,11 +61,8 @@ class ProjectionHead(nn.Module):
     def forward(self, x: Tensor, modality: Tensor | None = None) -> Tensor:
         """Embed features (B, in_dim) as (B, out_dim), not L2-normalised.
 
-        Args:
-            modality: 0 for 2D and 1 for 3D rows, (B,); needed by "batch_per_modality" alone.
-
-        Raises:
-            ValueError: `modality` is needed and missing, or has not one entry per row.
+        ``modality``: 0 for 2D and 1 for 3D rows, (B,); needed by "batch_per_modality" alone. Raises ValueError:
+        `modality` is needed and missing, or has not one entry per row.
         """
         x = _apply_norm(self.input_norm, x, modality)
         if self.hidden is not None:
@@ -95,9 +91,6 @@ class DINOHead(nn.Module):
     the loss, which computes it in chunks.
 
     Args:
-        out_dim: number of prototypes K.
-        bottleneck_dim: width b of the output.
-        nlayers: number of linear layers before the prototypes.
         norm_last_layer: keep the prototypes at unit norm.
         center_kinds: number of kinds of token whose bottleneck features are centered each by their own mean, before
             they get unit norm; 0 centers nothing, as DINO. What all tokens of a kind share says nothing about their
@@ -115,15 +108,7 @@ class DINOHead(nn.Module):
         center_kinds: int = 0,
     ) -> None:
         super().__init__()
-        self.hparams = {
-            "in_dim": in_dim,
-            "out_dim": out_dim,
-            "hidden_dim": hidden_dim,
-            "bottleneck_dim": bottleneck_dim,
-            "nlayers": nlayers,
-            "norm_last_layer": norm_last_layer,
-            "center_kinds": center_kinds,
-        }
+        self.hparams = arguments(locals())
         widths = [in_dim, *[hidden_dim] * (max(nlayers, 1) - 1), bottleneck_dim]
         layers: list[nn.Module] = []
         for before, after in pairwise(widths):
@@ -135,24 +120,18 @@ class DINOHead(nn.Module):
         # DINO holds a single layer without a container, which decides its state keys.
         self.mlp = nn.Sequential(*layers) if len(layers) > 1 else layers[0]
         self.last_layer = _Prototypes(bottleneck_dim, out_dim, norm_last_layer)
-        self.center = (
-            ModalityBatchNorm1d(bottleneck_dim, center_kinds, affine=False, scale=False) if center_kinds else None
-        )
+        means = partial(ModalityBatchNorm1d, bottleneck_dim, affine=False, scale=False)
+        self.center = means(center_kinds) if center_kinds else None
 
     @property
     def prototypes(self) -> Tensor:
-        """Weights of the last layer, (out_dim, bottleneck_dim); rows of unit norm if `norm_last_layer`."""
+        """Weights of the last layer, (out_dim, bottleneck_dim)."""
         return self.last_layer.weight
 
     def forward(self, x: Tensor, kind: Tensor | None = None) -> Tensor:
-        """Bottleneck features.
+        """Bottleneck features (..., bottleneck_dim) of tokens (..., in_dim), rows of unit norm, in fp32 at least.
 
-        Args:
-            x: tokens, (..., in_dim); (N, in_dim) where kinds are centered.
-            kind: index of each row's kind of token, (N,); needed with `center_kinds` above 1 alone.
-
-        Returns:
-            (..., bottleneck_dim), rows of unit norm, in fp32 at least.
+        ``kind``: index of each row's kind of token, (N,), where kinds are centered and there is more than one.
         """
         x = self._bottleneck(x)
         if self.center is not None:

@@ -86,12 +86,11 @@ class HubEncoder(
     def from_pretrained(cls: type[_Encoder], pretrained_model_name_or_path: str | Path, **options: Any) -> _Encoder:
         """The encoder of a folder that `save_pretrained` or the command export wrote, in evaluation mode.
 
+        Raises CheckpointError: the folder is missing, damaged or of another model, or the repository cannot be had.
+
         Args:
             pretrained_model_name_or_path: the folder, or `<owner>/<repo>`, which alone reaches the network.
             options: of a repository: revision, cache_dir, token, force_download, local_files_only.
-
-        Raises:
-            CheckpointError: the folder is missing, damaged or of another model, or the repository cannot be had.
         """
         from unimedi_components.networks.weights import load_strict, read_state_dict
 
@@ -147,9 +146,8 @@ class HubEncoder(
     def generate_model_card(self, *args: Any, license: str | None = None, **kwargs: Any) -> ModelCard:
         """The README of a folder.
 
-        Args:
-            license: of the weights, a name of the hub's; by default Apache-2.0 where the run was on phantoms, else
-                "unknown"; weights that the run started from may have another.
+        ``license``: of the weights, a name of the hub's; by default Apache-2.0 where the run was on phantoms, else
+        "unknown"; weights that the run started from may have another.
         """
         phantoms = self.card.get("phantom_seed") is not None
         info = self._hub_mixin_info
@@ -172,8 +170,7 @@ class HubEncoder(
 def hub_folder(name: str | Path, **options: Any) -> Path:
     """A local folder, or where the hub's client keeps a repository's files; see `HubEncoder.from_pretrained`.
 
-    Raises:
-        CheckpointError: no such folder, or the repository cannot be had.
+    Raises CheckpointError: no such folder, or the repository cannot be had.
     """
     path, text = Path(name).expanduser(), str(name).removeprefix("hf:")
     if path.is_dir():
@@ -200,14 +197,11 @@ def hub_folder(name: str | Path, **options: Any) -> Path:
 
 
 def read_json(path: Path, missing: str, again: str) -> dict[str, Any]:
-    """A JSON object from a file.
+    """A JSON object from a file. Raises CheckpointError: missing or damaged.
 
     Args:
         missing: what to do where there is none.
         again: what to do where it is damaged.
-
-    Raises:
-        CheckpointError: missing or damaged.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -4,6 +4,7 @@
 Letters: B batch, N tokens (1 CLS + P patches), H heads, C channels per head, D = H * C.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,12 +19,7 @@ class Attention(nn.Module):
 
     Parameter names and behaviour match timm's `Attention` (`qkv`, `proj`). The attention matrix is never formed; the
     CLS row that Eq. 1 needs is computed from the CLS query alone, at the cost of one multiply-and-reduce.
-
-    Args:
-        num_heads: heads H; must divide `dim`.
-
-    Raises:
-        ValueError: `dim` is not a multiple of `num_heads`.
+    ``num_heads``: heads H; must divide `dim`. Raises ValueError: `dim` is not a multiple of `num_heads`.
     """
 
     def __init__(self, dim: int, num_heads: int, *, qkv_bias: bool = True) -> None:
@@ -43,15 +39,10 @@ class Attention(nn.Module):
         first: int = 1,
         rope: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend over all tokens.
+        """Tokens (B, N, D), CLS first, to (B, N, D), and the head-averaged CLS attention (B, P) in float32 or None.
 
-        Args:
-            x: tokens with CLS first, (B, N, D).
-            return_attention: also return this layer's term of Eq. 1.
-            rope: cosine and sine of the angles that queries and keys are turned by, (1 or B, 1, N, C).
-
-        Returns:
-            tokens (B, N, D), and the head-averaged CLS attention (B, P) in float32 or None.
+        ``return_attention``: also give this layer's term of Eq. 1. ``rope``: cosine and sine of the angles that queries
+        and keys are turned by, (1 or B, 1, N, C).
         """
         batch, tokens, dim = x.shape
         qkv = self.qkv(x).view(batch, tokens, 3, self.num_heads, dim // self.num_heads)
@@ -110,6 +101,11 @@ class Block(nn.Module):
         mixed, attention = self.attn(self.norm1(x), **options)
         x = x + mixed
         return x + self.mlp(self.norm2(x)), attention
+
+
+def arguments(scope: Mapping[str, Any]) -> dict[str, Any]:
+    """A constructor's arguments, from `locals()` before its other names, without networks; for a card."""
+    return {name: v for name, v in scope.items() if name != "__class__" and not isinstance(v, nn.Module)}
 
 
 def init_vit_weights(module: nn.Module) -> None:

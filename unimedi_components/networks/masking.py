@@ -20,11 +20,9 @@ KINDS = ("image2d_cls", "image3d_cls", "image2d_patches", "image3d_patches", "sl
 
 @dataclass(frozen=True)
 class Compared:
-    """What the distillation losses compare for some samples of one modality.
+    """What the distillation losses compare for some samples of one modality: outputs with those patch tokens alone.
 
-    Args:
-        student, teacher: outputs with the compared patch tokens alone, (B, P', D).
-        segments: how many of the P' tokens are of each segment, one after another.
+    ``segments``: how many of the P' tokens are of each segment, one after another.
     """
 
     student: EncoderOutput
@@ -95,8 +93,7 @@ def masked_pass(
 def compare(compared: Mapping[str, Sequence[Compared]], head: DINOHead, teacher_head: DINOHead) -> dict[str, Any]:
     """DINO bottleneck features of CLS and patch tokens, rows in the order of `KINDS`.
 
-    Args:
-        compared: the masked passes of each of `MODALITIES`.
+    ``compared``: the masked passes of each of `MODALITIES`.
 
     Returns:
         the fields of `UniMediOutput` from `student_cls` to `teacher_prototypes`.

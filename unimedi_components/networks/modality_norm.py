@@ -20,7 +20,6 @@ class ModalityBatchNorm1d(nn.Module):
 
     Args:
         num_modalities: number of statistics M; 1 is plain synchronised batch normalisation.
-        momentum: weight of the batch in the running statistics.
         scale: divide by the standard deviation; False only takes the mean off.
     """
 
@@ -28,18 +27,13 @@ class ModalityBatchNorm1d(nn.Module):
     running_var: Tensor
     num_batches_tracked: Tensor
 
+    momentum = 0.1
+
     def __init__(
-        self,
-        num_features: int,
-        num_modalities: int = 2,
-        affine: bool = True,
-        eps: float = 1e-5,
-        momentum: float = 0.1,
-        scale: bool = True,
+        self, num_features: int, num_modalities: int = 2, affine: bool = True, eps: float = 1e-5, scale: bool = True
     ) -> None:
         super().__init__()
-        self.num_features, self.num_modalities, self.scale = num_features, num_modalities, scale
-        self.eps, self.momentum = eps, momentum
+        self.num_features, self.num_modalities, self.eps, self.scale = num_features, num_modalities, eps, scale
         self.weight = nn.Parameter(torch.ones(num_features)) if affine else None
         self.bias = nn.Parameter(torch.zeros(num_features)) if affine else None
         self.register_buffer("running_mean", torch.zeros(num_modalities, num_features))
@@ -47,21 +41,13 @@ class ModalityBatchNorm1d(nn.Module):
         self.register_buffer("num_batches_tracked", torch.zeros(num_modalities, dtype=torch.int64))
 
     def extra_repr(self) -> str:
-        """The arguments, for `print(module)`."""
         return f"{self.num_features}, num_modalities={self.num_modalities}, affine={self.weight is not None}"
 
     def forward(self, x: Tensor, modality: Tensor | None = None) -> Tensor:
-        """Normalise each row by the statistics of its modality.
+        """Rows (B, C), which may be none, each normalised by the statistics of its modality, in their own type.
 
-        Args:
-            x: (B, C); B may differ between ranks and may be 0.
-            modality: index of each row's modality, (B,); not needed with one modality.
-
-        Returns:
-            (B, C), in the type of `x`.
-
-        Raises:
-            ValueError: `modality` is missing or has not one entry per row.
+        ``modality``: index of each row's modality, (B,); not needed with one modality.
+        Raises ValueError: it is missing or has not one entry per row.
         """
         if self.num_modalities == 1:
             modality = torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)

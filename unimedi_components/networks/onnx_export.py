@@ -39,7 +39,8 @@ def write_onnx(checkpoint: str | Path, folder: str | Path) -> dict[Path, float]:
     A pre-training run gives `encoder_2d`, `encoder_3d` and `encoder_joint` (a volume with its slices), and the towers
     `image_2d`, `image_3d` (which selects a volume's slices) and `report`, whose outputs are unit vectors of one space;
     its tokenizer lies in `report_encoder`. A task gives `network`. Images are of the training's size; `model.json` says
-    how they are prepared.
+    how they are prepared. Raises CheckpointError: files are missing or do not fit, or an output differs by more than
+    `TOLERANCE`; ConfigError: the extra `[onnx]` is missing, or the network is a detector.
 
     Args:
         checkpoint: `models/model.pt` of any bundle but detection.
@@ -47,10 +48,6 @@ def write_onnx(checkpoint: str | Path, folder: str | Path) -> dict[Path, float]:
 
     Returns:
         files, and how far onnxruntime's outputs lie from torch's at most, on other inputs than the export's.
-
-    Raises:
-        CheckpointError: files are missing or do not fit, or an output differs by more than `TOLERANCE`.
-        ConfigError: the extra `[onnx]` is missing, or the network is a detector.
     """
     try:
         import onnxruntime  # noqa: F401

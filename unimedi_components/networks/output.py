@@ -15,7 +15,6 @@ class EncoderOutput:
         cls: CLS token after the final norm, (B, D).
         patches: patch tokens after the final norm, 3D tokens before the 2D tokens of each slice, (B, P, D).
         attention: Eq. 1's **v**, CLS-to-patch attention averaged over layers and heads, (B, P), if asked for.
-        hidden_states: outputs of the blocks asked for, each (B, 1 + P, D), CLS first.
     """
 
     cls: Tensor

@@ -24,12 +24,7 @@ TEXT = "report_encoder"
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A network with what is needed to feed it.
-
-    Args:
-        network: in evaluation mode, without teacher.
-        card: how the network was built and how its input was prepared.
-    """
+    """A network, in evaluation mode and without teacher, with its card and what is needed to feed it."""
 
     network: UniMedI
     tokenizer: Any
@@ -67,14 +62,7 @@ def student_state(network: UniMedI) -> dict[str, Tensor]:
 
 
 def load_encoder(checkpoint: str | Path, device: str | torch.device = "cpu") -> UnifiedViT:
-    """The vision encoder of a trained bundle, in evaluation mode.
-
-    Args:
-        checkpoint: `models/model.pt` with `model.json` beside it.
-
-    Raises:
-        CheckpointError: a file is missing or does not fit.
-    """
+    """The vision encoder of a trained bundle's `models/model.pt`, in evaluation mode; see `load_pretrained`."""
     path = Path(checkpoint)
     card = read_card(path)
     encoder = UnifiedViT(**card["encoder"])
@@ -86,12 +74,8 @@ def load_encoder(checkpoint: str | Path, device: str | torch.device = "cpu") -> 
 def load_pretrained(checkpoint: str | Path, device: str | torch.device = "cpu") -> Pretrained:
     """Build the whole network, both towers, from a checkpoint in a bundle's `models` folder.
 
-    Args:
-        checkpoint: `model.pt`, `model_best.pt` or `unimedi.pt`. The first two hold the vision encoder alone; the
-            report side is taken from the `unimedi.pt` beside them.
-
-    Raises:
-        CheckpointError: a file is missing or does not fit.
+    ``checkpoint``: `model.pt`, `model_best.pt` or `unimedi.pt`. The first two hold the vision encoder alone; the report
+    side is taken from the `unimedi.pt` beside them. Raises CheckpointError: a file is missing or does not fit.
     """
     path = Path(checkpoint)
     if not path.is_file():

@@ -63,13 +63,6 @@ def _without_pooler(cls: Any) -> dict[str, bool]:
     return {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(cls).parameters else {}
 
 
-def _read_config(name: str, where: dict[str, bool]) -> PretrainedConfig:
-    try:
-        return AutoConfig.from_pretrained(name, **where)
-    except (OSError, ValueError) as error:
-        raise _unreachable(name, bool(where), error) from error
-
-
 def _cut(config: PretrainedConfig, num_hidden_layers: int | None) -> PretrainedConfig:
     if num_hidden_layers is None:
         return config
@@ -116,7 +109,8 @@ class ReportEncoder(nn.Module):
     """CLS features of reports from a `transformers` encoder, without pooler.
 
     The paper's is `emilyalsentzer/Bio_ClinicalBERT`, all layers trainable. Nothing reaches the network unless
-    `name_or_path` is the name of a hub model.
+    `name_or_path` is the name of a hub model. Raises ConfigError: not exactly one of `name_or_path` and `config`, or a
+    config that cannot be built; CheckpointError: the folder or hub model cannot be loaded.
 
     Args:
         name_or_path: folder saved by `save_pretrained`, or the name of a hub model.
@@ -125,11 +119,6 @@ class ReportEncoder(nn.Module):
         num_hidden_layers: cut the stack to its first layers; 6 is MGCA's.
         pretrained: load the weights of `name_or_path`; False takes its architecture alone.
         freeze_layers: freeze the embeddings and this many first layers; 0 trains everything.
-        gradient_checkpointing: recompute activations in the backward, for less memory.
-
-    Raises:
-        ConfigError: not exactly one of `name_or_path` and `config`, or a config that cannot be built.
-        CheckpointError: the folder or hub model cannot be loaded.
     """
 
     def __init__(
@@ -148,7 +137,11 @@ class ReportEncoder(nn.Module):
             self.model = _from_scratch(_cut(_small_config(config), num_hidden_layers))
         elif name_or_path is not None:
             name, where = _source(name_or_path)
-            resolved = _cut(_read_config(name, where), num_hidden_layers)
+            try:
+                whole = AutoConfig.from_pretrained(name, **where)
+            except (OSError, ValueError) as error:
+                raise _unreachable(name, bool(where), error) from error
+            resolved = _cut(whole, num_hidden_layers)
             self.model = _load_pretrained(name, where, resolved) if pretrained else _from_scratch(resolved)
         # from_pretrained hands over a model in evaluation mode.
         self.model.train()
@@ -160,7 +153,6 @@ class ReportEncoder(nn.Module):
 
     @property
     def width(self) -> int:
-        """Width of the features."""
         return int(self.model.config.hidden_size)
 
     def _freeze(self, num_layers: int) -> None:
@@ -193,8 +185,7 @@ class ReportEncoder(nn.Module):
 def load_tokenizer(name_or_path: str | Path) -> Any:
     """The fast tokenizer of a folder (vocab.txt or tokenizer.json with its config) or of a hub model.
 
-    Raises:
-        CheckpointError: the folder has no tokenizer, or the hub model cannot be reached.
+    Raises CheckpointError: the folder has no tokenizer, or the hub model cannot be reached.
     """
     name, where = _source(name_or_path)
     if where and not any((Path(name) / file).is_file() for file in ("vocab.txt", "tokenizer.json", "vocab.json")):

@@ -8,46 +8,17 @@ Letters: B batch, D width, C classes, h and w rows and columns of tokens.
 """
 
 from collections.abc import Sequence
-from itertools import zip_longest
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unimedi_components.networks.shared_norm import SharedBatchNorm2d
 from unimedi_components.networks.task_network import TaskNetwork, at_least_float16
+from unimedi_components.networks.token_upsampling import upsampling_strides
 from unimedi_components.networks.unified_vit import UnifiedViT
 
 VARIANTS = ("mgca", "original")
 _AUXILIARY_WIDTH = 256
-
-
-def upsampling_factors(patch_size: Sequence[int]) -> list[tuple[int, int]]:
-    """Stages (rows, columns) of upsampling from tokens to pixels, factors of 3 before those of 2.
-
-    Raises:
-        ValueError: a patch size that is no product of 2s and 3s.
-
-    Example:
-        >>> upsampling_factors((12, 16))
-        [(3, 2), (2, 2), (2, 2), (1, 2)]
-    """
-    rows, columns = (_factors(size) for size in patch_size)
-    return list(zip_longest(rows, columns, fillvalue=1))
-
-
-def _factors(size: int) -> list[int]:
-    found, left = [], size
-    for factor in (3, 2):
-        while left % factor == 0 and left > 1:
-            found.append(factor)
-            left //= factor
-    if left != 1:
-        raise ValueError(
-            f"SETR-PUP upsamples in stages of 2 and 3, so a patch of {size} pixels cannot be decoded; give an encoder "
-            "whose patch size is a product of 2s and 3s, such as 8, 12 or 16"
-        )
-    return found
 
 
 class SETRPUP(TaskNetwork):
@@ -61,8 +32,6 @@ class SETRPUP(TaskNetwork):
     Args:
         encoder: its patch tokens after the final norm are decoded.
         num_classes: outputs C, each against the background by a sigmoid.
-        freeze_encoder: the encoder gets no gradient and stays in evaluation mode (the paper), or is fine-tuned.
-        variant: "mgca" or "original".
         widths: channels of each stage; None takes the variant's, halved from 512 on (mgca) or 256 (original).
         auxiliary: indices of the encoder's blocks whose tokens get a head of their own in training ("original").
         align_corners: of the upsampling; None takes the variant's, True for mgca.
@@ -95,7 +64,13 @@ class SETRPUP(TaskNetwork):
             raise ValueError(f"num_classes must be at least 1, not {num_classes}")
         if variant not in VARIANTS:
             raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, not {variant!r}")
-        factors = upsampling_factors(encoder.patch_embed.patch_size)
+        factors = upsampling_strides(encoder.patch_embed.patch_size)
+        for size, own in zip(encoder.patch_embed.patch_size, zip(*factors, strict=True), strict=True):
+            if max(own) > 3:
+                raise ValueError(
+                    f"SETR-PUP upsamples in stages of 2 and 3, so a patch of {size} pixels cannot be decoded; give an "
+                    "encoder whose patch size is a product of 2s and 3s, such as 8, 12 or 16"
+                )
         if widths is None:
             widths = [max(512 >> i, 8) if variant == "mgca" else 256 for i in range(len(factors))]
         if len(widths) != len(factors) or any(width < 1 for width in widths):
@@ -110,23 +85,19 @@ class SETRPUP(TaskNetwork):
         self.hold(encoder)
         dim = encoder.embed_dim
         self.tokens: nn.Module = nn.Linear(dim, dim) if variant == "mgca" else nn.LayerNorm(dim, eps=1e-6)
-        channels = [dim, *widths]
-        self.stages = nn.Sequential(
-            *(
-                _stage(before, after, factor, corners)
-                for before, after, factor in zip(channels[:-1], channels[1:], factors, strict=True)
-            )
-        )
+        sizes = zip([dim, *widths[:-1]], widths, factors, strict=True)
+        self.stages = nn.Sequential(*(_stage(before, after, factor, corners) for before, after, factor in sizes))
         kernel = 3 if variant == "mgca" else 1
-        self.head = nn.Conv2d(channels[-1], num_classes, kernel, padding=kernel // 2)
+        self.head = nn.Conv2d(widths[-1], num_classes, kernel, padding=kernel // 2)
         self.auxiliary = nn.ModuleList(_AuxiliaryHead(dim, num_classes, corners) for _ in auxiliary)
 
     def features(self, image: Tensor) -> list[Tensor]:
         """Maps (B, D, h, w) of the last tokens, then of each auxiliary block; no gradient if the encoder is frozen."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_encoder):
-            blocks = self.hparams["auxiliary"] if self.training else ()
-            output = self.encoder(image, hidden_states=blocks)
-        tokens = [output.patches, *(state[:, 1:] for state in _in_order(output.hidden_states, blocks))]
+        blocks = self.hparams["auxiliary"] if self.training else ()
+        output = self.encoded(image, hidden_states=blocks)
+        # hidden states come by rising block, whatever order they were asked for in
+        state_of = dict(zip(sorted(blocks), output.hidden_states, strict=True))
+        tokens = [output.patches, *(state_of[block][:, 1:] for block in blocks)]
         return [self.on_grid(found, image) for found in tokens]
 
     @at_least_float16
@@ -141,11 +112,8 @@ class SETRPUP(TaskNetwork):
     def forward(self, image: Tensor) -> Tensor | list[Tensor]:
         """Segment X-rays (B, 1, H, W) in [-1, 1], each side a multiple of the patch's.
 
-        Returns:
-            logits (B, C, H, W); in training with auxiliary heads a list of them, the auxiliary ones last.
-
-        Raises:
-            ValueError: not a batch of 2D images, or a size that the patch does not divide.
+        Raises ValueError: not a batch of 2D images, or a size that the patch does not divide. Returns logits (B, C, H,
+        W); in training with auxiliary heads a list of them, the auxiliary ones last.
         """
         if image.ndim != 4:
             raise ValueError(f"expected X-rays (B, 1, H, W), got {tuple(image.shape)}")
@@ -160,13 +128,7 @@ def _check_auxiliary(auxiliary: Sequence[int], variant: str, blocks: int) -> Non
         raise ValueError(f"auxiliary {list(auxiliary)} must name different blocks from 0 to {blocks - 1}")
 
 
-def _in_order(states: Sequence[Tensor], blocks: Sequence[int]) -> list[Tensor]:
-    """The encoder returns hidden states by rising block, whatever order they were asked for in."""
-    found = dict(zip(sorted(blocks), states, strict=True))
-    return [found[block] for block in blocks]
-
-
-def _stage(before: int, after: int, factor: tuple[int, int], align_corners: bool) -> nn.Sequential:
+def _stage(before: int, after: int, factor: tuple[int, ...], align_corners: bool) -> nn.Sequential:
     # a bias before batch norm does nothing, but Adam would turn the rounding errors of its gradient into steps
     return nn.Sequential(
         nn.Conv2d(before, after, 3, padding=1, bias=False),

@@ -20,7 +20,6 @@ class SharedBatchNorm2d(nn.BatchNorm2d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalise (B, C, H, W), C as given."""
         if not self.training or not is_distributed():
             return super().forward(input)
         self._check_input_dim(input)

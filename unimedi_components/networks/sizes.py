@@ -3,7 +3,7 @@
 
 import difflib
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -24,50 +24,37 @@ SIZES: dict[str, dict[str, Any]] = {
 #: What decides on the shapes of weights, or on what heads they are cut into; position tables fit any grid.
 SHAPES = ("patch_size", "patch_size_3d", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias")
 _PARAMETERS = inspect.signature(UnifiedViT).parameters
-_ARGUMENTS = tuple(_PARAMETERS)
 _DEFAULTS = {n: list(p.default) if isinstance(p.default, tuple) else p.default for n, p in _PARAMETERS.items()}
 #: Heads of the ViTs that others train, by width and depth: weights do not tell.
 _HEADS = {(192, 12): 3, (384, 12): 6, (768, 12): 12, (1024, 24): 16, (1280, 32): 16}
 
 
 def encoder_sizes(size: str | Mapping[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
-    """Arguments of `UnifiedViT`.
+    """Arguments of `UnifiedViT`. Raises ConfigError: no such size, or no such argument; the nearest name is given.
 
-    Args:
-        size: a name in `SIZES`, a dict of arguments, or None for the class's own defaults.
-
-    Raises:
-        ConfigError: no such size, or no such argument; the nearest name is given.
-
-    Example:
-        >>> encoder_sizes("vit_b16", depth=8)["depth"]
-        8
+    ``size``: a name in `SIZES`, a dict of arguments, or None for the class's own defaults.
     """
-    if isinstance(size, str):
+    if size is not None and not isinstance(size, Mapping):
         if size not in SIZES:
-            near = difflib.get_close_matches(size, SIZES, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise ConfigError(
-                f"--size {size!r} is unknown. {hint}Sizes: {', '.join(SIZES)}, or a dict such as {_dict()}"
-            )
+            fault = f"is unknown. {_hint(size, SIZES)}" if isinstance(size, str) else "is no size. "
+            example = "\"{'embed_dim': 192, 'depth': 12, 'num_heads': 3}\""
+            raise ConfigError(f"--size {size!r} {fault}Sizes: {', '.join(SIZES)}, or a dict such as {example}")
         size = SIZES[size]
-    elif size is not None and not isinstance(size, Mapping):
-        raise ConfigError(f"--size {size!r} is no size. Sizes: {', '.join(SIZES)}, or a dict such as {_dict()}")
     sizes = {**(size or {}), **changes}
     for name in sizes:
-        if name not in _ARGUMENTS:
-            near = difflib.get_close_matches(str(name), _ARGUMENTS, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
-            raise ConfigError(f"the encoder has no argument {name!r}. {hint}It takes {', '.join(_ARGUMENTS)}")
+        if name not in _PARAMETERS:
+            hint = _hint(str(name), _PARAMETERS)
+            raise ConfigError(f"the encoder has no argument {name!r}. {hint}It takes {', '.join(_PARAMETERS)}")
     return sizes
 
 
-def _dict() -> str:
-    return "\"{'embed_dim': 192, 'depth': 12, 'num_heads': 3}\""
+def _hint(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean {near[0]!r}? " if near else ""
 
 
 def size_name(sizes: Mapping[str, Any]) -> str:
-    """The name of the size that has these shapes; empty where none has."""
+    """The name of the size that has these shapes, or ""."""
     for name, named in SIZES.items():
         if not _differing(sizes, named) and all(key in sizes for key in named if key in SHAPES):
             return name
@@ -77,12 +64,11 @@ def size_name(sizes: Mapping[str, Any]) -> str:
 def check_size(sizes: Mapping[str, Any], wanted: Mapping[str, Any], source: str, names: Sequence[str] = SHAPES) -> None:
     """Compare the sizes that weights were trained with with those that the config asks for.
 
+    Raises CheckpointError: they differ in more than the grids of the position tables; both are named.
+
     Args:
         sizes: of the weights' card, all arguments.
         wanted: of the config; what it does not name may be anything.
-
-    Raises:
-        CheckpointError: they differ in more than the grids of the position tables; both are named.
     """
     differing = [name for name in _differing(sizes, wanted) if name in names]
     if not differing:

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the networks of all tasks share: the unified encoder, frozen or fine-tuned, and how they are built again."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from unimedi_components.networks.export import scriptable
+from unimedi_components.networks.layers import arguments
+from unimedi_components.networks.output import EncoderOutput
 from unimedi_components.networks.unified_vit import UnifiedViT
 
 
@@ -35,17 +35,16 @@ def at_least_float16(decode: Callable[..., Any]) -> Callable[..., Any]:
 class TaskNetwork(nn.Module):
     """A decoder or head over the unified encoder; a subclass names its `kind` and `spatial_dims`, see `networks.cards`.
 
-    Args:
-        arguments: the subclass's own, `locals()` on its constructor's first line; all but the encoder become `hparams`.
+    ``scope``: of the subclass, `locals()` on its constructor's first line; all but the encoder become `hparams`.
     """
 
     kind: str
     spatial_dims = 2
     encoder: UnifiedViT
 
-    def __init__(self, arguments: Mapping[str, Any]) -> None:
+    def __init__(self, scope: Mapping[str, Any]) -> None:
         super().__init__()
-        self.hparams = {name: arguments[name] for name in arguments if name not in ("self", "encoder", "__class__")}
+        self.hparams = arguments(scope)
         self.card: dict[str, Any] = {}
         self.freeze_encoder: bool = self.hparams["freeze_encoder"]
 
@@ -67,12 +66,17 @@ class TaskNetwork(nn.Module):
             return [*tables, *encoder.patch_embed_3d.parameters()]
         return [encoder.mask_token, *encoder.patch_embed.parameters(), encoder.depth_embed]
 
-    def train(self, mode: bool = True) -> TaskNetwork:
+    def train(self, mode: bool = True) -> Self:
         """Set the mode of all parts, but of a frozen encoder."""
         super().train(mode)
         if self.freeze_encoder:
             self.encoder.eval()
         return self
+
+    def encoded(self, image: Tensor, **options: Any) -> EncoderOutput:
+        """The encoder's output; without gradient if it is frozen."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_encoder):
+            return self.encoder(image, **options)
 
     def on_grid(self, tokens: Tensor, image: Tensor) -> Tensor:
         """Patch tokens (B, P, D) as maps (B, D, h, w) of X-rays or (B, D, d, h, w) of volumes."""

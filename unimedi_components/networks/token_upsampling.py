@@ -18,10 +18,7 @@ def upsampling_strides(patch_size: Sequence[int]) -> list[Stride]:
 
     Each side of the patch is taken apart into its prime factors, the largest first, so that the axis with the most of
     them sets the number of stages, and a side with fewer is upsampled at the coarse stages alone (nnU-Net's and
-    UniMiSS's convention for thick slices).
-
-    Raises:
-        ValueError: a patch of one voxel, whose tokens need no decoder.
+    UniMiSS's convention for thick slices). Raises ValueError: a patch of one voxel, whose tokens need no decoder.
 
     Example:
         >>> upsampling_strides((4, 16, 16))
@@ -40,10 +37,11 @@ def upsampling_strides(patch_size: Sequence[int]) -> list[Stride]:
 def _prime_factors(number: int) -> list[int]:
     factors, divisor = [], 2
     while number > 1:
-        while number % divisor == 0:
+        if number % divisor:
+            divisor += 1
+        else:
             factors.append(divisor)
             number //= divisor
-        divisor += 1
     return factors[::-1]
 
 
@@ -52,7 +50,6 @@ class TokenUpsampling(nn.Module):
 
     Args:
         strides: of the layers, one or more; each doubles, triples or keeps an axis.
-        norm: MONAI's name of a norm, or (name, options).
         res_block: convolve with a residual block after each layer but the first, else with a plain one.
     """
 

@@ -23,11 +23,8 @@ from unimedi_components.networks.unified_vit import UnifiedViT
 def resize_positions_3d(encoder: UnifiedViT, vol_size: Sequence[int]) -> UnifiedViT:
     """Make an encoder's 3D tables for another size of volume, so that training at that size has its own positions.
 
-    Args:
-        encoder: changed in place; what it computes for volumes of `vol_size` stays the same.
-
-    Raises:
-        ValueError: the patch does not divide the size.
+    ``encoder``: changed in place; what it computes for volumes of `vol_size` stays the same. Raises ValueError: the
+    patch does not divide the size.
     """
     size = to_tuple(vol_size, 3, "vol_size")
     grid = encoder.patch_embed_3d.grid(size)
@@ -44,19 +41,17 @@ def resize_positions_3d(encoder: UnifiedViT, vol_size: Sequence[int]) -> Unified
 class UnifiedUNETR(TaskNetwork):
     """UNETR (Hatamizadeh et al., WACV 2022) with the unified encoder in the transformer's place (supplement, 7.2).
 
-    The decoder is MONAI's, stage for stage, but its strides follow the 3D patch: `upsampling_strides`. n stages take
-    n - 1 hidden states beside the last tokens and the image itself.
+    The decoder is MONAI's, stage for stage, but its strides follow the 3D patch: `upsampling_strides`. n stages take n
+    - 1 hidden states beside the last tokens and the image itself. Raises ValueError: hidden states that the encoder
+    lacks, or not one for each skip connection; too few classes.
 
     Args:
         encoder: reads volumes; its position table is resampled to `vol_size` once and learned there.
-        num_classes: classes C with the background.
         vol_size: D, H, W of the volumes or crops that the network is trained on; None keeps the encoder's. Others can
             be fed, their position table is interpolated.
         hidden_states: blocks whose outputs reach the skip connections, 0 for the first, in rising order: the first
             one joins the finest stage. MONAI's UNETR takes (3, 6, 9) of twelve for its four stages.
         feature_size: channels of the finest stage, doubled at each coarser one.
-        norm: MONAI's name of a norm, or (name, options).
-        res_block: residual blocks of convolutions, else plain ones.
         freeze_encoder: train the decoder alone; the paper trains the entire model.
         deep_supervision: in training also return the scores of the coarser stages, which `OrganLoss` weighs in
             (UniMiSS's protocol); organs are found in fewer steps.
@@ -68,9 +63,6 @@ class UnifiedUNETR(TaskNetwork):
         normalize_states: bring every token of the hidden states to zero mean and unit variance, as the encoder's last
             norm does with the last tokens, so that no skip connection is louder than another. MONAI's UNETR takes them
             as they are.
-
-    Raises:
-        ValueError: hidden states that the encoder lacks, or not one for each skip connection; too few classes.
 
     Example:
         >>> encoder = UnifiedViT(vol_size=(8, 32, 32), embed_dim=24, depth=4, num_heads=2)
@@ -133,12 +125,8 @@ class UnifiedUNETR(TaskNetwork):
     def forward(self, image: Tensor) -> Tensor | list[Tensor]:
         """Segment volumes (B, 1, D, H, W) in [-1, 1], each side a multiple of the encoder's patch.
 
-        Returns:
-            logits (B, C, D, H, W); with deep supervision in training mode a list of them, the finest first, each
-            coarser one on its stage's grid.
-
-        Raises:
-            ValueError: other axes, or sides that the patch does not divide.
+        Raises ValueError: other axes, or sides that the patch does not divide. Returns logits (B, C, D, H, W); with
+        deep supervision in training mode a list of them, the finest first, each coarser one on its stage's grid.
         """
         if image.ndim != 5:
             raise ValueError(f"expected volumes (B, 1, D, H, W), got {tuple(image.shape)}")
@@ -161,8 +149,7 @@ class UnifiedUNETR(TaskNetwork):
 
     def _tokens(self, image: Tensor) -> list[Tensor]:
         """The hidden states and the last tokens on their grid, each (B, D, d, h, w)."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_encoder):
-            output = self.encoder(image, hidden_states=self.hidden_states)
+        output = self.encoded(image, hidden_states=self.hidden_states)
         states = [state[:, 1:] for state in output.hidden_states]
         if self.normalize_states:
             states = [F.layer_norm(state, state.shape[-1:]) for state in states]

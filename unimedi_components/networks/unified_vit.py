@@ -22,8 +22,10 @@ from unimedi_components.networks.embed import (
     to_tuple,
 )
 from unimedi_components.networks.hub import HubEncoder
-from unimedi_components.networks.layers import Block, init_vit_weights
+from unimedi_components.networks.layers import Block, arguments, init_vit_weights
 from unimedi_components.networks.output import EncoderOutput
+
+_IN_CARD = (*("in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias", "norm_eps", "include_cls_key"),)
 
 
 class UnifiedViT(HubEncoder):
@@ -33,14 +35,13 @@ class UnifiedViT(HubEncoder):
     ViT weights load by name. The 3D half adds `patch_embed_3d.proj` and `pos_embed_3d`; pseudo-pairs add
     `segment_embed` (volume, slice) and `depth_embed` (one row per slab), both zero at the start, so that a new network
     treats a slice as the 2D image that the paper regards it as. Position tables are resampled to the grid of the input.
+    Raises ValueError: a size that its patch does not divide, an `embed_dim` that `num_heads` does not divide, or heads
+    whose channels 4 does not divide with `rope`.
 
     Args:
         img_size: height and width that `pos_embed` is made for.
         vol_size: depth, height and width that `pos_embed_3d` is made for.
-        patch_size: 2D patch (height, width).
-        patch_size_3d: 3D patch (depth, height, width).
         in_chans: image channels, 1 for grey images.
-        norm_eps: epsilon of the layer norms (timm's ViTs use 1e-6).
         reg_tokens: register tokens between CLS and patches, as DINOv2's _reg models have; nothing of them is returned.
         pre_norm: a layer norm before the first block, `norm_pre`, as CLIP has it.
         act_layer: of the MLPs, "gelu", or "quick_gelu" as OpenAI's CLIP.
@@ -51,8 +52,6 @@ class UnifiedViT(HubEncoder):
 
     Raises:
         ValueError: a width, depth or number of heads below 1, a size that its patch does not divide, an `embed_dim`
-            that `num_heads` does not divide, or heads whose channels 4 does not divide with `rope`.
-
     Example:
         >>> encoder = UnifiedViT(img_size=32, vol_size=(8, 32, 32), embed_dim=24, depth=2, num_heads=2)
         >>> encoder(torch.zeros(1, 1, 8, 32, 32), return_attention=True).attention.shape
@@ -85,31 +84,20 @@ class UnifiedViT(HubEncoder):
         super().__init__()
         if min(embed_dim, depth, num_heads) < 1:
             raise ValueError(f"embed_dim {embed_dim}, depth {depth} and num_heads {num_heads} must be at least 1")
-        self.hparams = {
-            "img_size": to_tuple(img_size, 2, "img_size"),
-            "vol_size": to_tuple(vol_size, 3, "vol_size"),
-            "patch_size": to_tuple(patch_size, 2, "patch_size"),
-            "patch_size_3d": to_tuple(patch_size_3d, 3, "patch_size_3d"),
-            "in_chans": in_chans,
-            "embed_dim": embed_dim,
-            "depth": depth,
-            "num_heads": num_heads,
-            "mlp_ratio": mlp_ratio,
-            "qkv_bias": qkv_bias,
-            "norm_eps": norm_eps,
-            "include_cls_key": include_cls_key,
-        }
-        added = {"reg_tokens": reg_tokens, "pre_norm": pre_norm, "rope": rope}
-        self.hparams |= {name: value for name, value in added.items() if value}
+        given = arguments(locals())
+        sizes = {"img_size": 2, "vol_size": 3, "patch_size": 2, "patch_size_3d": 3}
+        self.hparams = {name: to_tuple(given[name], length, name) for name, length in sizes.items()}
+        self.hparams |= {name: given[name] for name in _IN_CARD}
+        # cards of networks without these say nothing of them
+        self.hparams |= {name: given[name] for name in ("reg_tokens", "pre_norm", "rope") if given[name]}
         self.hparams |= {"act_layer": act_layer} if act_layer != "gelu" else {}
-        self.img_size = to_tuple(img_size, 2, "img_size")
-        self.vol_size = to_tuple(vol_size, 3, "vol_size")
+        self.img_size, self.vol_size = self.hparams["img_size"], self.hparams["vol_size"]
         self.embed_dim = self.num_features = embed_dim
         self.num_heads = num_heads
         self.include_cls_key = include_cls_key
         self.grad_checkpointing = grad_checkpointing
-        self.patch_embed = PatchEmbed(to_tuple(patch_size, 2, "patch_size"), in_chans, embed_dim)
-        self.patch_embed_3d = PatchEmbed(to_tuple(patch_size_3d, 3, "patch_size_3d"), in_chans, embed_dim)
+        self.patch_embed = PatchEmbed(self.hparams["patch_size"], in_chans, embed_dim)
+        self.patch_embed_3d = PatchEmbed(self.hparams["patch_size_3d"], in_chans, embed_dim)
         self.grid_2d = self.patch_embed.grid(self.img_size)
         self.grid_3d = self.patch_embed_3d.grid(self.vol_size)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
@@ -134,7 +122,7 @@ class UnifiedViT(HubEncoder):
 
     @property
     def patch_depth(self) -> int:
-        """Slices per slab: the depth of the 3D patch."""
+        """Slices of a slab."""
         return self.patch_embed_3d.patch_size[0]
 
     def token_grids(self, image: Tensor, slices: Tensor | None = None) -> list[tuple[int, int, int]]:
@@ -162,6 +150,9 @@ class UnifiedViT(HubEncoder):
     ) -> EncoderOutput:
         """Encode images, volumes, or volumes with their slices.
 
+        Raises ValueError: wrong number of axes or channels, slices without positions, or a size that its patch does not
+        divide.
+
         Args:
             image: X-rays (B, C, H, W) or volumes (B, C, D, H, W) with D from inferior to superior, in [-1, 1].
             slices: selected slices regarded as 2D images, (B, k, C, H, W); volumes only.
@@ -173,10 +164,6 @@ class UnifiedViT(HubEncoder):
 
         Returns:
             `EncoderOutput`; P counts the kept tokens.
-
-        Raises:
-            ValueError: wrong number of axes or channels, slices without positions, or a size that its patch does not
-                divide.
         """
         tokens, position = self._tokenize(image, slices, slice_position)
         if mask is not None:
@@ -231,12 +218,8 @@ class UnifiedViT(HubEncoder):
         def without_registers(x: Tensor) -> Tensor:
             return x if first == 1 else torch.cat([x[:, :1], x[:, first:]], 1)
 
-        options: dict[str, Any] = {
-            "return_attention": return_attention,
-            "include_cls_key": self.include_cls_key,
-            "first": first,
-            "rope": rope,
-        }
+        options: dict[str, Any] = {"return_attention": return_attention, "include_cls_key": self.include_cls_key}
+        options |= {"first": first, "rope": rope}
         if self.norm_pre is not None:
             x = self.norm_pre(x)
         attention: Tensor | None = None
@@ -259,8 +242,7 @@ class UnifiedViT(HubEncoder):
 def compiled_forward(backend: bool | str = True) -> Callable[..., EncoderOutput]:
     """`UnifiedViT.forward` by `torch.compile`: takes an encoder and its inputs, one graph for each of their shapes.
 
-    Args:
-        backend: of torch.compile; True for Inductor, which needs a C++ compiler, on a GPU Triton.
+    ``backend``: of torch.compile; True for Inductor, which needs a C++ compiler, on a GPU Triton.
     """
     import torch._dynamo.config as settings  # costs a second
 

@@ -40,11 +40,12 @@ class _View:
 class UniMedI(nn.Module):
     """Image-report pre-training network: L_vl's two towers and the self-distillation pair.
 
-    A volume goes three ways: the selector scores its slabs (Eq. 1 and 2, no gradient), the k best slices join it as
-    2D images, and teacher and student encode volume and slices together, the student masked where the teacher attends
+    A volume goes three ways: the selector scores its slabs (Eq. 1 and 2, no gradient), the k best slices join it as 2D
+    images, and teacher and student encode volume and slices together, the student masked where the teacher attends
     least. An X-ray skips the selection. The ablation of Table 7 is `self_distillation=False, selector="random"` (VL),
-    `selector="random"` (VL + SD) and the defaults (VL + SD + Attn); `pseudo_pairs=False` trains both dimensions
-    jointly without slices (Fig. 2b); 2D only and 3D only are a matter of the batches.
+    `selector="random"` (VL + SD) and the defaults (VL + SD + Attn); `pseudo_pairs=False` trains both dimensions jointly
+    without slices (Fig. 2b); 2D only and 3D only are a matter of the batches. Raises ValueError: an unknown option, or
+    options that cannot work together.
 
     Args:
         dino_head: head shared by CLS and patch tokens; None only without self-distillation.
@@ -69,9 +70,6 @@ class UniMedI(nn.Module):
             all of it: the same gradients with the activations of one part, see `in_micro_batches`.
         compile: compile the vision encoders' training passes with `torch.compile`, one graph for each shape; a
             backend's name instead of True chooses it.
-
-    Raises:
-        ValueError: an unknown option, or options that cannot work together.
     """
 
     slab_profile: Tensor
@@ -112,20 +110,19 @@ class UniMedI(nn.Module):
             raise ValueError(
                 f"mask_mode 'drop' leaves only visible tokens; patch_loss_on={patch_loss_on!r} needs 'mask_token'"
             )
-        if not 0.0 <= segment_dropout <= 1.0:
-            raise ValueError(f"segment_dropout must be in [0, 1], not {segment_dropout}")
-        if not 0.0 <= profile_power <= 1.0:
-            raise ValueError(f"profile_power must be in [0, 1], not {profile_power}")
+        for name, value in (("segment_dropout", segment_dropout), ("profile_power", profile_power)):
+            if not 0.0 <= value <= 1.0:
+                raise ValueError(f"{name} must be in [0, 1], not {value}")
         if accumulation < 1:
             raise ValueError(f"accumulation must be at least 1, not {accumulation}")
         head = dino_head if self_distillation else None
         if self_distillation and head is None:
             raise ValueError("self_distillation needs a dino_head")
-        _check_num_slices(num_slices, expand, encoder)
-        self.encoder = encoder
-        self.report_encoder = report_encoder
-        self.image_projection = image_projection
-        self.text_projection = text_projection
+        # fails here, not in the first step, when the volume has fewer slabs than slices wanted
+        slabs = torch.zeros(1, encoder.grid_3d[0])
+        selection.select_slices(slabs, num_slices, encoder.patch_depth, expand=expand)
+        self.encoder, self.report_encoder = encoder, report_encoder
+        self.image_projection, self.text_projection = image_projection, text_projection
         self.num_slices, self.selector, self.expand, self.pseudo_pairs = (num_slices, selector, expand, pseudo_pairs)
         self.profile_power = profile_power
         if profile_power:
@@ -136,9 +133,8 @@ class UniMedI(nn.Module):
         self.accumulation = accumulation
         # compiled is the function and not the modules, whose names in checkpoints therefore stay
         self._compiled = compiled_forward(compile) if compile else None
-        self.log_temperature = nn.Parameter(
-            torch.tensor(math.log(1.0 / init_temperature)), requires_grad=learn_temperature
-        )
+        scale = torch.tensor(math.log(1.0 / init_temperature))
+        self.log_temperature = nn.Parameter(scale, requires_grad=learn_temperature)
         self.dino_head = head
         needs_teacher = self_distillation or (pseudo_pairs and selector == "teacher")
         self.teacher = copy.deepcopy(encoder).requires_grad_(False) if needs_teacher else None
@@ -146,7 +142,6 @@ class UniMedI(nn.Module):
 
     @property
     def logit_scale(self) -> Tensor:
-        """1 / temperature."""
         return self.log_temperature.exp()
 
     @torch.no_grad()
@@ -160,22 +155,17 @@ class UniMedI(nn.Module):
         pairs = [(self.teacher, self.encoder), (self.teacher_head, self.dino_head)]
         for teacher, student in pairs:
             if teacher is not None and student is not None:
-                targets: list[Tensor] = list(teacher.parameters())
-                sources: list[Tensor] = list(student.parameters())
-                torch._foreach_lerp_(targets, sources, 1.0 - momentum)
+                torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1.0 - momentum)
 
     def forward(self, batch: Mapping[str, Any]) -> UniMediOutput:
         """One mixed batch to everything that the losses need; in evaluation mode unmasked and without distillation.
 
-        Args:
-            batch: "image2d" (B2, C, H, W) and/or "image3d" (B3, C, D, H, W), "input_ids" and "attention_mask" (B, T)
-                with the X-rays' reports before the volumes'.
+        ``batch``: "image2d" (B2, C, H, W) and/or "image3d" (B3, C, D, H, W), "input_ids" and "attention_mask" (B, T)
+        with the X-rays' reports before the volumes'. Raises ValueError: no image at all, or a number of reports that is
+        not the number of images.
 
         Returns:
             `UniMediOutput` with rows in the order of the reports.
-
-        Raises:
-            ValueError: no image at all, or a number of reports that is not the number of images.
         """
         views = {name: self._view(batch[name]) for name in MODALITIES if batch.get(name) is not None}
         if not views:
@@ -231,12 +221,7 @@ class UniMedI(nn.Module):
 
     @torch.no_grad()
     def select(self, volume: Tensor, by: UnifiedViT | None = None) -> tuple[Tensor, Tensor]:
-        """Slices that the selector chooses and the slab scores of Eq. 2: (B3, k) and (B3, S).
-
-        Args:
-            volume: (B3, C, D, H, W).
-            by: encoder whose attention decides, instead of that of `selector`.
-        """
+        """Slices that the selector, or the encoder `by`, chooses and the slab scores of Eq. 2: (B3, k) and (B3, S)."""
         grid = self.encoder.token_grids(volume)[0]
         if by is None and (self.selector == "random" or self.num_slices == 0):
             scores = ranked = selection.random_scores(len(volume), grid[0], volume.device)
@@ -268,7 +253,6 @@ class UniMedI(nn.Module):
         profile.lerp_(total / mean.clamp_min(1e-12), (1.0 - _PROFILE_MOMENTUM) * (mean > 0))
 
     def take_slices(self, volume: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        """Slices as 2D images of the encoder's `img_size` and their depths; see `selection.take_slices`."""
         return selection.take_slices(volume, index, self.encoder.img_size)
 
     def _run(self, encoder: UnifiedViT, *inputs: Tensor, **options: Any) -> EncoderOutput:
@@ -339,9 +323,3 @@ class UniMedI(nn.Module):
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
-
-
-def _check_num_slices(k: int, expand: str, encoder: UnifiedViT) -> None:
-    """Fail at construction, not in the first step, when the volume has fewer slabs than slices wanted."""
-    scores = torch.zeros(1, encoder.grid_3d[0])
-    selection.select_slices(scores, k, encoder.patch_depth, expand=expand)

@@ -7,13 +7,12 @@ Letters: B images, D width of the encoder, A anchors per place, K classes, n box
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from monai.apps.detection.networks.retinanet_network import RetinaNetClassificationHead, RetinaNetRegressionHead
 from monai.data import MetaTensor
 from torch import Tensor, nn
 
 from unimedi_components.networks.box_detector import CLASSIFICATION, REGRESSION, BoxDetector
-from unimedi_components.networks.feature_pyramid import SimpleFeaturePyramid
+from unimedi_components.networks.feature_pyramid import SCALES, SimpleFeaturePyramid
 from unimedi_components.networks.task_network import TaskNetwork, at_least_float16
 from unimedi_components.networks.unified_vit import UnifiedViT
 
@@ -24,7 +23,9 @@ OCTAVES = (1.0, 2 ** (1 / 3), 2 ** (2 / 3))
 class ViTDet(TaskNetwork):
     """A one-stage detector over the last map of a plain ViT.
 
-    The pyramid is ViTDet's; the detector is MONAI's RetinaNet where ViTDet has Mask R-CNN, see `BoxDetector`.
+    The pyramid is ViTDet's; the detector is MONAI's RetinaNet where ViTDet has Mask R-CNN, see `BoxDetector`. Raises
+    ValueError: no class, more head convolutions than RetinaNet's 4, a width that 8 does not divide, or anchor sizes
+    that do not fit the pyramid's maps.
 
     Args:
         encoder: reads X-rays; its patch tokens after the final norm are the map.
@@ -37,12 +38,6 @@ class ViTDet(TaskNetwork):
         candidates, alpha, gamma: see `BoxDetector`.
         score_threshold: boxes of lower score are left out.
         lowest_score: the same where targets are given: average precision counts unlikely boxes too.
-        nms_threshold: of boxes that overlap by a larger IoU the likelier stays.
-        max_boxes: at most so many per image.
-
-    Raises:
-        ValueError: no class, more head convolutions than RetinaNet's 4, a width that 8 does not divide, or anchor
-            sizes that do not fit the pyramid's maps.
 
     Example:
         >>> encoder = UnifiedViT(img_size=32, vol_size=(8, 32, 32), embed_dim=24, depth=2, num_heads=2)
@@ -59,7 +54,7 @@ class ViTDet(TaskNetwork):
         *,
         freeze_encoder: bool = True,
         width: int = 256,
-        scales: Sequence[float] = (4, 2, 1, 0.5),
+        scales: Sequence[float] = SCALES,
         last_pool: bool = True,
         head_convs: int = 4,
         anchor_sizes: Sequence[Sequence[float]] | None = None,
@@ -104,9 +99,7 @@ class ViTDet(TaskNetwork):
 
     def features(self, image: Tensor) -> Tensor:
         """The encoder's map (B, D, h, w) of X-rays (B, 1, H, W); without gradient if the encoder is frozen."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_encoder):
-            patches = self.encoder(image).patches
-        return self.on_grid(patches, image)
+        return self.on_grid(self.encoded(image).patches, image)
 
     def head_maps(self, image: Tensor) -> dict[str, list[Tensor]]:
         """ "classification" (B, A K, ...) and "box_regression" (B, 4 A, ...): logits on each map of the pyramid."""
@@ -125,6 +118,8 @@ class ViTDet(TaskNetwork):
     def forward(self, image: Tensor, targets: Targets | None = None) -> Any:
         """Losses in training, boxes in evaluation.
 
+        Raises ValueError: images of another shape, no targets in training, or another number of them.
+
         Args:
             image: X-rays (B, 1, H, W) in [-1, 1]; patch size times 2 should divide their sides.
             targets: of each image "boxes" (n, 4), [x0, y0, x1, y1] in pixels of the image, x along the columns, and
@@ -133,9 +128,6 @@ class ViTDet(TaskNetwork):
         Returns:
             in training {"classification", "box_regression"}, scalars; in evaluation for each image "boxes" (n, 4),
             "labels" (n,), "scores" (n,), highest first, and with targets "loss", the image's summed losses.
-
-        Raises:
-            ValueError: images of another shape, no targets in training, or another number of them.
         """
         if image.ndim != 4:
             raise ValueError(f"expected X-rays (B, 1, H, W), got {tuple(image.shape)}")

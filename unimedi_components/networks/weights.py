@@ -47,16 +47,12 @@ def create_encoder(
 
     Where `model.json` lies beside the weights, the grids of its position tables count unless `kwargs` or a dict name
     others, to which the tables are resampled. Weights without a card whose shapes are those of a known ViT replace the
-    size "tiny", which no other project has.
+    size "tiny", which no other project has. Raises CheckpointError: the weights are missing, do not fit, or are of
+    another size than the config asks for; both are named; ConfigError: no such size or argument.
 
     Args:
         weights: what `load_weights` reads; None or "none" is random initialisation.
         size: a name in `SIZES`, or a dict of arguments of `UnifiedViT`; None leaves the class's own.
-
-    Raises:
-        CheckpointError: the weights are missing, do not fit, or are of another size than the config asks for; both are
-            named.
-        ConfigError: no such size or argument.
     """
     from unimedi_components.networks.pretrained import CARD, read_card
 
@@ -92,14 +88,13 @@ def create_encoder(
 def load_weights(encoder: UnifiedViT, source: str | Path) -> UnifiedViT:
     """Fill an encoder from this project's `model.pt` or from a ViT that `foreign` knows.
 
+    Raises CheckpointError: file or model not found, not a state dict, what `UnifiedViT` cannot compute, or tensors that
+    do not fit; the message lists them.
+
     Args:
         encoder: network to fill, in place; the epsilon of its norms stays its own.
         source: a local file (.pt, .pth, .safetensors), `timm:<model name>` (extra `[timm]`) or
             `hf:<owner>/<repo>/<file>`. The last two reach the network, as they name a remote model.
-
-    Raises:
-        CheckpointError: file or model not found, not a state dict, what `UnifiedViT` cannot compute, or tensors that do
-            not fit; the message lists them.
     """
     return _load(encoder, *vit_state(read_state_dict(source), str(source)), str(source))
 
@@ -124,8 +119,7 @@ def _load(encoder: UnifiedViT, state: dict[str, Tensor], family: Family | None, 
 def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
     """Load every tensor or none, with one message that names what did not match.
 
-    Raises:
-        CheckpointError: missing or unexpected tensors, or other shapes.
+    Raises CheckpointError: missing or unexpected tensors, or other shapes.
     """
     own = module.state_dict()
     missing = [name for name in own if name not in state]
@@ -150,10 +144,8 @@ def load_strict(module: nn.Module, state: Mapping[str, Tensor], source: str) -> 
 def read_state_dict(source: str | Path) -> dict[str, Tensor]:
     """Read a state dict from a file, `timm:` or `hf:`, without running code.
 
-    Of a checkpoint that holds a student and its teacher (DINO, iBOT) it is the teacher's, which a log line says.
-
-    Raises:
-        CheckpointError: nothing there, a file of code, or not a mapping of names to tensors.
+    Of a checkpoint that holds a student and its teacher (DINO, iBOT) it is the teacher's, which a log line says. Raises
+    CheckpointError: nothing there, a file of code, or not a mapping of names to tensors.
     """
     text = str(source)
     if text.startswith("timm:"):

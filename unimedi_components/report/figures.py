@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from matplotlib.figure import Figure
 from sklearn.manifold import TSNE
 
+from unimedi_components.arrays import Array
 from unimedi_components.figures.curves import save_png
-
-Array = npt.NDArray[Any]
 
 _SIZE, _DPI = (4.8, 3.9), 150
 XRAY, CT = "#2f6fb2", "#d98324"
@@ -25,8 +23,7 @@ _COLOURS = ("#8a8f98", "#d98324", "#2f6fb2", "#2a9d4a")
 def draw_tsne(groups: Mapping[str, tuple[Array, str, str]], path: Path, title: str, seed: int = 0) -> Path:
     """Draw groups of features by one t-SNE of all of them.
 
-    Args:
-        groups: name -> features (N, D), colour, marker.
+    ``groups``: name -> features (N, D), colour, marker.
     """
     rows = np.concatenate([features for features, _, _ in groups.values()]).astype(np.float64)
     perplexity = min(30.0, max(2.0, (len(rows) - 1) / 4))
@@ -48,26 +45,23 @@ def draw_bars(
 ) -> Path:
     """Draw bars with intervals: a group for each share of the labels, a bar in it for each method.
 
-    Args:
-        bars: method -> for each group "mean" and "interval" or "patients" (see `statistics.summarise`), or None.
+    ``bars``: method -> for each group "mean" and "interval" or "patients" (see `statistics.summarise`), or None.
     """
     figure, axes = _panel(title)
     width = 0.8 / len(bars)
-    lowest, highest = [], []
+    ends: list[float] = []
     for number, (name, values) in enumerate(bars.items()):
-        for group, value in enumerate(values):
-            if value is None:
-                continue
-            x, colour = group + (number - (len(bars) - 1) / 2) * width, _COLOURS[number % len(_COLOURS)]
+        colour = _COLOURS[number % len(_COLOURS)]
+        known = [(group, value) for group, value in enumerate(values) if value is not None]
+        for place, (group, value) in enumerate(known):
+            x = group + (number - (len(bars) - 1) / 2) * width
             limits = value.get("interval") or value.get("patients") or (value["mean"], value["mean"])
-            named = name in axes.get_legend_handles_labels()[1]
-            axes.bar(x, value["mean"], width * 0.92, color=colour, label=None if named else name)
+            axes.bar(x, value["mean"], width * 0.92, color=colour, label=None if place else name)
             axes.plot([x, x], limits, color="#222222", lw=1.4)
-            lowest.append(min(value["mean"], limits[0]))
-            highest.append(max(value["mean"], limits[1]))
-    if lowest:
-        room = max(0.02, 0.15 * (max(highest) - min(lowest)))
-        axes.set_ylim(max(0.0, min(lowest) - room), min(1.0, max(highest) + room))
+            ends += [value["mean"], *limits]
+    if ends:
+        room = max(0.02, 0.15 * (max(ends) - min(ends)))
+        axes.set_ylim(max(0.0, min(ends) - room), min(1.0, max(ends) + room))
     axes.set_xticks(range(len(groups)), groups)
     axes.set_ylabel(label, fontsize=11)
     axes.grid(axis="y", alpha=0.3)

@@ -20,6 +20,8 @@ _COMMON = (
 )
 #: Heading, and whose X-ray and CT features are shown, of Fig. 2 and 7.
 _METHODS = (("separate", "2d_only", "3d_only"), ("joint", "joint", "joint"), ("UniMedI", "ours", "ours"))
+#: Colour and marker of X-rays and of CT, for a first and a second finding.
+_MARKS = (((XRAY, "o"), (CT, "^")), (("#7a4fa3", "s"), ("#2a9d4a", "D")))
 _KNOWN = {
     "slice_selection.png": "CT studies: the selected slices with CLS attention, a true lesion slice, the slab scores",
     "xray_attention.png": "X-rays beside the CLS attention over them",
@@ -59,13 +61,10 @@ class Gallery:
         arrays = experiment.features("ours") or {}
         if not arrays:
             return _not_run("Fig. 1b needs the features of the cell ours/0")
-        groups = {
-            "X-ray reports": (arrays["text_embed_2d"], XRAY, "o"),
-            "CT reports": (arrays["text_embed_3d"], CT, "^"),
-        }
-        path = self._path("reports")
+        xray, ct = arrays["text_embed_2d"], arrays["text_embed_3d"]
+        path, number = self._path("reports"), _distance(xray, ct)
+        groups = {"X-ray reports": (xray, *_MARKS[0][0]), "CT reports": (ct, *_MARKS[0][1])}
         draw_tsne(groups, path, "report embeddings, t-SNE")
-        number = _distance(arrays["text_embed_2d"], arrays["text_embed_3d"])
         caption = f"Reports of held-out X-rays and CT in the common space; centroid distance {number:.2f}. {_COMMON}"
         return self._figure(path, f"t-SNE of report embeddings, centroid distance {number:.2f}", caption)
 
@@ -79,21 +78,16 @@ class Gallery:
                 continue
             groups: dict[str, tuple[Array, str, str]] = {}
             numbers = []
-            for finding, colours, marks in zip(
-                findings, ((XRAY, CT), ("#7a4fa3", "#2a9d4a")), ("o^", "sD"), strict=False
-            ):
+            for finding, (first, second) in zip(findings, _MARKS, strict=False):
                 pair = _with(xray, finding, 2), _with(ct, finding, 3)
-                if min(map(len, pair)) < 2:
-                    continue
-                groups[f"X-ray, {finding}"] = (pair[0], colours[0], marks[0])
-                groups[f"CT, {finding}"] = (pair[1], colours[1], marks[1])
-                numbers.append(f"{finding} {_distance(*pair):.2f}")
+                if min(map(len, pair)) >= 2:
+                    groups |= {f"X-ray, {finding}": (pair[0], *first), f"CT, {finding}": (pair[1], *second)}
+                    numbers.append(f"{finding} {_distance(*pair):.2f}")
             if not groups:
                 parts.append(_not_run(f"{title}: too few held-out studies have {' or '.join(findings)}"))
                 continue
-            path = self._path(f"space_{title}")
+            path, text = self._path(f"space_{title}"), ", ".join(numbers)
             draw_tsne(groups, path, title)
-            text = ", ".join(numbers)
             alt = f"t-SNE of CLS features of X-rays and CT, {title}; centroid distance: {text}"
             parts.append(self._figure(path, alt, f"{title}; centroid distance: {text}."))
         return f"<p>{_COMMON}</p>{_row(parts)}"
@@ -151,12 +145,10 @@ class Gallery:
             return _not_run("no cell left its failures")
         content = json.loads(path.read_text(encoding="utf-8"))
         parts = []
-        if selection := content.get("selection"):
-            by_finding = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in selection["findings"].items())
-            line = (
-                f"{selection['missed']} of {selection['focal']} focal CT studies have no selected slice with a lesion"
-            )
-            parts.append(f"<p>{escape(line)}{escape(f' (findings: {by_finding})' if by_finding else '')}.</p>")
+        if chosen := content.get("selection"):
+            by_finding = ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in chosen["findings"].items())
+            line = f"{chosen['missed']} of {chosen['focal']} focal CT studies have no selected slice with a lesion"
+            parts.append(f"<p>{escape(line + (f' (findings: {by_finding})' if by_finding else ''))}.</p>")
         if (folder / "missed_lesions.png").is_file():
             parts.append(self.copied(folder / "missed_lesions.png", "The first of the missed studies."))
         for dim, rows in content["retrieval"].items():

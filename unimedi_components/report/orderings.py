@@ -11,12 +11,7 @@ from unimedi_components.report.statistics import Comparison, compare
 from unimedi_components.report.tables import COLUMNS, SHARES, boxed_table
 
 _DISTANCES = {"centroid_distance_embed": "over spread, projected", "centroid_distance_cls": "over spread, CLS"}
-_WORDS = {
-    "holds": "holds",
-    "undecided": "undecided",
-    "fails": "comes out the other way",
-    "not measured": "not measured",
-}
+_WORDS = {word: word for word in ("holds", "undecided", "fails", "not measured")} | {"fails": "comes out the other way"}
 
 
 @dataclass(frozen=True)
@@ -39,10 +34,8 @@ class Ordering:
         """The difference with its interval."""
         mean, interval = self.scale * self.result.mean, self.result.interval
         digits = 1 if self.scale == 100 else 2
-        spread = (
-            f", {self.scale * interval[0]:+.{digits}f} to {self.scale * interval[1]:+.{digits}f}" if interval else ""
-        )
-        return f"{mean:+.{digits}f}{spread}"
+        limits = " to ".join(f"{self.scale * limit:+.{digits}f}" for limit in interval or ())
+        return f"{mean:+.{digits}f}{f', {limits}' if limits else ''}"
 
 
 def orderings(experiment: Experiment) -> list[Ordering]:
@@ -98,10 +91,8 @@ def orderings_html(found: Sequence[Ordering]) -> str:
         "<p>Differences in points, positive where they are as in the paper, with the 95% interval over seeds, "
         "paired by seed. An ordering holds where the interval lies above 0.</p>"
     ]
-    for columns in (
-        dict.fromkeys(ordering.column for ordering in found if ordering.scale == 100),
-        dict.fromkeys(ordering.column for ordering in found if ordering.scale != 100),
-    ):
+    for percent in (True, False):
+        columns = dict.fromkeys(ordering.column for ordering in found if (ordering.scale == 100) == percent)
         body = [
             f'<tr class="ours"><th>{escape(step)}</th>{"".join(_cell(o) for o in found if o.step == step)}</tr>'
             for step in steps

@@ -39,18 +39,11 @@ _FINDINGS = ("consolidation", "cardiomegaly")
 
 
 def report(run_dirs: Sequence[str | Path], out: str | Path, tables: str | Path = "results") -> Path:
-    """Write `index.html` and `figures/` from runs and experiments.
+    """Write `index.html` and `figures/` from runs and experiments; the path of `index.html`, written last and whole.
 
-    Args:
-        run_dirs: folders of finished runs (with `eval/metrics.json`) and of experiments (with `experiment.json`).
-        out: folder of the page; its `figures` are replaced.
-
-    Returns:
-        path of `index.html`, written last and whole.
-
-    Raises:
-        ConfigError: no folder is named.
-        DataError: a folder holds neither a run nor an experiment.
+    ``run_dirs``: folders of finished runs (with `eval/metrics.json`) and of experiments (with `experiment.json`).
+    ``out``: folder of the page; its `figures` are replaced.
+    Raises ConfigError: no folder is named. DataError: a folder holds neither a run nor an experiment.
     """
     if not run_dirs:
         raise ConfigError("report needs the folder of a run or of an experiment, such as results/experiment/small")
@@ -153,11 +146,7 @@ def _alarms(runs: Sequence[Run], experiments: Sequence[Experiment]) -> str:
     values: list[tuple[str, Mapping[str, Any]]] = [(run.name, run.metrics) for run in runs]
     for experiment in experiments:
         for variant, measures in experiment.variants.items():
-            found = {
-                key: value["values"]
-                for key, value in measures.items()
-                if isinstance(value, dict) and is_asked(variant, key)
-            }
+            found = {k: v["values"] for k, v in measures.items() if isinstance(v, dict) and is_asked(variant, k)}
             for seed in measures["seeds"]:
                 own = {key: value.get(str(seed)) for key, value in found.items()}
                 values.append((f"{measures['title']}, seed {seed}", own))

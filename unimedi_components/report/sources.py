@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from unimedi_components.arrays import Array
 from unimedi_components.errors import DataError
 
 SUMMARY = "experiment.json"
@@ -54,7 +54,7 @@ class Experiment:
         seeds = self.variants.get(variant, {}).get("seeds") or [0]
         return self.folder / variant / str(seeds[0])
 
-    def features(self, variant: str) -> dict[str, npt.NDArray[Any]] | None:
+    def features(self, variant: str) -> dict[str, Array] | None:
         """Features and labels of the held-out studies by the variant's first seed; None where they are not kept."""
         path = self.cell(variant) / "features.npz"
         if not path.is_file():

@@ -22,15 +22,10 @@ def t_interval(values: Sequence[float]) -> tuple[float, float] | None:
 
 
 def summarise(values: Mapping[int, float], patients: Sequence[Sequence[float] | None] = ()) -> dict[str, Any]:
-    """Summary of a measure over training seeds.
+    """Summary of a measure over training seeds, from its value by seed, at least one; rounded to 5 decimals.
 
-    Args:
-        values: by seed, at least one.
-        patients: each seed's bootstrap interval over patients, where it has one.
-
-    Returns:
-        "mean", "sd" (None for one seed), "interval" of the mean over seeds (see `t_interval`), "patients", the mean of
-        the seeds' limits, and "values" by seed; all rounded to 5 decimals.
+    "mean", "sd" (None for one seed), "interval" of the mean over seeds (see `t_interval`), "patients", the mean of the
+    limits of each seed's bootstrap interval over `patients`, where it has one, and "values" by seed.
     """
     numbers = list(values.values())
     limits = [interval for interval in patients if interval]

@@ -23,8 +23,11 @@ COLUMNS = {
     "probe_auroc_3d": ("phantom CT", "macro AUROC", "3d_only"),
 }
 SHARES = {"1pct": "1%", "10pct": "10%", "100pct": "100%"}
-_DATA_SETS = {"chexpert_macro_auroc": "CheXpert AUROC", "rsna_macro_auroc": "RSNA AUROC", "cc_ccii_accuracy": "CC-CCII"}
-_PHANTOMS = {"probe_auroc_2d": "phantom X-rays, AUROC", "probe_auroc_3d": "phantom CT, AUROC"}
+_ENCODERS = {"random": "random initialisation"}
+_ABLATION = {
+    **{"chexpert_macro_auroc": "CheXpert AUROC", "rsna_macro_auroc": "RSNA AUROC", "cc_ccii_accuracy": "CC-CCII"},
+    **{"probe_auroc_2d": "phantom X-rays, AUROC", "probe_auroc_3d": "phantom CT, AUROC"},
+}
 _NAMES = {
     "pixels": "pixels and voxels",
     "untrained": "untrained network",
@@ -129,14 +132,13 @@ def _head(groups: Mapping[str, Sequence[str]], first: str) -> list[str]:
 def paper_table(number: str, table: Mapping[str, Any], folder: Path | None) -> str:
     """One of the paper's tables with our rows below it, or a row that says how to run what was not run.
 
-    Args:
-        folder: where `make tableN` wrote `tableN.csv`; None leaves our rows out.
+    ``folder``: where `make tableN` wrote `tableN.csv`; None leaves our rows out.
     """
     groups = {group["name"]: [f"{share:.0%}" for share in group["fractions"]] for group in table["groups"]}
-    body = [
-        f'<tr class="theirs"><th>{escape(name)}</th>{"".join(map(_printed, values))}</tr>'
-        for name, *values in table["rows"]
-    ]
+    body = []
+    for name, *values in table["rows"]:
+        printed = (f"<td>{'-' if value is None else f'{value:.1f}'}</td>" for value in values)
+        body.append(f'<tr class="theirs"><th>{escape(name)}</th>{"".join(printed)}</tr>')
     if folder is None:
         return boxed_table(_head(groups, "Method"), body)
     rows = _read_rows(folder / f"table{number}.csv")
@@ -153,17 +155,14 @@ def paper_table(number: str, table: Mapping[str, Any], folder: Path | None) -> s
                 cells.append(_seeds(found))
         if any("<b>" in cell for cell in cells):
             data = ", ".join(sorted({f"{row['data']} data" for row in own}))
-            body.append(f'<tr class="ours"><th>{escape(_encoder(encoder))} (ours, {data})</th>{"".join(cells)}</tr>')
+            name = escape(_ENCODERS.get(encoder, encoder))
+            body.append(f'<tr class="ours"><th>{name} (ours, {data})</th>{"".join(cells)}</tr>')
     if not used:
         columns = sum(map(len, groups.values()))
         line = f"<td colspan='{columns}'>not run; <code>make table{number}</code> measures it</td>"
         body.append(f'<tr class="ours"><th>UniMedI (ours, phantoms)</th>{line}</tr>')
     rest = [row for row in rows if row not in used and row["value"]]
     return boxed_table(_head(groups, "Method"), body) + _further(rest) + _table_origin(folder / f"table{number}.json")
-
-
-def _encoder(name: str) -> str:
-    return {"random": "random initialisation"}.get(name, name)
 
 
 def _place(row: Mapping[str, str]) -> tuple[str, str, str, float]:
@@ -178,7 +177,7 @@ def _further(rows: Rows) -> str:
     body = []
     for key in keys:
         cell = _seeds([row for row in rows if (*_place(row), row["encoder"]) == key])
-        words = [key[0], key[2], key[1], f"{key[3]:.0%}", _encoder(key[4])]
+        words = [key[0], key[2], key[1], f"{key[3]:.0%}", _ENCODERS.get(key[4], key[4])]
         body.append(f'<tr class="ours">{"".join(f"<td>{escape(word)}</td>" for word in words)}{cell}</tr>')
     head = "".join(f"<th>{name}</th>" for name in ("data set", "training", "measure", "labels", "encoder", "ours"))
     return f"<details><summary>measured beside it</summary>{boxed_table([head], body)}</details>"
@@ -196,10 +195,6 @@ def _read_rows(path: Path) -> Rows:
         return []
     with open(path, newline="", encoding="utf-8") as stream:
         return list(csv.DictReader(stream))
-
-
-def _printed(value: float | None) -> str:
-    return "<td>-</td>" if value is None else f"<td>{value:.1f}</td>"
 
 
 def _seeds(rows: Rows) -> str:
@@ -238,7 +233,7 @@ def _label(experiment: Experiment, variant: str) -> str:
 def ablation_table(experiment: Experiment) -> str:
     """Table 7's rows as we measured them, with the baselines: mean, deviation and interval over seeds, in percent."""
     found = {key for measures in experiment.variants.values() for key in measures}
-    prefixes = {p: name for p, name in {**_DATA_SETS, **_PHANTOMS}.items() if f"{p}_100pct" in found}
+    prefixes = {p: name for p, name in _ABLATION.items() if f"{p}_100pct" in found}
     body = []
     for variant in _NAMES:
         if variant in experiment.variants:

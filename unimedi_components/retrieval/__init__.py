@@ -20,8 +20,6 @@ _HOMES = {
     "zero_shot": "ZeroShot zero_shot_scores",
 }
 
-__all__ = sorted(" ".join(_HOMES.values()).split())
-
 
 def __getattr__(name: str) -> Any:
     return import_lazily(globals(), _HOMES, name)

@@ -10,17 +10,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from unimedi_components.arrays import Array
 from unimedi_components.errors import DataError
 from unimedi_components.retrieval.embeddings import Embeddings
 from unimedi_components.retrieval.features import Paired
 from unimedi_components.retrieval.prompts import PromptSet
 from unimedi_components.retrieval.recall import group_index, precision_at_k
 
-Array = npt.NDArray[Any]
 Values = dict[str, Any]
 
 KS = (5, 10, 100)
@@ -41,14 +40,11 @@ def class_precision(
 ) -> Values:
     """P@K by finding: queries that have it, and the share of their K nearest candidates that have it.
 
-    Args:
-        query_labels: 1 present, 0 absent, -1 uncertain, below -1 not mentioned, (N, F).
-        candidate_labels: the same of the candidates, (M, F). Uncertain ones are no candidates for that finding; not
-            mentioned counts as absent.
+    ``query_labels``: 1 present, 0 absent, -1 uncertain, below -1 not mentioned, (N, F). Uncertain candidates are none
+    for that finding; not mentioned counts as absent.
 
-    Returns:
-        "precision_at_K" and "precision_at_K_chance" (a random order's), means over the findings that have queries and
-        candidates, and under "by_finding" the same for each with its "queries" and "candidates" that have it.
+    Returns "precision_at_K" and "precision_at_K_chance" (a random order's), means over the findings that have queries
+    and candidates, and under "by_finding" the same for each with its "queries" and "candidates" that have it.
     """
     own = _own(query_groups, candidate_groups, len(query), len(candidates))
     by_finding: dict[str, Values] = {}
@@ -57,7 +53,9 @@ def class_precision(
         values = _p_at_k(query[asked], candidates[known], having.expand(len(asked), -1), excluded, ks)
         if values:
             by_finding[names[column]] = {**values, "queries": len(asked), "candidates": int(having.sum())}
-    return {**_means(by_finding), "by_finding": by_finding}
+    keys = dict.fromkeys(key for values in by_finding.values() for key in values if key.startswith("precision"))
+    means = {key: float(np.mean([v[key] for v in by_finding.values() if key in v])) for key in keys}
+    return {**means, "by_finding": by_finding}
 
 
 def same_findings_precision(
@@ -65,8 +63,7 @@ def same_findings_precision(
 ) -> Values:
     """P@K where a candidate is right if it has exactly the query's findings; queries without a right one are left out.
 
-    Returns:
-        "precision_at_K" and "precision_at_K_chance"; empty where no query has a right candidate.
+    Returns "precision_at_K" and "precision_at_K_chance"; empty where no query has a right candidate.
     """
     same = same_findings(query_labels, candidate_labels)
     asked = same.any(1)
@@ -100,11 +97,6 @@ def _p_at_k(query: Tensor, candidates: Tensor, correct: Tensor, excluded: Tensor
     return values
 
 
-def _means(by_finding: dict[str, Values]) -> Values:
-    keys = dict.fromkeys(key for values in by_finding.values() for key in values if key.startswith("precision"))
-    return {key: float(np.mean([v[key] for v in by_finding.values() if key in v])) for key in keys}
-
-
 def _own(
     query_groups: Sequence[Hashable] | None, candidate_groups: Sequence[Hashable] | None, queries: int, candidates: int
 ) -> Tensor | None:
@@ -123,9 +115,7 @@ def _own(
 class Studies(Paired):
     """Studies of one dimension, embeddings of unit norm or zero where there is no report, with their labels.
 
-    Args:
-        names: F findings that the items are labelled for.
-        labels: as of `label_table`, (N, F).
+    ``names``: F findings that the items are labelled for. ``labels``: as of `label_table`, (N, F).
     """
 
     names: list[str]
@@ -165,15 +155,8 @@ def class_search(parts: Mapping[int, Studies], sets: Mapping[int, PromptSet]) ->
                 candidates, held = _side(other, candidate_kind)
                 if not kept.any() or not held.any():
                     continue
-                values = class_precision(
-                    query[kept],
-                    candidates[held],
-                    mine[kept],
-                    theirs[held],
-                    names,
-                    [patient for patient, keep in zip(part.patients, kept, strict=True) if keep],
-                    [patient for patient, keep in zip(other.patients, held, strict=True) if keep],
-                )
+                people = np.asarray(part.patients)[kept].tolist(), np.asarray(other.patients)[held].tolist()
+                values = class_precision(query[kept], candidates[held], mine[kept], theirs[held], names, *people)
                 if query_kind == candidate_kind == "" and dim != other_dim:
                     values["same_findings"] = same_findings_precision(query, candidates, mine, theirs)
                 found[f"{KIND[dim]}{query_kind}_to_{KIND[other_dim]}{candidate_kind}"] = values
@@ -206,36 +189,25 @@ def common_findings(
 
 
 def label_table(items: Sequence[Mapping[str, Any]], meta: Mapping[str, Any]) -> tuple[list[str], Array]:
-    """Labels of items by finding.
+    """Labels of items by finding. Raises DataError: a label does not fit its names.
 
-    Args:
-        meta: of the datalist: "label_names", of all items or by source for a joined datalist, whose patients are called
-            SOURCE-PATIENT.
+    ``meta``: of the datalist: "label_names", of all items or by source for a joined datalist, whose patients are called
+    SOURCE-PATIENT.
 
     Returns:
         the names, in the order of their first source, and int64 (N, F): 1 present, 0 absent, -1 uncertain, -2 not
         mentioned, as for an item without labels or of a source that does not know the finding.
-
-    Raises:
-        DataError: a label does not fit its names.
     """
     known = meta.get("label_names") or {}
     by_source: dict[str, list[str]] = known if isinstance(known, dict) else {"": list(known)}
-    rows = [_row(item, _names_of(item, by_source)) for item in items]
+    rows = []
+    for item in items:
+        sources = (names for source, names in by_source.items() if item["patient"].startswith(f"{source}-"))
+        rows.append(_row(item, by_source[""] if "" in by_source else next(sources, [])))
     # only of sources that have items here: X-rays alone need no column of the CT data
     names = list(dict.fromkeys(name for row in rows for name in row))
-    table = np.full((len(rows), len(names)), NOT_MENTIONED, dtype=np.int64)
-    column = {name: i for i, name in enumerate(names)}
-    for number, row in enumerate(rows):
-        for name, value in row.items():
-            table[number, column[name]] = value
-    return names, table
-
-
-def _names_of(item: Mapping[str, Any], by_source: Mapping[str, list[str]]) -> list[str]:
-    if "" in by_source:
-        return by_source[""]
-    return next((names for source, names in by_source.items() if item["patient"].startswith(f"{source}-")), [])
+    table = np.asarray([[row.get(name, NOT_MENTIONED) for name in names] for row in rows], dtype=np.int64)
+    return names, table.reshape(len(rows), len(names))
 
 
 def _row(item: Mapping[str, Any], names: Sequence[str]) -> dict[str, int]:

@@ -5,15 +5,14 @@ Letters: N X-rays, M volumes, F findings.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from unimedi_components.arrays import Array
 from unimedi_components.data.phantom.paired import write_paired_xray
 from unimedi_components.data.phantom.truth import labels_of
 from unimedi_components.metrics.bootstrap import Measures
@@ -24,22 +23,19 @@ from unimedi_components.retrieval.features import Features, extract_features
 from unimedi_components.retrieval.probe import linear_probe
 from unimedi_components.retrieval.recall import first_correct_rank, precision_at_k, recall_chance
 
-Array = npt.NDArray[Any]
 Studies = Mapping[str, Mapping[str, Any]]
 
 _SPACES = ("cls", "embed")
 
 
 def _rows(part: Features, space: str) -> Array:
-    rows: Array = (part.cls if space == "cls" else part.image_embed).double().numpy()
-    return rows
+    return (part.cls if space == "cls" else part.image_embed).double().numpy()
 
 
 def separation_metrics(
     kept: Measures, features: Mapping[int, Features], studies: Studies, names: Sequence[str]
 ) -> None:
     """How far X-rays and volumes lie apart, for SPACE "cls" and "embed" (after projection), L2-normalised.
-
 
     Keeps: "modality_accuracy_SPACE": balanced accuracy of telling X-rays from volumes by `linear_probe`, and
         "modality_accuracy_chance". "centroid_distance_SPACE": mean over the findings of `centroid_distance`, with
@@ -102,46 +98,35 @@ def cross_search_metrics(
         found = {dim: _rows(features[dim], space) for dim in (2, 3)}
         rows = {dim: torch.from_numpy(centred(part) if space == "cls" else part) for dim, part in found.items()}
         for name, query, other in (("xray_to_ct", 2, 3), ("ct_to_xray", 3, 2)):
-            for k in ks:
-                if k <= len(rows[other]):
-                    search = _Search(rows[query], rows[other], k, features[query].patients, kept)
-                    search.exact(f"{name}{end}_precision_at_{k}", labels[query], labels[other])
-                    search.by_class(f"{name}{end}_class_precision_at_{k}", labels[query], labels[other])
+            people, both = features[query].patients, (labels[query], labels[other])
+            for k in (k for k in ks if k <= len(rows[other])):
+                _search(kept, name + end, rows[query], rows[other], k, people, both)
 
 
-@dataclass
-class _Search:
-    """One search of N queries among M candidates for the K nearest, labels (N, F) and (M, F)."""
+def _search(
+    kept: Measures, name: str, query: Tensor, candidates: Tensor, k: int, people: Sequence[str], labels: Sequence[Array]
+) -> None:
+    """P@K of N queries among M candidates, labels (N, F) and (M, F): by all findings, and by class."""
 
-    query: Tensor
-    candidates: Tensor
-    k: int
-    patients: Sequence[str]
-    kept: Measures
+    def precisions(asked: Tensor, among: Tensor, correct: Tensor) -> tuple[Array, Array, list[str]]:
+        rows, chance = precision_at_k(query[asked], among, correct, k)
+        return rows.numpy(), chance.numpy(), [people[i] for i in asked.tolist()]
 
-    def exact(self, key: str, mine: Array, theirs: Array) -> None:
-        """P@K over the queries that have a candidate with the same findings."""
-        same = same_findings(mine, theirs)
-        asked = same.any(1).nonzero().flatten()
-        if len(asked):
-            for end, rows in zip(("", "_chance"), self._precisions(asked, self.candidates, same[asked]), strict=True):
-                self.kept.mean(f"{key}{end}", rows, [self.patients[i] for i in asked.tolist()])
-
-    def by_class(self, key: str, mine: Array, theirs: Array) -> None:
-        """Mean over the findings of P@K."""
-        parts = []
-        for _, asked, known, having in queries_by_finding(mine, theirs):
-            rows, chance = self._precisions(asked, self.candidates[known], having.expand(len(asked), -1))
-            parts.append((rows, chance, [self.patients[i] for i in asked.tolist()]))
-        if parts:
-            draws = self.kept.resamples
-            resampled = None if draws is None else np.mean([draws.mean(rows, who) for rows, _, who in parts], axis=0)
-            self.kept.add(key, float(np.mean([rows.mean() for rows, _, _ in parts])), resampled)
-            self.kept.add(f"{key}_chance", float(np.mean([chance.mean() for _, chance, _ in parts])))
-
-    def _precisions(self, asked: Tensor, candidates: Tensor, correct: Tensor) -> tuple[Array, Array]:
-        rows, chance = precision_at_k(self.query[asked], candidates, correct, self.k)
-        return rows.numpy(), chance.numpy()
+    same = same_findings(*labels)
+    having_one = same.any(1).nonzero().flatten()
+    if len(having_one):
+        *both, who = precisions(having_one, candidates, same[having_one])
+        for end, values in zip(("", "_chance"), both, strict=True):
+            kept.mean(f"{name}_precision_at_{k}{end}", values, who)
+    parts = [
+        precisions(asked, candidates[known], having.expand(len(asked), -1))
+        for _, asked, known, having in queries_by_finding(*labels)
+    ]
+    if parts:
+        draws, key = kept.resamples, f"{name}_class_precision_at_{k}"
+        resampled = None if draws is None else np.mean([draws.mean(rows, who) for rows, _, who in parts], axis=0)
+        kept.add(key, float(np.mean([rows.mean() for rows, _, _ in parts])), resampled)
+        kept.add(f"{key}_chance", float(np.mean([chance.mean() for _, chance, _ in parts])))
 
 
 def paired_search_metrics(

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
 from unimedi_components.data.datalist import SPLITS, load_datalist, write_metrics
@@ -36,7 +35,6 @@ from unimedi_components.retrieval.protocols import exclusive_sample, protocol_me
 from unimedi_components.retrieval.zero_shot import ZeroShot, zero_shot_scores
 from unimedi_components.tasks.writer import write_csv
 
-Array = npt.NDArray[Any]
 Values = dict[str, Any]
 
 #: Keys that every evaluation has; null where there was nothing to measure them on.
@@ -68,6 +66,9 @@ def evaluate_search(
 ) -> Values:
     """Embed the images and reports of a datalist and measure search and zero-shot classification; on rank 0 alone.
 
+    Raises ConfigError: an unknown split, or two prompt sets for one dimension; DataError: nothing to measure on, or
+    images that cannot be read.
+
     Args:
         datalist: file, with reports, labels or both.
         dataset_dir: folder that its image paths are relative to.
@@ -85,10 +86,6 @@ def evaluate_search(
         for each direction between X-rays, CT and their reports the values of `class_precision` (and "same_findings"
         between images); "zero_shot" by dimension, as of `zero_shot_scores`, with "without_prompts", the labels that the
         prompt set does not know; "protocols" by name. Empty on other ranks.
-
-    Raises:
-        ConfigError: an unknown split, or two prompt sets for one dimension.
-        DataError: nothing to measure on, or images that cannot be read.
     """
     if rank() != 0:
         return {}
@@ -106,7 +103,7 @@ def evaluate_search(
         drawn: dict[str, Any] = {"per_class": per_class, "queries": protocol_queries, "seed": seed, "exact": exact}
         samples = [exclusive_sample(named, names, protocol, **drawn) for protocol in protocols]
         if not any(item.get("report") for item in items):
-            wanted = {item["id"] for sample in samples for item in (*sample.candidates, *sample.queries)}
+            wanted = {item["id"] for sample in samples for item, _ in (*sample.candidates, *sample.queries)}
             items = [item for item in items if item["id"] in wanted]
     images = embedder.items(items, dataset_dir, **options)
     reports = embedder.reports(items) if any(item.get("report") for item in items) else None
@@ -145,10 +142,8 @@ def _zero_shot(
     found: Values = {}
     tables = []
     for dim, part in parts.items():
-        if dim not in sets:
-            continue
         measurable = [i for i in range(len(part.names)) if (part.labels[:, i] == 1).any()]
-        columns = [i for i in measurable if sets[dim].finding_of(part.names[i])]
+        columns = [i for i in measurable if dim in sets and sets[dim].finding_of(part.names[i])]
         if not columns:
             continue
         names = [part.names[i] for i in columns]
@@ -181,19 +176,14 @@ def _write(folder: Path, values: Values, table: pd.DataFrame, index: Embeddings)
     if len(table):
         write_csv(table, folder / "zero_shot.csv")
     for dim, scores in values["zero_shot"].items():
-        own = table[table["dim"] == int(dim[0])]
+        own, intervals = table[table["dim"] == int(dim[0])], scores.get("intervals", {}).get("auroc", {})
+        curves = [
+            RocCurve.of(name, own[f"label_{name}"], own[f"probability_{name}"], auroc, intervals.get(name))
+            for name, auroc in scores["auroc"].items()
+        ]
         shown = "all splits" if values["split"] == "all" else f"{values['split']} split"
-        title = f"Zero-shot ROC, {dim[0]}D, {shown}, {len(own)} images"
-        draw_roc(_curves(own, scores), folder / f"roc_{dim}.png", title)
+        draw_roc(curves, folder / f"roc_{dim}.png", f"Zero-shot ROC, {dim[0]}D, {shown}, {len(own)} images")
     write_metrics(values, folder)
-
-
-def _curves(table: pd.DataFrame, scores: Mapping[str, Any]) -> list[RocCurve]:
-    intervals = scores.get("intervals", {}).get("auroc", {})
-    return [
-        RocCurve.of(name, table[f"label_{name}"], table[f"probability_{name}"], auroc, intervals.get(name))
-        for name, auroc in scores["auroc"].items()
-    ]
 
 
 _Row = tuple[int, dict[str, Any]]
@@ -211,6 +201,8 @@ def draw_examples(
 ) -> Path | None:
     """Draw searches across dimensions with the findings that both data sets label; on rank 0 alone.
 
+    Raises ConfigError: the index is of another model.
+
     Args:
         index: npz of images of the datalist.
         dataset_dir: folder that its image paths are relative to.
@@ -219,9 +211,6 @@ def draw_examples(
 
     Returns:
         the path; None where the index holds images of one dimension alone, and on other ranks.
-
-    Raises:
-        ConfigError: the index is of another model.
     """
     if rank() != 0:
         return None

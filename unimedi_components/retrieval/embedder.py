@@ -73,7 +73,8 @@ class Embedder(nn.Module):
     """A trained network for embedding files and sentences; as a module it takes images and returns embeddings.
 
     MONAI's inferers, exports and checks take it as it is. Its state is the encoder's, as `model.pt` holds it, so that
-    MONAI's tools save and load it; the projection stays as it was built. It is in evaluation mode.
+    MONAI's tools save and load it; the projection stays as it was built. It is in evaluation mode. Raises
+    CheckpointError: a file is missing or does not fit.
 
     Args:
         checkpoint: `models/model.pt` (or another weight file) of a pre-training run, with its card beside it, or a
@@ -84,9 +85,6 @@ class Embedder(nn.Module):
     Attributes:
         card: how the network was built, and under "preprocessing" how its input was prepared.
         model: hash of the weights, see `model_hash`.
-
-    Raises:
-        CheckpointError: a file is missing or does not fit.
     """
 
     __jit_unused_properties__ = ("device",)
@@ -125,7 +123,6 @@ class Embedder(nn.Module):
         return F.normalize(self.encode(image).embed, dim=-1)
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The encoder's state, which `model.pt` holds."""
         return self.network.encoder.state_dict(*args, **kwargs)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -143,12 +140,7 @@ class Embedder(nn.Module):
     def run(
         self, dataset: ImageDataset, batch_2d: int, batch_3d: int, num_workers: int = 0, progress: bool = True
     ) -> Iterator[tuple[dict[str, Any], Tensor, ImageFeatures]]:
-        """Go through a data set.
-
-        Yields:
-            batches of `ImageLoader`, their images and what `encode` makes of them, both on the network's device; first
-            the X-rays.
-        """
+        """Batches of `ImageLoader`, their images and what `encode` makes of them, on the device; X-rays first."""
         with tqdm(total=len(dataset), desc="embedding", unit="image", disable=not progress) as bar:
             for batch in ImageLoader(dataset, (batch_2d, batch_3d), num_workers=num_workers, allow_empty=True):
                 image = batch["image"].to(self.device)
@@ -230,16 +222,10 @@ class Embedder(nn.Module):
         )
 
     def sentences(self, texts: Sequence[str], dim: int) -> Tensor:
-        """Embed sentences or reports in the form of the network's training reports, see `data.text.as_trained`.
+        """Embed sentences or reports in the form of the training reports: (N, E) float32 of unit norm, on the CPU.
 
-        Args:
-            dim: 2 for texts about X-rays, 3 for texts about volumes: the projection keeps statistics of either kind.
-
-        Returns:
-            (N, E) float32 of unit norm, on the CPU.
-
-        Raises:
-            DataError: a text holds no word.
+        ``dim``: 2 for texts about X-rays, 3 for texts about volumes: the projection keeps statistics of either kind.
+        Raises DataError: a text holds no word.
         """
         for text in texts:
             if not any(letter.isalpha() for letter in text):
@@ -262,11 +248,7 @@ class Embedder(nn.Module):
         return self.network.encode_text(tokens["input_ids"], tokens["attention_mask"], modality)
 
     def reports(self, items: Sequence[Mapping[str, Any]]) -> Embeddings:
-        """Embed the reports of datalist items, {"id", "dim", "report"}; those without text are left out.
-
-        Raises:
-            DataError: there is no report.
-        """
+        """Embed the reports of datalist items, {"id", "dim", "report"}, that have one. Raises DataError: none has."""
         known = [item for item in items if item.get("report")]
         if not known:
             raise DataError("no item has a report; give a datalist with reports")
@@ -279,11 +261,7 @@ class Embedder(nn.Module):
         return Embeddings(embed, entries, self.model, card=self.card)
 
     def datalist(self, path: str | Path, root: str | Path, split: str = "test", **options: Any) -> Embeddings:
-        """Images and reports of a datalist, the images first.
-
-        Raises:
-            DataError: the datalist cannot be used, the split is empty, or not one image could be read.
-        """
+        """Images and reports of a datalist, the images first."""
         content = load_datalist(path, root)
         check_punct(self.pretrained, content)
         items = [item for name in (SPLITS if split == "all" else (split,)) for item in select(content, name)]

@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import numpy.typing as npt
 
+from unimedi_components.arrays import Array
 from unimedi_components.errors import DataError
 from unimedi_components.files import replacing
-
-Array = npt.NDArray[Any]
 
 KINDS = ("image", "report")
 _ENTRY = ("id", "kind", "dim", "source", "text")
@@ -22,7 +20,7 @@ _ENTRY = ("id", "kind", "dim", "source", "text")
 
 @dataclass
 class Embeddings:
-    """N embeddings of one model.
+    """N embeddings of one model. Raises DataError: rows and entries differ in number, or an entry lacks a field.
 
     Args:
         embed: (N, E) float32 of unit norm, in the space that X-rays, volumes and reports share.
@@ -34,9 +32,6 @@ class Embeddings:
         selected: selected slices of the network's input, from inferior to superior, (N, k); -1 where a row has none.
         card: how the network was built and its input prepared.
         skipped: {"id", "file", "reason"} of images that were left out.
-
-    Raises:
-        DataError: rows and entries differ in number, or an entry lacks a field.
     """
 
     embed: Array
@@ -68,10 +63,7 @@ class Embeddings:
         return np.asarray([entry["dim"] for entry in self.entries], dtype=np.int64)
 
     def save(self, path: str | Path) -> Path:
-        """Write one npz file, whole or not at all, that loads without unpickling.
-
-        It holds the arrays by name, and as JSON text "entries", "card", "skipped" and "model".
-        """
+        """Write one npz file, whole or not at all, that loads without unpickling: arrays, and the rest as JSON."""
         path = Path(path)
         arrays = {name: value for name in ("cls", "scores", "selected") if (value := getattr(self, name)) is not None}
         texts = {"entries": self.entries, "card": self.card, "skipped": self.skipped, "model": self.model}

@@ -157,14 +157,8 @@ def heldout_items(
 ) -> tuple[list[dict[str, Any]], Path, Mapping[str, Any]]:
     """Write phantoms of one dimension, convert them, take the first `patients` usable studies of all splits.
 
-    Args:
-        keep_punct: of the reports, as the network's training had it.
-
-    Returns:
-        the items, the root of their image paths, and the truth.
-
-    Raises:
-        DataError: the folder holds something else, or too few studies are usable.
+    ``keep_punct``: of the reports, as the network's training had it. Returns the items, the root of their image paths,
+    and the truth. Raises DataError: the folder holds something else, or too few studies are usable.
     """
     layout = _LAYOUTS[dim]
     root = folder / layout.name

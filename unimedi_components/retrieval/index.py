@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
+from unimedi_components.arrays import Array
 from unimedi_components.errors import ConfigError, DataError
 from unimedi_components.retrieval.embeddings import KINDS, Embeddings, finite_rows
-
-Array = npt.NDArray[Any]
 
 BACKENDS = ("exact", "faiss")
 # below this many rows, exact search takes milliseconds
@@ -46,13 +44,12 @@ class Exact:
 class Approximate:
     """FAISS's inverted lists (IndexIVFFlat): rows in clusters, of which a query looks into the nearest few.
 
+    Raises ConfigError: FAISS is not installed, or `lists` or `probes` is not a whole number of at least 1.
+
     Args:
         rows: (N, E) float32 of unit norm; fewer than 10,000 are searched exactly, which is as fast.
         lists: clusters; None for the square root of N.
         probes: clusters that a query looks into, more for a higher recall; None for a sixteenth of them, at least 8.
-
-    Raises:
-        ConfigError: FAISS is not installed, or `lists` or `probes` is not a whole number of at least 1.
     """
 
     def __init__(self, rows: Array, lists: int | None = None, probes: int | None = None) -> None:
@@ -98,16 +95,14 @@ class EmbeddingIndex:
     """Search by cosine similarity, within and across X-rays, volumes and reports.
 
     By default it is exact and gives numpy's result. For millions of entries there is FAISS, from the extra
-    `unimedi-components[faiss]`: its search is approximate, and may miss a neighbour.
+    `unimedi-components[faiss]`: its search is approximate, and may miss a neighbour. Raises ConfigError: an unknown
+    backend, options that it does not have, or FAISS is not installed; DataError: there is nothing to search, or a row
+    is not finite.
 
     Args:
         embeddings: what is searched; its model's hash is kept, and the queries of another model are refused.
         backend: "exact" or "faiss".
         lists, probes: of FAISS, see `Approximate`; None chooses them by the number of entries.
-
-    Raises:
-        ConfigError: an unknown backend, options that it does not have, or FAISS is not installed.
-        DataError: there is nothing to search, or a row is not finite.
     """
 
     def __init__(
@@ -142,14 +137,13 @@ class EmbeddingIndex:
     ) -> list[list[Hit]]:
         """The K nearest entries of each query, the nearest first; equal similarities in the entries' order.
 
+        Raises ConfigError: the queries are of another model, or `k`, `kind` or `dim` is none that there is; DataError:
+        the queries have another width or are not finite.
+
         Args:
             vectors: (Q, E) of unit norm, or one such array for each dimension, as sentences have.
             model: hash of the model that made them.
             kind: "image" or "report" alone.
-
-        Raises:
-            ConfigError: the queries are of another model, or `k`, `kind` or `dim` is none that there is.
-            DataError: the queries have another width or are not finite.
         """
         self.check_query(model, k, kind, dim)
         by_dim = vectors if isinstance(vectors, Mapping) else {2: vectors, 3: vectors}
@@ -190,5 +184,4 @@ class EmbeddingIndex:
 
     @classmethod
     def load(cls, path: str | Path, backend: str = "exact", **options: Any) -> Self:
-        """Read what `save` or `Embeddings.save` wrote; options and errors as of the class and `Embeddings.load`."""
         return cls(Embeddings.load(path), backend, **options)

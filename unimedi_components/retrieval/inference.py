@@ -8,7 +8,6 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 import torch
 from monai.data import MetaTensor
@@ -17,6 +16,7 @@ from monai.transforms import Compose, Orientationd, Transform
 from torch import Tensor
 from torch.nn import functional as F
 
+from unimedi_components.arrays import Array
 from unimedi_components.data.datalist import write_json
 from unimedi_components.data.transforms import RAS_LABELS
 from unimedi_components.data.volume_loading import LoadVolumed, Uprightd, with_part
@@ -32,7 +32,6 @@ from unimedi_components.retrieval.zero_shot import ZeroShot
 from unimedi_components.tasks.writer import PredictionWriter, check_finite
 
 logger = logging.getLogger(__name__)
-Array = npt.NDArray[Any]
 
 _SHOWN = ("similarity", "source", "text")
 # bars that a figure has room for
@@ -42,9 +41,8 @@ _MOST_BARS = 12
 def embed_batch(engine: Any, batchdata: Mapping[str, Any]) -> dict[str, Any]:
     """One iteration of an evaluator over an `Embedder`, for MONAI's `iteration_update`.
 
-    Returns:
-        "image", "pred" (B, E) of unit norm, "cls" (B, D), "attention" on the token grid (B, rows, columns) or
-        (B, slabs, rows, columns), and for volumes "scores" (B, slabs) and "selected" (B, k).
+    Returns "image", "pred" (B, E) of unit norm, "cls" (B, D), "attention" on the token grid (B, rows, columns) or (B,
+    slabs, rows, columns), and for volumes "scores" (B, slabs) and "selected" (B, k).
     """
     image = batchdata["image"].to(engine.state.device)
     with engine.mode(engine.network), torch.autocast(image.device.type, enabled=engine.amp, **engine.amp_kwargs):
@@ -113,13 +111,9 @@ class SaveEmbeddings(Transform):
 
 
 def attention_in_file_geometry(item: Mapping[str, Any], attention: Tensor) -> tuple[Array, Array]:
-    """Attention over a volume's tokens as a volume with the shape, axes and affine of its file.
+    """Attention over a volume's tokens as a volume with the shape, axes and affine (RAS+) of its file, float32.
 
-    Args:
-        attention: Eq. 1's **v** on the token grid, (slabs, rows, columns), over the whole field of view.
-
-    Returns:
-        float32 of the file's shape, 1 where attention is what even attention would be, and its affine (RAS+).
+    ``attention``: Eq. 1's **v** on the token grid, (slabs, rows, columns). 1 is what even attention would be.
     """
     turn = Compose([Orientationd("image", axcodes="SPL", labels=RAS_LABELS), Uprightd("image")])
     volume = LoadVolumed("image")(item)["image"]
@@ -133,7 +127,7 @@ def attention_in_file_geometry(item: Mapping[str, Any], attention: Tensor) -> tu
 
 
 def finish_embedding(dataset: Any, output_dir: str | Path) -> None:
-    """Write `summary.json` and say how many inputs could not be read. Raises DataError: not one could be."""
+    """Write `summary.json`, and say how many inputs could not be read. Raises DataError: not one could be."""
     skipped = [record._asdict() for record in dataset.skipped]
     left_out = {record["id"] for record in skipped}
     written = [{"id": item["id"], "source": item["source"]} for item in dataset.data if item["id"] not in left_out]

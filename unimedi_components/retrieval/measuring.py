@@ -108,9 +108,8 @@ def retrieval_metrics(kept: Measures, features: Mapping[int, Paired]) -> None:
 def collapse_metrics(features: Mapping[int, Features]) -> Values:
     """Signs of collapsed embeddings by MONAI's metric: 0 is a full, even spectrum, 1 a single direction.
 
-    Returns:
-        "collapse_image_2d", "collapse_text_2d", "collapse_cls_2d" and the same for 3D (effective rank), and
-        "collapse_modality": 1 if X-ray and CT images have one common centre, 0.5 if their centres are orthogonal.
+    Returns "collapse_image_2d", "collapse_text_2d", "collapse_cls_2d" and the same for 3D (effective rank), and
+    "collapse_modality": 1 if X-ray and CT images have one common centre, 0.5 if their centres are orthogonal.
     """
     rank = EmbeddingCollapseMetric(include_indicators=["effective_rank"], reduction="none")
     result: Values = {}
@@ -165,8 +164,7 @@ def probe_metrics(
 ) -> None:
     """Linear probes of the CLS, and of the input itself beside them, cross-validated on the same splits.
 
-    Args:
-        pixels: probe the averaged input too, `Features.pooled`.
+    ``pixels``: probe the averaged input too, `Features.pooled`.
 
     Keeps: "probe_auroc_2d" and "probe_auroc_3d", each with "_per_finding" and, where findings could not be probed,
         "_skipped"; with `pixels` also "probe_auroc_2d_pixels", "probe_auroc_3d_voxels", and what the features have more

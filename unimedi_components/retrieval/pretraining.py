@@ -6,8 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy.typing as npt
-
+from unimedi_components.arrays import Array
 from unimedi_components.data.datalist import load_datalist, select, write_json, write_metrics
 from unimedi_components.data.phantom.truth import load_truth
 from unimedi_components.distributed import rank, wait_for_ranks
@@ -20,7 +19,6 @@ from unimedi_components.retrieval.features import Features, extract_features, fe
 from unimedi_components.retrieval.measuring import all_metrics
 from unimedi_components.retrieval.slices import is_focal, lesion_mask
 
-Array = npt.NDArray[Any]
 Datalist = dict[str, Any]
 Studies = Mapping[str, Mapping[str, Any]]
 
@@ -37,14 +35,10 @@ def evaluate_datalist(
 ) -> dict[str, Any]:
     """Measure a network on one split: retrieval, collapse, and where the truth is known all else.
 
-    Args:
-        truth: folder with the phantoms' truth, `root` by default, where it knows these items; real data have none.
+    ``truth``: folder with the phantoms' truth, `root` by default, where it knows these items; real data have none.
 
     Returns:
         the values of `measuring.all_metrics`, with "split"; a split without items gives its name and counts of 0.
-
-    Raises:
-        DataError: the datalist or the truth is unreadable, or the split unknown.
     """
     lists = _parsed(datalist)
     check_punct(pretrained, lists)
@@ -66,20 +60,12 @@ def after_training(
     """Write what a finished training run has to show; on rank 0, with features to which every rank adds its share.
 
     `metrics.json` holds the values of the test split, or of the validation split if there is no test item, `run.json`
-    the command, commit and machine.
-    The figures show items of the first split that has any, in that order and training last; their titles say
-    which: `loss_curves.png`, `slice_selection.png` (the paper's Fig. 5) and `xray_attention.png`.
-
-    Args:
-        checkpoint: `models/model.pt` of the run.
-        history: one dict per iteration, see `draw_loss_curves`.
+    the command, commit and machine. The figures show items of the first split that has any, in that order and training
+    last; their titles say which: `loss_curves.png`, `slice_selection.png` (the paper's Fig. 5) and
+    `xray_attention.png`. ``history``: one dict per iteration, see `draw_loss_curves`.
 
     Returns:
         the content of `metrics.json`; empty on other ranks.
-
-    Raises:
-        CheckpointError: the checkpoint does not load.
-        DataError: the datalist is unreadable.
     """
     wait_for_ranks()  # for the first one's checkpoint
     pretrained, lists = load_pretrained(checkpoint, device), _parsed(datalist)

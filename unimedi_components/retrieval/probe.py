@@ -16,9 +16,8 @@ from sklearn.model_selection import StratifiedGroupKFold
 from sklearn.preprocessing import StandardScaler
 from threadpoolctl import threadpool_limits
 
+from unimedi_components.arrays import Array
 from unimedi_components.metrics.bootstrap import resampled_auroc
-
-Array = npt.NDArray[Any]
 
 #: Inverse strengths of the L2 penalty that a probe chooses from.
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -60,22 +59,19 @@ class LogisticProbe:
 
     def decision(self, x: Array) -> Array:
         """Decision values, (N,) for two classes, (N, C) for more."""
-        values: Array = self._model.decision_function(self._prepared(x))
-        return values
+        return self._model.decision_function(self._prepared(x))
 
     def probabilities(self, x: Array) -> Array:
         """Probabilities of the classes that the training rows have, in ascending order, (N, C)."""
-        values: Array = self._model.predict_proba(self._prepared(x))
-        return values
+        return self._model.predict_proba(self._prepared(x))
 
     @property
     def classes(self) -> Array:
         """The classes that the training rows have, (C,)."""
-        values: Array = self._model.classes_
-        return values
+        return self._model.classes_
 
     def _prepared(self, x: Array) -> Array:
-        rows: Array = self._scaler.transform(x)
+        rows = self._scaler.transform(x)
         return rows if self._axes is None else rows @ self._axes
 
     def _choose(self, rows: Array, y: Array, groups: Array) -> float:
@@ -106,12 +102,7 @@ def _score(truth: Array, decision: Array, classes: Array) -> float:
 
 @dataclass(frozen=True)
 class Fold:
-    """What a probe says of the rows of one fold, on which it was not fitted. ``scores``: decision values, (n,).
-
-    Args:
-        rows: their indices, (n,).
-        truth: 0 or 1, (n,).
-    """
+    """What a probe says of the rows of a fold it was not fitted on: indices, decision values, truth, (n,) each."""
 
     rows: Array
     scores: Array
@@ -129,7 +120,6 @@ class ProbeResult:
     Args:
         macro: mean over the findings; None if none could be probed.
         per_finding: mean over the folds, by finding.
-        skipped: findings that could not be probed, each with the reason.
         folds: decision values of the folds' held-out rows, by finding.
     """
 
@@ -139,16 +129,11 @@ class ProbeResult:
     folds: dict[str, list[Fold]] = field(default_factory=dict, compare=False, repr=False)
 
     def resampled(self, weights: Array) -> Array:
-        """The macro AUROC in resamples of the cases, the fitted probes staying as they are.
+        """The macro AUROC, (R,), in resamples of the cases, the fitted probes staying as they are.
 
         The held-out decision values of each fold are resampled within it, as values of different folds are not
-        comparable; a fold that has one class left in a resample does not count there.
-
-        Args:
-            weights: how often each row is drawn, (R, N).
-
-        Returns:
-            (R,); NaN where a finding has no fold left, or none could be probed.
+        comparable; a fold that has one class left in a resample does not count there. NaN where a finding has no fold
+        left. ``weights``: how often each row is drawn, (R, N).
         """
         means = []
         for folds in self.folds.values():
@@ -178,11 +163,6 @@ def linear_probe(
         features: (N, D).
         labels: 0 or 1 for each finding, (N, F); other values mean "not known" and leave the row out for that finding.
         groups: patients, (N,); a patient's rows stay in one fold.
-        folds: folds; a finding needs this many patients with and without it.
-        strengths: values of C, see `LogisticProbe`.
-
-    Raises:
-        ValueError: shapes that do not fit together, or features that are not finite.
     """
     x, y = np.asarray(features, dtype=np.float64), np.asarray(labels)
     if x.ndim != 2 or y.shape != (len(x), len(names)):

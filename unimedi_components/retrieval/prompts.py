@@ -22,13 +22,12 @@ _FINDING_KEYS = (*SIDES, "aliases")
 class PromptSet:
     """Prompts for images of one dimension.
 
+    Raises DataError: there is no finding, a side has no phrasing or one without a word, both sides hold the same
+    phrasing, or a name stands for two findings.
+
     Args:
         findings: by finding its phrasings, {"positive": (...), "negative": (...)}, in the order of the results.
         aliases: by finding other names of it, as data sets write them.
-
-    Raises:
-        DataError: there is no finding, a side has no phrasing or one without a word, both sides hold the same
-            phrasing, or a name stands for two findings.
     """
 
     name: str
@@ -74,16 +73,10 @@ class PromptSet:
         return self._by_name().get(_fold(name))
 
     def select(self, names: Sequence[str]) -> "PromptSet":
-        """The prompts of some findings.
+        """The prompts of some findings, in this order and under these names: results have a data set's label names.
 
-        Args:
-            names: findings or aliases; case, underscores and hyphens do not matter.
-
-        Returns:
-            their prompts in this order and under these names, so that results have a data set's label names.
-
-        Raises:
-            ConfigError: a name is unknown or comes twice, or there is none.
+        ``names``: findings or aliases; case, underscores and hyphens do not matter.
+        Raises ConfigError: a name is unknown or comes twice, or there is none.
         """
         known = self._by_name()
         findings: dict[str, Mapping[str, tuple[str, ...]]] = {}
@@ -113,14 +106,10 @@ def shipped_prompts() -> tuple[str, ...]:
 
 
 def load_prompts(source: str | Path) -> PromptSet:
-    """Read a prompt set.
+    """Read a prompt set. Raises DataError: there is no such set or file, or it holds something else.
 
-    Args:
-        source: a shipped set's name, see `shipped_prompts`, or a JSON file {"format": 1, "name", "dim": 2 or 3,
-            "findings": {NAME: {"positive": [...], "negative": [...], "aliases": [...]}}}; aliases may be left out.
-
-    Raises:
-        DataError: there is no such set or file, or it holds something else.
+    ``source``: a shipped set's name, see `shipped_prompts`, or a JSON file {"format": 1, "name", "dim": 2 or 3,
+    "findings": {NAME: {"positive": [...], "negative": [...], "aliases": [...]}}}; aliases may be left out.
     """
     if str(source) in shipped_prompts():
         (path,) = (path for path in _shipped() if path.name == f"{source}.json")
@@ -139,11 +128,7 @@ def load_prompts(source: str | Path) -> PromptSet:
 
 
 def load_prompt_sets(sources: Sequence[str | Path]) -> dict[int, PromptSet]:
-    """Read prompt sets, see `load_prompts`, by the dimension that they are for.
-
-    Raises:
-        ConfigError: two are for one dimension.
-    """
+    """Prompt sets, see `load_prompts`, by the dimension that they are for. Raises ConfigError: two are for one."""
     sets: dict[int, PromptSet] = {}
     for source in sources:
         found = load_prompts(source)

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from sklearn.metrics import accuracy_score, f1_score
 from torch import Tensor
@@ -24,7 +23,6 @@ from unimedi_components.retrieval.embeddings import Embeddings
 from unimedi_components.retrieval.prompts import PromptSet
 
 logger = logging.getLogger(__name__)
-Array = npt.NDArray[Any]
 
 PROTOCOLS: Mapping[str, tuple[str, ...]] = {
     # GLoRIA (ICCV 2021), also MGCA's and MedCLIP's
@@ -39,22 +37,17 @@ PROTOCOLS: Mapping[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class ClassSample:
-    """The images of a protocol.
+    """The images of a protocol: those to find and those to search with, each with the index of its class.
 
-    Args:
-        classes: findings that the data have enough images of, C.
-        candidates, queries: items, class by class; no patient is in both.
-        candidate_class, query_class: index of each one's class.
+    No patient is in both. ``classes``: findings that the data have enough images of, C.
     """
 
     name: str
     classes: tuple[str, ...]
     missing: dict[str, str]
     per_class: int
-    candidates: list[dict[str, Any]]
-    queries: list[dict[str, Any]]
-    candidate_class: list[int]
-    query_class: list[int]
+    candidates: list[tuple[dict[str, Any], int]]
+    queries: list[tuple[dict[str, Any], int]]
 
 
 def exclusive_sample(
@@ -68,15 +61,13 @@ def exclusive_sample(
 ) -> ClassSample:
     """Draw the images of a protocol: positive for one of its findings, neither positive nor uncertain for another.
 
+    Raises ConfigError: an unknown protocol; DataError: fewer than two classes are left, or too few images and `exact`.
+
     Args:
         items: with "label", 1, 0, -1 (uncertain) or less (not mentioned) for each of `label_names`, and "patient".
         queries: further images of each class, of other patients, to search with (ConVIRT's 10).
         exact: too few images of a class are an error. Otherwise every class gets as many candidates as the rarest one
             has, at least as many as `queries`, and classes rarer than that are left out.
-
-    Raises:
-        ConfigError: an unknown protocol.
-        DataError: fewer than two classes are left, or too few images and `exact`.
     """
     if protocol not in PROTOCOLS:
         raise ConfigError(f"protocol {protocol!r} is unknown; use one of {', '.join(PROTOCOLS)}")
@@ -102,17 +93,9 @@ def exclusive_sample(
     count = min(per_class, *(len(rest) for _, rest in pools.values()))
     for name, reason in missing.items():
         logger.warning("protocol %s goes without %s: %s", protocol, name, reason)
-    classes = tuple(pools)
-    return ClassSample(
-        name=protocol,
-        classes=classes,
-        missing=missing,
-        per_class=count,
-        candidates=[item for _, rest in pools.values() for item in rest[:count]],
-        queries=[item for asking, _ in pools.values() for item in asking],
-        candidate_class=[i for i in range(len(classes)) for _ in range(count)],
-        query_class=[i for i in range(len(classes)) for _ in range(queries)],
-    )
+    candidates = [(item, i) for i, (_, rest) in enumerate(pools.values()) for item in rest[:count]]
+    asked = [(item, i) for i, (asking, _) in enumerate(pools.values()) for item in asking]
+    return ClassSample(protocol, tuple(pools), missing, count, candidates, asked)
 
 
 def _exclusive(
@@ -154,8 +137,8 @@ def protocol_metrics(embedder: Embedder, prompts: PromptSet, sample: ClassSample
     """
     rows = {name: row for row, name in enumerate(images.ids)}
     embed = torch.from_numpy(images.embed)
-    cand, cand_class = _readable(sample.candidates, sample.candidate_class, rows)
-    asked, asked_class = _readable(sample.queries, sample.query_class, rows)
+    cand, cand_class = _readable(sample.candidates, rows)
+    asked, asked_class = _readable(sample.queries, rows)
     texts = [list(prompts.select([name]).findings[name]["positive"]) for name in sample.classes]
     text_class = [i for i, own in enumerate(texts) for _ in own]
     text = embedder.sentences([line for own in texts for line in own], prompts.dim)
@@ -191,8 +174,6 @@ def protocol_metrics(embedder: Embedder, prompts: PromptSet, sample: ClassSample
     return found
 
 
-def _readable(
-    items: Sequence[dict[str, Any]], classes: Sequence[int], rows: dict[str, int]
-) -> tuple[list[dict[str, Any]], list[int]]:
-    kept = [(item, index) for item, index in zip(items, classes, strict=True) if item["id"] in rows]
+def _readable(pairs: Sequence[tuple[dict[str, Any], int]], rows: dict[str, int]) -> tuple[list[Any], list[int]]:
+    kept = [(item, index) for item, index in pairs if item["id"] in rows]
     return [item for item, _ in kept], [index for _, index in kept]

@@ -24,21 +24,11 @@ _CHUNK = 1024
 
 
 def first_correct_rank(query: Tensor, candidates: Tensor, groups: Sequence[Hashable] | None = None) -> Tensor:
-    """Rank of the best correct candidate of each query, 1 for the first; ties count against the query.
+    """Rank of the best correct candidate of each query (N, E), 1 for the first; ties count against the query.
 
-    Candidate i is the right one for query i. A collapsed network, for which all candidates look alike,
-    therefore finds nothing instead of everything.
-
-    Args:
-        query: (N, E), normalised here.
-        candidates: (N, E), normalised here.
-        groups: N keys; every candidate with the query's key is correct. None: only its own.
-
-    Returns:
-        1 + the number of wrong candidates at least as similar as the best correct one, int64 (N,).
-
-    Raises:
-        ValueError: shapes differ, there are no rows, or not one key per row.
+    Candidate i is the right one for query i; both are normalised here. A collapsed network, for which all candidates
+    look alike, therefore finds nothing instead of everything. ``groups``: N keys; every candidate with the query's key
+    is correct. Returns 1 + the number of wrong candidates at least as similar as the best correct one, int64 (N,).
     """
     if query.shape != candidates.shape or query.ndim != 2 or not len(query):
         raise ValueError(f"expected two (N, E) tensors, got {tuple(query.shape)} and {tuple(candidates.shape)}")
@@ -88,8 +78,7 @@ def chance_of_hit(correct: int, total: int, draws: int) -> float:
 def recall_chance(n: int, ks: Sequence[int] = (1, 5, 10), groups: Sequence[Hashable] | None = None) -> dict[int, float]:
     """Exact expectation of Recall@K over random orders of `n` candidates, the same in both directions.
 
-    Returns:
-        the expectation for each K; K / n without groups.
+    Returns the expectation for each K; K / n without groups.
     """
     key = group_index(groups, n)
     sizes, queries = torch.unique(torch.bincount(key)[key], return_counts=True)
@@ -111,9 +100,6 @@ def precision_at_k(
 
     Returns:
         the shares, and beside them what a random order gives, (N,) float64 each.
-
-    Raises:
-        ValueError: the shapes do not fit together, or a query has fewer than `k` candidates left.
     """
     if correct.shape != (len(query), len(candidates)) or not correct.numel():
         raise ValueError(
@@ -146,55 +132,54 @@ def group_index(groups: Sequence[Hashable] | None, n: int) -> Tensor:
     return torch.tensor([index.setdefault(group, len(index)) for group in groups])
 
 
-class RetrievalRecall(Metric):
+class _OfBatches(Metric):
+    """Keeps a tensor of each batch of an evaluator run. Computing it raises ValueError: no batch came in."""
+
+    def __init__(self, output_transform: Callable[[Any], Any] = lambda output: output["pred"]) -> None:
+        super().__init__(output_transform=output_transform, skip_unrolling=True)
+
+    def reset(self) -> None:
+        self._parts: list[Tensor] = []
+
+    def _kept(self) -> list[Tensor]:
+        if not self._parts:
+            raise ValueError(f"{type(self).__name__} saw no batch; is the validation split empty?")
+        return self._parts
+
+
+class RetrievalRecall(_OfBatches):
     """Recall@K over all batches and ranks of an evaluator run, image to report and back, averaged.
 
     As MONAI's `key_val_metric` it needs no report texts, so only a query's own candidate counts as correct.
     Over several ranks, each must see its own share of the items.
     """
 
-    def __init__(self, k: int = 5, output_transform: Callable[[Any], Any] = lambda output: output["pred"]) -> None:
+    def __init__(self, k: int = 5, **options: Any) -> None:
         self.k = k
-        super().__init__(output_transform=output_transform, skip_unrolling=True)
-
-    def reset(self) -> None:
-        self._rows: list[Tensor] = []
+        super().__init__(**options)
 
     def update(self, output: UniMediOutput) -> None:
         embeds = (output.image_embed, output.text_embed)
-        self._rows.append(torch.cat([F.normalize(embed.detach().float(), dim=-1) for embed in embeds], dim=1))
+        self._parts.append(torch.cat([F.normalize(embed.detach().float(), dim=-1) for embed in embeds], dim=1))
 
     def compute(self) -> float:
-        """Recall over all pairs of all ranks. Raises ValueError: no batch came in."""
-        if not self._rows:
-            raise ValueError("RetrievalRecall saw no batch; is the validation split empty?")
         with torch.no_grad():
-            rows = gather_with_grad(torch.cat(self._rows))
-        image, text = rows.chunk(2, dim=1)
+            image, text = gather_with_grad(torch.cat(self._kept())).chunk(2, dim=1)
         return sum(recall_at_k(image, text, (self.k,)).values()) / 2
 
 
-class ContrastiveLossMetric(Metric):
+class ContrastiveLossMetric(_OfBatches):
     """Mean of L_vl over the batches of an evaluator run on all ranks, weighted by their rows.
 
     Each batch is its own pool, as in training on one rank; the value depends on the batch size.
     """
 
-    def __init__(self, output_transform: Callable[[Any], Any] = lambda output: output["pred"]) -> None:
-        super().__init__(output_transform=output_transform, skip_unrolling=True)
-
-    def reset(self) -> None:
-        self._sums: list[Tensor] = []
-
     def update(self, output: UniMediOutput) -> None:
         with torch.no_grad():
             loss = contrastive_loss(output.image_embed, output.text_embed, output.logit_scale, gather=False)
         rows = len(output.image_embed)
-        self._sums.append(torch.stack([loss.float() * rows, loss.new_tensor(rows, dtype=torch.float32)]))
+        self._parts.append(torch.stack([loss.float() * rows, loss.new_tensor(rows, dtype=torch.float32)]))
 
     def compute(self) -> float:
-        """Mean over all ranks. Raises ValueError: no batch came in."""
-        if not self._sums:
-            raise ValueError("ContrastiveLossMetric saw no batch; is the validation split empty?")
-        total, rows = all_reduce_sum(torch.stack(self._sums).sum(0)).tolist()
+        total, rows = all_reduce_sum(torch.stack(self._kept()).sum(0)).tolist()
         return total / rows

@@ -35,14 +35,7 @@ class Teacher:
 
     @torch.no_grad()
     def targets(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """Targets of whole images.
-
-        Args:
-            image: X-rays (B, C, H, W) or volumes (B, C, D, H, W).
-
-        Returns:
-            of the CLS tokens, (B, K), and of the patch tokens of X-ray or volume, (B, P, K).
-        """
+        """Targets of X-rays or volumes (B, ...): of CLS tokens (B, K), and of the image's patch tokens (B, P, K)."""
         group = image.ndim - 4
         inputs: tuple[Tensor, ...] = (image,)
         if group == 1 and self.network.pseudo_pairs:
@@ -62,8 +55,7 @@ class Teacher:
 def load_teacher(pretrained: Pretrained) -> Teacher | None:
     """The teacher of the run that a checkpoint is of, from `last.pt` beside it; None without one.
 
-    Raises:
-        CheckpointError: `last.pt` is damaged or of another network.
+    Raises CheckpointError: `last.pt` is damaged or of another network.
     """
     path = pretrained.path.with_name(LAST)
     if "dino_head" not in pretrained.card or not path.is_file():

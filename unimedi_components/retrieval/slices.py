@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from unimedi_components.arrays import Array
 from unimedi_components.errors import DataError
 from unimedi_components.metrics.bootstrap import Measures, others_mean
 from unimedi_components.metrics.slice_choice import (
@@ -53,7 +53,7 @@ def is_focal(lesion_slices: Sequence[int], n_slices: int) -> bool:
     return 0 < len(set(lesion_slices)) <= FOCAL_SHARE * n_slices
 
 
-def lesion_mask(lesion_slices: Sequence[int], n_slices: int, depth: int) -> npt.NDArray[np.bool_]:
+def lesion_mask(lesion_slices: Sequence[int], n_slices: int, depth: int) -> Array:
     """Which slices of the network's input are lesion slices, bool (D,). Raises DataError: an index outside the file."""
     lesions = np.zeros(n_slices, dtype=bool)
     index = np.asarray(sorted(set(lesion_slices)), dtype=np.int64)
@@ -76,21 +76,17 @@ def slice_score(
     patch_depth: int,
     expand: str = "centre",
 ) -> SliceScore:
-    """Score one study.
+    """Score one study. Raises DataError: no lesion slice, or an index outside the file.
 
-    Args:
-        expand: how slabs became slices, see `selection.select_slices`; it decides what chance can choose from.
-
-    Raises:
-        DataError: no lesion slice, or an index outside the file.
+    ``expand``: how slabs became slices, see `selection.select_slices`; it decides what chance can choose from.
     """
-    mask: npt.NDArray[Any] = lesion_mask(lesion_slices, n_slices, depth)
+    mask = lesion_mask(lesion_slices, n_slices, depth)
     if not mask.any():
         raise DataError("a study without lesion slices has no slice precision; leave it out")
     chosen = np.asarray(selected, dtype=np.int64)
     by_slab = mask.reshape(-1, patch_depth)
     slabs, k = len(by_slab), len(chosen)
-    with_lesion: npt.NDArray[np.bool_] = np.asarray(by_slab.any(1))
+    with_lesion: Array = np.asarray(by_slab.any(1))
     return SliceScore(
         precision=float(mask[chosen].mean()),
         precision_chance=_precision_chance(by_slab, k, expand),
@@ -101,7 +97,7 @@ def slice_score(
     )
 
 
-def _precision_chance(by_slab: npt.NDArray[np.bool_], k: int, expand: str) -> float:
+def _precision_chance(by_slab: Array, k: int, expand: str) -> float:
     """Each slab is equally likely at each rank; "centre" takes its centre, "repeat" its slices from below."""
     slabs, patch_depth = by_slab.shape
     if expand == "centre":
@@ -110,7 +106,7 @@ def _precision_chance(by_slab: npt.NDArray[np.bool_], k: int, expand: str) -> fl
     return float((full * by_slab.sum() + by_slab[:, :rest].sum()) / slabs / k)
 
 
-def _hit_chance(by_slab: npt.NDArray[np.bool_], k: int, expand: str) -> float:
+def _hit_chance(by_slab: Array, k: int, expand: str) -> float:
     slabs, patch_depth = by_slab.shape
     if expand == "centre":
         return chance_of_hit(int(by_slab[:, patch_depth // 2].sum()), slabs, k)
@@ -184,15 +180,11 @@ def slice_metrics(
 
 
 def _other_choices(
-    masks: npt.NDArray[np.bool_],
-    chosen: npt.NDArray[np.int64],
-    patients: Sequence[Hashable],
-    patch_depth: int,
-    expand: str,
-) -> dict[str, npt.NDArray[Any]]:
+    masks: Array, chosen: Array, patients: Sequence[Hashable], patch_depth: int, expand: str
+) -> dict[str, Array]:
     """Slices that other ways choose for each of N studies, (N, C, k) for one of C choices."""
     k = chosen.shape[1]
-    others: dict[str, npt.NDArray[Any]] = {}
+    others: dict[str, Array] = {}
     if len(set(patients)) > 1:
         others["permuted"] = np.broadcast_to(chosen, (len(masks), *chosen.shape))
         fixed = fixed_choices(masks, patients, k, patch_depth, expand)
@@ -202,9 +194,7 @@ def _other_choices(
     return {**others, "oracle": best[:, None]}
 
 
-def _scores_of(
-    values: npt.NDArray[Any], choices: npt.NDArray[Any], patients: Sequence[Hashable], kind: str
-) -> npt.NDArray[Any]:
+def _scores_of(values: Array, choices: Array, patients: Sequence[Hashable], kind: str) -> Array:
     """Mean or smallest value of each study's chosen slices, (N,): values (N, D), choices (N, C, k)."""
     taken = values[np.arange(len(values))[:, None, None], choices]
     scores = taken.mean(2) if kind == "mean" else taken.min(2)

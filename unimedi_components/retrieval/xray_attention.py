@@ -8,25 +8,22 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from monai.transforms import Compose
 from torch.nn import functional as F
 
+from unimedi_components.arrays import Array
 from unimedi_components.data.films import film_transforms
 from unimedi_components.metrics.bootstrap import Measures, others_mean
 from unimedi_components.networks.pretrained import Pretrained
 from unimedi_components.retrieval.features import Features
 from unimedi_components.retrieval.slices import FOCAL_SHARE
 
-Array = npt.NDArray[Any]
-
 
 def xray_attention_metrics(
     kept: Measures, pretrained: Pretrained, features: Features, studies: Mapping[str, Mapping[str, Any]]
 ) -> None:
     """Attention inside the true boxes of the X-rays whose boxes fill at most a third of what the network sees.
-
 
     Keeps: "xray_attention_ratio": mean of `attention_ratios` of an image's own attention, 1 for even attention, and
         "..._permuted", that of other patients' attention; each also "_per_finding"; "xray_attention_studies", how many
@@ -55,8 +52,7 @@ def attention_ratios(attention: Array, cover: Array) -> Array:
     ``attention``: Eq. 1's **v**, (N, P). ``cover``: share of each patch that the boxes cover, (N, P); some in each row.
     """
     share = attention / attention.sum(1, keepdims=True)
-    ratios: Array = (cover @ share.T) / cover.mean(1, keepdims=True)
-    return ratios
+    return (cover @ share.T) / cover.mean(1, keepdims=True)
 
 
 def box_cover(

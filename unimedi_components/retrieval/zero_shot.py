@@ -13,14 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from unimedi_components.arrays import Array
 from unimedi_components.errors import ConfigError, DataError
 from unimedi_components.losses.classification import UNCERTAIN
 from unimedi_components.metrics.classification import classification_metrics
 from unimedi_components.retrieval.embedder import Embedder
 from unimedi_components.retrieval.embeddings import Embeddings, finite_rows
 from unimedi_components.retrieval.prompts import SIDES, PromptSet
-
-Array = npt.NDArray[Any]
 
 _SCORES = ("cases", "patients", "positives", "uncertain", "macro_auroc", "auroc", "skipped")
 
@@ -57,14 +56,7 @@ class ZeroShot:
         return F.normalize(torch.stack(means), dim=-1)
 
     def probabilities(self, embed: Array) -> Array:
-        """Probability of each finding in each image of the prompts' dimension, (N, F) float32 in [0, 1].
-
-        Args:
-            embed: (N, E) of unit norm.
-
-        Raises:
-            DataError: another width, or values that are not finite.
-        """
+        """Probability of each finding in each image, (N, F) float32, from embeddings (N, E) of unit norm."""
         rows = torch.from_numpy(finite_rows(embed, self.positive.shape[1], "embeddings"))
         cosines = torch.stack([rows @ side.T for side in (self.positive, self.negative)])
         return (self.logit_scale * cosines).softmax(0)[0].numpy()
@@ -72,9 +64,7 @@ class ZeroShot:
     def classify(self, embeddings: Embeddings) -> tuple[list[str], Array]:
         """Ids and probabilities (N, F) of the images of the prompts' dimension; other rows are left out.
 
-        Raises:
-            ConfigError: the embeddings are of another model.
-            DataError: there is no such image.
+        Raises ConfigError: the embeddings are of another model; DataError: there is no such image.
         """
         if embeddings.model != self.model:
             raise ConfigError(
@@ -113,9 +103,6 @@ def zero_shot_scores(
     Returns:
         plain values for JSON: "auroc" by finding, None where only one class occurs (the reason is under "skipped"),
         their mean "macro_auroc", "intervals" of both, and counts, all as of `classification_metrics`.
-
-    Raises:
-        ValueError: shapes that do not fit, labels above 1, values that are not finite, or no known label.
     """
     known = np.maximum(np.asarray(labels, dtype=np.int64), UNCERTAIN)
     found = classification_metrics(probabilities, known, "multilabel", names, patients, bootstrap, seed)

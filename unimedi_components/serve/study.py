@@ -13,7 +13,8 @@ from unimedi_components.errors import DataError, reason_of
 from unimedi_components.images.dicom_series import Sorted, sort_headers
 from unimedi_components.images.headers import DicomHeader, read_header
 from unimedi_components.images.identify import DICOM, PICTURES, VOLUMES, content_fault, family_of_name, identify
-from unimedi_components.images.itk_volumes import header_warnings, voxel_files
+from unimedi_components.images.text_headers import voxel_files
+from unimedi_components.images.volume import read_volume_header
 from unimedi_components.images.xray import read_xray
 from unimedi_components.images.xray_checks import PICTURE_FORMATS, dicom_warnings, modality_words
 from unimedi_components.serve.faults import ACCEPTED, Limits, UploadError, bad_request, too_large, unsupported, unusable
@@ -30,6 +31,7 @@ class Study:
         path: the file, or the folder of a DICOM series.
         warnings: what the user should know about it.
         part: of a volume, see `part_of`.
+        names: what the files of a series are called, in the order of our own names.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Study:
     facts: dict[str, str]
     warnings: list[str] = field(default_factory=list)
     part: str = ""
+    names: tuple[str, ...] = ()
 
 
 def find_study(files: Sequence[Received], folder: Path, limits: Limits) -> Study:
@@ -125,7 +128,7 @@ def _one_study(contents: dict[Received, str], archive: str, folder: Path, limits
     path = prepare_volume(content, file, companions, folder, limits)
     kinds = {"metaimage": "MetaImage volume", "nrrd": "NRRD volume"}
     assert content in VOLUMES
-    notes += header_warnings(path)
+    notes += read_volume_header(path).warnings
     return Study(
         shown, 3, path, {"File": kinds.get(content, "NIfTI volume")}, notes, part_of({"assume_hu": limits.assume_hu})
     )
@@ -175,7 +178,8 @@ def _dicom_study(files: Sequence[Received], archive: str, notes: Sequence[str], 
     shown = archive or (f"{first.name} and {len(stack.files) - 1} more" if several else first.name)
     path = series if several else series / "00000.dcm"
     warnings += [*dicom_warnings(stack.header), *stack.warnings]
-    return Study(shown, 3, path, facts, warnings, part_of({"assume_hu": limits.assume_hu}))
+    names = tuple(received[file].name for file in stack.files) if several else ()
+    return Study(shown, 3, path, facts, warnings, part_of({"assume_hu": limits.assume_hu}), names)
 
 
 def _several(found: Sorted, received: Mapping[Path, Received]) -> UploadError:

@@ -24,15 +24,16 @@ _IGNORED = {"dicomdir", "thumbs.db", "desktop.ini"}
 
 @dataclass(frozen=True)
 class Received:
-    """A file of an upload: the name to show, and where it lies under a name of ours."""
+    """A file of an upload: the name to show, where it lies under a name of ours, and whether its folder is hidden."""
 
     name: str
     path: Path
+    in_hidden: bool = False
 
     @property
     def ignored(self) -> bool:
         """Whether the file only describes others: a hidden file, a DICOM directory, a system's own."""
-        return self.name.startswith(".") or self.name.lower() in _IGNORED
+        return self.in_hidden or self.name.startswith(".") or self.name.lower() in _IGNORED
 
 
 def checked_name(given: str | None) -> str:
@@ -59,10 +60,14 @@ def checked_name(given: str | None) -> str:
 
 def store(given: str, stream: IO[bytes], folder: Path, number: int) -> Received:
     """Copy one uploaded file, whose name may be a path, to `folder`, see `_place`."""
-    received = Received(checked_name(given), _place(given, folder, number))
+    received = Received(checked_name(given), _place(given, folder, number), _in_hidden(given))
     with open(received.path, "xb") as file:
         shutil.copyfileobj(stream, file, _CHUNK)
     return received
+
+
+def _in_hidden(given: str) -> bool:
+    return any(part.startswith(".") and part != "." for part in re.split(r"[/\\]", given)[:-1])
 
 
 def _place(given: str, folder: Path, number: int) -> Path:
@@ -93,7 +98,7 @@ def unpack(archive: Received, folder: Path, limits: Limits) -> list[Received]:
                 path = _place(member.filename, unpacked, number)
                 with content.open(member) as stream, open(path, "xb") as file:
                     left -= _copy(stream, file, left, archive.name, limits)
-                found.append(Received(checked_name(member.filename), path))
+                found.append(Received(checked_name(member.filename), path, _in_hidden(member.filename)))
             return found
     except UploadError:
         raise

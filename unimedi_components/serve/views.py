@@ -66,7 +66,10 @@ def view_of(study: Study, preprocessing: Mapping[str, Any]) -> View:
     except MemoryError:
         raise
     except Exception as error:
-        raise unusable(f"{study.name}: {reason_of(error, study.path, study.name)[:400]}.") from error
+        reason = reason_of(error, study.path, study.name)
+        for number, name in enumerate(study.names):
+            reason = reason.replace(f"{study.name}/{number:05d}.dcm", name)
+        raise unusable(f"{study.name}: {reason[:400]}.") from error
     if not torch.isfinite(view.image).all():
         raise unusable(f"{study.name}: holds values that are not finite numbers. Convert it again from the original.")
     return view

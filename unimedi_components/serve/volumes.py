@@ -20,7 +20,8 @@ import nibabel as nib
 
 from unimedi_components.errors import reason_of
 from unimedi_components.images.checks import CTLimits, check_ct
-from unimedi_components.images.itk_volumes import cut_off, voxel_files, voxels_elsewhere
+from unimedi_components.images.text_headers import header_gap, voxel_files, voxels_elsewhere
+from unimedi_components.images.volume import read_volume_header
 from unimedi_components.serve.faults import Limits, UploadError, too_large, unusable
 from unimedi_components.serve.uploads import Received
 
@@ -53,8 +54,8 @@ def prepare_volume(content: str, file: Received, companions: Sequence[Received],
     Raises:
         UploadError: too large, damaged, 4D, or without usable geometry.
     """
-    if elsewhere := voxels_elsewhere(file.path):
-        raise unusable(f"{file.name}: {elsewhere}.")
+    if gap := voxels_elsewhere(file.path) or header_gap(file.path):
+        raise unusable(f"{file.name}: {gap}.")
     try:
         if content.startswith("nifti"):
             path = _nifti(file, folder, limits)
@@ -91,11 +92,10 @@ def _nifti(file: Received, folder: Path, limits: Limits) -> Path:
     header: Any = (nib.Nifti2Header if two else nib.Nifti1Header)(block if two else block[:348], check=False)
     shape = tuple(int(size) for size in header["dim"][1 : 1 + max(0, min(int(header["dim"][0]), 7))])
     check_voxels(shape, file.name, limits)
-    voxels = math.prod(shape) * header.get_data_dtype().itemsize
-    if packed and (cut := cut_off(voxels, file.path.stat().st_size, packed)):
-        raise unusable(f"{file.name}: {cut}.")
+    # what every command says of it
+    whole = read_volume_header(file.path)
     if packed:
-        _gunzip(file, path, int(header["vox_offset"]) + voxels)
+        _gunzip(file, path, int(header["vox_offset"]) + math.prod(shape) * whole.voxel_bytes)
     else:
         file.path.rename(path)
     return path

@@ -6,17 +6,3 @@ from unimedi_components.tasks.classification import SavePredictions
 from unimedi_components.tasks.evaluate import evaluate_task, measure_run
 from unimedi_components.tasks.organs import OrganInferer, SaveOrgans
 from unimedi_components.tasks.xray_masks import SaveMasks, ServedMaskd
-
-__all__ = [
-    "OrganInferer",
-    "RoisOfBoxesd",
-    "SaveBoxes",
-    "SaveMasks",
-    "SaveOrgans",
-    "SavePredictions",
-    "ServedDetector",
-    "ServedMaskd",
-    "evaluate_task",
-    "measure_run",
-    "prepare_boxes",
-]

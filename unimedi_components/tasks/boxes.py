@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 import torch
 from monai.data import MetaTensor
 from monai.transforms import Transform
 from torch import Tensor, nn
 
+from unimedi_components.arrays import Array
 from unimedi_components.data.boxes import boxes_to_file, boxes_to_image
 from unimedi_components.data.chains import task_transforms
 from unimedi_components.data.roi_boxes import boxes_of_rois, rois_of_boxes
@@ -32,7 +32,6 @@ from unimedi_components.tasks.dicom_outputs import write_boxes
 from unimedi_components.tasks.evaluate import Row, TaskEvaluation
 from unimedi_components.tasks.writer import PredictionWriter, check_finite, check_probability
 
-Array = npt.NDArray[Any]
 Batch = tuple[Tensor, list[dict[str, Tensor]], tuple[Any, ...], dict[str, Any]]
 
 CASE_IOU = 0.4
@@ -45,9 +44,7 @@ class BoxEvaluation(TaskEvaluation):
 
     Items have "boxes" in pixels of the files (or MONAI Label's "box"). The files are `cases.csv` (see `table`),
     `precision_recall.png` and `boxes.png`. The metrics also have the "unit" of the boxes and "lowest_score".
-
-    Args:
-        lowest_score: boxes of lower score are not looked at; None: the network's own, as in its validation.
+    ``lowest_score``: boxes of lower score are not looked at; None: the network's own, as in its validation.
     """
 
     def __init__(self, network: Any, device: Any, lowest_score: float | None = None) -> None:
@@ -160,14 +157,8 @@ class SaveBoxes(PredictionWriter):
 
     Boxes are in pixels of the file as `XrayReader` reads it: upright, a picture's EXIF rotation applied; x along the
     columns, x1 and y1 just beyond the box.
-
-    Args:
-        threshold: boxes of lower score are left out; None keeps what the network returns.
-        dicom: write `<id>.dcm` too, a DICOM structured report, of each DICOM film that has a box.
-
-    Raises:
-        ValueError: a threshold that is no probability.
-        ConfigError: `dicom` without highdicom.
+    ``threshold``: boxes of lower score are left out, None keeps what the network returns; ValueError where it is none.
+    ``dicom``: write `<id>.dcm` too, a DICOM structured report, of each DICOM film that has a box.
     """
 
     def __init__(
@@ -184,11 +175,7 @@ class SaveBoxes(PredictionWriter):
         self.label_names: list[str] = network.card["label_names"][1:]
 
     def __call__(self, data: Mapping[Hashable, Any]) -> Mapping[Hashable, Any]:
-        """Take in a batch with "image" (B, 1, H, W) MetaTensor, "id", "source" and "pred", and return it unchanged.
-
-        Raises:
-            CheckpointError: boxes that are not finite.
-        """
+        """Take in a batch with "image" (B, 1, H, W) MetaTensor, "id", "source" and "pred", and return it unchanged."""
         for i, name in enumerate(data.get("id", ())):
             super().__call__({key: data[key][i] for key in ("image", "source", "pred")} | {"id": name})
         return data
@@ -240,8 +227,7 @@ def prepare_boxes(
 ) -> Batch:
     """A batch for MONAI's trainers and evaluators, whose detector takes the targets with the images.
 
-    Args:
-        batchdata: "image" (B, 1, H, W), "boxes": (n, 4) of each image; all boxes are of the first class.
+    ``batchdata``: "image" (B, 1, H, W), "boxes": (n, 4) of each image; all boxes are of the first class.
 
     Returns:
         images, targets, and the targets once more for the network's forward; without "boxes" images alone.
@@ -267,7 +253,6 @@ class ServedDetector(nn.Module):
         self.select_boxes(score_threshold, nms_threshold, max_boxes)
 
     def select_boxes(self, score_threshold: float, nms_threshold: float, max_boxes: int = 100) -> None:
-        """Set which boxes are returned."""
         self.selection = (score_threshold, nms_threshold, max_boxes)
 
     def forward(self, image: Tensor, use_inferer: bool = False) -> list[dict[str, Tensor]]:

@@ -30,10 +30,8 @@ class ClassifierEvaluation(TaskEvaluation):
     """AUROC, accuracy and calibration of a classifier, see `classification_metrics`.
 
     `cases.csv` has one line per case, with labels, probabilities and prediction; findings are 1, 0 or -1 (uncertain).
-    The figures are `roc.png` and `confusion.png`.
-
-    Args:
-        transform: list of transforms; None takes those that the classifier's card describes.
+    The figures are `roc.png` and `confusion.png`. ``transform``: list of transforms; None takes those that the
+    classifier's card describes.
     """
 
     batch_size = 32
@@ -108,12 +106,8 @@ class SavePredictions(PredictionWriter):
     - `predictions.json`: the same by name, with the task, the threshold, and the inputs that could not be read.
     - `<id>.png`: the image with Eq. 1's **v** over it and the probabilities; see `draw_prediction`.
 
-    Args:
-        output_dir, figures: see `PredictionWriter`; for a figure the image goes through the encoder once more.
-        threshold: a finding, or the second class of a binary task, is predicted from this probability on.
-
-    Raises:
-        ValueError: a threshold that is no probability.
+    ``threshold``: a finding, or the second class of a binary task, is predicted from this probability on; ValueError
+    where it is none.
     """
 
     def __init__(

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from unimedi_components import __version__
+from unimedi_components.arrays import Array
 from unimedi_components.errors import ConfigError, DataError
 from unimedi_components.files import replacing
 from unimedi_components.images.dicom_stacks import Stack
@@ -22,7 +22,6 @@ from unimedi_components.images.headers import DicomHeader, is_dicom, load_pydico
 
 logger = logging.getLogger(__name__)
 
-Array = npt.NDArray[Any]
 #: [x0, y0, x1, y1] in pixels of the film, label, score.
 Boxes = Sequence[tuple[Sequence[float], str, float]]
 
@@ -55,8 +54,7 @@ def check_dicom_outputs() -> None:
 def write_mask(source: str | Path, mask: Array, label: str, target: str | Path) -> Path | None:
     """Write the mask of a film as a DICOM Segmentation.
 
-    Args:
-        mask: bool (H, W), in the film's own pixels.
+    ``mask``: bool (H, W), in the film's own pixels.
 
     Returns:
         `target`; None where the film is no DICOM or lacks its UIDs, or nothing is masked: no Segmentation is empty.
@@ -70,18 +68,11 @@ def write_mask(source: str | Path, mask: Array, label: str, target: str | Path) 
 
 
 def write_label_map(stack: Stack, labels: Array, affine: Array, names: Sequence[str], target: Path) -> Path | None:
-    """Write a label map of a DICOM CT as a DICOM Segmentation, a segment for each label that occurs.
+    """Write a label map of a DICOM CT as a DICOM Segmentation, a segment for each label that occurs; None if none.
 
-    Args:
-        stack: the CT's slices, files of their own or frames of one.
-        labels: whole numbers (X, Y, Z), X along the rows' pixels and Y along the columns', as `read_volume` lays them.
-        affine: (4, 4) from voxel indices to mm, RAS.
-
-    Returns:
-        `target`; None where no label occurs, or a file lacks its UIDs.
-
-    Raises:
-        DataError: the label map does not lie on the slices.
+    ``stack``: the CT's slices, files of their own or frames of one; nothing is written where a file lacks its UIDs.
+    ``labels``: whole numbers (X, Y, Z), X along the rows' pixels and Y along the columns', as `read_volume` lays them.
+    ``affine``: (4, 4) from voxel indices to mm, RAS. Raises DataError: the label map does not lie on the slices.
     """
     present = [number for number in range(1, len(names)) if (labels == number).any()]
     if not present or any(_nameless(one.header) for one in stack.slices):
@@ -107,8 +98,7 @@ def write_label_map(stack: Stack, labels: Array, affine: Array, names: Sequence[
 def write_boxes(source: str | Path, boxes: Boxes, target: str | Path) -> Path | None:
     """Write the boxes of a film as a DICOM structured report.
 
-    Returns:
-        `target`; None where the film is no DICOM or lacks its UIDs, or there is no box.
+    Returns `target`; None where the film is no DICOM or lacks its UIDs, or there is no box.
     """
     if not is_dicom(source) or not boxes:
         return None

@@ -98,6 +98,10 @@ def evaluate_task(
 ) -> dict[str, Any]:
     """Measure a task's trained network on one split; on rank 0, the others return at once.
 
+    Raises CheckpointError: the checkpoint does not load, or its training diverged; ConfigError: an option that the task
+    does not have; DataError: the data is labelled for something else, the split is empty, no image can be read, or the
+    truth leaves nothing to measure.
+
     Args:
         checkpoint: `models/model.pt` of a run, with `model.json` beside it, which says what the task is.
         datalist: file or parsed, with the labels that the network was trained for.
@@ -109,12 +113,6 @@ def evaluate_task(
     Returns:
         the content of `metrics.json`: "split", "task", "label_names", "checkpoint", "skipped_files" (images that could
         not be read) and the task's values; empty on other ranks.
-
-    Raises:
-        CheckpointError: the checkpoint does not load, or its training diverged.
-        ConfigError: an option that the task does not have.
-        DataError: the data is labelled for something else, the split is empty, no image can be read, or the truth
-            leaves nothing to measure.
     """
     if rank() != 0:
         return {}
@@ -187,8 +185,7 @@ def _check_labels(card: Mapping[str, Any], lists: Datalist, checkpoint: str, dat
 def split_items(lists: Datalist, split: str, dim: int, datalist: str) -> tuple[str, list[dict[str, Any]]]:
     """The items of a split and its name; for "test" those of the validation split where there is no test item.
 
-    Raises:
-        DataError: there is no item.
+    Raises DataError: there is no item.
     """
     tried = [split, "validation"] if split == "test" else [split]
     for name in tried:

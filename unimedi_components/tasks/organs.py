@@ -39,15 +39,12 @@ class OrganInferer(SlidingWindowInferer):
     """Sliding windows with Gaussian blending (nnU-Net's and UniMiSS's), over mirrored copies too where asked for.
 
     A volume that is smaller than the window is padded with -1 (the lowest intensity), and the padding cut off again.
+    Raises ConfigError: an axis that does not exist, or an overlap out of [0, 1).
 
     Args:
         roi_size: D, H, W of a window: the size that the network was trained on.
         mirror_axes: of the axes 0 (D), 1 (H) and 2 (W), those to mirror; each combination of them is predicted once,
             mirrored back and averaged. None mirrors nothing.
-
-    Raises:
-        ConfigError: an axis that does not exist, or an overlap out of [0, 1).
-        ValueError: a window that is not three positive sizes.
     """
 
     def __init__(
@@ -68,7 +65,6 @@ class OrganInferer(SlidingWindowInferer):
         self.mirrors = list(chain.from_iterable(combinations(axes, count) for count in range(len(axes) + 1)))
 
     def __call__(self, inputs: Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
-        """Scores (B, C, D, H, W) of volumes (B, 1, D, H, W)."""
         volume = inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs
         total: Any = None
         for mirror in self.mirrors:
@@ -158,11 +154,7 @@ class SaveOrgans(PredictionWriter):
     - `predictions.json`: volume of each organ in millilitres, and the inputs that could not be read.
 
     Args:
-        output_dir, figures: see `PredictionWriter`; for a figure the image is read once more.
         dicom: write `<id>_organs.dcm` too, a DICOM Segmentation, of each series of DICOM slices.
-
-    Raises:
-        ConfigError: `dicom` without highdicom.
     """
 
     def __init__(

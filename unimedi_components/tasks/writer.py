@@ -27,12 +27,7 @@ class PredictionWriter(Transform):
 
     A subclass says what a row holds, `row`, what `predictions.json` says of all of them, `about`, and which tables are
     written beside it, `tables`. Items without "id" pass untouched: a server's request is no image of a data set.
-
-    Args:
-        dicom: write DICOM objects too, of images that are DICOM.
-
-    Raises:
-        ConfigError: `dicom` without highdicom.
+    ``dicom``: write DICOM objects too, of images that are DICOM. Raises ConfigError: `dicom` without highdicom.
     """
 
     def __init__(self, output_dir: str | Path, figures: bool = True, dicom: bool = False) -> None:
@@ -42,11 +37,7 @@ class PredictionWriter(Transform):
         self.rows: dict[str, Row] = {}
 
     def __call__(self, data: Mapping[Hashable, Any]) -> Mapping[Hashable, Any]:
-        """Take in one decollated item with "pred" and return it unchanged.
-
-        Raises:
-            CheckpointError: values that are not finite.
-        """
+        """Take in one decollated item with "pred" and return it unchanged."""
         if "id" in data:
             name = str(data["id"])
             self.rows[name] = self.row(name, data)
@@ -67,11 +58,7 @@ class PredictionWriter(Transform):
         return {}
 
     def finish(self, dataset: ImageDataset) -> None:
-        """Write `predictions.json` and the tables, and say how many inputs could not be read.
-
-        Raises:
-            DataError: not one input could be read.
-        """
+        """Write `predictions.json` and the tables, and say what was not read. Raises DataError: no input could be."""
         rows = [
             {"id": item["id"], "source": item.get("source") or item["image"], **self.rows[item["id"]]}
             for item in dataset.data

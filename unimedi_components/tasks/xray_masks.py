@@ -32,10 +32,8 @@ class MaskEvaluation(TaskEvaluation):
 
     Items have "boxes", of which masks are painted, or "mask" files. `cases.csv` has per image the pixels of the true
     and the predicted mask, Dice, IoU and the highest probability; `masks.png` shows the best, middling and worst images
-    and false alarms. The metrics also have the "threshold" and the "grid" (pixels per side).
-
-    Args:
-        threshold: a pixel belongs to the predicted mask from this probability on.
+    and false alarms. The metrics also have the "threshold" and the "grid" (pixels per side). ``threshold``: a pixel
+    belongs to the predicted mask from this probability on.
     """
 
     def __init__(self, network: Any, device: Any, threshold: float = 0.5) -> None:
@@ -104,14 +102,8 @@ class SaveMasks(PredictionWriter):
     - `<id>.png`: the film and the mask over it.
 
     Pixels are those of the file as `XrayReader` reads it: upright, a picture's EXIF rotation applied.
-
-    Args:
-        threshold: a pixel belongs to the mask from this probability on.
-        dicom: write `masks/<id>.dcm` too, a DICOM Segmentation, of each DICOM film.
-
-    Raises:
-        ValueError: a threshold that is no probability.
-        ConfigError: `dicom` without highdicom.
+    ``threshold``: a pixel belongs to the mask from this probability on; ValueError where it is none.
+    ``dicom``: write `masks/<id>.dcm` too, a DICOM Segmentation, of each DICOM film.
     """
 
     def __init__(

@@ -34,12 +34,10 @@ class AbdomenStudy:
 def make_abdomen(seed: np.random.SeedSequence, pelvis: bool, shape: tuple[int, int, int] | None = None) -> AbdomenStudy:
     """Paint the abdomen of one patient who lies on the back.
 
-    The field of view begins above the domes of the diaphragm and ends below the iliac crests or, with
-    ``pelvis``, below the pelvic floor. Organs cannot overlap: a voxel belongs to the organ painted last of those
-    that fill more than half of it. About 2 % of the patients have no gallbladder.
-
-    Args:
-        shape: (slices, rows, columns); None for 128 x 128 and slices of 4.2 to 6 mm.
+    The field of view begins above the domes of the diaphragm and ends below the iliac crests or, with ``pelvis``, below
+    the pelvic floor. Organs cannot overlap: a voxel belongs to the organ painted last of those that fill more than half
+    of it. About 2 % of the patients have no gallbladder. ``shape``: (slices, rows, columns); None for 128 x 128 and
+    slices of 4.2 to 6 mm.
     """
     body, organs, unlabelled, device = (np.random.default_rng(s) for s in seed.spawn(4))
     varied = Varied(body)
@@ -67,11 +65,7 @@ def _ratio(values: tuple[float, float, float], scale: npt.NDArray[np.float64]) -
 
 
 def _field_of_view(
-    pelvis: bool,
-    shape: tuple[int, int, int] | None,
-    scale: npt.NDArray[np.float64],
-    fat: float,
-    rng: np.random.Generator,
+    pelvis: bool, shape: tuple[int, int, int] | None, scale: np.ndarray, fat: float, rng: np.random.Generator
 ) -> Grid:
     high = scale[0] * (210.0 + rng.uniform(8.0, 22.0))
     low = scale[0] * ((-208.0 if pelvis else -4.0) - rng.uniform(0.0, 14.0))

@@ -3,20 +3,11 @@
 
 import numpy as np
 
-from .abdomen_shapes import Canvas, Varied, inside, wall_depth
+from .abdomen_shapes import TABLES, Canvas, Curve, Varied, inside, wall_depth
 from .geometry import Box, FloatArray, Grid, noise, separable
 
 AIR, LUNG, FAT, MUSCLE, GAS = -1000.0, -850.0, -100.0, 58.0, -900.0
 _SIDES = (-1.0, 1.0)
-_HEIGHTS = (-210.0, -150.0, -100.0, -50.0, 0.0, 50.0, 100.0, 150.0, 200.0, 250.0)
-_OUTLINE = {
-    "core_a": (152, 158, 158, 148, 134, 133, 139, 143, 142, 138),
-    "core_b": (100, 102, 102, 98, 92, 92, 97, 101, 102, 101),
-    "cavity_a": (40, 58, 78, 106, 116, 120, 126, 130, 129, 125),
-    "cavity_b": (38, 54, 64, 66, 66, 70, 76, 82, 85, 86),
-    "cavity_y": (5, -4, -12, -16, -18, -17, -14, -8, -4, 0),
-    "spine_y": (70, 76, 74, 56, 35, 33, 38, 44, 50, 55),
-}
 _VERTEBRA = 34.0
 
 
@@ -35,7 +26,7 @@ class Trunk:
 
     def __init__(self, grid: Grid, varied: Varied, fat: float) -> None:
         def column(name: str) -> FloatArray:
-            return np.interp(grid.z, _HEIGHTS, _OUTLINE[name]).astype(np.float32)
+            return np.interp(grid.z, TABLES["trunk"]["z"], TABLES["trunk"][name]).astype(np.float32)
 
         self.grid, self.fat = grid, fat
         self.core_a, self.core_b = column("core_a"), column("core_b")
@@ -77,19 +68,14 @@ def paint_body(canvas: Canvas, trunk: Trunk, varied: Varied) -> None:
     _paint_small_bowel(canvas, varied)
 
 
-def _whole(canvas: Canvas) -> Box:
-    nz, ny, nx = canvas.grid.shape
-    return slice(0, nz), slice(0, ny), slice(0, nx)
-
-
 def _paint_wall(canvas: Canvas, trunk: Trunk) -> None:
     """Skin, subcutaneous fat, muscle wall and the fat inside it."""
-    grid, box = canvas.grid, _whole(canvas)
-    width = grid.spacing[2]
+    grid, width, middle = canvas.grid, canvas.grid.spacing[2], np.zeros_like(canvas.grid.z)
+    box = grid.box((-1e4, 1e4), (-1e4, 1e4), (-1e4, 1e4))
     layers = (
-        (trunk.core_b + 0.8 * trunk.fat + 2.0, trunk.core_a + trunk.fat + 2.0, np.zeros_like(grid.z), 20.0),
-        (trunk.core_b + 0.8 * trunk.fat, trunk.core_a + trunk.fat, np.zeros_like(grid.z), FAT),
-        (trunk.core_b, trunk.core_a, np.zeros_like(grid.z), MUSCLE),
+        (trunk.core_b + 0.8 * trunk.fat + 2.0, trunk.core_a + trunk.fat + 2.0, middle, 20.0),
+        (trunk.core_b + 0.8 * trunk.fat, trunk.core_a + trunk.fat, middle, FAT),
+        (trunk.core_b, trunk.core_a, middle, MUSCLE),
         (trunk.cavity_b, trunk.cavity_a, trunk.cavity_y, FAT),
     )
     for b, a, y, value in layers:
@@ -160,19 +146,14 @@ def _paint_buttocks(canvas: Canvas) -> None:
     if canvas.grid.z[0] > -40.0:
         return
     for side in _SIDES:
-        stripe = (
-            (-235, 66, 60, 96, 16, 5),
-            (-150, 70, 104, 98, 22, 3),
-            (-95, 62, 112, 98, 56, 2.5),
-            (-45, 50, 116, 90, 74, 2),
-        )
-        other = ((-235, -78, 30, -30, 112, 4), (-180, -74, 58, -20, 138, 3), (-130, -60, 92, 20, 140, 2))
-        for plate in (stripe, other):
-            levels = tuple((z, y, side * x, v, side * u, half) for z, y, x, v, u, half in plate)
-            canvas.fill(*canvas.sheet(levels), -85.0)
-        canvas.fill(
-            *canvas.sweep(((-235, 64, side * 28, 15), (-195, 58, side * 34, 15), (-165, 52, side * 38, 8))), -90.0
-        )
+        for plate in TABLES["buttocks"]:
+            canvas.fill(*canvas.sheet(_on_side(plate, side)), -85.0)
+        beside = ((-235, 64, side * 28, 15), (-195, 58, side * 34, 15), (-165, 52, side * 38, 8))
+        canvas.fill(*canvas.sweep(beside), -90.0)
+
+
+def _on_side(plate: Curve, side: float) -> Curve:
+    return tuple((z, y, side * x, v, side * u, half) for z, y, x, v, u, half in plate)
 
 
 def _paint_pelvis(canvas: Canvas) -> None:
@@ -180,31 +161,19 @@ def _paint_pelvis(canvas: Canvas) -> None:
     if canvas.grid.z[0] > 5.0:
         return
     for side in _SIDES:
-        wing = (
-            (-122, 12, 90, -22, 94, 9),
-            (-90, 46, 66, -40, 106, 7),
-            (-60, 66, 50, -46, 118, 5),
-            (-28, 60, 54, -34, 124, 5),
-            (4, 34, 84, 4, 110, 5),
-        )
-        levels = tuple((z, y, side * x, v, side * u, half) for z, y, x, v, u, half in wing)
-        box, depth = canvas.sheet(levels)
+        box, depth = canvas.sheet(_on_side(TABLES["iliac wing"], side))
         canvas.fill(box, depth, 240.0 + 260.0 * np.clip(1.0 - depth / 4.0, 0.0, 1.0))
-        box, depth = canvas.ball(np.array((-140.0, -4.0, side * 86.0)), (36.0, 36.0, 34.0))
-        canvas.fill(box, depth, 420.0)
-        canvas.fill(
-            *canvas.sweep(((-215, 2, side * 126, 15), (-165, 4, side * 126, 19), (-142, -2, side * 92, 15))), 330.0
-        )
-        box, depth = canvas.ball(np.array((-142.0, -4.0, side * 92.0)), (28.0, 28.0, 29.0))
-        canvas.fill(box, depth, 60.0)
-        box, depth = canvas.ball(np.array((-142.0, -4.0, side * 92.0)), (25.0, 25.0, 25.0))
+        canvas.fill(*canvas.ball(np.array((-140.0, -4.0, side * 86.0)), (36.0, 36.0, 34.0)), 420.0)
+        femur = ((-215, 2, side * 126, 15), (-165, 4, side * 126, 19), (-142, -2, side * 92, 15))
+        canvas.fill(*canvas.sweep(femur), 330.0)
+        head = np.array((-142.0, -4.0, side * 92.0))
+        canvas.fill(*canvas.ball(head, (28.0, 28.0, 29.0)), 60.0)
+        box, depth = canvas.ball(head, (25.0, 25.0, 25.0))
         canvas.fill(box, depth, 290.0 + 190.0 * np.clip(1.0 - depth / 5.0, 0.0, 1.0))
-        canvas.fill(
-            *canvas.sweep(((-140, -36, side * 72, 10), (-160, -60, side * 32, 8), (-172, -64, side * 9, 10))), 380.0
-        )
-        canvas.fill(
-            *canvas.sweep(((-150, 22, side * 76, 13), (-185, 34, side * 62, 14), (-215, 20, side * 52, 11))), 360.0
-        )
+        pubis = ((-140, -36, side * 72, 10), (-160, -60, side * 32, 8), (-172, -64, side * 9, 10))
+        canvas.fill(*canvas.sweep(pubis), 380.0)
+        ischium = ((-150, 22, side * 76, 13), (-185, 34, side * 62, 14), (-215, 20, side * 52, 11))
+        canvas.fill(*canvas.sweep(ischium), 360.0)
 
 
 def _paint_vessels(canvas: Canvas, varied: Varied) -> None:
@@ -233,28 +202,10 @@ def _hollow(canvas: Canvas, curve: np.ndarray, wall: float, content: float, gas:
 def _paint_colon(canvas: Canvas, varied: Varied) -> None:
     """Ascending, transverse and descending colon, sigmoid and rectum, each with its own content."""
     drop = varied.normal(14.0)
-    parts = (
-        ((-60, -20, -78, 20), (-35, 0, -92, 22), (5, 14, -95, 20), (40, 16, -95, 19), (60, -4, -92, 18)),
-        ((60, -8, -90, 17), (52, -60, -62, 17), (36 + drop, -76, -20, 18), (38 + drop, -76, 25, 17), (62, -68, 66, 16)),
-        (
-            (62, -66, 68, 16),
-            (92, -34, 96, 15),
-            (112, 2, 106, 15),
-            (80, 24, 106, 14),
-            (10, 18, 100, 13),
-            (-40, 8, 86, 13),
-        ),
-        (
-            (-40, 8, 86, 13),
-            (-85, 22, 58, 14),
-            (-82, -12, 22, 14),
-            (-105, 30, 4, 15),
-            (-140, 50, 0, 16),
-            (-200, 42, 0, 14),
-        ),
-    )
-    for part in parts:
+    for name, part in TABLES["colon"].items():
         curve = np.array(part, np.float64)
+        if name == "transverse":
+            curve[2:4, 0] += drop
         curve[:, :3] += varied.shift(4.0, 4.0, 3.0)
         curve[:, 3] *= varied.factor(0.10)
         gas = float(varied.rng.choice((0.0, 0.55, 0.8)))

@@ -34,9 +34,7 @@ def save_volume(
 ) -> tuple[npt.NDArray[Any], npt.NDArray[np.float64]]:
     """Write a volume (nz, ny, nx) of the canvas as .nii.gz without a time stamp; same volume, same bytes.
 
-    Args:
-        volume: int16 or uint8, z to the head, y to the back, x to the left.
-        order: where the file's three axes point, such as ``RAS``.
+    ``order``: where the file's three axes point, such as ``RAS``.
 
     Returns:
         The array as stored and the affine of the file (voxel to RAS+ mm).
@@ -64,9 +62,6 @@ def organ_truth(
     ``box`` is [[z0, z1], [y0, y1], [x0, x1]], first and last index along the file's axis that runs between feet
     and head, front and back, left and right, whichever of the three that is and whichever way it points.
     ``centroid_mm`` is [x, y, z] in the affine's RAS+ mm: x grows to the patient's right.
-
-    Args:
-        stored: label map in the file's axis order.
     """
     codes = nib.aff2axcodes(affine)
     axes = [next(i for i, code in enumerate(codes) if code in pair) for pair in ("SI", "AP", "LR")]

@@ -4,115 +4,12 @@
 import numpy as np
 
 from .abdomen_body import FAT, Trunk
-from .abdomen_shapes import Canvas, Curve, Varied, inside, rounded
+from .abdomen_shapes import TABLES, Canvas, Varied, inside, rounded
 
-HOUNSFIELD = {
-    "spleen": 120.0,
-    "right kidney": 180.0,
-    "left kidney": 180.0,
-    "gallbladder": 10.0,
-    "esophagus": 45.0,
-    "liver": 108.0,
-    "stomach": 35.0,
-    "aorta": 170.0,
-    "inferior vena cava": 140.0,
-    "portal and splenic veins": 162.0,
-    "pancreas": 92.0,
-    "right adrenal gland": 66.0,
-    "left adrenal gland": 66.0,
-    "duodenum": 55.0,
-    "bladder": 7.0,
-    "prostate/uterus": 64.0,
-}
-"""Intended Hounsfield units in the portal venous phase, by organ in the order of its number."""
+#: Intended Hounsfield units in the portal venous phase, by organ in the order of its number.
+HOUNSFIELD: dict[str, float] = TABLES["hounsfield"]
 ORGANS = tuple(HOUNSFIELD)
 NO_GALLBLADDER = 0.02
-
-#: Tube-like organs by priority: name, deviation of the position (z, y, x), of the calibre, whether blood fills it,
-#: corners (z, y, x, radius) in mm of the reference body, squash.
-TUBES: tuple[tuple[str, tuple[float, float, float], float, bool, Curve, Curve | None], ...] = (
-    (
-        "duodenum",
-        (4.0, 3.0, 3.0),
-        0.07,
-        False,
-        (
-            (99, -44, -30, 10),
-            (106, -32, -46, 12),
-            (94, -8, -56, 12),
-            (60, 0, -56, 12),
-            (44, -2, -36, 11),
-            (46, -14, -4, 10.5),
-            (52, -14, 22, 10.5),
-            (76, -22, 32, 10),
-        ),
-        None,
-    ),
-    (
-        "pancreas",
-        (3.0, 2.0, 3.0),
-        0.08,
-        False,
-        (
-            (78, -14, -30, 10),
-            (94, -16, -34, 15),
-            (106, -24, -16, 13),
-            (114, -32, 4, 11),
-            (124, -28, 26, 12),
-            (134, -8, 54, 12),
-            (145, 14, 78, 10),
-        ),
-        ((1.15, 0.9, 1.0),),
-    ),
-    (
-        "inferior vena cava",
-        (0.0, 1.0, 1.5),
-        0.08,
-        True,
-        (
-            (245, -14, -26, 12),
-            (200, -2, -23, 12.5),
-            (150, 4, -21, 12),
-            (100, 5, -19, 11),
-            (40, 7, -17, 10.5),
-            (0, 10, -14, 10),
-        ),
-        ((1.0, 0.85, 1.15),),
-    ),
-    (
-        "aorta",
-        (0.0, 1.0, 2.0),
-        0.08,
-        True,
-        ((250, 26, 20, 12), (200, 20, 17, 11.5), (150, 14, 13, 11), (100, 8, 11, 10.5), (50, 4, 9, 10), (6, 4, 5, 9.5)),
-        None,
-    ),
-    (
-        "portal and splenic veins",
-        (2.0, 1.5, 2.0),
-        0.06,
-        True,
-        (
-            (150, 24, 84, 5.5),
-            (140, 10, 58, 6.2),
-            (130, -8, 28, 6.5),
-            (116, -16, 0, 8),
-            (126, -15, -22, 8.5),
-            (142, -18, -44, 8),
-            (150, -24, -62, 6.5),
-        ),
-        None,
-    ),
-    ("gallbladder", (5.0, 4.0, 4.0), 0.14, False, ((112, -26, -46, 6.5), (98, -42, -56, 13), (80, -58, -62, 17)), None),
-    (
-        "esophagus",
-        (0.0, 1.0, 2.0),
-        0.07,
-        False,
-        ((250, 6, 6, 8.5), (215, 2, 10, 9), (190, -4, 18, 9), (176, -6, 30, 9.5), (172, -6, 40, 10)),
-        None,
-    ),
-)
 
 
 def paint_organs(canvas: Canvas, trunk: Trunk, varied: Varied, sex: str) -> None:
@@ -207,9 +104,7 @@ def _kidneys(canvas: Canvas, trunk: Trunk, varied: Varied) -> None:
     for side, name, height in ((-1.0, "right kidney", 82.0), (1.0, "left kidney", 92.0)):
         long, deep, wide = np.array((54.0, 26.0, 29.0)) * size * varied.factor(0.03)
         centre = canvas.bend((np.array((height, 28.0, side * 72.0)) + varied.shift(7.0, 3.0, 3.0))[None])[0]
-        reach = 1.25 * long
-        spans = ((c - r, c + r) for c, r in zip(centre, (reach, reach, reach), strict=True))
-        box = canvas.grid.box(*spans)
+        box = canvas.grid.box(*((c - 1.25 * long, c + 1.25 * long) for c in centre))
         z, y, x = canvas.axes(box)
         up, back, out = z - centre[0], y - centre[1], (x - centre[2]) * side
         lean, nod = 0.22 + varied.normal(0.04), 0.16 + varied.normal(0.04)
@@ -230,14 +125,14 @@ def _kidneys(canvas: Canvas, trunk: Trunk, varied: Varied) -> None:
 
 def _tubes(canvas: Canvas, varied: Varied, blood: float) -> None:
     """Everything that is a swept ball: bowel, pancreas, vessels, gallbladder, esophagus."""
-    for name, place, calibre, contrast, corners, squash in TUBES:
-        curve = np.array(corners, np.float64)
+    for name, tube in TABLES["tubes"].items():
+        curve, place = np.array(tube["curve"], np.float64), tube["place"]
         curve[:, :3] += varied.shift(*place) + varied.rng.normal(0.0, 0.25, (len(curve), 3)) * place
-        curve[:, 3] *= varied.factor(calibre)
-        level = _level(name, varied) * (blood if contrast else 1.0)
+        curve[:, 3] *= varied.factor(tube["calibre"])
+        level = _level(name, varied) * (blood if tube["blood"] else 1.0)
         if name == "gallbladder" and varied.rng.random() < NO_GALLBLADDER:
             continue
-        canvas.fill(*(part := canvas.sweep(curve, squash)), level, _number(name))
+        canvas.fill(*(part := canvas.sweep(curve, tube["squash"])), level, _number(name))
         if name == "duodenum":
             canvas.fill(part[0], part[1] - 4.0, level - 12.0)
 
@@ -272,9 +167,8 @@ def _prostate_or_uterus(canvas: Canvas, varied: Varied, sex: str) -> None:
     size, lean = varied.factor(0.12), varied.normal(6.0)
     number = _number("prostate/uterus")
     if sex == "M":
-        box, depth = canvas.ball(
-            np.array((-186.0, -26.0, 0.0)) + varied.shift(2.0, 2.0, 1.0), (18.0, 19.0 * size, 24.0 * size)
-        )
+        centre = np.array((-186.0, -26.0, 0.0)) + varied.shift(2.0, 2.0, 1.0)
+        box, depth = canvas.ball(centre, (18.0, 19.0 * size, 24.0 * size))
     else:
         curve = (
             (-166, 10, 0, 12.0),

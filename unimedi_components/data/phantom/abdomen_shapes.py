@@ -1,14 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Canvas and shapes of the abdominal phantom; a shape is a depth in millimetres, positive inside."""
 
+import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from .geometry import Box, FloatArray, Grid, separable
 
-Curve = tuple[tuple[float, ...], ...]
+Curve = Sequence[Sequence[float]]
+#: Where organs lie in mm of the reference body. Rows of curves are z, y, x, radius; of plates z, y and x of the start,
+#: y and x of the end, half thickness. Tubes come by priority, with the deviations of their place (z, y, x) and calibre.
+TABLES: dict[str, Any] = json.loads(Path(__file__).with_name("abdomen.json").read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)
@@ -18,11 +25,9 @@ class Varied:
     rng: np.random.Generator
 
     def normal(self, deviation: float) -> float:
-        """One number around 0."""
         return deviation * min(max(float(self.rng.standard_normal()), -2.0), 2.0)
 
     def factor(self, deviation: float) -> float:
-        """One number around 1."""
         return 1.0 + self.normal(deviation)
 
     def shift(self, z: float, y: float, x: float) -> npt.NDArray[np.float64]:
@@ -67,12 +72,14 @@ class Canvas:
         phase = points @ self.warp[:, 3:6].T + self.warp[:, 6]
         return points + np.sin(phase) @ self.warp[:, :3]
 
-    def sweep(self, curve: Curve | npt.NDArray[np.float64], squash: Curve | None = None) -> tuple[Box, FloatArray]:
+    def sweep(
+        self, curve: Curve | npt.NDArray[np.float64], squash: Sequence[float] = (1.0, 1.0, 1.0)
+    ) -> tuple[Box, FloatArray]:
         """Depth below the surface of a ball of changing radius that moves along a smooth curve.
 
         Args:
             curve: corners (z, y, x, radius) in mm.
-            squash: one row (z, y, x) of factors on the ball's half axes; None for a true ball.
+            squash: factors (z, y, x) on the ball's half axes.
 
         Returns:
             Index box and the depth inside it, at least one pixel below 0 outside.
@@ -80,7 +87,7 @@ class Canvas:
         corners = np.array(curve, np.float64)
         corners[:, :3] = self.bend(corners[:, :3])
         balls = _smooth(corners)
-        stretch = np.ones(3) if squash is None else np.array(squash[0])
+        stretch = np.array(squash)
         pixel = self.grid.spacing[2]
         reach = (balls[:, 3:] + pixel) * stretch
         low, high = (balls[:, :3] - reach).min(axis=0), (balls[:, :3] + reach).max(axis=0)
@@ -109,8 +116,7 @@ class Canvas:
     def sheet(self, levels: Curve) -> tuple[Box, FloatArray]:
         """Depth in a plate whose cut through each slice is a straight line of some thickness.
 
-        Args:
-            levels: rows (z, y start, x start, y end, x end, half thickness) by increasing z.
+        ``levels``: rows (z, y start, x start, y end, x end, half thickness) by increasing z.
         """
         table = np.array(levels, np.float64)
         table[:, 1:3] = self.bend(table[:, :3])[:, 1:]

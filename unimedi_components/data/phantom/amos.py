@@ -15,8 +15,7 @@ from .writer import Layout, PatientRecord, register
 
 LABELS = (
     *("spleen", "right kidney", "left kidney", "gall bladder", "esophagus", "liver", "stomach", "aorta"),
-    *("postcava", "pancreas", "right adrenal gland", "left adrenal gland", "duodenum", "bladder"),
-    *("prostate/uterus",),
+    *("postcava", "pancreas", "right adrenal gland", "left adrenal gland", "duodenum", "bladder", "prostate/uterus"),
 )
 """Names of the labels 1 to 15; dataset.json of the real set spells the aorta arota."""
 MOST_PATIENTS = 450
@@ -54,13 +53,7 @@ def _write_patient(root: Path, index: int, seed: np.random.SeedSequence) -> Pati
 
 
 def _save_pair(
-    root: Path,
-    split: str,
-    name: str,
-    study: AbdomenStudy,
-    image: npt.NDArray[np.int16],
-    labels: npt.NDArray[np.uint8],
-    order: str,
+    root: Path, split: str, name: str, study: AbdomenStudy, image: np.ndarray, labels: np.ndarray, order: str
 ) -> tuple[dict[str, str], dict[str, dict[str, Any]]]:
     """Write an image and its label map; return their entry in dataset.json and what the label map holds."""
     paths = [f"{kind}{_FOLDERS[split]}/{name}.nii.gz" for kind in ("images", "labels")]

@@ -53,11 +53,9 @@ class Patient:
     findings: tuple[Finding, ...] = ()
 
     def finding(self, name: str) -> Finding | None:
-        """The finding of that name, or None."""
         return next((f for f in self.findings if f.name == name), None)
 
     def dome(self, side: str) -> float:
-        """Height of one dome of the diaphragm."""
         return self.domes[0] if side == "right" else self.domes[1]
 
     def zone_range(self, zone: str, side: str) -> tuple[float, float]:
@@ -130,8 +128,7 @@ def _apply_findings(patient: Patient, ctr_place: float, raised: float, pushed: f
 class Profiles:
     """How the patient's outlines change with height: one number per slice for each centre and half axis.
 
-    Args:
-        z: slice positions in mm, (nz,).
+    ``z``: slice positions in mm, (nz,).
 
     Attributes:
         spine_x: centre of the vertebrae, left-right.

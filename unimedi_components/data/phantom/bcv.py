@@ -48,8 +48,4 @@ def _write_patient(root: Path, index: int, seed: np.random.SeedSequence) -> Pati
     return {"studies": {f"img{number:04d}": case_record(study, organs, image, mask)}}
 
 
-def _write_tables(root: Path, records: list[PatientRecord], seed: np.random.SeedSequence) -> None:
-    """The real set has no tables."""
-
-
-BCV = register(Layout("bcv", 8, _write_patient, _write_tables))
+BCV = register(Layout("bcv", 8, _write_patient))

@@ -12,7 +12,7 @@ from .anatomy import Patient
 from .geometry import Grid
 from .lesions import Lesion
 from .reports import Report, write_report
-from .studies import CTStudy, labels_of, lesion_record, make_ct, make_patient
+from .studies import labels_of, lesion_record, make_ct, make_patient
 from .writer import Layout, PatientRecord, register, write_rows
 
 REPORT_COLUMNS = (
@@ -39,21 +39,22 @@ def _write_patient(root: Path, index: int, seed: np.random.SeedSequence) -> Pati
         few = np.linspace(8, study.hu.shape[0] - 9, _SCOUT_SLICES).astype(int)
         z, y, x = study.grid.spacing
         gap = z * float(few[1] - few[0])
-        grid = Grid(
-            (_SCOUT_SLICES, *study.hu.shape[1:]), (gap, y, x), (float(study.grid.z[few[0]]), *study.grid.origin[1:])
-        )
+        origin = (float(study.grid.z[few[0]]), *study.grid.origin[1:])
+        grid = Grid((_SCOUT_SLICES, *study.hu.shape[1:]), (gap, y, x), origin)
         _save_series(folder, stem.replace("run-1", "run-2"), study.hu[few], grid, lps, patient, date)
     report = write_report(patient, "ct", np.random.default_rng(seed.spawn(1)[0]))
-    write_rows(
-        root / "covid19_posi" / subject / f"{subject}_sessions.tsv",
-        ("session_id", "study_date", "medical_evaluation"),
-        [{"session_id": session, "study_date": date, "medical_evaluation": ""}],
-        "\t",
-    )
-    path = (folder / f"{stem}.nii.gz").relative_to(root).as_posix()
+    sessions = root / "covid19_posi" / subject / f"{subject}_sessions.tsv"
+    write_rows(sessions, ("session_id", "study_date", "medical_evaluation"), [(session, date, "")], "\t")
+    truth = {
+        "image": (folder / f"{stem}.nii.gz").relative_to(root).as_posix(),
+        "labels": labels_of(patient.findings),
+        "findings": [lesion_record(v, _file_boxes(v, study.hu.shape, lps), slices=True) for v in study.lesions],
+        "lesion_slices": sorted({i for lesion in study.lesions for i in lesion.slices}),
+        "n_slices": study.hu.shape[0],
+    }
     return {
-        "studies": {stem: _truth(patient, study, path, lps)},
-        "participant": _participant(patient, subject),
+        "studies": {stem: truth},
+        "participant": (subject, "['CT']", "[['chest']]", f"[{patient.age}]", patient.sex),
         "report": _report_row(patient, report, subject, session),
     }
 
@@ -85,33 +86,11 @@ def _file_boxes(lesion: Lesion, shape: tuple[int, ...], lps: bool) -> list[list[
     return [[z, [ny - 1 - y1, ny - 1 - y0], [nx - 1 - x1, nx - 1 - x0]] for z, (y0, y1), (x0, x1) in lesion.boxes]
 
 
-def _truth(patient: Patient, study: CTStudy, path: str, lps: bool) -> dict[str, Any]:
-    found = [lesion_record(v, _file_boxes(v, study.hu.shape, lps), slices=True) for v in study.lesions]
-    return {
-        "image": path,
-        "labels": labels_of(patient.findings),
-        "findings": found,
-        "lesion_slices": sorted({i for lesion in study.lesions for i in lesion.slices}),
-        "n_slices": study.hu.shape[0],
-    }
-
-
-def _participant(patient: Patient, subject: str) -> dict[str, Any]:
-    return {
-        "participant": subject,
-        "modality_dicom": "['CT']",
-        "body_parts": "[['chest']]",
-        "age": f"[{patient.age}]",
-        "gender": patient.sex,
-    }
-
-
-def _report_row(patient: Patient, report: Report, subject: str, session: str) -> dict[str, Any]:
+def _report_row(patient: Patient, report: Report, subject: str, session: str) -> tuple[str, ...]:
     text = f"Findings: {' '.join(report.findings)} Impression: {' '.join(report.impression)}"
     labels = [f.name.replace("_", " ") for f in patient.findings] or ["normal"]
     places = [f"loc {f.side}" for f in patient.findings if f.side]
-    cells = (subject, session, text, str(labels), str(places), str([[v] for v in labels]), "[]", "[]")
-    return dict(zip(REPORT_COLUMNS, cells, strict=True))
+    return subject, session, text, str(labels), str(places), str([[v] for v in labels]), "[]", "[]"
 
 
 def _write_tables(root: Path, records: list[PatientRecord], seed: np.random.SeedSequence) -> None:

@@ -49,7 +49,12 @@ def _write_patient(root: Path, index: int, seed: np.random.SeedSequence) -> Pati
         studies[f"{label}_{name}_{scan}"] = {
             "image": folder.relative_to(root).as_posix(),
             "label": [own for own, _ in _CLASSES].index(label),
-            **_truth(study, hu.shape, lesions),
+            "labels": labels_of(patient.findings),
+            # slices count from the head along the scan's list, rows and columns as in the files
+            "findings": [lesion_record(lesion, lesion.boxes, slices=True) for lesion in lesions],
+            "lesion_slices": sorted({i for lesion in lesions for i in lesion.slices}),
+            "n_slices": hu.shape[0],
+            "first_slice": "head",
         }
     return {"studies": studies, "class": label, "patient": name, "scans": listed}
 
@@ -82,17 +87,6 @@ def _save_slices(folder: Path, grey: np.ndarray, index: int) -> list[str]:
             image.save(path, compress_level=1)
         names.append(path.name)
     return names
-
-
-def _truth(study: CTStudy, shape: tuple[int, ...], lesions: list[Lesion]) -> dict[str, Any]:
-    """What is where; slices count from the head along the scan's list, rows and columns as in the files."""
-    return {
-        "labels": labels_of(study.patient.findings),
-        "findings": [lesion_record(lesion, lesion.boxes, slices=True) for lesion in lesions],
-        "lesion_slices": sorted({i for lesion in lesions for i in lesion.slices}),
-        "n_slices": shape[0],
-        "first_slice": "head",
-    }
 
 
 def _write_tables(root: Path, records: list[PatientRecord], seed: np.random.SeedSequence) -> None:

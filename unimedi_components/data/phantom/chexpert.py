@@ -2,14 +2,13 @@
 """Phantom X-rays in the layout of CheXpert-v1.0-small, with uncertain labels."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from .anatomy import Patient
 from .mimic_cxr import CHEXPERT_OF as COLUMN_OF
-from .studies import XrayStudy, labels_of, make_patient, make_xray
+from .studies import labels_of, make_patient, make_xray
 from .writer import Layout, PatientRecord, register, write_rows
 
 LABELS = (
@@ -40,13 +39,15 @@ def _write_patient(root: Path, index: int, seed: np.random.SeedSequence) -> Pati
     cells = _cells(true, text) if split == "train" else {label: f"{value}.0" for label, value in true.items()}
     person = {"Sex": "Male" if patient.sex == "M" else "Female", "Age": patient.age}
     frontal = {"Frontal/Lateral": "Frontal", "AP/PA": "AP" if image.portable else "PA"}
-    rows = [{"Path": f"{study}/view1_frontal.jpg", **person, **frontal, **cells}]
+    path = f"{study}/view1_frontal.jpg"
+    rows = [{"Path": path, **person, **frontal, **cells}]
     if image.lateral is not None:
         Image.fromarray(image.lateral).save(root / study / "view2_lateral.jpg", quality=90)
         lateral = {"Frontal/Lateral": "Lateral", "AP/PA": ""}
         rows.append({"Path": f"{study}/view2_lateral.jpg", **person, **lateral, **cells})
-    uncertain = [label for label, cell in cells.items() if cell == "-1.0"]
-    truth = _truth(patient, image, f"{study}/view1_frontal.jpg", true, uncertain)
+    doubt = [label for label, cell in cells.items() if cell == "-1.0"]
+    truth = {"image": path, "labels": labels_of(patient.findings), "chexpert": true, "uncertain": doubt}
+    truth["findings"] = image.records()
     return {"studies": {f"{name}_study1_view1_frontal": truth}, "split": split, "rows": rows}
 
 
@@ -68,16 +69,6 @@ def _cells(true: dict[str, int], rng: np.random.Generator) -> dict[str, str]:
         else:
             cells[label] = "1.0" if value else "" if silence < _UNMENTIONED else "0.0"
     return cells
-
-
-def _truth(patient: Patient, image: XrayStudy, path: str, true: dict[str, int], uncertain: list[str]) -> dict[str, Any]:
-    return {
-        "image": path,
-        "labels": labels_of(patient.findings),
-        "chexpert": true,
-        "uncertain": uncertain,
-        "findings": image.records(),
-    }
 
 
 def _write_tables(root: Path, records: list[PatientRecord], seed: np.random.SeedSequence) -> None:

@@ -36,8 +36,10 @@ def _write_patient(root: Path, index: int, seed: np.random.SeedSequence) -> Pati
     for name, own in zip(names, images, strict=False):
         film = Image.fromarray(own.film)
         # Figures of articles are colour files even where they show grey images.
-        (film.convert("RGB") if source == "cohen" else film).save(folder / name, **_options(name))
-        studies[name] = _truth(patient, own, f"{split}/{name}", disease)
+        options: dict[str, Any] = {} if name.endswith(".png") else {"quality": 90}
+        (film.convert("RGB") if source == "cohen" else film).save(folder / name, **options)
+        about = {"image": f"{split}/{name}", "label": tuple(LIST_NAMES).index(disease), "disease": disease}
+        studies[name] = {**about, "labels": labels_of(patient.findings), "findings": own.records()}
     lines = [f"{number} {name} {LIST_NAMES[disease]} {source}" for name in studies]
     return {"studies": studies, "split": split, "lines": lines}
 
@@ -62,21 +64,6 @@ def _file_names(source: str, index: int, rng: np.random.Generator) -> tuple[str,
     if source == "cohen":
         return f"{index + 1}", (f"case {index + 1} day 0.jpg", f"case {index + 1} day 0-b.jpg")
     return f"FIG-{index + 1:05d}", (f"FIG-{index + 1:05d}.jpeg", f"FIG-{index + 1:05d}-b.jpeg")
-
-
-def _options(name: str) -> dict[str, Any]:
-    return {} if name.endswith(".png") else {"quality": 90}
-
-
-def _truth(patient: Patient, image: XrayStudy, path: str, disease: Disease) -> dict[str, Any]:
-    label = tuple(LIST_NAMES).index(disease)
-    return {
-        "image": path,
-        "label": label,
-        "disease": disease,
-        "labels": labels_of(patient.findings),
-        "findings": image.records(),
-    }
 
 
 def _write_tables(root: Path, records: list[PatientRecord], seed: np.random.SeedSequence) -> None:

@@ -7,14 +7,8 @@ from typing import Literal
 import numpy as np
 
 FINDINGS = (
-    "nodule",
-    "consolidation",
-    "ground_glass",
-    "effusion",
-    "pneumothorax",
-    "cardiomegaly",
-    "atelectasis",
-    "edema",
+    *("nodule", "consolidation", "ground_glass", "effusion"),
+    *("pneumothorax", "cardiomegaly", "atelectasis", "edema"),
 )
 FOCAL = ("nodule", "consolidation", "ground_glass", "atelectasis")
 ZONES = ("upper", "middle", "lower")
@@ -42,7 +36,6 @@ class Finding:
 
     @property
     def sides(self) -> tuple[str, ...]:
-        """The sides that it touches."""
         return ("left", "right") if self.side == "bilateral" else (self.side,) if self.side else ()
 
 

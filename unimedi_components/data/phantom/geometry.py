@@ -32,17 +32,14 @@ class Grid:
 
     @cached_property
     def z(self) -> FloatArray:
-        """Slice positions in mm, (nz,)."""
         return self._axis(0)
 
     @cached_property
     def y(self) -> FloatArray:
-        """Row positions in mm, (ny,)."""
         return self._axis(1)
 
     @cached_property
     def x(self) -> FloatArray:
-        """Column positions in mm, (nx,)."""
         return self._axis(2)
 
     @cached_property
@@ -52,7 +49,6 @@ class Grid:
 
     @cached_property
     def voxel_volume(self) -> float:
-        """Volume of one voxel in cubic mm."""
         return float(np.prod(self.spacing))
 
     def span(self, axis: int, low: float, high: float) -> slice:
@@ -110,22 +106,16 @@ def ellipsoid(
     grid: Grid, centre: tuple[float, float, float], half: tuple[float, float, float], margin: float = 1.25
 ) -> tuple[Box, FloatArray]:
     """Index box around an ellipsoid and its field, below 1 inside; ``margin`` leaves room for soft edges."""
-    reach = [(c - margin * h, c + margin * h) for c, h in zip(centre, half, strict=True)]
-    box = grid.box(reach[0], reach[1], reach[2])
+    box = grid.box(*((c - margin * h, c + margin * h) for c, h in zip(centre, half, strict=True)))
     axes = (grid.z[box[0]], grid.y[box[1]], grid.x[box[2]])
     z, y, x = (((a - np.float32(c)) / np.float32(h)) ** 2 for a, c, h in zip(axes, centre, half, strict=True))
     return box, z[:, None, None] + y[None, :, None] + x[None, None, :]
 
 
 def splat(grid: Grid, points: FloatArray, volumes: FloatArray) -> tuple[Box, FloatArray]:
-    """Fraction of each voxel filled by many small parts, for tubes that are thinner than a voxel.
+    """Index box that holds many small parts, as of thin tubes, and the fraction of each voxel that they fill.
 
-    Args:
-        points: (N, 3) positions (z, y, x) in mm.
-        volumes: (N,) volume of each part in cubic mm.
-
-    Returns:
-        Index box that holds all parts on the grid, and the fraction (at most 1) inside it.
+    ``points``: positions (z, y, x) in mm, (N, 3). ``volumes``: of each part in cubic mm, (N,).
     """
     axes = [
         np.rint((points[:, i] - np.float32(grid.origin[i])) / np.float32(grid.spacing[i])).astype(np.int32)

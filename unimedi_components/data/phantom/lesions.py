@@ -33,12 +33,8 @@ class Lesion:
 def paint_lesions(scene: Scene, rng: np.random.Generator, erect: bool) -> list[Lesion]:
     """Paint all findings of the scene's patient, in place.
 
-    Args:
-        erect: True for a standing patient (fluid sinks, air rises), False for one who lies on the back.
-
-    Returns:
-        One `Lesion` per finding, in the patient's order. Cardiomegaly counts the slices in which the heart is
-        wider than half the inner rib cage.
+    Returns one `Lesion` per finding, in the patient's order. Cardiomegaly counts the slices in which the heart is wider
+    than half the inner rib cage.
     """
     first = ("pneumothorax", "effusion")
     order = sorted(scene.patient.findings, key=lambda f: first.index(f.name) if f.name in first else len(first))

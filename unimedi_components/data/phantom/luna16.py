@@ -23,7 +23,6 @@ def save_metaimage(
     """Write HU (nz, ny, nx) as ``path`` (.mhd) and its .raw, with the header fields of the real files.
 
     Args:
-        hu: int16 volume as stored: the file's x axis is the last one.
         offset: LPS mm of the first voxel (x, y, z).
         flip: True if the file's x runs to the right and its y to the front.
     """
@@ -86,18 +85,15 @@ class _Frame:
         self.step = np.array(study.grid.spacing[::-1]) * ([-1.0, -1.0, 1.0] if flip else [1.0, 1.0, 1.0])
 
     def voxel(self, place: tuple[float, float, float]) -> np.ndarray:
-        """The file's continuous indices."""
         index = np.array(place[::-1])
         if self.flip:
             index[:2] = self.last - index[:2]
         return index
 
     def world(self, voxel: np.ndarray) -> np.ndarray:
-        """LPS mm of the file's indices."""
         return self.corner + voxel * self.step
 
     def index(self, world: np.ndarray) -> list[float]:
-        """The file's indices of LPS mm."""
         return ((world - self.corner) / self.step).tolist()
 
 

@@ -89,20 +89,7 @@ def _save(
     procedure = "CHEST (PORTABLE AP)" if view == "AP" else "CHEST (PA AND LAT)"
     date = f"{2110 + int(rng.integers(0, 90))}{int(rng.integers(1, 13)):02d}{int(rng.integers(1, 29)):02d}"
     time = f"{int(rng.integers(0, 24)):02d}{int(rng.integers(0, 60)):02d}{int(rng.integers(0, 60)):02d}.000"
-    values = (
-        name,
-        subject,
-        study,
-        procedure,
-        view,
-        film.shape[0],
-        film.shape[1],
-        date,
-        time,
-        procedure,
-        meaning,
-        "Erect",
-    )
+    values = (name, subject, study, procedure, view, *film.shape, date, time, procedure, meaning, "Erect")
     return dict(zip(METADATA_COLUMNS, values, strict=True))
 
 

@@ -54,9 +54,7 @@ def make_nodule_ct(
 ) -> NoduleStudy:
     """CT of a patient who lies on the back, reconstructed close around the rib cage.
 
-    Args:
-        n_others: how many places without a nodule to choose.
-        padded: fill what lies outside the reconstruction circle with -3024, as some scanners do.
+    ``padded``: fill what lies outside the reconstruction circle with -3024, as some scanners do.
     """
     vessels, places, device = streams[:3]
     low, high = -34.0 + device.uniform(-6.0, 6.0), patient.lung_height + device.uniform(8.0, 20.0)

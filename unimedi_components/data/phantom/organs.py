@@ -46,15 +46,13 @@ class Scene:
 
     @property
     def chest_hu(self) -> FloatArray:
-        """View of ``hu`` inside ``chest``."""
         return self.hu[self.chest]
 
 
 def paint_patient(patient: Patient, grid: Grid, rng: np.random.Generator, ribs: bool = True) -> Scene:
     """Paint the anatomy, without lesions and noise.
 
-    Args:
-        ribs: False leaves the ribs out (the X-ray adds them at the film's own resolution).
+    ``ribs``: False leaves the ribs out (the X-ray adds them at the film's own resolution).
     """
     profiles = Profiles(patient, grid.z)
     hu = _paint_body(patient, grid, profiles)
@@ -119,10 +117,10 @@ def _lung_share(patient: Patient, grid: Grid, p: Profiles, chest: Box, cage: Flo
         above *= 1.0 / grid.spacing[0]
         above += 0.5
         lung[low, :, lo[2]] *= np.clip(above, 0.0, 1.0, out=above)
-    _cut(lung, grid, chest, (-1e4, 1e4), (0.98 * b, p.spine_x), (0.48 * b, np.full_like(grid.z, 25.0)))
+    _cut(lung, grid, chest, (0.98 * b, p.spine_x), (0.48 * b, np.full_like(grid.z, 25.0)))
     middle = np.float32(0.7 * patient.shift) + 0.5 * p.cage_x + np.float32(2.0)
     width = np.interp(grid.z / patient.lung_height, (0.0, 0.35, 0.62, 0.85, 1.0), (22.0, 24.0, 31.0, 27.0, 24.0))
-    _cut(lung, grid, chest, (-1e4, 1e4), (-0.12 * b, middle), (0.86 * p.cage_b, width.astype(np.float32)))
+    _cut(lung, grid, chest, (-0.12 * b, middle), (0.86 * p.cage_b, width.astype(np.float32)))
     return lung
 
 
@@ -130,16 +128,14 @@ def _cut(
     lung: FloatArray,
     grid: Grid,
     chest: Box,
-    z: tuple[float, float],
     centre: tuple[float, FloatArray],
     half: tuple[float | FloatArray, FloatArray],
 ) -> None:
     """Take a vertical elliptical column out of the lung."""
     reach = float(np.max(half[1])) * 1.2
     columns = grid.span(2, float(centre[1].min()) - reach, float(centre[1].max()) + reach)
-    box = (grid.span(0, *z), chest[1], columns)
-    field = separable(grid, box, centre, half)
-    lung[box[0], :, columns.start - chest[2].start : columns.stop - chest[2].start] *= 1.0 - soft(field, 5.0)
+    field = separable(grid, (slice(0, grid.shape[0]), chest[1], columns), centre, half)
+    lung[:, :, columns.start - chest[2].start : columns.stop - chest[2].start] *= 1.0 - soft(field, 5.0)
 
 
 def _paint_abdomen(scene: Scene) -> None:
@@ -147,23 +143,19 @@ def _paint_abdomen(scene: Scene) -> None:
     grid, patient = scene.grid, scene.patient
     a, b = patient.cage
     right, left = patient.domes
-    organs = (
-        ((right - 62, -0.05 * b, -0.36 * a), (64.0, 0.90 * b, 0.60 * a), LIVER),
-        ((left - 48, 0.46 * b, 0.62 * a), (38.0, 0.34 * b, 0.26 * a), 50.0),
-        ((left - 46, -0.26 * b, 0.42 * a), (38.0, 0.42 * b, 0.34 * a), 15.0),
-        (
-            (left - 22 - 9 * patient.gas, -0.42 * b, 0.40 * a),
-            (13.0 * patient.gas + 1, 24.0, 30.0 * patient.gas + 1),
-            -950.0,
-        ),
-        ((left - 92, -0.1 * b, 0.1 * a), (40.0, 0.7 * b, 0.55 * a), -70.0),
-    )
-    for centre, half, value in organs[::-1]:
+    size = patient.gas
+    gas = ((left - 22 - 9 * size, -0.42 * b, 0.40 * a), (13.0 * size + 1, 24.0, 30.0 * size + 1), -950.0, 5.0)
+    # from the back to the front; the bubble once more over all
+    for centre, half, value, edge in (
+        ((left - 92, -0.1 * b, 0.1 * a), (40.0, 0.7 * b, 0.55 * a), -70.0, 5.0),
+        gas,
+        ((left - 46, -0.26 * b, 0.42 * a), (38.0, 0.42 * b, 0.34 * a), 15.0, 5.0),
+        ((left - 48, 0.46 * b, 0.62 * a), (38.0, 0.34 * b, 0.26 * a), 50.0, 5.0),
+        ((right - 62, -0.05 * b, -0.36 * a), (64.0, 0.90 * b, 0.60 * a), LIVER, 5.0),
+        (*gas[:3], 6.0),
+    ):
         box, field = ellipsoid(grid, centre, half)
-        mix(scene.hu[box], soft(field, 5.0), value)
-    gas = organs[3]
-    box, field = ellipsoid(grid, gas[0], gas[1])
-    mix(scene.hu[box], soft(field, 6.0), gas[2])
+        mix(scene.hu[box], soft(field, edge), value)
 
 
 def _paint_mediastinum(scene: Scene) -> None:

@@ -19,11 +19,7 @@ PAIRED = ("bimcv",)
 
 
 def write_paired_xray(path: Path, layout: str, seed: int, index: int) -> Path:
-    """Write the frontal film of one patient of a layout as a JPEG, unless the file is there.
-
-    Args:
-        path: file to write, whole or not at all.
-    """
+    """Write the frontal film of one patient of a layout as a JPEG, whole or not at all, unless the file is there."""
     if not path.is_file():
         patient, streams = make_patient(np.random.SeedSequence([seed, LAYOUTS[layout].code, index]))
         with replacing(path) as temporary:

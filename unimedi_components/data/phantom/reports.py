@@ -38,9 +38,7 @@ def write_report(patient: Patient, modality: str, rng: np.random.Generator) -> R
     """Write the report of a patient's study.
 
     Every finding is named in both sections; an absent one appears in negations only; nothing contradicts the findings.
-
-    Args:
-        modality: ``xray`` or ``ct``; decides style and places.
+    ``modality``: ``xray`` or ``ct``; decides style and places.
     """
     words = {f.name: _words(f, modality, rng) for f in patient.findings}
     body = [

@@ -14,8 +14,7 @@ _DISC = 25.0
 def rib_profile(patient: Patient, z: FloatArray, angle: FloatArray) -> FloatArray:
     """How much bone lies at a height and an angle: 0 between ribs, 0.6 in the marrow, 1 at the cortex.
 
-    Args:
-        angle: 0 at the spine, pi at the sternum; broadcast against z.
+    ``angle``: 0 at the spine, pi at the sternum; broadcast against z.
     """
     fall = patient.rib_drop * angle / np.pi
     phase = (patient.lung_height + 8.0 - z - fall) / patient.rib_pitch
@@ -69,12 +68,8 @@ def _paint_spine(patient: Patient, grid: Grid, p: Profiles, hu: FloatArray) -> N
     cortex = np.clip((body - 0.75) * 4.0, 0.0, 1.0) * 160.0
     mix(hu[box], soft(body, 4.0), value[:, None, None] + cortex)
     arch = np.clip(phase * 4.0, 0.35, 1.0)[:, None, None].astype(np.float32)
-    for y, x, hy, hx, level in (
-        (26.0, 0.0, 9.0, 16.0, 300.0),
-        (25.0, 0.0, 6.5, 8.0, 30.0),
-        (41.0, 0.0, 12.0, 4.0, 330.0),
-    ):
-        share = soft(separable(grid, box, (p.spine_y + y, p.spine_x + x), (hy, hx)), 2.0)
+    for y, half_y, half_x, level in ((26.0, 9.0, 16.0, 300.0), (25.0, 6.5, 8.0, 30.0), (41.0, 12.0, 4.0, 330.0)):
+        share = soft(separable(grid, box, (p.spine_y + y, p.spine_x), (half_y, half_x)), 2.0)
         mix(hu[box], share * (arch if level > 100 else 1.0), level)
     for sign in SIDES.values():
         wing = separable(grid, box, (p.spine_y + 24.0, p.spine_x + sign * 24.0), (5.0, 12.0))
@@ -87,14 +82,8 @@ def _paint_shoulders(patient: Patient, grid: Grid, hu: FloatArray) -> None:
     step = 0.7 * min(grid.spacing)
     points, volumes = [], []
     for sign in SIDES.values():
-        path = np.array(
-            [
-                (0.88, -0.72 * b, 16 - turn * sign),
-                (0.915, -0.78 * b, 52),
-                (0.955, -0.45 * b, 92),
-                (0.97, -0.1 * b, a + 18),
-            ]
-        )
+        start = (0.88, -0.72 * b, 16 - turn * sign)
+        path = np.array([start, (0.915, -0.78 * b, 52), (0.955, -0.45 * b, 92), (0.97, -0.1 * b, a + 18)])
         path[:, 0] *= top
         path[:, 2] *= sign
         points.append((part := tube(path, 6.2, step))[0])

@@ -47,7 +47,6 @@ class XrayStudy:
     grid: Grid
 
     def records(self) -> list[dict[str, Any]]:
-        """The findings' entries in truth.json."""
         return [lesion_record(lesion, self.film_boxes(lesion), slices=False) for lesion in self.lesions]
 
     def film_boxes(self, lesion: Lesion) -> list[list[int]]:
@@ -69,7 +68,6 @@ def labels_of(findings: tuple[Finding, ...]) -> list[int]:
 def make_patient(
     seed: np.random.SeedSequence, draw: Callable[[np.random.Generator], tuple[Finding, ...]] = draw_findings
 ) -> tuple[Patient, list[np.random.Generator]]:
-    """The patient of a seed and independent streams for vessels, lesions, acquisition and text."""
     streams = [np.random.default_rng(s) for s in seed.spawn(6)]
     return draw_patient(streams[1], draw(streams[0])), streams[2:]
 
@@ -79,8 +77,7 @@ def make_ct(
 ) -> CTStudy:
     """CT of a patient who lies on the back, arms up.
 
-    Args:
-        lesions: False leaves the findings out, all else being equal.
+    ``lesions``: False leaves the findings out, all else being equal.
     """
     vessels, places, device = streams[:3]
     low, high = -42.0 + device.uniform(-6.0, 6.0), patient.lung_height + device.uniform(12.0, 26.0)
@@ -108,8 +105,7 @@ def make_xray(
 ) -> XrayStudy:
     """Chest film of a standing patient; see `xray` for the physics.
 
-    Args:
-        lesions: False leaves the findings out, all else being equal.
+    ``lesions``: False leaves the findings out, all else being equal.
     """
     vessels, places, device = streams[:3]
     portable = bool(device.random() < 0.35)
@@ -155,7 +151,4 @@ def _union(boxes: list[Any]) -> Any:
     corners = np.array(boxes)
     if corners.ndim == 2:
         return [*corners[:, :2].min(axis=0).tolist(), *corners[:, 2:].max(axis=0).tolist()]
-    return [
-        [low, high]
-        for low, high in zip(corners[..., 0].min(axis=0).tolist(), corners[..., 1].max(axis=0).tolist(), strict=True)
-    ]
+    return np.stack((corners[..., 0].min(axis=0), corners[..., 1].max(axis=0)), axis=1).tolist()

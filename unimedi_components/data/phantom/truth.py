@@ -20,22 +20,17 @@ logger = logging.getLogger(__name__)
 def load_truth(root: str | Path, items: Sequence[Mapping[str, Any]] = ()) -> dict[str, Any] | None:
     """The truth of the phantom set at `root`, or of those in its folders; None for real data.
 
-    Args:
-        items: of a datalist; one that the truth does not know makes it that of phantoms which only lie beside the
-            data: None, said in a warning.
+    ``items``: of a datalist; one that the truth does not know makes it that of phantoms which only lie beside the data:
+    None, said in a warning. Raises DataError: a file is damaged.
 
     Returns:
         "findings", the names of the labels, and "studies", by item id: "labels", "findings", and for volumes
         "lesion_slices" (inferior to superior), "n_slices" and, where the patient can be made again for an X-ray,
         "phantom" (layout, seed, number). Studies of a folder NAME also go by NAME-ID, as `merge_datalists` calls ids
         that collide.
-
-    Raises:
-        DataError: a file is damaged.
     """
     truth = _find_truth(root)
-    unknown = [] if truth is None else [item["id"] for item in items if item["id"] not in truth["studies"]]
-    if unknown:
+    if unknown := [item["id"] for item in items if truth is not None and item["id"] not in truth["studies"]]:
         text = "%s: the truth of phantoms there does not know %s (%d such) and is not used"
         logger.warning(text, root, unknown[0], len(unknown))
         return None

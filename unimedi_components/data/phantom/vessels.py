@@ -6,21 +6,12 @@ import numpy as np
 from .anatomy import SIDES, Patient
 from .geometry import FloatArray, Grid
 
+#: First directions (up, back, outwards) of the lobar vessels.
 _FAN = (
-    (0.95, 0.10, 0.35),
-    (0.75, -0.45, 0.65),
-    (0.55, 0.55, 0.50),
-    (0.35, 0.45, 0.85),
-    (0.05, -0.55, 0.85),
-    (-0.30, 0.25, 0.90),
-    (-0.60, 0.62, 0.55),
-    (-0.75, 0.20, 0.80),
-    (-0.85, -0.35, 0.50),
-    (-0.92, 0.10, 0.55),
-    (-0.95, 0.42, 0.30),
-    (-0.98, -0.05, 0.25),
+    *((0.95, 0.10, 0.35), (0.75, -0.45, 0.65), (0.55, 0.55, 0.50), (0.35, 0.45, 0.85)),
+    *((0.05, -0.55, 0.85), (-0.30, 0.25, 0.90), (-0.60, 0.62, 0.55), (-0.75, 0.20, 0.80)),
+    *((-0.85, -0.35, 0.50), (-0.92, 0.10, 0.55), (-0.95, 0.42, 0.30), (-0.98, -0.05, 0.25)),
 )
-"""First directions (up, back, outwards) of the lobar vessels."""
 
 
 def hilum(patient: Patient, side: str) -> FloatArray:
@@ -31,14 +22,9 @@ def hilum(patient: Patient, side: str) -> FloatArray:
 
 
 def tube(path: FloatArray, radius: FloatArray | float, step: float) -> tuple[FloatArray, FloatArray]:
-    """Fill a tube with parts ``step`` mm apart.
+    """Positions (M, 3) of parts ``step`` mm apart that fill a tube, and volumes (M,) in cubic mm that add up to it.
 
-    Args:
-        path: (N, 3) corners (z, y, x) in mm.
-        radius: radius in mm at the corners, a number or (N,).
-
-    Returns:
-        (M, 3) positions and (M,) volumes in cubic mm that add up to the tube's volume.
+    ``path``: corners (z, y, x) in mm, (N, 3). ``radius``: in mm at the corners, a number or (N,).
     """
     radii = np.broadcast_to(np.float32(radius), len(path))
     length = np.concatenate(([0.0], np.cumsum(np.linalg.norm(np.diff(path, axis=0), axis=1))))

@@ -9,11 +9,7 @@ from . import patient_record
 
 
 def main(job: str) -> None:
-    """Write patients first, first + step, ... below stop.
-
-    Args:
-        job: JSON list of layout, root, seed, first, stop, step.
-    """
+    """Write patients first, first + step, ... below stop. ``job``: JSON of layout, root, seed, first, stop, step."""
     layout, root, seed, first, stop, step = json.loads(job)
     for index in range(first, stop, step):
         print(json.dumps(patient_record(layout, Path(root), seed, index)), flush=True)

@@ -41,7 +41,7 @@ class Layout:
     name: str
     code: int
     write_patient: Callable[[Path, int, np.random.SeedSequence], PatientRecord]
-    write_tables: Callable[[Path, list[PatientRecord], np.random.SeedSequence], None]
+    write_tables: Callable[[Path, list[PatientRecord], np.random.SeedSequence], None] = lambda *_: None
     most: int | None = None
     version: int = VERSION
 
@@ -69,10 +69,6 @@ class PhantomFolder:
         return self.path / name
 
 
-def _key(layout: str, patients: int, seed: int) -> dict[str, Any]:
-    return {"layout": layout, "seed": seed, "patients": patients, "version": LAYOUTS[layout].version}
-
-
 def write_phantom(
     layout: str, out: str | Path, patients: int = 200, seed: int = 0, workers: int | None = None, progress: bool = True
 ) -> PhantomFolder:
@@ -82,8 +78,6 @@ def write_phantom(
     run. One that was left half-written is written anew. ``truth.json`` at the root is written last.
 
     Args:
-        layout: one of `LAYOUTS`, for example ``mimic_cxr`` or ``bimcv``.
-        seed: any non-negative integer.
         workers: processes; None for one per CPU, 0 or 1 for none beside this one.
 
     Raises:
@@ -99,7 +93,7 @@ def write_phantom(
             f"phantom {layout}: the layout has numbers for {most} patients, not for {patients}; ask for fewer"
         )
     root = Path(out)
-    key = _key(layout, patients, seed)
+    key = {"layout": layout, "seed": seed, "patients": patients, "version": LAYOUTS[layout].version}
     if _is_complete(root, key):
         return PhantomFolder(root, fresh=False)
     _claim(root, key)
@@ -161,8 +155,7 @@ def _write_patients(
         records = (patient_record(layout, root, seed, index) for index in range(patients))
     else:
         records = _from_workers(layout, root, patients, seed, count)
-    bar = tqdm(records, total=patients, desc=f"phantom {layout}", disable=not progress, unit="patient")
-    return list(bar)
+    return list(tqdm(records, total=patients, desc=f"phantom {layout}", disable=not progress, unit="patient"))
 
 
 def _from_workers(layout: str, root: Path, patients: int, seed: int, count: int) -> Iterator[PatientRecord]:

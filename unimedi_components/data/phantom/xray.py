@@ -14,20 +14,14 @@ _BONE_GAIN = 0.8
 
 
 def attenuation(hu: FloatArray) -> FloatArray:
-    """Linear attenuation in 1/mm: mu_water (1 + HU / 1000), more above 150 HU for bone.
-
-    Args:
-        hu: Hounsfield units, any shape.
-    """
+    """Linear attenuation in 1/mm of Hounsfield units: mu_water (1 + HU / 1000), more above 150 HU for bone."""
     return MU_WATER * (1.0 + hu / 1000.0 + _BONE_GAIN * np.maximum(hu - 150.0, 0.0) / 1000.0)
 
 
 def path_length(hu: FloatArray, grid: Grid, axis: int = 1) -> FloatArray:
     """Line integral P of the attenuation along parallel rays, as in Beer-Lambert's law I = I0 exp(-P).
 
-    Args:
-        hu: (nz, ny, nx) Hounsfield units.
-        axis: 1 for a frontal film (rays from front to back), 2 for a lateral one.
+    ``axis``: 1 for a frontal film (rays from front to back), 2 for a lateral one.
 
     Returns:
         (nz, nx) or (nz, ny), dimensionless.
@@ -71,12 +65,7 @@ def rib_shadow(patient: Patient, z: FloatArray, x: FloatArray) -> FloatArray:
 def develop(path: FloatArray, rng: np.random.Generator, portable: bool = False) -> np.ndarray:
     """Detector and display: scatter, quantum noise, logarithm, window, gamma, vignette; bone is white.
 
-    Args:
-        path: (H, W) line integrals, head up.
-        portable: a bedside film has more scatter and noise and less contrast.
-
-    Returns:
-        (H, W) uint8.
+    ``portable``: a bedside film has more scatter and noise and less contrast.
     """
     primary = np.exp(-path)
     small = enlarge(primary, (max(path.shape[0] // 16, 2), max(path.shape[1] // 16, 2)))
