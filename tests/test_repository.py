@@ -188,7 +188,7 @@ def test_make_pretrain_runs_the_users_own_line() -> None:
 
 # room -> the other rooms of the package that it may import
 ARROWS = {
-    "images": {"errors", "images"},
+    "images": {"arrays", "errors", "images"},
     "data": {"command_options", "data", "distributed", "errors", "files", "images", "lazy", "networks", "workflow"},
     "loading": {"data", "distributed", "errors", "images", "loading"},
     "networks": {"errors", "networks", "selection", "distributed"},

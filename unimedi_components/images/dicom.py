@@ -16,9 +16,9 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
+from unimedi_components.arrays import Array
 from unimedi_components.errors import DataError
 from unimedi_components.images.codestreams import form_fault
 from unimedi_components.images.headers import (
@@ -48,7 +48,6 @@ __all__ = [
     "transform_fault",
 ]
 
-Array = npt.NDArray[Any]
 
 _TAIL = 4096
 _LITTLE = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1")

@@ -9,15 +9,14 @@ from itertools import zip_longest
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from unimedi_components.arrays import Array
 from unimedi_components.errors import DataError
 from unimedi_components.images.dicom import DicomHeader, DicomValues, functional_group, lookup_table
 from unimedi_components.images.headers import values_of
 
 __all__ = ["FILM_VALUES", "dicom_greys", "robust_ends", "robust_greys"]
 
-Array = npt.NDArray[Any]
 
 #: What a film's values become, for cards and pages.
 FILM_VALUES = (

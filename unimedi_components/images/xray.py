@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image, ImageOps
 
+from unimedi_components.arrays import Array
 from unimedi_components.errors import DataError, reason_of
 from unimedi_components.images.dicom import modality_values, read_header
 from unimedi_components.images.greys import dicom_greys, robust_ends, robust_greys
@@ -20,7 +20,6 @@ from unimedi_components.images.xray_checks import PICTURE_FORMATS, colour_fault,
 
 __all__ = ["XrayReader", "film_notes", "read_xray"]
 
-Array = npt.NDArray[Any]
 
 _LUMA = np.asarray([0.299, 0.587, 0.114], np.float32)
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _ORIENTATION, _PLANAR = 258, 262, 0x0112, 284

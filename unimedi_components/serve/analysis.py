@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch.nn import functional as F
 
+from unimedi_components.arrays import Array
 from unimedi_components.data.volume_loading import part_of
 from unimedi_components.errors import DataError
 from unimedi_components.retrieval.embedder import Embedder
@@ -22,8 +22,6 @@ from unimedi_components.serve.faults import bad_request
 from unimedi_components.serve.results import Analysis, Finding, Neighbour, Neighbours, Picture, Slab
 from unimedi_components.serve.study import Study
 from unimedi_components.serve.views import View, data_url, grey_png, overlay_png, view_of, volume_view, xray_view
-
-Array = npt.NDArray[Any]
 
 _THUMBNAIL, _KEPT = 160, 256
 _MAX_TEXT = 5000

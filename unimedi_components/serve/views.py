@@ -12,12 +12,12 @@ from typing import Any
 import matplotlib
 import nibabel as nib
 import numpy as np
-import numpy.typing as npt
 import torch
 from monai.transforms import Compose
 from PIL import Image
 from torch import Tensor
 
+from unimedi_components.arrays import Array
 from unimedi_components.data.transforms import WindowAread, ct_transforms, input_transforms
 from unimedi_components.data.volume_loading import with_part
 from unimedi_components.errors import reason_of
@@ -25,8 +25,6 @@ from unimedi_components.figures.attention import COLOUR_MAP, attention_opacity, 
 from unimedi_components.images.checks import SAMPLED_SLICES
 from unimedi_components.serve.faults import unusable
 from unimedi_components.serve.study import Study
-
-Array = npt.NDArray[Any]
 
 _SHOWN = {2: 512, 3: 384}
 _SHORT_MM, _NARROW_MM, _FEW_SLICES = 150, 200, 20
